@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on several machines. Run it on each of them, with the same arguments, and run_dir on a file system that all see.
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node0
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node1
+#
+# NNODES       number of machines
+# NODE_RANK    this machine's number, from 0
+# MASTER_ADDR  name or address of machine 0
+# MASTER_PORT  a free port there; 29500 if not set
+# GPUS         processes on this machine; one for each visible GPU if not set
+set -euo pipefail
+
+fail() {
+  echo "$(basename "$0"): $1" >&2
+  exit 2
+}
+
+command -v torchrun >/dev/null || fail "torchrun is not on PATH: activate the environment in which sltrain is installed"
+for variable in NNODES NODE_RANK MASTER_ADDR; do
+  [[ -n "${!variable:-}" ]] || fail "$variable is not set: see the head of $0"
+done
+if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
+  fail "no GPU found: set GPUS to the number of processes to start"
+fi
+
+exec torchrun \
+  --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="${GPUS:-gpu}" \
+  --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \
+  -m sltrain.train "$@"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on the GPUs of this machine, one process a GPU.
+#
+#   launch/single_node.sh model=llama_350m run_dir=outputs/my_run
+#   GPUS=4 launch/single_node.sh model=llama_350m
+#
+# Everything after the name goes to sltrain-train. GPUS is the number of processes; without it there is one for each
+# GPU that CUDA_VISIBLE_DEVICES lets through.
+set -euo pipefail
+
+fail() {
+  echo "$(basename "$0"): $1" >&2
+  exit 2
+}
+
+command -v torchrun >/dev/null || fail "torchrun is not on PATH: activate the environment in which sltrain is installed"
+if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
+  fail "no GPU found: set GPUS to the number of processes to start"
+fi
+
+exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

@@ -1,0 +1,376 @@
+"""Config -> objects: the one file that sees every room, and the only one commands import from.
+
+Read from top to bottom it is the start of a run: the folder, the corpus and its tokenizer, the model on the meta device, what the user
+should know before step 1, then real memory, optimizer and stream, and what a checkpoint remembers of them. Until the folder is claimed
+nothing is written, so bad input leaves nothing behind. Checks that need more than one room are here.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
+from sltrain.data.stream import TrainStream
+from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.distributed import Ranks, pick_device
+from sltrain.engine.loop import Cadence, Outcome, run_loop
+from sltrain.engine.memory import PeakMemory
+from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
+from sltrain.engine.run_folder import RunFolder, new_run_dir
+from sltrain.engine.stop import StopRequest
+from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
+from sltrain.layers.linear import FactoredLinear
+from sltrain.methods import METHODS
+from sltrain.methods.advice import warnings
+from sltrain.methods.settings import MethodSettings
+from sltrain.models.accounting import count_indices, count_parameters
+from sltrain.models.llama import LlamaForCausalLM, is_projection
+from sltrain.optim.build import build_optimizer, set_learning_rate
+from sltrain.optim.schedule import effective_warmup, warmup_cosine
+
+__all__ = ["Outcome", "Run", "build_model", "build_run", "print_line"]
+
+Report = Callable[[str], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """A run that is ready to train; `trainer` is None when its folder holds a finished run."""
+
+    folder: RunFolder
+    ranks: Ranks
+    config: TrainConfig
+    trainer: Trainer | None
+    cadence: Cadence
+
+    def train(self) -> Outcome:
+        """Train to the end, or until a signal, the data or the numbers stop it."""
+        assert self.trainer is not None
+        with self.trainer.stop:
+            outcome = run_loop(self.trainer, self.cadence)
+        if outcome is Outcome.FINISHED and self.ranks.is_main:
+            assert self.trainer.final is not None
+            self.folder.finish(self.trainer.final)
+        return outcome
+
+    def close(self) -> None:
+        """Stop the stream's thread, the sinks and the process group."""
+        if self.trainer is not None:
+            self.trainer.stream.close()
+            for sink in self.trainer.sinks:
+                sink.close()
+        self.ranks.stop()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder held a finished run; then there is nothing to train."""
+        return self.trainer is None
+
+    def say(self, line: str) -> None:
+        """Print a line, on rank 0."""
+        if self.ranks.is_main:
+            print_line(line)
+
+    def farewell(self, outcome: Outcome) -> str:
+        """How the run ended and what to do next, in one or two lines."""
+        assert self.trainer is not None
+        c, step = self.config, self.trainer.step
+        again = f"to continue, start the same command with run_dir={self.folder.path}"
+        if outcome is Outcome.FINISHED:
+            return f"finished: {self.folder.path}"
+        if outcome is Outcome.INTERRUPTED:
+            return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); saved at step {step:,}; {again}"
+        if outcome is Outcome.DATA_LOST:
+            return f"the data could not be read any more; saved at step {step:,}; {again}"
+        return (
+            f"diverged: {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g}) or alpha (now {c.alpha:g}),"
+            f" set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now {c.warmup_steps:,}), in a new run_dir"
+        )
+
+
+def build_run(config: TrainConfig, report: Report) -> Run:
+    """Build everything a training run needs. Raises ValueError or OSError for what the user can mend."""
+    device = pick_device(config.device)
+    ranks = Ranks.start(device)
+    say: Report = report if ranks.is_main else lambda line: None
+    ranks.everywhere(lambda: check_machine(config, ranks))
+    folder = open_folder(config, ranks)
+    cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
+    if folder.is_finished:
+        return Run(folder, ranks, config, None, cadence)
+
+    source, validation = ranks.everywhere(lambda: build_sources(config, report))
+    tokenizer = build_tokenizer(config, source, ranks, say)
+    model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, device)))
+    ranks.on_main(lambda: folder.claim(dataclasses.asdict(config), tokenizer.json))
+    warmup, shortened = effective_warmup(config.warmup_steps, cadence.max_steps)
+    describe(config, model, source, tokenizer, folder, ranks, cadence, say)
+    for line in [*warnings(model), *([shortened] if shortened else [])]:
+        say(f"note       {line}")
+
+    memory = PeakMemory(device)
+    memory.reset()
+    model.to_empty(device=device)
+    model.init_weights(config.seed)
+    compiled = torch.compile(model) if config.compile else model
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        name=config.optimizer.name,
+        lr=config.lr,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.weight_decay,
+        device=device,
+    )
+
+    def learning_rate(step: int) -> float:
+        factor = warmup_cosine(step, max_steps=cadence.max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
+        lr = config.lr * factor
+        set_learning_rate(optimizer, lr)
+        return lr
+
+    stream = build_stream(config, source, tokenizer, ranks, report, holds_out=validation is None)
+    eval_set = build_eval_set(config, validation or source, tokenizer, ranks, holds_out=validation is None)
+    checkpointer = Checkpointer(folder.path, config.keep_last)
+    progress, stream_state = restore(checkpointer, model, optimizer, stream, folder, ranks, say)
+    trainer = Trainer(
+        model=compiled,
+        train_model=ranks.wrap(compiled),
+        optimizer=optimizer,
+        stream=stream,
+        eval_set=eval_set,
+        ranks=ranks,
+        checkpointer=checkpointer,
+        sinks=build_sinks(config, folder, cadence.max_steps, progress.step, say) if ranks.is_main else [],
+        memory=memory,
+        stop=StopRequest(),
+        set_learning_rate=learning_rate,
+        micro_batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        grad_clip=config.grad_clip,
+        model_metrics=lambda: weight_norms(model),
+        final_metrics={
+            "peak_memory_measure": memory.measure,
+            "num_parameters": count_parameters(model),
+            "num_indices": count_indices(model),
+        },
+        report=report,
+        progress=progress,
+        stream_state=stream_state,
+    )
+    return Run(folder, ranks, config, trainer, cadence)
+
+
+def open_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """The run's folder, chosen by rank 0 for all; refused if it holds something else."""
+
+    def choose() -> Path:
+        if config.run_dir is None:
+            return new_run_dir(Path("outputs"), f"{config.model.name}_{config.method.name}")
+        folder = RunFolder(Path(config.run_dir).expanduser())
+        folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
+        return folder.path
+
+    return RunFolder(ranks.on_main(choose))
+
+
+def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
+    """The training corpus, and the validation corpus if it is one of its own."""
+    data = config.data
+    validation: Source | None = None
+    if data.name == "c4":
+        source: Source = _hub_files(config, data.train_file, data.num_train_shards, report)
+        validation = _hub_files(config, data.validation_file, data.num_validation_shards, report)
+    elif data.name == "local":
+        source = LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
+    else:
+        source = StandardLibrary()
+    if config.validation_path:
+        validation = LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
+    return source, validation
+
+
+def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Report) -> HubFiles:
+    data = config.data
+    if not (data.repo and data.revision and template and num_shards):
+        raise ValueError("data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation")
+    return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
+
+
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Report) -> Tokenizer:
+    """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sltrain"
+
+    def load() -> Tokenizer:
+        return load_tokenizer(
+            config.tokenizer,
+            vocab_size=config.model.vocab_size,
+            source=source,
+            holdout_every=config.data.holdout_every,
+            cache_dir=cache,
+            report=say,
+        )
+
+    loaded: list[Tokenizer] = []
+    ranks.on_main(lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
+def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model with the method's layers in place, on the meta device: shapes without memory."""
+    shape = dataclasses.replace(config.model, vocab_size=vocab_size)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
+    model.to(dtype)
+    settings = MethodSettings(
+        config.rank, config.sparsity, config.alpha, config.rank_overrides, config.sparsity_overrides
+    )
+    METHODS[config.method.name].replace(model, settings, is_projection)
+    return model
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA, float32 on the CPU, where bfloat16 products are many times slower."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def describe(
+    config: TrainConfig,
+    model: nn.Module,
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    ranks: Ranks,
+    cadence: Cadence,
+    say: Report,
+) -> None:
+    """What the user should know before step 1."""
+    c, count = config, {group: f"{number / 1e6:.1f}M" for group, number in count_parameters(model).items()}
+    positions = c.global_batch_size * c.seq_len
+    passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    say(
+        f"model      {c.model.name}, method {c.method.name}: {count['total']} parameters = {count['dense']} dense"
+        f" + {count['low_rank']} low-rank + {count['sparse']} sparse"
+    )
+    say(
+        f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
+        f" ({passes} x {c.micro_batch_size} sequences on each of {ranks.world_size} process{'es' * (ranks.world_size > 1)})"
+    )
+    say(f"budget     {cadence.max_steps:,} updates = {cadence.max_steps * positions:,} positions; lr {c.lr:g}, {c.optimizer.name}")
+    say(f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids")
+    say(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
+    say(f"run folder {folder.path}")
+
+
+def build_stream(
+    config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, report: Report, holds_out: bool
+) -> TrainStream:
+    """The endless stream of this rank's rows."""
+    return TrainStream(
+        source,
+        tokenizer,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        global_batch_size=config.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_streams=config.data.num_streams,
+        shuffle_block=config.data.shuffle_block,
+        holdout_every=config.data.holdout_every if holds_out else 0,
+        on_event=report,
+        prefetch=2,
+    )
+
+
+def build_eval_set(config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, holds_out: bool) -> EvalSet:
+    """The fixed rows every evaluation reads."""
+    return EvalSet(
+        source,
+        tokenizer,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        eval_tokens=config.eval_tokens,
+        batch_size=config.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        holdout_every=config.data.holdout_every if holds_out else 0,
+    )
+
+
+def restore(
+    checkpointer: Checkpointer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: TrainStream,
+    folder: RunFolder,
+    ranks: Ranks,
+    say: Report,
+) -> tuple[Progress, dict[str, Any]]:
+    """Continue from the newest complete checkpoint, if there is one; metrics.jsonl then ends at its step."""
+    path = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+    progress, stream_state = Progress(), {}
+    if path is not None:
+        state = ranks.everywhere(lambda: checkpointer.load(path, model, optimizer))
+        progress, stream_state = Progress(**state["progress"]), state["stream"]
+        if stream_state:  # empty when the run was stopped before its first update
+            ranks.everywhere(lambda: stream.load_state_dict(stream_state))
+        say(f"resume     from step {progress.step:,} ({path})")
+    if folder.metrics_file.exists() and ranks.is_main:
+        rewrite_until(folder.metrics_file, progress.step)
+    return progress, stream_state
+
+
+def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Report) -> list[Sink]:
+    """Where rank 0 sends metrics."""
+    sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
+    if config.tracker.name == "wandb":
+        sinks.append(
+            WandbSink(
+                folder.path,
+                project=config.tracker.project,
+                entity=config.tracker.entity,
+                config=dataclasses.asdict(config),
+                report=say,
+            )
+        )
+    return sinks
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module) -> dict[str, float]:
+    """Frobenius norms of scale * B A and of S, each over all replaced layers together; nothing for a dense model."""
+    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
+    if not layers:
+        return {}
+    norms = torch.stack([torch.stack([layer.low_rank_norm(), layer.sparse_norm()]) for layer in layers])  # (layers, 2)
+    low_rank, sparse = norms.square().sum(0).sqrt().tolist()
+    return {"low_rank_norm": low_rank, "sparse_norm": sparse}
+
+
+def check_machine(config: TrainConfig, ranks: Ranks) -> None:
+    """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
+    check_batch(config, ranks.world_size)
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise ValueError("compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true")
+
+
+def print_line(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line)

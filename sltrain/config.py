@@ -1,0 +1,238 @@
+"""The schema of a training run: every key a person can set, its type, unit and scope.
+
+Hydra composes conf/ over these dataclasses, so an unknown key or a wrong type is refused while the configuration is composed, and the
+code below the command sees plain Python objects, never a DictConfig. This file imports nothing of ours and no torch. Values that are the
+same for every run (the protocol) live in conf/train.yaml; values that belong to a model size (the recipe) in conf/model/*.yaml.
+
+Checks that need only these numbers are in `validate`; checks that need the model, the corpus or the machine are in build.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a LLaMA decoder (names as in transformers.LlamaConfig)."""
+
+    name: str = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: Optional[int] = None  # None: as many as attention heads
+    vocab_size: Optional[int] = None  # ids the embedding holds; None: the size of the tokenizer
+    max_position_embeddings: int = 1024  # longest row the exported model promises to read
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02  # standard deviation of embeddings, head and dense projections
+
+
+@dataclass
+class MethodConfig:
+    """How attention and MLP projections are parametrized: sltrain, low_rank or full."""
+
+    name: str = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    """The update rule. Learning rate and weight decay are top-level keys."""
+
+    name: str = MISSING  # adamw or adam8bit
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from and how they are dealt out."""
+
+    name: str = MISSING  # c4, local or stdlib
+    repo: Optional[str] = None  # c4: dataset on the Hugging Face Hub
+    revision: Optional[str] = None  # c4: its commit
+    train_file: Optional[str] = None  # c4: path template with {shard} and {num_shards}
+    num_train_shards: int = 0
+    validation_file: Optional[str] = None
+    num_validation_shards: int = 0
+    num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
+    shuffle_block: int = 1024  # documents shuffled together
+    holdout_every: int = 100  # one document in this many is held out when there is no validation set
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    name: str = MISSING  # none or wandb
+    project: str = "sltrain"
+    entity: Optional[str] = None
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    # The method: W = (alpha / rank) B A + S
+    rank: int = MISSING  # inner size of B A; 0: S alone
+    sparsity: float = MISSING  # the paper's delta: fraction of the entries of S that are trained (0.03 = 3 %); 0: B A alone
+    alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
+
+    # Data
+    path: Any = None  # data=local: a glob or a list of globs
+    validation_path: Any = None  # a glob or a list of globs; None: the corpus's own validation split, or a held-out part
+    tokenizer: str = MISSING  # a tokenizer.json, a name on the Hub, or bpe:SIZE to train one on the corpus
+    padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
+    seq_len: int = MISSING  # tokens a row
+    on_bad_data: str = MISSING  # skip or stop
+
+    # Budget and batch
+    global_batch_size: int = MISSING  # sequences an update, all ranks together
+    micro_batch_size: int = MISSING  # sequences a forward pass, on one rank
+    max_steps: Optional[int] = None  # updates
+    max_tokens: Optional[int] = None  # positions (rows x seq_len); set exactly one of the two
+
+    # Optimization
+    lr: float = MISSING  # peak learning rate
+    min_lr_ratio: float = MISSING  # final learning rate over peak
+    warmup_steps: int = MISSING  # updates
+    weight_decay: float = MISSING
+    grad_clip: Optional[float] = None  # global gradient norm; None: no clipping
+
+    # Cadence, in updates; 0: never
+    log_every: int = MISSING
+    eval_every: int = MISSING
+    eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
+    checkpoint_every: int = MISSING
+    keep_last: int = MISSING  # checkpoints kept
+
+    # The machine
+    seed: int = MISSING
+    dtype: str = MISSING  # auto, float32 or bfloat16: weights, gradients and optimizer moments
+    device: str = MISSING  # auto, cpu or cuda
+    compile: bool = MISSING
+    activation_checkpointing: bool = MISSING
+
+    # The run folder
+    run_dir: Optional[str] = None  # None: a new folder under outputs/
+    resume: str = MISSING  # auto: continue what run_dir holds; never: refuse a folder that holds a run
+
+
+CHOICES = {
+    "method.name": ("sltrain", "full", "low_rank"),
+    "optimizer.name": ("adamw", "adam8bit"),
+    "data.name": ("c4", "local", "stdlib"),
+    "tracker.name": ("none", "wandb"),
+    "padding": ("truncate_pad", "pack"),
+    "on_bad_data": ("skip", "stop"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+    "resume": ("auto", "never"),
+}
+AT_LEAST = {
+    "rank": 0,
+    "seq_len": 2,
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "log_every": 0,
+    "eval_every": 0,
+    "eval_tokens": 1,
+    "checkpoint_every": 0,
+    "keep_last": 1,
+    "data.num_streams": 1,
+    "data.shuffle_block": 1,
+    "data.holdout_every": 2,
+    "seed": 0,
+}
+ABOVE_ZERO = ("lr", "alpha", "max_steps", "max_tokens", "grad_clip", "optimizer.eps")
+# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. What `path`, `validation_path` and
+# `tokenizer` lead to is compared by content.
+CHANGEABLE_ON_RESUME = (
+    "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens checkpoint_every keep_last "
+    "micro_batch_size device compile activation_checkpointing"
+).split()
+
+
+def get_key(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def validate(config: TrainConfig) -> None:
+    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to change."""
+    for key, choices in CHOICES.items():
+        if get_key(config, key) not in choices:
+            raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if not get_key(config, key) >= least:
+            raise ValueError(f"{key}={get_key(config, key)}: must be at least {least}")
+    for key in ABOVE_ZERO:
+        value = get_key(config, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{key}={value}: must be a number above 0")
+    if not 0 <= config.min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ValueError(f"optimizer.betas={config.optimizer.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]")
+    _validate_method(config)
+    longest = config.model.max_position_embeddings
+    if config.seq_len > longest:
+        raise ValueError(f"seq_len={config.seq_len} is above model.max_position_embeddings={longest}; lower the one or raise the other")
+    num_steps(config)
+    if config.data.name == "local" and not config.path:
+        raise ValueError('data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: \'path="/a/[0-9].gz"\')')
+    if config.data.name != "local" and config.path:
+        raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
+
+
+def _validate_method(config: TrainConfig) -> None:
+    for pattern, rank in config.rank_overrides.items():
+        if rank < 0:
+            raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
+    for name, sparsity in {"sparsity": config.sparsity, **config.sparsity_overrides}.items():
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"{name}={sparsity}: must be at least 0 and below 1; it is the fraction of S that is trained (0.03 = 3 %)")
+    if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not config.rank_overrides:
+        raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
+    if config.method.name == "low_rank" and config.rank == 0:
+        raise ValueError("method=low_rank needs rank above 0")
+
+
+def num_steps(config: TrainConfig) -> int:
+    """Updates of the run. Raises ValueError unless exactly one of max_steps and max_tokens is set."""
+    if config.max_steps is not None and config.max_tokens is not None:
+        raise ValueError(
+            f"max_steps={config.max_steps} and max_tokens={config.max_tokens} are both set; type max_steps=null max_tokens={config.max_tokens}"
+            f" or max_tokens=null max_steps={config.max_steps} (a model's recipe sets max_steps)"
+        )
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.max_tokens is None:
+        raise ValueError("no budget: set max_steps=UPDATES, or max_tokens=POSITIONS")
+    return -(-config.max_tokens // (config.global_batch_size * config.seq_len))
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Check that the global batch divides into the ranks' micro-batches. Raises ValueError."""
+    per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % per_pass:
+        fits = [m for m in range(1, config.micro_batch_size + 1) if config.global_batch_size % (m * world_size) == 0]
+        hint = f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size={config.micro_batch_size}"
+            f" x {world_size} process{'es' * (world_size > 1)}; {hint}"
+        )

@@ -1,0 +1,54 @@
+"""The cadence of a run: step, log, evaluate, save, stop. What each of these does is the trainer's business.
+
+A run ends in one of four ways; in all of them what was trained is saved, except when the updates themselves broke.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sltrain.engine.trainer import Trainer
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"  # a signal asked for it; a checkpoint was saved
+    DATA_LOST = "data lost"  # the stream broke; a checkpoint was saved
+    DIVERGED = "diverged"  # too many updates in a row were not finite
+
+
+@dataclass
+class Cadence:
+    """How often things happen, in updates; 0: never."""
+
+    max_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
+    """Train from the trainer's step to `max_steps`, then evaluate once more and write the final line."""
+
+    def is_due(every: int) -> bool:
+        return every > 0 and trainer.step > 0 and trainer.step % every == 0
+
+    while True:
+        is_last = trainer.step == cadence.max_steps
+        # Evaluation comes before saving, so that a checkpoint knows that its step was evaluated and a resumed run does not do it twice.
+        if is_due(cadence.eval_every) and not is_last and trainer.evaluated_step < trainer.step:
+            trainer.evaluate("eval")
+        if is_due(cadence.checkpoint_every) or is_last:
+            trainer.save()
+        if is_last:
+            return Outcome.FINISHED if trainer.evaluate("final") else Outcome.INTERRUPTED
+        update = trainer.next_update()
+        if update.someone_lost_data or update.someone_stopped:
+            trainer.save()
+            return Outcome.DATA_LOST if update.someone_lost_data else Outcome.INTERRUPTED
+        result = trainer.train(update)
+        if trainer.step == 1 or trainer.step == cadence.max_steps or is_due(cadence.log_every):
+            trainer.log(result)
+        if trainer.has_diverged:
+            return Outcome.DIVERGED

@@ -1,0 +1,300 @@
+"""Results -> numbers with units -> metrics.jsonl, the progress bar, W&B.
+
+An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint or final), `step` (updates done),
+`tokens` (non-pad tokens trained on, all ranks) and `positions` (rows x row length trained on, pads included). Then
+
+    train        loss (nats a token), lr, grad_norm (before clipping), tokens_per_second (outside evaluation, saving),
+                 data_wait_fraction, peak_memory_bytes, num_skipped_updates,
+                 low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
+    eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)
+    final        also peak_memory_bytes, peak_memory_measure, wall_seconds, num_parameters, num_indices
+
+Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
+event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls
+`rewrite_until(path, N)`, so the file holds no step twice and no half line.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+Event = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where events go."""
+
+    def log(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def safe_exp(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+class Throughput:
+    """Speed over one logging window: from one `read` to the next, the first one from construction.
+
+    with throughput.waiting(): batch = next(stream)
+    with throughput.paused():  evaluate()
+    throughput.add(num_tokens)
+    numbers = throughput.read()
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._waited = 0.0
+        self._num_tokens = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the seconds inside as waiting for data."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the seconds inside (evaluating, saving), and any waiting in them, out of the window."""
+        begin, waited = self._clock(), self._waited
+        try:
+            yield
+        finally:
+            self._start += self._clock() - begin
+            self._waited = waited
+
+    def add(self, num_tokens: int) -> None:
+        """Count tokens that were trained on."""
+        self._num_tokens += num_tokens
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_second and data_wait_fraction (of this process's seconds) of the window, which ends here."""
+        now = self._clock()
+        seconds = now - self._start
+        numbers = {
+            "tokens_per_second": self._num_tokens / seconds if seconds > 0 else 0.0,
+            "data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
+        }
+        self._start, self._waited, self._num_tokens = now, 0.0, 0
+        return numbers
+
+
+# ---- metrics.jsonl
+
+
+def to_strict_json(event: Mapping[str, Any]) -> str:
+    """JSON that every parser reads: NaN and infinities become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return value
+
+    return json.dumps(finite(event), allow_nan=False)
+
+
+class JsonlSink:
+    """Appends events to a file, each with a single write. After a checkpoint and at the end it is fsynced as well."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)
+
+    def log(self, event: Event) -> None:
+        self._file.write(f"{to_strict_json(event)}\n".encode())
+        if event["event"] in ("checkpoint", "final"):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def rewrite_until(path: Path, step: int) -> int:
+    """Keep the complete lines of events up to `step`, byte for byte and in order; return the number of lines dropped.
+
+    Dropped are later ones, damaged ones, and `final` ones, since the run goes on. The file is replaced atomically; a
+    missing file is left missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    kept = [line for line in lines if _belongs(line, step)]
+    partial = path.with_name(f"{path.name}.tmp")
+    with open(partial, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return len(lines) - len(kept)
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        event = json.loads(line)
+    except ValueError:  # half a line, or bytes that are no UTF-8
+        return False
+    if not isinstance(event, dict) or not isinstance(event.get("step"), int):
+        return False
+    return event["step"] <= step and event.get("event") != "final"
+
+
+# ---- progress on the terminal
+
+
+class ProgressBar:
+    """A tqdm bar on standard error, or plain lines now and then where that is no terminal.
+
+    Args:
+        max_steps: updates of the whole run.
+        first_step: updates already done when this process begins.
+        seconds_between_lines: least time from one plain line to the next.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        first_step: int = 0,
+        *,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._max_steps, self._first_step = max_steps, first_step
+        self._seconds_between_lines, self._clock = seconds_between_lines, clock
+        self._begin, self._last_line = clock(), -math.inf
+        self._bar: tqdm[Any] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=max_steps, initial=first_step, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def log(self, event: Event) -> None:
+        if event["event"] == "train":
+            self._show(event)
+        elif event["event"] in ("eval", "final"):
+            self._print(_evaluation_line(event))
+
+    def _show(self, event: Event) -> None:
+        step = event["step"]
+        numbers = (
+            f"loss {event['loss']:.3f}, perplexity {safe_exp(event['loss']):.4g}, "
+            f"{event['tokens_per_second']:,.0f} tokens/s, peak {event['peak_memory_bytes'] / 2**30:.2f} GiB"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(numbers, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = self._clock()
+        if now - self._last_line >= self._seconds_between_lines or step == self._max_steps:
+            self._last_line = now
+            rate = (now - self._begin) / max(step - self._first_step, 1)  # seconds a step, all included
+            remaining = tqdm.format_interval((self._max_steps - step) * rate)
+            self._print(f"step {step}/{self._max_steps}: {numbers}, {remaining} left")
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _evaluation_line(event: Event) -> str:
+    what = "final evaluation" if event["event"] == "final" else "evaluation"
+    return (
+        f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:.4g} "
+        f"(counted as in the published tables: {event['perplexity_galore_protocol']:.4g}), "
+        f"{event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
+    )
+
+
+# ---- Weights & Biases
+
+
+class WandbSink:
+    """Sends events to Weights & Biases, keys prefixed by the event ("train/loss"), at the event's step.
+
+    The run's id is kept in `run_dir/wandb_id`, so a resumed run goes on in the same W&B run. Without a stored API key
+    it records offline into `run_dir/wandb` and says so in one line; WANDB_MODE is respected. Raises ValueError if wandb
+    is missing or refuses.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        entity: str | None,
+        config: Mapping[str, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("tracker=wandb needs wandb: run `pip install wandb`, or take tracker=none.") from error
+        try:
+            mode: Any = wandb.setup().settings.mode
+            if mode == "online" and not wandb.login(prompt=False):
+                mode = "offline"
+            self._run = wandb.init(
+                project=project,
+                entity=entity,
+                id=_wandb_id(Path(run_dir)),
+                name=Path(run_dir).name,
+                dir=str(run_dir),
+                config=dict(config),
+                mode=mode,
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(silent=True, console="off"),  # its lines, or its capture of ours, break the bar
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"tracker=wandb: {error}. Set WANDB_MODE=offline to record without its server, or take tracker=none."
+            ) from error
+        if mode == "offline":
+            report(f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`.")
+        elif mode == "online":
+            report(f"W&B: {self._run.url}")
+
+    def log(self, event: Event) -> None:
+        prefix = event["event"]
+        numbers = {f"{prefix}/{key}": value for key, value in event.items() if key not in ("event", "step")}
+        self._run.log(numbers, step=event["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id stored in the run folder; made on first use."""
+    path = run_dir / "wandb_id"
+    if path.exists() and (stored := path.read_text().strip()):
+        return stored
+    run_id = secrets.token_hex(4)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(f"{run_id}\n")
+    os.replace(partial, path)
+    return run_id

@@ -1,0 +1,186 @@
+"""The state of a run and the five things the loop does with it: fetch, train, log, evaluate, save.
+
+A trainer owns what must survive a restart besides weights and optimizer: the counters in `Progress` and the position of the data stream
+after the last finished update. The stream itself runs ahead (it prefetches), therefore every batch carries the position that follows it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.evaluate import evaluate
+from sltrain.engine.memory import PeakMemory
+from sltrain.engine.metrics import Sink, Throughput
+from sltrain.engine.step import StepResult, train_step
+from sltrain.engine.stop import StopRequest
+
+MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved with every checkpoint."""
+
+    step: int = 0  # updates done, skipped ones included
+    tokens: int = 0  # non-pad input tokens, all ranks
+    positions: int = 0  # rows x seq_len, all ranks
+    num_skipped_updates: int = 0
+    num_skipped_in_a_row: int = 0
+    evaluated_step: int = 0  # last step with an eval line
+    wall_seconds: float = 0.0  # all processes that worked on this run, one after the other
+
+
+@dataclass
+class Update:
+    """The data of one update, as all ranks agree on it."""
+
+    batch: Any  # this rank's rows; None when it has none
+    num_tokens: int
+    num_targets: int
+    someone_stopped: bool
+    someone_lost_data: bool
+
+
+@dataclass
+class Trainer:
+    """Everything one run needs after it is built. `model` is the bare model, `train_model` the one whose backward crosses ranks."""
+
+    model: nn.Module
+    train_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: Iterator[Any]
+    eval_set: Any  # iterable of batches, with `exhausted`
+    ranks: Ranks
+    checkpointer: Checkpointer
+    sinks: list[Sink]
+    memory: PeakMemory
+    stop: StopRequest
+    set_learning_rate: Callable[[int], float]  # step -> the rate it set
+    micro_batch_size: int
+    seq_len: int
+    grad_clip: float | None
+    model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
+    final_metrics: dict[str, Any]  # what the final line says besides the evaluation
+    report: Callable[[str], None]  # one line to the user
+    progress: Progress = field(default_factory=Progress)
+    stream_state: dict[str, Any] = field(default_factory=dict)
+    throughput: Throughput = field(default_factory=Throughput)
+    final: dict[str, Any] | None = None  # the final line, once it is written
+
+    def __post_init__(self) -> None:
+        self.saved_step = self.progress.step if self.stream_state else -1
+        self.started = time.monotonic() - self.progress.wall_seconds
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def evaluated_step(self) -> int:
+        return self.progress.evaluated_step
+
+    @property
+    def has_diverged(self) -> bool:
+        return self.progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+    def next_update(self) -> Update:
+        """Fetch this rank's rows and learn from all ranks how many tokens the update has and whether to go on."""
+        batch, lost = None, False
+        if not self.stop.is_set:
+            try:
+                with self.throughput.waiting():
+                    batch = next(self.stream)
+            except ConnectionError as error:
+                self.report(f"the data stream broke: {error}")
+                lost = True
+        counts = [0, 0] if batch is None else [batch.num_tokens, batch.num_targets]
+        num_tokens, num_targets, stopped, losses = self.ranks.sum([*counts, int(self.stop.is_set), int(lost)])
+        return Update(batch, num_tokens, num_targets, stopped > 0, losses > 0)
+
+    def train(self, update: Update) -> StepResult:
+        """Run one update and advance the counters."""
+        next_step = self.step + 1
+        self.set_learning_rate(next_step)
+        result = train_step(
+            self.train_model,
+            self.optimizer,
+            list(self._micro_batches(update.batch)),
+            update.num_targets,
+            self.ranks,
+            self.grad_clip,
+            on_skip=lambda name: self.report(f"step {next_step}: {name} is not finite; this update is skipped"),
+        )
+        progress = self.progress
+        progress.step = next_step
+        progress.tokens += update.num_tokens
+        progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
+        progress.num_skipped_updates += result.skipped
+        progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if result.skipped else 0
+        self.stream_state = update.batch.state
+        self.throughput.add(update.num_tokens)
+        return result
+
+    def log(self, result: StepResult) -> None:
+        """Write the train line of the current step."""
+        line = {
+            "loss": result.loss,
+            "lr": self.set_learning_rate(self.step),
+            "grad_norm": result.grad_norm,
+            **self.throughput.read(),
+            "peak_memory_bytes": self._peak_memory_bytes(),
+            "num_skipped_updates": self.progress.num_skipped_updates,
+            **self.model_metrics(),
+        }
+        self._write("train", line)
+
+    def evaluate(self, event: str) -> bool:
+        """Write the eval or final line; False if a signal cut the evaluation short."""
+        with self.throughput.paused():
+            numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.stop.is_set)
+            if numbers is None:
+                return False
+            numbers["eval_exhausted"] = self.eval_set.exhausted
+            self.progress.evaluated_step = self.step
+            if event == "eval":
+                self._write(event, numbers)
+                return True
+            peak, wall = self._peak_memory_bytes(), time.monotonic() - self.started
+            cost = {"peak_memory_bytes": peak, "peak_memory_reserved_bytes": self.memory.reserved_bytes(), "wall_seconds": round(wall, 3)}
+            self.final = self._write(event, {**numbers, **cost, **self.final_metrics})
+            return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless this step has one."""
+        if self.saved_step == self.step:
+            return
+        with self.throughput.paused():
+            self.progress.wall_seconds = time.monotonic() - self.started
+            streams = {key: state for part in self.ranks.gather(self.stream_state) for key, state in part.items()}
+            state = {"progress": asdict(self.progress), "stream": streams}
+            path = self.ranks.on_main(lambda: self.checkpointer.save(self.step, self.model, self.optimizer, state))
+            self.saved_step = self.step
+            self._write("checkpoint", {"path": str(path)})
+
+    def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of this rank, in order, `micro_batch_size` at a time, on the device."""
+        for tensors in zip(
+            batch.input_ids.split(self.micro_batch_size), batch.labels.split(self.micro_batch_size), strict=True
+        ):
+            input_ids, labels = (t.to(self.ranks.device, non_blocking=True) for t in tensors)
+            yield input_ids, labels
+
+    def _peak_memory_bytes(self) -> int:
+        return max(self.ranks.gather(self.memory.peak_bytes()))
+
+    def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
+        p = self.progress
+        line = {"event": event, "step": p.step, "tokens": p.tokens, "positions": p.positions, **numbers}
+        for sink in self.sinks:
+            sink.log(line)
+        return line

@@ -1,0 +1,42 @@
+"""What a command answers when it cannot go on: one exit code and one or two lines, never a traceback.
+
+Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is wrong and what to
+change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
+"""
+
+import os
+import sys
+import traceback
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command; under torchrun, torchrun's own code replaces them."""
+
+    OK = 0
+    FAILED = 1  # a fault of ours, or a sweep with a failed job
+    BAD_INPUT = 2  # something the user can mend
+    INTERRUPTED = 3  # SIGTERM or SIGINT; a checkpoint was saved
+    DATA_LOST = 4  # the data could not be read any more; a checkpoint was saved
+    DIVERGED = 5  # the loss or the gradients stayed non-finite
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """The exit code for an exception that ended a command."""
+    return ExitCode.BAD_INPUT if isinstance(error, ValueError | OSError) else ExitCode.FAILED
+
+
+def report_error(error: BaseException, common: bool = False) -> ExitCode:
+    """Print an exception for a person on stderr and return the exit code that goes with it.
+
+    Under torchrun an error that all ranks have (`common`), or that another rank reports, is printed once.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    code = exit_code_of(error)
+    if getattr(error, "told_by_another_rank", False) or (common and rank):
+        return code
+    if code == ExitCode.FAILED or os.environ.get("SLTRAIN_DEBUG") == "1":
+        traceback.print_exception(error, file=sys.stderr)
+    where = f"[rank {rank}] " if rank else ""
+    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,1 @@
+"""The paper's layers, and replacing the linears of any model with them."""

@@ -1,0 +1,76 @@
+"""Replace linear layers inside any model, and put dense ones back.
+
+    def make(name, linear):
+        return SLTrainLinear(linear.in_features, linear.out_features, rank=128, sparsity=0.03, alpha=32)
+
+    replace_linears(model, lambda name, linear: ".mlp." in name, make)
+
+Nothing here knows a model family: which linears are replaced is a predicate over (name, module), what takes their place
+a constructor over the same. A module that hangs in several places of the model (shared weights) is replaced by one new
+module in all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltrain.layers.linear import FactoredLinear, LowRankLinear, SLTrainLinear
+
+
+def replace_linears(
+    model: nn.Module,
+    should_replace: Callable[[str, nn.Linear], bool],
+    make: Callable[[str, nn.Linear], nn.Module],
+) -> list[str]:
+    """Replace in place each nn.Linear that `should_replace(name, linear)` picks by `make(name, linear)`; return names.
+
+    Names are those of `model.named_modules()`. The values of the replaced linear are dropped: this is for training from
+    scratch. Raises ValueError if none was replaced.
+    """
+
+    def matches(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and should_replace(name, module)
+
+    names = _replace(model, matches, make)
+    if not names:
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        found = ", ".join(linears[:4]) + (", ..." if len(linears) > 4 else "") or "none"
+        raise ValueError(f"no linear layer of {type(model).__name__} was chosen for replacement; it has: {found}")
+    return names
+
+
+def merge_to_dense(model: nn.Module) -> list[str]:
+    """Replace in place every SLTrainLinear and LowRankLinear by an nn.Linear that computes the same; return names."""
+
+    def matches(name: str, module: nn.Module) -> bool:
+        return isinstance(module, FactoredLinear)
+
+    return _replace(model, matches, _dense_linear)
+
+
+def _replace(
+    model: nn.Module, matches: Callable[[str, nn.Module], bool], make: Callable[[str, Any], nn.Module]
+) -> list[str]:
+    names: list[str] = []
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name or not matches(name, module):  # the root has no place to be replaced in
+            continue
+        if module not in made:
+            made[module] = make(name, module).train(module.training)
+            names.append(name)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[module])
+    return names
+
+
+@torch.no_grad()
+def _dense_linear(name: str, layer: SLTrainLinear | LowRankLinear) -> nn.Linear:
+    weight = layer.dense_weight()
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone())
+    return linear

@@ -1,0 +1,1 @@
+"""Parameters -> optimizer, steps -> learning rate."""

@@ -1,0 +1,90 @@
+"""`sltrain-train`: pretrain one model, or with -m a sweep of them.
+
+    sltrain-train model=llama_350m sparsity=0.03                  one run
+    sltrain-train -m model=llama_60m rank=64,128                  a sweep, one run after the other
+    torchrun --nproc_per_node=8 -m sltrain.train model=llama_1b   one run on eight GPUs
+
+Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one line and a second.
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from sltrain.compose import check_overrides, conf_dir, register_schema, to_train_config
+from sltrain.config import validate
+from sltrain.errors import ExitCode, report_error
+from sltrain.sweep import Sweep
+
+
+def main() -> None:
+    """The command. Ends the process with one of the codes in errors.py."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-train` with these arguments and return its exit code."""
+    register_schema()
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        if not any(argument in ("-h", "--help", "--hydra-help", "--version") for argument in arguments):
+            check_overrides(overrides)
+        sweep = Sweep.plan(overrides) if any(argument in ("-m", "--multirun") for argument in arguments) else None
+    except ValueError as error:
+        return report_error(error, common=True)
+
+    codes: list[ExitCode] = []
+
+    def task(config: DictConfig) -> None:
+        if sweep is None:
+            codes.append(train(config))
+        else:
+            sweep.run_job()
+
+    sys.argv[1:] = [*arguments, *(sweep.hydra_overrides if sweep else [])]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
+    except SystemExit:  # an interrupted job ends the sweep
+        if sweep is None:
+            raise
+    if sweep is not None:
+        return sweep.finish()
+    return codes[0] if codes else ExitCode.OK  # --help and --cfg run no task
+
+
+def train(composed: DictConfig) -> ExitCode:
+    """Run one training run to its end and say how it ended."""
+    try:
+        config = to_train_config(composed)
+        validate(config)
+    except ValueError as error:
+        return report_error(error, common=True)
+    from sltrain.build import Outcome, build_run, print_line  # torch and the rest, seconds after the cheap checks
+
+    run = None
+    try:
+        run = build_run(config, print_line)
+        if run.is_finished:
+            run.say(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
+            return ExitCode.OK
+        outcome = run.train()
+        run.say(run.farewell(outcome))
+        return {
+            Outcome.FINISHED: ExitCode.OK,
+            Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
+            Outcome.DATA_LOST: ExitCode.DATA_LOST,
+            Outcome.DIVERGED: ExitCode.DIVERGED,
+        }[outcome]
+    except KeyboardInterrupt:
+        print("interrupted before it could save; the last checkpoint stands", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except Exception as error:
+        return report_error(error)
+    finally:
+        if run is not None:
+            run.close()
+
+
+if __name__ == "__main__":
+    main()

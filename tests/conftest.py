@@ -1,0 +1,124 @@
+"""What several test files share: a small real corpus, a tokenizer trained on it, and the command run in process or as a process."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are small
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the checkout; tests that need it are skipped without."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no folder of shared data beside the checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four C4-style shards of real text (pieces of the standard library's source), 240 documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [file.read_text(errors="ignore")[start : start + 1500] for file in files[:60] for start in (0, 1500, 3000, 4500)]
+    texts = [text for text in texts if len(text) > 200]
+    for shard in range(4):
+        with gzip.open(folder / f"train.{shard:05d}.json.gz", "wt") as out:
+            for text in texts[shard::4]:
+                out.write(json.dumps({"text": text, "timestamp": "", "url": ""}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(corpus: Path) -> Path:
+    """A byte-level BPE of 512 pieces."""
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    texts = [json.loads(line)["text"] for file in sorted(corpus.glob("*.gz")) for line in gzip.open(file, "rt")]
+    tokenizer.train_from_iterator(texts, vocab_size=512, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    path = corpus / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path, tokenizer_file: Path) -> list[str]:
+    """Overrides of a run that takes a second: a two-layer model on the small corpus."""
+    return [
+        "model=llama_tiny",
+        "model.hidden_size=32",
+        "model.intermediate_size=64",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "rank=8",
+        "data=local",
+        f"path={corpus}/*.json.gz",
+        f"tokenizer={tokenizer_file}",
+        "data.shuffle_block=16",
+        "data.holdout_every=10",
+        "seq_len=32",
+        "global_batch_size=8",
+        "micro_batch_size=4",
+        "max_steps=6",
+        "warmup_steps=2",
+        "log_every=1",
+        "eval_every=0",
+        "eval_tokens=500",
+        "device=cpu",
+    ]
+
+
+@pytest.fixture
+def sltrain_train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `sltrain-train` in this process: overrides -> (exit code, stdout, stderr)."""
+    from sltrain.train import run_command
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sltrain-train", *arguments])
+        capfd.readouterr()
+        code = run_command(list(arguments))
+        out, err = capfd.readouterr()
+        return int(code), out, err
+
+    return run
+
+
+@pytest.fixture
+def start_process() -> Callable[..., "subprocess.Popen[str]"]:
+    """Start `python -m sltrain.train` (or torchrun, with `num_ranks`) as a process with piped output."""
+    started = []
+
+    def start(*arguments: str, num_ranks: int = 1, **environment: str) -> "subprocess.Popen[str]":
+        launcher = [sys.executable]
+        if num_ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        process = subprocess.Popen(
+            [*launcher, "-m", "sltrain.train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], list[dict]]:
+    """The lines of a run's metrics.jsonl."""
+    return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,122 @@
+"""Replacing linears inside models of any kind, and merging them back."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sltrain.layers.convert import merge_to_dense, replace_linears
+from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+
+
+def sltrain_layer(name, linear):
+    return SLTrainLinear(
+        linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8, bias=linear.bias is not None
+    )
+
+
+def low_rank_layer(name, linear):
+    return LowRankLinear(linear.in_features, linear.out_features, rank=4, alpha=8, bias=linear.bias is not None)
+
+
+def everything(name, linear):
+    return True
+
+
+def tiny_llama():
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_a_transformers_llama_trains_with_replaced_projections():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    names = replace_linears(model, lambda name, linear: "lm_head" not in name, sltrain_layer)
+    kinds = ["self_attn." + kind for kind in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    kinds += ["mlp." + kind for kind in ("gate_proj", "up_proj", "down_proj")]
+    assert names == [f"model.layers.{layer}.{kind}" for layer in range(2) for kind in kinds]
+    assert isinstance(model.model.layers[1].self_attn.q_proj, SLTrainLinear)
+    assert type(model.lm_head) is nn.Linear
+    input_ids = torch.randint(50, (2, 9))
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert gradients["model.layers.0.mlp.up_proj.values"].abs().sum() > 0
+
+
+def test_a_transformers_vit_learns_with_replaced_linears():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = transformers.ViTForImageClassification(config)
+    names = replace_linears(model, lambda name, linear: "classifier" not in name, sltrain_layer)
+    assert len(names) == 2 * 6
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(pixel_values=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 1.0 and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("make", [sltrain_layer, low_rank_layer])
+def test_merging_gives_the_same_function_in_plain_linears(make):
+    model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Sequential(nn.Linear(20, 6, bias=False))).double().eval()
+    assert replace_linears(model, everything, lambda name, linear: make(name, linear).double()) == ["0", "2.0"]
+    nn.init.normal_(model[0].B)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = model(x)
+    assert merge_to_dense(model) == ["0", "2.0"]
+    assert [type(module) for module in (model[0], model[2][0])] == [nn.Linear, nn.Linear]
+    assert not model[0].training and model[0].weight.dtype == torch.float64 and model[2][0].bias is None
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "2.0.weight"}
+    torch.testing.assert_close(model(x), expected)
+    assert merge_to_dense(model) == []
+
+
+def test_merging_copies_instead_of_sharing_the_bias():
+    model = nn.Sequential(sltrain_layer("", nn.Linear(12, 20)))
+    bias = model[0].bias
+    merge_to_dense(model)
+    assert model[0].weight.requires_grad and model[0].bias.data_ptr() != bias.data_ptr()
+
+
+def test_a_module_in_two_places_stays_one_module():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"first": nn.Sequential(shared), "second": nn.Sequential(shared)})
+    assert replace_linears(model, everything, sltrain_layer) == ["first.0"]
+    assert isinstance(model["first"][0], SLTrainLinear) and model["first"][0] is model["second"][0]
+
+
+def test_the_predicate_sees_name_and_module():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16))
+    assert replace_linears(model, lambda name, linear: linear.out_features > 8, sltrain_layer) == ["2"]
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "found"), [(nn.Sequential(nn.Linear(8, 8)), "it has: 0"), (nn.Sequential(nn.ReLU()), "it has: none")]
+)
+def test_replacing_nothing_is_refused(model, found):
+    with pytest.raises(ValueError, match=f"no linear layer of Sequential was chosen for replacement; {found}"):
+        replace_linears(model, lambda name, linear: False, sltrain_layer)

@@ -1,0 +1,160 @@
+"""What each method puts in place of a linear, what overrides change, and what is refused in words."""
+
+import pytest
+import torch
+from torch import nn
+
+from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+from sltrain.methods import METHODS
+from sltrain.methods.advice import warnings
+from sltrain.methods.settings import MethodSettings, pattern_fits
+
+
+def make_model(device="meta", dtype=torch.float32):
+    """Two blocks of two linears and a head that is never chosen."""
+
+    def block():
+        return nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(32, 16, device=device, dtype=dtype),
+                "up_proj": nn.Linear(16, 48, bias=False, device=device, dtype=dtype),
+            }
+        )
+
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(48, 10, device=device, dtype=dtype)}
+    )
+
+
+def chosen(name, linear):
+    return name != "head"
+
+
+NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_proj"]
+
+
+def make_settings(**changes):
+    return MethodSettings(**{"rank": 4, "sparsity": 0.1, "alpha": 8, **changes})
+
+
+@pytest.mark.parametrize(("method", "kind"), [("sltrain", SLTrainLinear), ("low_rank", LowRankLinear)])
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.bfloat16), ("cpu", torch.float64)])
+def test_chosen_linears_are_replaced_on_their_device_in_their_dtype(method, kind, device, dtype):
+    model = make_model(device, dtype)
+    assert METHODS[method].replace(model, make_settings(), chosen) == NAMES
+    for name in NAMES:
+        layer = model.get_submodule(name)
+        assert type(layer) is kind and layer.rank == 4 and layer.scale == 2
+        assert all(p.device.type == device and p.dtype == dtype for p in layer.parameters())
+        assert (layer.bias is None) == ("up_proj" in name)
+    assert type(model["head"]) is nn.Linear
+
+
+def test_full_replaces_nothing():
+    model = make_model()
+    assert METHODS["full"].replace(model, make_settings(), chosen) == []
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in NAMES)
+
+
+def test_overrides_reach_the_layers_they_name_and_the_last_wins():
+    model = make_model()
+    settings = make_settings(
+        rank_overrides={"*_proj": 5, "q_proj": 6, "layers.1.*": 0},
+        sparsity_overrides={"up_proj": 0.0, "layers.1.*": 0.5},
+    )
+    METHODS["sltrain"].replace(model, settings, chosen)
+    found = {name: (model.get_submodule(name).rank, model.get_submodule(name).sparsity) for name in NAMES}
+    assert found == {
+        "layers.0.q_proj": (6, 0.1),
+        "layers.0.up_proj": (5, 0.0),
+        "layers.1.q_proj": (0, 0.5),
+        "layers.1.up_proj": (0, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        ("model.layers.0.mlp.up_proj", True),
+        ("model.layers.*.up_proj", True),
+        ("up_proj", True),
+        ("mlp", True),
+        ("*_proj", True),
+        ("model.layers.[0-3].*", True),
+        ("proj", False),
+        ("up", False),
+        ("layers.0", False),
+        ("UP_PROJ", False),
+    ],
+)
+def test_patterns_fit_the_name_or_one_of_its_parts(pattern, fits):
+    assert pattern_fits(pattern, "model.layers.0.mlp.up_proj") is fits
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [("sltrain", "rank_overrides", 4), ("sltrain", "sparsity_overrides", 0.1), ("low_rank", "rank_overrides", 4)],
+)
+@pytest.mark.parametrize("pattern", ["k_proj", "head"])
+def test_a_pattern_that_fits_nothing_is_named_with_names_to_use(method, key, value, pattern):
+    model = make_model()
+    with pytest.raises(ValueError) as error:
+        METHODS[method].replace(model, make_settings(**{key: {"q_proj": value, pattern: value}}), chosen)
+    for word in (key, repr(pattern), "layers.0.q_proj", "up_proj"):
+        assert word in str(error.value)
+    assert type(model.get_submodule("layers.0.q_proj")) is nn.Linear  # nothing was touched
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("sltrain", {"rank": -1}, "layers.0.q_proj: rank must be between 0 and 16 for a 16 x 32 matrix, got -1"),
+        ("low_rank", {"rank": -1}, "layers.0.q_proj: rank must be between 0 and 16"),
+        ("low_rank", {"rank": 0}, "layers.0.q_proj: a low-rank layer needs a rank of at least 1"),
+        ("sltrain", {"rank_overrides": {"up_proj": 17}}, "layers.0.up_proj: rank must be between 0 and 16 .* got 17"),
+        ("sltrain", {"sparsity": 1.0}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got 1.0"),
+        ("sltrain", {"sparsity": -0.5}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got -0.5"),
+        ("sltrain", {"rank": 0, "sparsity": 0.0}, "layers.0.q_proj: rank 0 and sparsity 0.0 leave nothing to train"),
+        ("full", {"rank_overrides": {"q_proj": 4}}, "rank_overrides has no effect with method=full"),
+        ("full", {"sparsity_overrides": {"q_proj": 0.1}}, "sparsity_overrides has no effect with method=full"),
+        ("low_rank", {"sparsity_overrides": {"q_proj": 0.1}}, "sparsity_overrides has no effect with method=low_rank"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(method, changes, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS[method].replace(make_model(), make_settings(**changes), chosen)
+
+
+@pytest.mark.parametrize("method", ["sltrain", "low_rank"])
+def test_choosing_nothing_is_refused(method):
+    with pytest.raises(ValueError, match="no linear layer of ModuleDict was chosen"):
+        METHODS[method].replace(make_model(), make_settings(), lambda name, linear: False)
+
+
+def test_layers_that_cannot_pay_are_named_in_one_line():
+    model = make_model()
+    METHODS["sltrain"].replace(model, make_settings(rank_overrides={"q_proj": 11}), chosen)
+    heavy, indices = warnings(model)
+    # 11 * (32 + 16) + int(0.1 * 512) = 579 values for 512; up_proj: 4 * 64 + 76 = 332 for 768
+    assert "2 of 4 layers" in heavy and "layers.0.q_proj: 579 for 16 x 32" in heavy
+    assert "positions of S" in indices
+
+
+def test_a_product_exactly_as_large_as_the_matrix_does_not_pay():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    METHODS["low_rank"].replace(model, make_settings(rank=2), lambda name, linear: True)
+    assert len(warnings(model)) == 1 and "1 of 1 layers" in warnings(model)[0]
+
+
+@pytest.mark.parametrize(("dtype", "megabytes"), [(torch.float32, "0.8"), (torch.bfloat16, "0.4")])
+def test_heavy_positions_are_told_with_their_size(dtype, megabytes):
+    model = nn.Sequential(nn.Linear(1000, 1000, bias=False, device="meta", dtype=dtype))
+    METHODS["sltrain"].replace(model, make_settings(sparsity=0.2), lambda name, linear: True)
+    (line,) = warnings(model)
+    assert f"take 0.8 MB beside {megabytes} MB" in line
+
+
+def test_nothing_to_warn_about():
+    model = make_model()
+    METHODS["low_rank"].replace(model, make_settings(), chosen)
+    assert warnings(model) == [] == warnings(make_model())

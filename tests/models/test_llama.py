@@ -1,0 +1,256 @@
+"""The decoder against transformers', its start, and its options."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sltrain.config import ModelConfig
+from sltrain.layers.convert import replace_linears
+from sltrain.layers.linear import SLTrainLinear
+from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection
+
+VOCABULARY = 61
+
+
+def make_config(**changes):
+    shape = {
+        "name": "test",
+        "hidden_size": 32,
+        "intermediate_size": 43,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+    }
+    return ModelConfig(**{**shape, **changes})
+
+
+def make_pair(**changes):
+    """Our model, and transformers' holding the same weights; loaded strictly, first one way and then the other."""
+    torch.manual_seed(0)
+    config = make_config(**changes)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    with torch.no_grad():  # norms other than 1, weights large enough to matter
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    ours = LlamaForCausalLM(config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    return ours, theirs
+
+
+SHAPES = [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 1e-3}]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 19])
+@torch.no_grad()
+def test_logits_equal_transformers(changes, length):
+    ours, theirs = make_pair(**changes)
+    input_ids = torch.randint(VOCABULARY, (3, length))
+    torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_right_padding_needs_no_mask():
+    ours, theirs = make_pair(num_key_value_heads=2)
+    input_ids = torch.randint(VOCABULARY, (3, 12))
+    mask = torch.arange(12) < torch.tensor([12, 7, 1])[:, None]
+    expected = theirs(input_ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(ours(input_ids)[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_and_gradients_equal_transformers():
+    ours, theirs = make_pair(num_key_value_heads=2)
+    input_ids = torch.randint(VOCABULARY, (3, 12))
+    labels = input_ids.masked_fill(torch.arange(12) >= torch.tensor([12, 7, 2])[:, None], -100)
+    num_targets = (labels[:, 1:] != -100).sum()
+    loss = ours(input_ids, labels)
+    expected = theirs(input_ids, labels=labels).loss * num_targets
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_rows_of_one_token_and_rows_without_targets_have_no_loss():
+    ours, _ = make_pair()
+    one = torch.randint(VOCABULARY, (2, 1))
+    assert ours(one, one).item() == 0
+    pads = torch.full((2, 5), -100)
+    assert ours(pads.clamp(min=0), pads).item() == 0
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32():
+    ours, _ = make_pair()
+    input_ids = torch.randint(VOCABULARY, (3, 19))
+    exact, exact_loss = ours(input_ids), ours(input_ids, input_ids)
+    ours.bfloat16()
+    logits, loss = ours(input_ids), ours(input_ids, input_ids)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert (logits.float() - exact).norm() < 0.05 * exact.norm()
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=0.02)
+
+
+def with_sltrain(config, **options):
+    """The model with replaced projections, built on meta and then made real with every byte set to NaN or nonsense."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config, **options)
+        replace_linears(model, is_projection, lambda name, linear: sltrain_layer(linear))
+    model.to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+    return model
+
+
+def sltrain_layer(linear):
+    return SLTrainLinear(linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8)
+
+
+def test_meta_replace_empty_init_leaves_nothing_unset():
+    model = with_sltrain(make_config())
+    model.init_weights(seed=1)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.isfinite(tensor).all() and (tensor >= 0).all() | tensor.is_floating_point(), name
+    input_ids = torch.randint(VOCABULARY, (2, 9))
+    loss = model(input_ids, input_ids)
+    assert loss.item() / 16 == pytest.approx(torch.tensor(VOCABULARY).log().item(), rel=0.1)  # a uniform guess
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_the_start_depends_on_seed_and_name_alone():
+    first = with_sltrain(make_config())
+    first.init_weights(seed=1)
+    torch.randn(100)  # moves torch's default generator
+
+    second = LlamaForCausalLM(make_config())  # built on the CPU, replaced back to front, one layer fewer before
+    torch.manual_seed(5)
+    for kind in ("down_proj", "o_proj", "q_proj", "up_proj", "k_proj", "v_proj", "gate_proj"):
+        replace_linears(
+            second, lambda name, linear, kind=kind: kind in name, lambda name, linear: sltrain_layer(linear)
+        )
+    second.init_weights(seed=1)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+    shallow = with_sltrain(make_config(num_hidden_layers=1))
+    shallow.init_weights(seed=1)
+    for name, tensor in shallow.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+
+    second.init_weights(seed=2)
+    layers = first.model.layers
+    supports = [layer.self_attn.q_proj.indices for layer in layers] + [layers[0].self_attn.k_proj.indices]
+    supports.append(second.model.layers[0].self_attn.q_proj.indices)
+    assert len({tuple(indices.tolist()) for indices in supports}) == len(supports)
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+def test_bfloat16_starts_at_the_rounded_float32_values():
+    exact, rounded = with_sltrain(make_config()), with_sltrain(make_config()).bfloat16()
+    exact.init_weights(seed=1)
+    rounded.init_weights(seed=1)
+    for name, tensor in rounded.state_dict().items():
+        assert torch.equal(tensor, exact.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_dense_start_is_normal_and_norms_are_one():
+    model = LlamaForCausalLM(make_config(hidden_size=64, vocab_size=500, initializer_range=0.05))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    model.init_weights(seed=0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.05, rel=0.05), name
+            assert parameter.mean().item() == pytest.approx(0, abs=0.005), name
+
+
+def test_generators_differ_by_seed_and_name():
+    seeds = {_named_generator(seed, name).initial_seed() for seed in range(5) for name in ("", "a", "model.a")}
+    assert len(seeds) == 15
+
+
+def test_checkpointing_changes_memory_not_numbers():
+    kept, recomputed = with_sltrain(make_config()), with_sltrain(make_config(), activation_checkpointing=True)
+    input_ids = torch.randint(VOCABULARY, (2, 9))
+    saved_bytes = []
+    for model in (kept, recomputed):
+        model.init_weights(seed=1)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda t: t
+        ):
+            loss = model(input_ids, input_ids)
+        loss.backward()
+        saved_bytes.append(sum(tensor.nbytes for tensor in saved))
+    assert torch.equal(kept(input_ids, input_ids), recomputed(input_ids, input_ids))
+    for (name, parameter), other in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), name
+    assert saved_bytes[1] < 0.5 * saved_bytes[0]
+
+
+def test_autocast_trains():
+    model = with_sltrain(make_config())
+    model.init_weights(seed=1)
+    input_ids = torch.randint(VOCABULARY, (2, 9))
+    exact = model(input_ids, input_ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids, input_ids)
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_it_learns():
+    model = with_sltrain(make_config(num_hidden_layers=2))
+    model.init_weights(seed=1)
+    input_ids = torch.randint(VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids, input_ids) / 64
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 3.5 and losses[-1] < 0.3 * losses[0]
+
+
+def test_projections_are_exactly_the_papers():
+    model = LlamaForCausalLM(make_config(num_hidden_layers=1))
+    chosen = [name.rpartition(".")[2] for name, module in model.named_modules() if is_projection(name, module)]
+    assert chosen == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert not is_projection("lm_head", nn.Linear(2, 2)) and not is_projection("q_proj", nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": None}, "model test has no vocabulary size"),
+        ({"num_attention_heads": 5}, "hidden_size 32 must be an even multiple of num_attention_heads 5"),
+        ({"num_attention_heads": 32}, "hidden_size 32 must be an even multiple of num_attention_heads 32"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM(make_config(**changes))

@@ -1,0 +1,139 @@
+"""The chunked loss against torch's cross-entropy, and the bound on the logits it holds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sltrain.models.loss import CHUNK_BYTES, MIN_CHUNK_ROWS, chunked_cross_entropy_sum, default_chunk_rows
+
+ROWS, SIZE, VOCABULARY = 23, 8, 50
+
+
+def make(dtype=torch.float64, ignored=0.3):
+    source = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, SIZE, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, SIZE, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=source)
+    labels[torch.rand(ROWS, generator=source) < ignored] = -100
+    return hidden, weight, labels
+
+
+def reference(hidden, weight, labels):
+    return F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="sum")
+
+
+@pytest.fixture(params=["rows with a target", "all rows"])
+def visited(request, monkeypatch):
+    """The CPU leaves rows without a target out, a GPU visits all: both ways are run here."""
+    if request.param == "all rows":
+        monkeypatch.setattr("sltrain.models.loss._rows_to_visit", lambda labels: torch.arange(len(labels)))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 23, 100, None])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+def test_equals_torch_in_float64(chunk_rows, ignored, visited):
+    hidden, weight, labels = make(ignored=ignored)
+    loss = chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows)
+    expected = reference(hidden, weight, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(0.37 * loss, (hidden, weight))
+    for gradient, exact in zip(gradients, torch.autograd.grad(0.37 * expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient(frozen):
+    hidden, weight, labels = make()
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    chunked_cross_entropy_sum(hidden, weight, labels, 4).backward()
+    gradients = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    reference(hidden, weight, labels).backward()
+    for gradient, tensor in zip(gradients, (hidden, weight), strict=True):
+        assert (gradient is None) == (tensor.grad is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, tensor.grad)
+
+
+class Recorder(TorchDispatchMode):
+    """Largest number of rows of any (rows, VOCABULARY) tensor made, and the number of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket is torch.ops.aten.mm
+        if isinstance(result, torch.Tensor) and result.shape[1:] == (VOCABULARY,):
+            self.rows = max(self.rows, result.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 10])
+def test_never_more_than_a_chunk_of_logits(chunk_rows):
+    hidden, weight, labels = make(dtype=torch.float32, ignored=0.0)
+    with Recorder() as recorder:
+        chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows).backward()
+    # weight^T, a view of (SIZE, VOCABULARY), is the one other tensor of that width.
+    assert recorder.rows == max(chunk_rows, SIZE)
+    assert recorder.products == 3 * -(-ROWS // chunk_rows)
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    hidden, weight, labels = make(dtype=torch.float32, ignored=0.0)
+    with torch.no_grad(), Recorder() as recorder:
+        loss = chunked_cross_entropy_sum(hidden, weight, labels, 10)
+    assert recorder.products == 3 and not loss.requires_grad
+    torch.testing.assert_close(loss, reference(hidden, weight, labels).detach())
+
+
+def test_bfloat16_gives_a_float32_loss_and_bfloat16_gradients():
+    hidden, weight, labels = make(dtype=torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    loss, expected = chunked_cross_entropy_sum(hidden, weight, labels, 4), reference(*exact, labels)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    (loss / 3).backward()
+    (expected / 3).backward()
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad.double() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
+
+
+def test_autocast_multiplies_in_its_dtype_and_returns_float32():
+    hidden, weight, labels = make(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = chunked_cross_entropy_sum(hidden, weight, labels, 4)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference(hidden, weight, labels).item(), rel=5e-3)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, labels = make(dtype=torch.float32)
+    loss = chunked_cross_entropy_sum(1e4 * hidden, weight, labels, 4)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+def test_no_rows_give_zero():
+    hidden, weight, labels = make()
+    loss = chunked_cross_entropy_sum(hidden[:0], weight, labels[:0])
+    loss.backward()
+    assert loss.item() == 0 and torch.count_nonzero(weight.grad) == 0
+
+
+def test_a_second_derivative_is_refused_instead_of_wrong():
+    hidden, weight, labels = make()
+    loss = chunked_cross_entropy_sum(hidden, weight, labels)
+    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_default_chunk_fills_its_budget_or_has_enough_rows():
+    rows = default_chunk_rows(32_000)
+    assert 0.99 * CHUNK_BYTES < rows * 32_000 * 4 <= CHUNK_BYTES
+    assert default_chunk_rows(10**6) == MIN_CHUNK_ROWS
