@@ -66,11 +66,12 @@ class Run:
         return outcome
 
     def close(self) -> None:
-        """Stop the stream's thread, the sinks and the process group."""
+        """Stop the stream's thread, the sinks and the process group, and give the folder free."""
         if self.trainer is not None:
             self.trainer.stream.close()
             for sink in self.trainer.sinks:
                 sink.close()
+        self.folder.release()
         self.ranks.stop()
 
     @property

@@ -110,7 +110,7 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     message = str(cause).splitlines()[0]
     if "converted to Integer" in message:
         message += " (write whole numbers out: 1_000_000)"
-    typed = next((o for o in overrides if key and o.lstrip("+~").partition("=")[0] == key), None)
+    typed = next((o for o in reversed(overrides) if key and o.lstrip("+~").partition("=")[0] == key), None)
     return f"{typed or key}: {message}" if (typed or key) else message
 
 

@@ -5,10 +5,9 @@ no connection stays open between two blocks of documents (a shard of C4 lasts fo
 that is cut, refused or silent is taken up again at the byte where it broke: the decompressor above does not notice,
 nothing is read twice and nothing is lost.
 
-Why not `datasets.load_dataset(streaming=True)`: its JSON reader (5.2.0) ends the run at one bad record and hands out
-rows in blocks whose position it cannot resume record by record across a shuffle, its retries and waits are module
-constants, and its opening makes a dozen requests for metadata. What remains after leaving its reader out is one HTTP
-request, which is made here.
+Why not `datasets.load_dataset(streaming=True)`: its JSON reader (measured with 5.2.0) ends at one bad record and loses
+the 10 MB around it, a shuffled stream does not resume exactly, retries and waits are module constants, and opening it
+takes a dozen requests for metadata. Without its reader, what remains is one HTTP request, which is made here.
 """
 
 import io
@@ -21,7 +20,6 @@ from sltrain.data.documents import BadData, DataError, Document, NetworkError
 from sltrain.data.records import read_documents
 
 RETRIED_STATUS = (408, 425, 429)  # besides all of 5xx
-LOCAL_ALTERNATIVE = "check the connection, or use data=local path=GLOB or data=stdlib"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,9 @@ class RetryPolicy:
     def wait_before(self, attempt: int) -> float:
         """Seconds to wait before retry number `attempt` (1, 2, ...)."""
         return min(self.first_wait * 2 ** (attempt - 1), self.max_wait)
+
+
+DEFAULT_RETRY = RetryPolicy()
 
 
 class HubFiles:
@@ -81,7 +82,7 @@ class HubFiles:
         self.revision = revision
         self.bad = BadData(on_bad_data, report)
         self.report = report
-        self.retry = retry or RetryPolicy()
+        self.retry = retry or DEFAULT_RETRY
 
     def fingerprint(self) -> str:
         return f"{self.repo}@{self.revision}, {self.num_shards} shards, first {self.files[0]}"
@@ -90,18 +91,11 @@ class HubFiles:
         return f"{self.repo}/{self.files[shard]}"
 
     def check(self) -> None:
-        """One small request with little patience; NetworkError if the Hub cannot be reached, DataError if it has no
-        such file."""
-        file = self._open(0)
-        for attempt in range(self.retry.start_retries + 1):
-            try:
-                next(file.request(0, 1), None)
-                return
-            except ConnectionError as error:
-                lost = error
-                if attempt < self.retry.start_retries:
-                    time.sleep(self.retry.first_wait)
-        raise NetworkError(f"cannot reach {file.url}: {lost}; {LOCAL_ALTERNATIVE}")
+        """One small request; NetworkError if the Hub cannot be reached, DataError if it has no such file."""
+        try:
+            self._open(0).probe()
+        except NetworkError as error:
+            raise NetworkError(f"{error}; check the connection, or use data=local path=GLOB or data=stdlib") from None
 
     def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
         def opener() -> BinaryIO:
@@ -138,6 +132,18 @@ class HubFile(io.RawIOBase):
         buffer[:count] = self._block[:count]
         self._block = self._block[count:]
         return count
+
+    def probe(self) -> None:
+        """Ask for one byte with little patience; raises NetworkError or DataError."""
+        for attempt in range(self.retry.start_retries + 1):
+            try:
+                next(self.request(0, 1), None)
+                return
+            except ConnectionError as error:
+                lost = error
+                if attempt < self.retry.start_retries:
+                    time.sleep(self.retry.first_wait)
+        raise NetworkError(f"cannot reach {self.url}: {lost}")
 
     def _fetch(self) -> bytes:
         """The next range_bytes of the file (fewer at its end), through as many connections as it takes."""
@@ -206,7 +212,7 @@ class HubFile(io.RawIOBase):
             raise ConnectionError(f"the server answered {status}")
         reasons = {401: "a login is needed", 403: "access is refused", 404: "there is no such file or revision"}
         reason = reasons.get(status, "the server refuses the request")
-        raise DataError(f"{self.url}: {reason} (HTTP {status}); check data.repo, data.revision and the file name")
+        raise DataError(f"{self.url}: {reason} (HTTP {status}); check its name and revision")
 
     def _read_extent(self, status: int, headers: Mapping[str, str], first: int, count: int) -> tuple[int, int]:
         """Learn the size of the file; return (bytes to skip, bytes to take) of this response.

@@ -1,13 +1,11 @@
 """The order of the corpus: which stream reads which documents, and in which order, in every epoch.
 
 1. Slices. A corpus of n shards is read by L logical streams. If n >= L each shard is one slice; if not, each is cut
-in c = L / gcd(n, L)
-   slices, slice j holding the records with index % c == j, so that n * c is a multiple of L.
+   in c = L / gcd(n, L) slices, slice j holding the records with index % c == j, so that n * c is a multiple of L.
 2. Dealing. The slices, permuted by the seed alone, are dealt round-robin to the streams: a document belongs to one
-stream for good.
+   stream for good.
 3. Shuffling. In each epoch a stream reads its slices in an order of its own, and each slice in blocks of B
-consecutive documents that are
-   shuffled one by one. No document moves further than its block, so a position is a few numbers.
+   consecutive documents that are shuffled one by one. No document leaves its block, so a position is a few numbers.
 
 A permutation sorts by a keyed BLAKE2 hash of the element. Libraries change their generators between releases; a hash
 never changes, and any position of any epoch can be computed without the ones before it.

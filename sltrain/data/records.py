@@ -36,7 +36,7 @@ def read_documents(
 
     `opener` opens the raw bytes; `file` is the name in messages and its ending decides the format.
     """
-    num_read = 0  # records that came out of the file, whether asked for or not
+    last_good = 0  # 1-based, of the records asked for
     try:
         with opener() as raw:
             for index, line, parse in _records(raw, file):
@@ -46,9 +46,9 @@ def read_documents(
                     except (ValueError, TypeError) as error:
                         bad.record(file, line, str(error))
                     else:
+                        last_good = index + 1
                         if text:
                             yield Document(index, text)
-                num_read = index + 1
     except (NetworkError, DataError):
         raise
     except PermissionError:
@@ -56,7 +56,7 @@ def read_documents(
     except FileNotFoundError:
         raise DataError(f"{file} is gone; the files of a corpus must stay in place while it is used") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSError and ValueError
-        bad.rest_of_file(file, num_read, _one_line(error))
+        bad.rest_of_file(file, last_good, _one_line(error))
 
 
 def _records(raw: BinaryIO, file: str) -> Iterator[tuple[int, int, Callable[[], str | None]]]:

@@ -109,8 +109,8 @@ class Checkpointer:
             if reason is None:
                 raise
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}. Earlier checkpoints are "
-                "untouched: make room there, or lower keep_last, and start the same command again."
+                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}. "
+                "Earlier ones are untouched: make room there, or lower keep_last, and start the same command again."
             ) from error
         self._prune(step)
         return final
@@ -204,7 +204,9 @@ def _write_files(folder: Path, step: int, model: nn.Module, optimizer: Optimizer
 def _publish(partial: Path, final: Path) -> None:
     """Give the complete folder `partial` its name, and point `latest` at it."""
     if final.exists():  # a kill between these two renames leaves `.old`, which find_latest accepts
-        os.rename(final, final.with_name(f"{final.name}.old"))
+        replaced = final.with_name(f"{final.name}.old")
+        _remove(replaced)
+        os.rename(final, replaced)
     os.rename(partial, final)
     _fsync(final.parent)
     pointer = final.with_name("latest.tmp")
@@ -248,6 +250,7 @@ def _remove(path: Path) -> None:
     elif path.exists():
         if path.suffix != ".tmp":
             doomed = path.with_name(f"{path.name}.tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
             os.rename(path, doomed)
             path = doomed
         shutil.rmtree(path)

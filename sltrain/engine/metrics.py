@@ -185,8 +185,11 @@ class ProgressBar:
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._begin, self._last_line = clock(), -math.inf
         self._bar: tqdm[Any] | None = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=max_steps, initial=first_step, file=self._stream, unit="step", dynamic_ncols=True)
+        if _has_columns(self._stream):
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(
+                total=max_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True
+            )
 
     def log(self, event: Event) -> None:
         if event["event"] == "train":
@@ -197,8 +200,8 @@ class ProgressBar:
     def _show(self, event: Event) -> None:
         step = event["step"]
         numbers = (
-            f"loss {event['loss']:.3f}, perplexity {safe_exp(event['loss']):.4g}, "
-            f"{event['tokens_per_second']:,.0f} tokens/s, peak {event['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"loss {event['loss']:.3f}, perplexity {safe_exp(event['loss']):,.2f}, "
+            f"{event['tokens_per_second']:,.0f} tok/s, peak {event['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(numbers, refresh=False)
@@ -222,11 +225,16 @@ class ProgressBar:
             self._bar.close()
 
 
+def _has_columns(stream: TextIO) -> bool:
+    """Whether a bar can be drawn there. Some pseudo terminals say that they have no columns."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+
+
 def _evaluation_line(event: Event) -> str:
     what = "final evaluation" if event["event"] == "final" else "evaluation"
     return (
-        f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:.4g} "
-        f"(counted as in the published tables: {event['perplexity_galore_protocol']:.4g}), "
+        f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f} "
+        f"(counted as in the published tables: {event['perplexity_galore_protocol']:,.2f}), "
         f"{event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
     )
 

@@ -78,6 +78,11 @@ class RunFolder:
         write_atomically(self.tokenizer_file, tokenizer_json)
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False))
 
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
     def finish(self, final: dict[str, Any]) -> None:
         """Write summary.json: from now on the run is finished."""
         write_atomically(self.summary_file, json.dumps(final, indent=2) + "\n")

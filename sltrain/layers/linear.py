@@ -28,8 +28,7 @@ from sltrain.layers.support import draw_support, num_nonzero
 
 
 class FactoredLinear(nn.Module):
-    """What both layers share: the factors A and B, an optional bias, their start and their norms. Not a layer by
-    itself."""
+    """What both layers share: the factors A and B, an optional bias, their start and norms. Not a layer by itself."""
 
     def __init__(
         self,
@@ -83,9 +82,8 @@ class FactoredLinear(nn.Module):
         bound = 1 / math.sqrt(self.in_features)
         _fill_uniform(self.A, bound, generator)
         if self.num_sparse == 0:
-            _fill_uniform(
-                self.B, math.sqrt(3 / self.rank) / self.scale, generator
-            )  # uniform in +-b has the variance b^2 / 3
+            # uniform in +-b has the variance b^2 / 3
+            _fill_uniform(self.B, math.sqrt(3 / self.rank) / self.scale, generator)
         else:
             nn.init.zeros_(self.B)
         if self.bias is not None:

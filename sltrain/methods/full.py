@@ -8,6 +8,5 @@ from sltrain.methods.settings import MethodSettings
 
 
 def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]) -> list[str]:
-    """Replace nothing. Raises ValueError if rank or sparsity overrides are set, which could have no effect."""
-    settings.refuse_overrides("full", "rank_overrides", "sparsity_overrides")
+    """Replace nothing. Rank, sparsity and their overrides belong to the model's recipe and are not used."""
     return []

@@ -12,10 +12,9 @@ from sltrain.methods.settings import MethodSettings, chosen_names
 def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]) -> list[str]:
     """Put a LowRankLinear in place of each chosen linear, on its device and in its dtype; return their names.
 
-    `settings.sparsity` belongs to the model's recipe and is not used. Raises ValueError for a rank a layer cannot have,
-    for sparsity_overrides, for a pattern that fits nothing, and if no linear was chosen.
+    The sparsity and its overrides belong to the model's recipe and are not used. Raises ValueError for a rank a layer
+    cannot have, for a pattern that fits nothing, and if no linear was chosen.
     """
-    settings.refuse_overrides("low_rank", "sparsity_overrides")
     settings.check_patterns(chosen_names(model, should_replace))
 
     def make(name: str, linear: nn.Linear) -> nn.Module:

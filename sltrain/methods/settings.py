@@ -32,20 +32,14 @@ class MethodSettings:
         return rank, sparsity
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise ValueError for an override that fits none of `names`."""
+        """Raise ValueError for an override that fits none of `names` (without any names there is nothing to check)."""
         names = list(names)
         for key in ("rank_overrides", "sparsity_overrides"):
             for pattern in getattr(self, key):
-                if not any(pattern_fits(pattern, name) for name in names):
+                if names and not any(pattern_fits(pattern, name) for name in names):
                     raise ValueError(
                         f"{key}: the pattern {pattern!r} fits no replaced layer; try for example {_examples(names)}"
                     )
-
-    def refuse_overrides(self, method: str, *keys: str) -> None:
-        """Raise ValueError if an override is set that `method` has no use for."""
-        for key in keys:
-            if getattr(self, key):
-                raise ValueError(f"{key} has no effect with method={method}: remove it, or choose method=sltrain")
 
 
 class Method(Protocol):

@@ -87,7 +87,7 @@ def _run_chunks(
             continue
         # From here on `logits` holds d loss / d logits: softmax - onehot, zero where there is no target.
         logits.sub_(log_normalizer.unsqueeze(1)).exp_()
-        logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact)).mul_(has_target.unsqueeze(1))
+        logits.scatter_(1, target, logits.gather(1, target) - 1).mul_(has_target.unsqueeze(1))
         grad_logits = logits.to(hidden.dtype)
         if grad_hidden is not None:
             grad_hidden[rows] = grad_logits @ weight
@@ -97,8 +97,7 @@ def _run_chunks(
 
 
 def _rows_to_visit(labels: Tensor) -> Tensor:
-    """Row numbers. Rows without a target are left out on the CPU; on a GPU counting them would make the host wait for
-    the device."""
+    """Row numbers. The CPU leaves out rows without a target; counting them on a GPU would make the host wait for it."""
     if labels.device.type == "cpu":
         return (labels != IGNORE).nonzero().squeeze(1)
     return torch.arange(len(labels), device=labels.device)

@@ -71,14 +71,15 @@ def test_norms_are_those_of_the_dense_matrices(rank, sparsity, seed):
     assert layer.sparse_norm().item() == pytest.approx(sparse.norm().item(), rel=1e-4)
 
 
-def test_low_rank_norm_of_nearly_cancelling_factors_is_not_nan():
-    layer = LowRankLinear(8, 8, 2, alpha=2)
+@pytest.mark.parametrize("seed", range(8))  # without the clamp rounding gives a negative square for some of them
+def test_low_rank_norm_of_cancelling_factors_is_not_nan(seed):
+    layer = LowRankLinear(64, 64, 2, alpha=2, generator=generator(seed))
     with torch.no_grad():
         layer.A[1] = -layer.A[0]
-        layer.B[:, 1] = layer.B[:, 0]
-    assert layer.low_rank_norm().item() == pytest.approx(0, abs=1e-3)
+        layer.B[:, 1] = layer.B[:, 0] * (1 + 1e-7)
+    assert layer.low_rank_norm().item() == pytest.approx(0, abs=0.01)
     assert layer.sparse_norm().item() == 0
-    assert (layer.num_low_rank, layer.num_sparse) == (32, 0)
+    assert (layer.num_low_rank, layer.num_sparse) == (256, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

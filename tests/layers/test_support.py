@@ -48,7 +48,7 @@ def test_every_subset_is_equally_likely(count, limit, monkeypatch):
 
 @pytest.mark.parametrize("sparsity", [0.003, 0.05, 0.4, 0.6, 0.97])
 def test_no_region_of_a_large_matrix_is_favoured(sparsity):
-    """Cutting sorted positions off would empty the last rows: blocks of rows and columns are counted over many draws."""
+    """Cutting sorted positions off would empty the last rows: blocks of positions and of columns are counted."""
     rows, columns, num_draws = 256, 128, 40
     source = generator(1)
     drawn = torch.cat([draw_support(rows, columns, sparsity, source) for _ in range(num_draws)])
@@ -58,7 +58,7 @@ def test_no_region_of_a_large_matrix_is_favoured(sparsity):
 
 
 def assert_uniform(counts, expected):
-    """Pearson's statistic within 4.5 standard deviations of its mean (it is smaller still for draws without replacement)."""
+    """Pearson's statistic within 4.5 standard deviations of its mean (draws without replacement make it smaller)."""
     statistic = sum((count - expected) ** 2 / expected for count in counts)
     freedom = len(counts) - 1
     assert statistic < freedom + 4.5 * math.sqrt(2 * freedom), (statistic, freedom)

@@ -115,9 +115,6 @@ def test_a_pattern_that_fits_nothing_is_named_with_names_to_use(method, key, val
         ("sltrain", {"sparsity": 1.0}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got 1.0"),
         ("sltrain", {"sparsity": -0.5}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got -0.5"),
         ("sltrain", {"rank": 0, "sparsity": 0.0}, "layers.0.q_proj: rank 0 and sparsity 0.0 leave nothing to train"),
-        ("full", {"rank_overrides": {"q_proj": 4}}, "rank_overrides has no effect with method=full"),
-        ("full", {"sparsity_overrides": {"q_proj": 0.1}}, "sparsity_overrides has no effect with method=full"),
-        ("low_rank", {"sparsity_overrides": {"q_proj": 0.1}}, "sparsity_overrides has no effect with method=low_rank"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(method, changes, message):
@@ -128,7 +125,7 @@ def test_impossible_settings_are_refused_by_name(method, changes, message):
 @pytest.mark.parametrize("method", ["sltrain", "low_rank"])
 def test_choosing_nothing_is_refused(method):
     with pytest.raises(ValueError, match="no linear layer of ModuleDict was chosen"):
-        METHODS[method].replace(make_model(), make_settings(), lambda name, linear: False)
+        METHODS[method].replace(make_model(), make_settings(rank_overrides={"q_proj": 2}), lambda name, linear: False)
 
 
 def test_layers_that_cannot_pay_are_named_in_one_line():
@@ -158,3 +155,9 @@ def test_nothing_to_warn_about():
     model = make_model()
     METHODS["low_rank"].replace(model, make_settings(), chosen)
     assert warnings(model) == [] == warnings(make_model())
+
+
+@pytest.mark.parametrize(("method", "key"), [("full", "rank_overrides"), ("full", "sparsity_overrides"), ("low_rank", "sparsity_overrides")])
+def test_overrides_of_what_a_method_lacks_are_ignored_as_in_a_sweep_over_methods(method, key):
+    model = make_model()
+    METHODS[method].replace(model, make_settings(**{key: {"q_proj": 0}}), lambda name, linear: True)

@@ -12,8 +12,8 @@ from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.accounting import count_indices, count_parameters
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
-# arXiv 2406.02214, table 2 and appendix F: hidden, feed-forward, layers, heads, rank, sparsity; then in millions, as published
-# (groups rounded before they were added, so a total may be 0.06 off): total, base, low-rank, sparse
+# arXiv 2406.02214, table 2 and appendix F: hidden, feed-forward, layers, heads, rank, sparsity; then the published
+# millions (rounded before they were added, so a total may be 0.06 off): total, base, low-rank, sparse
 PAPER = {
     "60m": (512, 1376, 8, 8, 128, 0.03, 43.5, 32.78, 9.99, 0.76),
     "130m": (768, 2048, 12, 12, 256, 0.03, 96.6, 49.17, 44.83, 2.55),

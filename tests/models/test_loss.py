@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross-entropy, and the bound on the logits it holds."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,15 +59,15 @@ def test_a_frozen_input_gets_no_gradient(frozen):
 
 
 class Recorder(TorchDispatchMode):
-    """Largest number of rows of any (rows, VOCABULARY) tensor made, and the number of matrix products."""
+    """Largest number of rows of any (rows, VOCABULARY) tensor made, and how often each operation ran."""
 
     def __init__(self):
         super().__init__()
-        self.rows, self.products = 0, 0
+        self.rows, self.calls = 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket is torch.ops.aten.mm
+        self.calls[func.overloadpacket] += 1
         if isinstance(result, torch.Tensor) and result.shape[1:] == (VOCABULARY,):
             self.rows = max(self.rows, result.shape[0])
         return result
@@ -78,14 +80,15 @@ def test_never_more_than_a_chunk_of_logits(chunk_rows):
         chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows).backward()
     # weight^T, a view of (SIZE, VOCABULARY), is the one other tensor of that width.
     assert recorder.rows == max(chunk_rows, SIZE)
-    assert recorder.products == 3 * -(-ROWS // chunk_rows)
+    assert recorder.calls[torch.ops.aten.mm] == 3 * -(-ROWS // chunk_rows)
 
 
 def test_without_gradients_only_the_loss_is_computed():
     hidden, weight, labels = make(dtype=torch.float32, ignored=0.0)
     with torch.no_grad(), Recorder() as recorder:
         loss = chunked_cross_entropy_sum(hidden, weight, labels, 10)
-    assert recorder.products == 3 and not loss.requires_grad
+    assert recorder.calls[torch.ops.aten.mm] == 3 and not loss.requires_grad
+    assert recorder.calls[torch.ops.aten.exp_] == 0  # no softmax
     torch.testing.assert_close(loss, reference(hidden, weight, labels).detach())
 
 
@@ -99,6 +102,15 @@ def test_bfloat16_gives_a_float32_loss_and_bfloat16_gradients():
     for ours, theirs in zip((hidden, weight), exact, strict=True):
         assert ours.grad.dtype == torch.bfloat16
         assert (ours.grad.double() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
+
+
+def test_many_bfloat16_chunks_are_summed_in_float32():
+    """600 contributions of 1/VOCABULARY: a bfloat16 sum stops growing once they are below half its last bit."""
+    hidden = torch.ones(600, SIZE, dtype=torch.bfloat16)
+    weight = torch.zeros(VOCABULARY, SIZE, dtype=torch.bfloat16, requires_grad=True)
+    chunked_cross_entropy_sum(hidden, weight, torch.zeros(600, dtype=torch.int64), chunk_rows=1).backward()
+    expected = torch.full((VOCABULARY - 1, SIZE), 600 / VOCABULARY)
+    torch.testing.assert_close(weight.grad[1:].float(), expected, rtol=0.01, atol=0)
 
 
 def test_autocast_multiplies_in_its_dtype_and_returns_float32():

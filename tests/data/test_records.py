@@ -1,0 +1,172 @@
+"""File formats against files written here, whole and damaged."""
+
+import gzip
+import json
+import os
+import random
+
+import pytest
+
+from sltrain.data.sources import DataError, LocalFiles
+
+TEXTS = [f"text number {i}\nwith a second line, é and 漢字" for i in range(50)]
+
+
+def json_lines(texts):
+    return "".join(json.dumps({"text": text, "url": "", "timestamp": ""}) + "\n" for text in texts).encode()
+
+
+def read(source, **selection):
+    return [(d.index, d.text) for shard in range(source.num_shards) for d in source.documents(shard, **selection)]
+
+
+def write(path, data):
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.gz", "a.parquet", "a.txt", "a.txt.gz"])
+def test_every_format_gives_the_same_documents(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"url": ["x"] * 50, "text": TEXTS}), path, row_group_size=7)
+    elif ".txt" in name:
+        write(path, ("\n\n \n".join(TEXTS) + "\n").encode())
+    else:
+        write(path, json_lines(TEXTS))
+    source = LocalFiles(str(path), "stop")
+    found = read(source)
+    assert [index for index, _ in found] == list(range(50))
+    assert [text.rstrip("\n") for _, text in found] == TEXTS
+    for step, offset, start in [(3, 0, 0), (3, 2, 17), (1, 0, 49), (7, 6, 100)]:
+        part = read(source, step=step, offset=offset, start=start)
+        assert part == [(i, t) for i, t in found if i >= start and i % step == offset]
+
+
+def test_a_text_file_without_blank_lines_is_cut_at_line_ends(tmp_path):
+    lines = [f"line {i} of a long file\n" for i in range(10_000)]
+    found = read(LocalFiles(write(tmp_path / "a.txt", "".join(lines).encode())))
+    assert len(found) > 3 and "".join(text for _, text in found) == "".join(lines)
+    assert all(text.endswith("\n") and len(text) <= 1 << 16 for _, text in found)
+
+
+def test_files_are_read_in_order_of_their_paths_each_once(tmp_path, monkeypatch):
+    for name in ["b.jsonl", "a.jsonl", "c[1].jsonl"]:
+        write(tmp_path / name, json_lines([name]))
+    source = LocalFiles([f"{tmp_path}/*.jsonl", f"{tmp_path}/a.jsonl", f"{tmp_path}/c[1].jsonl"])
+    assert [text for _, text in read(source)] == ["a.jsonl", "b.jsonl", "c[1].jsonl"]
+    assert source.shard_name(1).endswith("b.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert LocalFiles("~/?.jsonl").num_shards == 2
+
+
+def test_the_fingerprint_follows_names_and_sizes_not_the_folder(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    prints = [LocalFiles(write(tmp_path / d / "a.jsonl", json_lines(TEXTS))).fingerprint() for d in "xy"]
+    assert prints[0] == prints[1]
+    assert LocalFiles(write(tmp_path / "a.jsonl", json_lines(TEXTS[1:]))).fingerprint() != prints[0]
+
+
+def test_wrong_paths_are_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\*\.gz matches no file"):
+        LocalFiles(f"{tmp_path}/nothing*.gz")
+    with pytest.raises(ValueError, match=r"is a folder.*json\.gz"):
+        LocalFiles(str(tmp_path))
+    with pytest.raises(ValueError, match=r"unknown ending.*\.parquet"):
+        LocalFiles(write(tmp_path / "a.csv", b"x"))
+    with pytest.raises(ValueError, match="no path given"):
+        LocalFiles([])
+    with pytest.raises(ValueError, match="skip or stop"):
+        LocalFiles(write(tmp_path / "a.txt", b"x"), "perhaps")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"text": "broken\n',
+        b'{"txt": "no text"}\n',
+        b'{"text": 3}\n',
+        b"[1, 2]\n",
+        b'{"text": "\xff"}\n',
+        b'{"text": "\\ud800"}\n',
+    ],
+)
+def test_a_bad_record_alone_is_left_out_and_named_once(tmp_path, bad):
+    good = json_lines(TEXTS).splitlines(keepends=True)
+    path = write(tmp_path / "a.json.gz", b"".join([*good[:20], bad, *good[20:]]))
+    lines = []
+    source = LocalFiles(path, "skip", lines.append)
+    for _ in range(2):
+        assert [text for _, text in read(source)] == TEXTS
+    assert len(lines) == 1 and f"{path}:21:" in lines[0]
+    assert source.bad.records == 1
+    with pytest.raises(DataError, match=r"a\.json\.gz:21: .*on_bad_data=skip"):
+        read(LocalFiles(path, "stop"))
+
+
+def test_many_bad_records_are_counted_but_not_all_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"nonsense\n" * 100 + json_lines(TEXTS) + b"\n\n")
+    lines = []
+    source = LocalFiles(path, "skip", lines.append)
+    assert len(read(source)) == 50
+    assert source.bad.records == 100 and len(lines) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_the_rest_of_a_damaged_gzip_file_is_left_out(tmp_path, damage):
+    random.seed(0)
+    texts = ["".join(random.choices("abcdefgh ", k=800)) for _ in range(400)]
+    whole = gzip.compress(json_lines(texts))
+    half = len(whole) // 2
+    data = whole[:half] if damage == "truncated" else whole[:half] + bytes(64) + whole[half + 64 :]
+    (tmp_path / "b.json.gz").write_bytes(data)
+    write(tmp_path / "c.jsonl", json_lines(TEXTS))
+    lines = []
+    source = LocalFiles(f"{tmp_path}/*", "skip", lines.append)
+    for _ in range(2):
+        found = [d.text for d in source.documents(0)]
+        assert 100 < len(found) < 300 and found == texts[: len(found)]
+    assert [d.text for d in source.documents(1)] == TEXTS  # the next file is whole
+    damaged = [line for line in lines if "the rest of the file is left out" in line]
+    assert len(damaged) == 1 and "b.json.gz" in damaged[0] and source.bad.files == 1
+    last_good = int(damaged[0].split("after its record ")[1].split()[0])
+    assert last_good == len(found)
+    with pytest.raises(DataError, match=r"b\.json\.gz(:\d+| is damaged after its record)"):
+        list(LocalFiles(f"{tmp_path}/b*", "stop").documents(0))
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.parquet"])
+def test_a_file_of_another_kind_is_left_out_as_damaged(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is neither gzip nor parquet")
+    lines = []
+    assert read(LocalFiles(str(tmp_path / name), "skip", lines.append)) == []
+    assert len(lines) == 1 and "at its very beginning" in lines[0]
+
+
+def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"content": TEXTS}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text' but content"):
+        read(LocalFiles(f"{tmp_path}/a.parquet", "stop"))
+
+
+def test_a_file_that_vanished_or_may_not_be_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    source = LocalFiles(path)
+    os.chmod(path, 0)
+    if not os.access(path, os.R_OK):  # the administrator may read everything
+        with pytest.raises(DataError, match="permissions"):
+            source.check()
+        with pytest.raises(DataError, match="permissions"):
+            read(source)
+    os.remove(path)
+    with pytest.raises(DataError, match="is gone"):
+        read(source)
+    with pytest.raises(DataError, match="cannot be read"):
+        source.fingerprint()

@@ -1,0 +1,250 @@
+"""Tokenizer rules against the plain `tokenizers` library."""
+
+import json
+import os
+import random
+import string
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sltrain.data import tokenizer as module
+from sltrain.data.bpe import train_bpe
+from sltrain.data.sources import LocalFiles, is_held_out
+from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+T5 = SHARED / "tokenizers/t5-base/tokenizer.json"
+needs_t5 = pytest.mark.skipif(not T5.exists(), reason="shared data absent")
+
+
+def words(seed, count=400):
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices(string.ascii_lowercase[:8], k=rng.randint(1, 7))) for _ in range(count))
+
+
+BPE = train_bpe((words(seed) for seed in range(20)), 400)
+
+
+def unigram(num_sentinels=3, with_unk=True, post_process=True):
+    """A small tokenizer of T5's kind: Metaspace, unigram, sentinels as the last ids, </s> added by the file."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>" if with_unk else "<strange>", 0.0), ("▁", -2.0)]
+    pieces += [(c, -3.0) for c in string.ascii_lowercase] + [("▁a", -2.5), ("ab", -2.5)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    sentinels = [f"<extra_id_{i}>" for i in range(num_sentinels)]
+    tokenizer.add_special_tokens(["<pad>", "</s>", *(["<unk>"] if with_unk else []), *sentinels])
+    if post_process:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("post_process", [True, False])
+def test_every_document_ends_with_eos_exactly_once(post_process):
+    text = unigram(post_process=post_process).to_str()
+    tokenizer = Tokenizer(text, "test")
+    plain = unigram(post_process=False)
+    texts = ["abba", "", "a b c", "   ", "z"]
+    expected = [plain.encode(t).ids for t in texts]
+    assert tokenizer.encode_batch(texts) == [[*ids, 1] if ids else [] for ids in expected]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    assert tokenizer.json == text
+
+
+def test_a_leading_bos_is_kept():
+    raw = unigram()
+    raw.add_special_tokens(["<s>"])
+    bos = raw.token_to_id("<s>")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer = Tokenizer(raw.to_str(), "test")
+    assert tokenizer.encode_batch(["a b"]) == [[*raw.encode("a b").ids, 1]]
+    assert tokenizer.encode_batch(["a b c d e"], max_len=4) == [[*raw.encode("a b c d e").ids[:3], 1]]
+    assert tokenizer.encode_batch([""]) == [[]]
+
+
+def test_truncation_and_padding_switched_on_in_the_file_do_not_matter():
+    raw = unigram()
+    raw.enable_truncation(3)
+    raw.enable_padding(length=20)
+    text = raw.to_str()
+    tokenizer = Tokenizer(text, "test")
+    assert tokenizer.encode_batch(["a b c d e f"]) == Tokenizer(unigram().to_str(), "test").encode_batch(
+        ["a b c d e f"]
+    )
+    assert tokenizer.json == text and json.loads(tokenizer.json)["truncation"] is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(alphabet=st.sampled_from("ab cde \n\t\u00a0é漢!?'s 12"), max_size=300),
+    max_len=st.integers(2, 30),
+    kind=st.sampled_from(["bpe", "unigram"]),
+)
+def test_truncation_is_that_of_the_library_however_the_text_was_cut(text, max_len, kind):
+    """The text is cut before it is tokenized; the ids must be those of the whole text."""
+    spec = BPE if kind == "bpe" else unigram().to_str()
+    raw = tokenizers.Tokenizer.from_str(spec)
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    empty = not raw.encode(text, add_special_tokens=False).ids
+    raw.enable_truncation(max_len)
+    tokenizer = Tokenizer(spec, "test")
+    assert tokenizer._can_cut
+    for chars_per_token in (1, 2, module.CHARS_PER_TOKEN):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "CHARS_PER_TOKEN", chars_per_token)
+            assert tokenizer.encode_batch([text, "a", text], max_len)[2] == ([] if empty else raw.encode(text).ids)
+
+
+def test_unknown_tokenizers_are_never_cut():
+    raw = unigram()
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+    assert not Tokenizer(raw.to_str(), "test")._can_cut
+    raw = unigram()
+    raw.normalizer = tokenizers.normalizers.Replace("a b", "c")
+    assert not Tokenizer(raw.to_str(), "test")._can_cut
+    raw = unigram()
+    raw.add_tokens(["a b"])
+    assert not Tokenizer(raw.to_str(), "test")._can_cut
+
+
+@needs_t5
+def test_cutting_is_exact_on_real_text():
+    tokenizer = load_tokenizer(str(T5), 32000)
+    assert tokenizer._can_cut
+    files = LocalFiles([f"{SHARED}/c4-en-mini/c4-train*", f"{SHARED}/english-novels/*validation*"])
+    texts = [d.text for shard in range(files.num_shards) for d in files.documents(shard)][:700]
+    raw = tokenizers.Tokenizer.from_file(str(T5))
+    raw.enable_truncation(128)
+    expected = [e.ids for e in raw.encode_batch_fast(texts)]
+    assert tokenizer.encode_batch(texts, max_len=128) == expected
+    assert sum(len(text) > 128 * module.CHARS_PER_TOKEN for text in texts) > 300
+
+
+def test_sentinels_become_unk_are_counted_and_named_once():
+    lines = []
+    size = unigram(num_sentinels=0).get_vocab_size()
+    tokenizer = Tokenizer(unigram().to_str(), "test", size, lines.append)
+    assert tokenizer.vocab_size == size
+    texts = ["a<extra_id_0>b<extra_id_2>", "ab", "<extra_id_1>"]
+    for ids, plain in zip(tokenizer.encode_batch(texts), unigram().encode_batch(texts), strict=True):
+        assert ids == [i if i < size else 2 for i in plain.ids]
+    assert tokenizer.sentinels_mapped == 3
+    assert len(lines) == 1 and "<extra_id_0>" in lines[0]
+    ids, sizes = tokenizer.encode_with_bytes(["<extra_id_1>"])[0]
+    assert ids == [2, 1] and sizes == [12, 0]
+
+
+def test_a_tokenizer_with_more_ordinary_pieces_than_the_model_is_refused():
+    size = unigram(num_sentinels=0).get_vocab_size()
+    with pytest.raises(ValueError, match=f"model.vocab_size={size}"):
+        Tokenizer(unigram().to_str(), "test", size - 1)
+    raw = unigram()
+    raw.add_tokens(["ordinary"])  # not special: text gives it
+    with pytest.raises(ValueError, match=f"model.vocab_size={size + 4}"):
+        Tokenizer(raw.to_str(), "test", size)
+    assert Tokenizer(unigram().to_str(), "test").vocab_size == size + 3
+    assert Tokenizer(unigram().to_str(), "test", size + 100).vocab_size == size + 100
+
+
+def test_special_tokens_are_found_by_name_or_missed_in_words():
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="a"))
+    tokenizer = Tokenizer(raw.to_str(), "test")
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 1, None)
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        Tokenizer(raw.to_str(), "test")
+    raw = unigram(with_unk=False)
+    with pytest.raises(ValueError, match="no <unk>"):
+        Tokenizer(raw.to_str(), "test", unigram(num_sentinels=0).get_vocab_size())
+
+
+@needs_t5
+def test_t5_has_32000_ids_and_a_hundred_sentinels():
+    tokenizer = load_tokenizer(str(T5.parent), 32000)
+    assert tokenizer.encode_batch(["Hello world"]) == [[8774, 296, 1]]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.vocab_size) == (0, 1, 2, 32000)
+    assert load_tokenizer(str(T5)).vocab_size == 32100
+    with pytest.raises(ValueError, match="model.vocab_size=32000"):
+        load_tokenizer(str(T5), 31999)
+    assert tokenizer.json == T5.read_text()
+
+
+@pytest.mark.parametrize("spec", [BPE, unigram().to_str()])
+@pytest.mark.parametrize("max_len", [None, 20])
+def test_bytes_of_ids_add_up_to_the_text_they_stand_for(spec, max_len):
+    tokenizer = Tokenizer(spec, "test")
+    texts = ["plain ascii words", "  lead", "é漢字 mixed “quotes” \u00a0 x", words(3, 40), "x" * 100, ""]
+    raw = tokenizers.Tokenizer.from_str(spec)
+    for text, (ids, sizes) in zip(texts, tokenizer.encode_with_bytes(texts, max_len), strict=True):
+        assert ids == tokenizer.encode_batch([text], max_len)[0]
+        assert len(ids) == len(sizes)
+        offsets = raw.encode(text, add_special_tokens=False).offsets[: max(len(ids) - 1, 0)]
+        assert sum(sizes) == len(text[: max((end for _, end in offsets), default=0)].encode())
+        assert not sizes or sizes[-1] == 0
+        if max_len is None:
+            assert sum(sizes) == len(text.encode())
+
+
+def corpus(tmp_path, num_files=3, num_documents=60):
+    for shard in range(num_files):
+        lines = [json.dumps({"text": words(1000 * shard + i, 80)}) for i in range(num_documents)]
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(lines))
+    return LocalFiles(f"{tmp_path}/*.jsonl")
+
+
+def test_bpe_is_trained_once_on_training_documents_and_cached(tmp_path):
+    source, cache, lines = corpus(tmp_path), tmp_path / "cache", []
+    read = []
+
+    class Watched:
+        name, num_shards, check, fingerprint = source.name, source.num_shards, source.check, source.fingerprint
+
+        def documents(self, shard):
+            read.append(shard)
+            return source.documents(shard)
+
+    first = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3, report=lines.append)
+    again = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3, report=lines.append)
+    assert first.json == again.json and first.vocab_size == 300
+    assert read == [0, 1, 2] and len(lines) == 1
+    kept = [d.text for shard in range(3) for d in source.documents(shard) if not is_held_out(d.text, 3)]
+    assert first.json == train_bpe(iter(kept), 300)
+    assert load_tokenizer("bpe:300", None, source, cache, report=lines.append).json != first.json  # another corpus
+    assert load_tokenizer("bpe:280", None, source, cache, report=lines.append).vocab_size == 280
+    assert sorted(p.suffix for p in cache.iterdir()) == [".json"] * 3
+    text = "Any text at all: é 漢字 \x00 \n"
+    ids = first.encode_batch([text])[0]
+    assert tokenizers.Tokenizer.from_str(first.json).decode(ids) == text
+    assert (first.pad_id, first.eos_id, first.unk_id) == (0, 1, 2) and ids[-1] == 1
+
+
+def test_bpe_on_a_tiny_corpus_has_fewer_pieces_and_says_so(tmp_path):
+    (tmp_path / "a.txt").write_text("a small small small corpus")
+    lines = []
+    tokenizer = load_tokenizer("bpe:5000", None, LocalFiles(f"{tmp_path}/a.txt"), tmp_path / "c", report=lines.append)
+    assert 259 < tokenizer.vocab_size < 400
+    assert any(f"has {tokenizer.vocab_size}" in line for line in lines)
+
+
+@pytest.mark.parametrize("spec", ["bpe:x", "bpe:", "bpe:258", "bpe:-1"])
+def test_a_wrong_bpe_size_is_refused(tmp_path, spec):
+    with pytest.raises(ValueError, match="at least 259"):
+        load_tokenizer(spec, None, corpus(tmp_path, 1, 1), tmp_path)
+
+
+def test_missing_and_invalid_files_are_refused_in_one_line(tmp_path):
+    for spec in ["./nothing.json", f"{tmp_path}/nothing", str(tmp_path), "~/nowhere/tokenizer.json"]:
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            load_tokenizer(spec)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no valid tokenizer\.json"):
+        load_tokenizer(f"{tmp_path}/a.json")
+    (tmp_path / "b.json").write_bytes(os.urandom(50) + b"\xff")
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        load_tokenizer(f"{tmp_path}/b.json")

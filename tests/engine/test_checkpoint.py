@@ -1,0 +1,519 @@
+"""A checkpoint gives back every bit, or says why not; and whatever interrupts a save, an intact one remains."""
+
+import errno
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sltrain.engine import checkpoint
+from sltrain.engine.checkpoint import Checkpointer, CheckpointError, RunLock, RunLocked, unwrap
+
+
+class Net(nn.Module):
+    """Weights, an int32 index buffer, an empty tensor and a tied weight: what checkpoints meet in practice."""
+
+    def __init__(self, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.up = nn.Linear(4, width, dtype=dtype)
+        self.down = nn.Linear(width, 4, dtype=dtype)
+        self.empty = nn.Parameter(torch.zeros(0, 4, dtype=dtype))
+        self.register_buffer("indices", torch.randint(0, 100, (7,), generator=generator, dtype=torch.int32))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        for parameter in self.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        self.tied = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Updates first..last, each with data of its own."""
+    for step in range(first, last + 1):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).float().square().sum().backward()
+        optimizer.step()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters()], lr=1e-2, fused=True)
+
+
+def flat_state(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        (i, key): value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for i, parameter in enumerate(parameters)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def assert_same(left: nn.Module, right: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    """Bit for bit, dtypes included."""
+    for (name, a), (_, b) in zip(left.state_dict().items(), right.state_dict().items(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    if optimizers:
+        first, second = map(flat_state, optimizers)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    straight = Net(dtype=dtype)
+    straight_optimizer = adamw(straight)
+    train(straight, straight_optimizer, 1, 6)
+
+    first = Net(dtype=dtype)
+    first_optimizer = adamw(first)
+    train(first, first_optimizer, 1, 3)
+    state = {"tokens": 123, "stream": {"0": {"block": 2, "epoch": 0}}, "loss": 0.1 + 0.2}
+    path = Checkpointer(tmp_path, keep_last=2).save(3, first, first_optimizer, state)
+    assert path == tmp_path / "checkpoints" / "step_00000003"
+    assert (tmp_path / "checkpoints" / "latest").resolve() == path.resolve()
+
+    second = Net(dtype=dtype, seed=99)
+    second_optimizer = adamw(second)
+    addresses = {name: tensor.data_ptr() for name, tensor in second.state_dict().items()}
+    checkpointer = Checkpointer(tmp_path, keep_last=2)
+    found = checkpointer.find_latest()
+    assert found == path
+    assert checkpointer.load(found, second, second_optimizer) == {**state, "step": 3}
+    assert addresses == {name: tensor.data_ptr() for name, tensor in second.state_dict().items()}, "loading is in place"
+    assert_same(first, second, first_optimizer, second_optimizer)
+    train(second, second_optimizer, 4, 6)
+    assert_same(straight, second, straight_optimizer, second_optimizer)
+
+
+def test_manifest_can_be_checked_with_other_tools(tmp_path: Path) -> None:
+    model = Net()
+    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(files) == {file.name for file in path.iterdir()} - {"manifest.json"}
+    for name, entry in files.items():
+        output = subprocess.run(["sha256sum", path / name], capture_output=True, text=True, check=True).stdout
+        assert output.split()[0] == entry["sha256"] and (path / name).stat().st_size == entry["bytes"]
+
+
+@pytest.mark.parametrize(("parameters", "moments"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_moments_keep_their_dtype(tmp_path: Path, parameters: str, moments: str) -> None:
+    """torch's load_state_dict alone would round these moments to the parameters' dtype, or widen them."""
+    model = Net(dtype=getattr(torch, parameters))
+    optimizer = adamw(model)
+    train(model, optimizer, 1, 2)
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.randn(state[key].shape).to(getattr(torch, moments))
+    path = Checkpointer(tmp_path, 0).save(2, model, optimizer, {})
+    other = Net(dtype=getattr(torch, parameters), seed=1)
+    other_optimizer = adamw(other)
+    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    assert_same(model, other, optimizer, other_optimizer)
+
+
+def test_eight_bit_adam_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """`big` has more than 4096 elements, so its moments are 8-bit blocks; `small` keeps float32 moments."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Module()
+        model.big = nn.Parameter(torch.randn(100, 50, generator=torch.Generator().manual_seed(0)).bfloat16())
+        model.small = nn.Parameter(torch.ones(10).bfloat16())
+        return model, bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
+
+    def update(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+            optimizer.step()
+
+    straight, straight_optimizer = build()
+    update(straight, straight_optimizer, 1, 6)
+    first, first_optimizer = build()
+    update(first, first_optimizer, 1, 3)
+    path = Checkpointer(tmp_path, 0).save(3, first, first_optimizer, {})
+    second, second_optimizer = build()
+    Checkpointer(tmp_path, 0).load(path, second, second_optimizer)
+    assert {state.dtype for state in flat_state(second_optimizer).values()} >= {torch.uint8, torch.float32}
+    assert_same(first, second, first_optimizer, second_optimizer)
+    update(second, second_optimizer, 4, 6)
+    assert_same(straight, second, straight_optimizer, second_optimizer)
+
+
+def test_wrappers_are_looked_through(tmp_path: Path) -> None:
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    assert unwrap(compiled) is model
+    layerwise = Net()
+    layerwise.up = torch.compile(layerwise.up, backend="eager")  # type: ignore[assignment]
+    path = Checkpointer(tmp_path, 0).save(1, compiled, adamw(model), {})
+    other = Net(seed=5)
+    Checkpointer(tmp_path, 0).load(path, other, None)
+    assert_same(model, other)
+    Checkpointer(tmp_path, 0).load(path, layerwise, None)
+    assert torch.equal(layerwise.down.weight, model.down.weight) and torch.equal(layerwise.tied, model.tied)
+
+
+def test_ddp_is_looked_through(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Net()
+        wrapped = nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))
+        assert unwrap(wrapped) is model
+        path = Checkpointer(tmp_path, 0).save(1, wrapped, adamw(model), {})
+        other = Net(seed=5)
+        Checkpointer(tmp_path, 0).load(path, other, None)
+        assert_same(model, other)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_keep_last_and_leftovers(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = adamw(model)
+    folder = tmp_path / "checkpoints"
+    keeper = Checkpointer(tmp_path, keep_last=2)
+    (folder / "step_00000001.tmp").mkdir(parents=True)
+    for step in (5, 10, 15, 20):
+        keeper.save(step, model, optimizer, {})
+    assert {p.name for p in folder.iterdir()} == {"step_00000015", "step_00000020", "latest"}
+    Checkpointer(tmp_path, keep_last=1).save(17, model, optimizer, {})
+    assert {p.name for p in folder.glob("step_*")} == {"step_00000017", "step_00000020"}, "never a later one"
+    Checkpointer(tmp_path, keep_last=None).save(21, model, optimizer, {})
+    assert len(list(folder.glob("step_*"))) == 3
+
+
+def test_same_step_is_replaced(tmp_path: Path) -> None:
+    keeper = Checkpointer(tmp_path, keep_last=1)
+    model = Net()
+    for note in ("a", "b", "c"):
+        path = keeper.save(7, model, adamw(model), {"note": note})
+        assert keeper.load(path, model, None)["note"] == note
+    assert {p.name for p in path.parent.iterdir()} == {"step_00000007", "latest"}
+
+
+def damage_missing(path: Path) -> None:
+    (path / "optimizer.pt").unlink()
+
+
+def damage_short(path: Path) -> None:
+    os.truncate(path / "model.safetensors", 100)
+
+
+def damage_bit(path: Path) -> None:
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+
+
+def damage_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"files": ')
+
+
+def damage_no_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_missing, damage_short, damage_bit, damage_manifest, damage_no_manifest], ids=lambda f: f.__name__
+)
+def test_damaged_newest_falls_back(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    keeper = Checkpointer(tmp_path, keep_last=0)
+    model = Net()
+    good, newest = (keeper.save(step, model, adamw(model), {}) for step in (1, 2))
+    damage(newest)
+    lines: list[str] = []
+    assert keeper.find_latest(lines.append) == good
+    assert len(lines) == 1 and str(newest) in lines[0] and "damaged" in lines[0]
+    # Training goes on from step 1, reaches step 2 again and replaces the damaged one.
+    assert keeper.save(2, model, adamw(model), {}) == newest == keeper.find_latest(lines.append)
+    assert len(lines) == 1
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert Checkpointer(tmp_path, 1).find_latest() is None
+
+
+def with_extra_parameter(model: Net) -> Net:
+    model.extra = nn.Parameter(torch.zeros(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: Net(width=9), ["expects float32 (9, 4)", "has float32 (8, 4)", "2 more"]),
+        (lambda: Net(dtype=torch.bfloat16), ["bfloat16", "float32"]),
+        (lambda: with_extra_parameter(Net()), ["extra", "expects float32 (2,)", "no such tensor"]),
+        (lambda: nn.Linear(4, 4), ["weight", "expects float32 (4, 4)", "no such tensor"]),
+    ],
+    ids=["shape", "dtype", "name", "all"],
+)
+def test_another_model_is_refused_untouched(tmp_path: Path, other: Callable[[], nn.Module], words: list[str]) -> None:
+    model = Net()
+    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    stranger = other()
+    before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
+    with pytest.raises(CheckpointError, match="checkpoint of another model") as caught:
+        Checkpointer(tmp_path, 0).load(path, stranger, adamw(stranger))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in stranger.state_dict().items())
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = Net()
+    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    with pytest.raises(CheckpointError, match="expects SGD with groups of 5 .* has AdamW with groups of 5"):
+        Checkpointer(tmp_path, 0).load(path, model, torch.optim.SGD(model.parameters()))
+    *some, last = model.parameters()
+    with pytest.raises(CheckpointError, match=r"groups of 4 \+ 1 parameters, .* groups of 5 parameters"):
+        Checkpointer(tmp_path, 0).load(path, model, torch.optim.AdamW([{"params": some}, {"params": [last]}]))
+
+
+def test_code_in_an_optimizer_file_is_not_run(tmp_path: Path) -> None:
+    model = Net()
+    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    torch.save({"class": "AdamW", "state_dict": Path("/")}, path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match="could not be loaded") as caught:
+        Checkpointer(tmp_path, 0).load(path, model, adamw(model))
+    assert "\n" not in str(caught.value)
+
+
+# ---- interruptions
+
+
+class Crash(BaseException):
+    """The process ends here; nothing of ours may catch it."""
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> Iterator[int]:
+    """Let the `number`-th operation that changes the disk raise. Yields how many were begun."""
+    count = 0
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise error
+            return original(*args, **kwargs)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for owner, name in [
+            (os, "fsync"), (os, "rename"), (os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rmdir"),
+            (checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (Path, "mkdir"),
+        ]:  # fmt: skip
+            patch.setattr(owner, name, guarded(getattr(owner, name)))
+        yield count
+    yield count
+
+
+def interrupted_save(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path, step: int, number: int, error: BaseException
+) -> BaseException | None:
+    """Save `step` with the `number`-th disk operation failing; what was raised, None if the save ended before."""
+    model = Net(seed=step)
+    attempt = fail_at(monkeypatch, number, error)
+    next(attempt)
+    try:
+        Checkpointer(run_dir, keep_last=1).save(step, model, adamw(model), {"note": f"step {step}, new"})
+        return None
+    except BaseException as raised:
+        return raised
+    finally:
+        next(attempt)
+
+
+@pytest.mark.parametrize("second", [2, 1], ids=["next step", "same step again"])
+def test_crash_at_every_disk_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: int) -> None:
+    outcomes = set()
+    for number in range(1, 100):
+        run_dir = tmp_path / str(number)
+        model = Net(seed=1)
+        Checkpointer(run_dir, keep_last=1).save(1, model, adamw(model), {"note": "step 1, old"})
+        raised = interrupted_save(monkeypatch, run_dir, second, number, Crash())
+        found = Checkpointer(run_dir, keep_last=1).find_latest(pytest.fail)
+        assert found is not None
+        loaded = Net(seed=50)
+        state = Checkpointer(run_dir, keep_last=1).load(found, loaded, adamw(loaded))
+        assert_same(loaded, Net(seed=state["step"]))
+        assert state["note"] in ("step 1, old", f"step {second}, new")
+        outcomes.add(state["note"])
+        # The next process finishes its work in the same folder, whatever lies about.
+        Checkpointer(run_dir, keep_last=1).save(3, model, adamw(model), {})
+        assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_00000003", "latest"}
+        if raised is None:
+            break
+        assert isinstance(raised, Crash)
+    assert raised is None and number > 15, "every operation was tried"
+    assert outcomes == {"step 1, old", f"step {second}, new"}
+
+
+def test_full_disk_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 100):
+        run_dir = tmp_path / str(number)
+        model = Net(seed=1)
+        Checkpointer(run_dir, keep_last=1).save(1, model, adamw(model), {})
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raised = interrupted_save(monkeypatch, run_dir, 2, number, full)
+        found = Checkpointer(run_dir, keep_last=1).find_latest(pytest.fail)
+        assert found is not None
+        if raised is None and found.name == "step_00000002" and not list((run_dir / "checkpoints").glob("*1")):
+            break
+        if raised is not None:  # an operation that only tidies up afterwards may fail without a word
+            assert isinstance(raised, CheckpointError) and "No space left on device" in str(raised)
+            assert "\n" not in str(raised)
+            assert not [p for p in (run_dir / "checkpoints").glob("*.tmp") if not p.is_symlink()]
+    assert number > 12
+
+
+def in_child(function: Callable[[], None]) -> int:
+    """Run `function` in a forked child and return its pid. A child that raises ends with code 1."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # a forked OpenMP pool would never answer
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_file_size_limit_hits_both_writers(tmp_path: Path) -> None:
+    """The real errors of safetensors and torch.save when the system refuses to write, by RLIMIT_FSIZE."""
+
+    def save_with_limits() -> None:
+        keeper = Checkpointer(tmp_path, 0)
+        model = nn.Linear(200, 200)
+        optimizer = adamw(model)
+        keeper.save(1, model, optimizer, {})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for step, limit in [(2, 100_000), (3, 200_000)]:  # the model takes 160 kB, its moments 320 kB
+            if step == 3:
+                model(torch.ones(1, 200)).sum().backward()
+                optimizer.step()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            with pytest.raises(CheckpointError, match="File too large"):
+                keeper.save(step, model, optimizer, {})
+            assert keeper.find_latest() == keeper.folder / "step_00000001"
+            assert sorted(p.name for p in keeper.folder.iterdir()) == ["latest", "step_00000001"]
+
+    assert os.waitpid(in_child(save_with_limits), 0)[1] == 0
+
+
+def test_an_error_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    model = Net()
+    with pytest.raises(TypeError):
+        Checkpointer(tmp_path, 0).save(1, model, adamw(model), {"not json": object()})
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def constant_net(value: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and optimizer of about 1 MB in which everything is `value`."""
+    model = nn.Linear(300, 300)
+    optimizer = adamw(model)
+    for p in model.parameters():
+        nn.init.constant_(p, value)
+        optimizer.state[p] = {key: torch.full_like(p, value) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = torch.tensor(float(value))
+    return model, optimizer
+
+
+def test_sigkill_during_saves(tmp_path: Path) -> None:
+    """Children that do nothing but save are killed at seeded random times; what they leave is whole."""
+    keeper, delays = Checkpointer(tmp_path, 2), random.Random(0)
+    num_mid_save = newest = 0
+    constant_net(0)  # imports what torch imports late, once for all children
+    for _ in range(20):
+        reading, writing = os.pipe()
+
+        def save_forever(first: int = newest + 1, ready: int = writing) -> None:
+            for step in range(first, 10**6):
+                keeper.save(step, *constant_net(step), {"value": step})
+                os.write(ready, b".")
+
+        child = in_child(save_forever)
+        assert os.read(reading, 1) == b"."
+        time.sleep(0.03 * delays.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+        num_mid_save += any(not p.is_symlink() for p in keeper.folder.glob("*.tmp"))
+
+        path = keeper.find_latest(pytest.fail)
+        assert path is not None
+        model, optimizer = constant_net(0)
+        state = keeper.load(path, model, optimizer)
+        assert state["step"] == state["value"] > newest
+        newest = state["step"]
+        assert all(bool((p == newest).all()) for p in model.parameters())
+        assert all(bool((tensor == newest).all()) for tensor in flat_state(optimizer).values())
+    assert num_mid_save >= 3, "most kills are meant to hit a save"
+
+
+# ---- the lock
+
+
+def test_lock_is_refused_across_processes_and_freed_by_death(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        lock = RunLock(tmp_path)
+        worker = in_child(lambda: time.sleep(30))  # outlives its parent, and must not keep the lock
+        os.write(writing, f"{worker}\n".encode())
+        time.sleep(30)
+        lock.release()
+
+    owner = in_child(hold)
+    with open(reading) as pipe:
+        worker = int(pipe.readline())
+    os.close(writing)
+    try:
+        with pytest.raises(RunLocked, match=f"in use by process {owner} on ") as caught:
+            RunLock(tmp_path)
+        assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+        with RunLock(tmp_path):
+            with pytest.raises(RunLocked, match=f"process {os.getpid()} "):
+                RunLock(tmp_path)
+        lock = RunLock(tmp_path)
+        lock.release()
+        lock.release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lines: list[str] = []
+    RunLock(tmp_path, lines.append).release()
+    assert len(lines) == 1 and "cannot be locked" in lines[0]

@@ -1,0 +1,67 @@
+"""A folder holds one run, continued only with the same mathematics."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sltrain.engine.run_folder import RunFolder, new_run_dir
+from sltrain.engine.stop import StopRequest
+
+CONFIG = {"rank": 8, "lr": 1e-3, "path": ["a", "b"], "optimizer": {"name": "adamw", "betas": [0.9, 0.999]}, "rank_overrides": {}}
+
+
+def claimed(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.check(CONFIG, "auto", ["path"])
+    folder.claim(CONFIG, "{}")
+    return folder
+
+
+def test_same_configuration_continues(tmp_path: Path) -> None:
+    claimed(tmp_path / "run").release()
+    claimed(tmp_path / "run").release()
+
+
+def test_changes(tmp_path: Path) -> None:
+    claimed(tmp_path / "run").release()
+    folder = RunFolder(tmp_path / "run")
+    folder.check({**CONFIG, "path": "elsewhere"}, "auto", ["path"])
+    with pytest.raises(ValueError, match=r"rank was 8, is now 4"):
+        folder.check({**CONFIG, "rank": 4}, "auto", ["path"])
+    with pytest.raises(ValueError, match=r"optimizer\.betas was \[0\.9, 0\.999\]"):
+        folder.check({**CONFIG, "optimizer": {"name": "adamw", "betas": [0.9, 0.95]}}, "auto", [])
+    with pytest.raises(ValueError, match=r"rank_overrides\.q_proj was None, is now 4"):
+        folder.check({**CONFIG, "rank_overrides": {"q_proj": 4}}, "auto", [])
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    claimed(tmp_path / "run").release()
+    with pytest.raises(ValueError, match="tokenizer"):
+        RunFolder(tmp_path / "run").claim(CONFIG, '{"other": 1}')
+
+
+def test_live_folder_is_refused(tmp_path: Path) -> None:
+    folder = claimed(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use"):
+        claimed(tmp_path / "run")
+    folder.release()
+
+
+def test_new_names_never_collide(tmp_path: Path) -> None:
+    first = new_run_dir(tmp_path, "a")
+    first.mkdir(parents=True)
+    second = new_run_dir(tmp_path, "a")
+    assert first != second and not second.exists()
+
+
+def test_stop_request_notes_the_first_signal_and_gives_way_to_a_second_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.is_set
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,190 @@
+"""Every trainable parameter is in exactly one group, and the optimizers are torch's and bitsandbytes' own."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sltrain.optim.build import build_optimizer, is_gain_or_bias, parameter_groups, set_learning_rate
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "device": CPU}
+
+
+class Block(nn.Module):
+    """The kinds of parameters a model has, under their usual names."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.q_proj = nn.Linear(6, 6, dtype=dtype)
+        self.input_layernorm = nn.LayerNorm(6, dtype=dtype)
+        self.norm = nn.LayerNorm(6, dtype=dtype)
+        self.values = nn.Parameter(torch.zeros(20, dtype=dtype))
+        self.A = nn.Parameter(torch.zeros(0, 6, dtype=dtype))
+        self.frozen = nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False)
+        for parameter in self.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def set_gradients(parameters: Any, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.input_layernorm.weight", True),
+        ("model.layers.0.post_attention_layernorm.weight", True),
+        ("model.norm.weight", True),
+        ("norm.weight", True),
+        ("vit.layer.0.layernorm_before.weight", True),
+        ("model.layers.0.self_attn.q_proj.bias", True),
+        ("model.layers.0.self_attn.q_proj.values", False),
+        ("model.layers.0.mlp.up_proj.A", False),
+        ("model.layers.0.mlp.up_proj.weight", False),
+        ("model.embed_tokens.weight", False),
+        ("lm_head.weight", False),
+        ("weight", False),
+        ("norm.scale_table", False),
+    ],
+)
+def test_gains_and_biases_by_name(name: str, expected: bool) -> None:
+    assert is_gain_or_bias(name) is expected
+
+
+def test_groups_of_a_model() -> None:
+    block = Block()
+    decay, no_decay = parameter_groups(block.named_parameters(), 0.1)
+    assert decay["weight_decay"] == 0.1 and no_decay["weight_decay"] == 0.0
+    assert [id(p) for p in decay["params"]] == [id(p) for p in (block.values, block.A, block.q_proj.weight)]
+    others = [block.q_proj.bias, block.input_layernorm.weight, block.input_layernorm.bias]
+    assert {id(p) for p in no_decay["params"]} == {id(p) for p in [*others, block.norm.weight, block.norm.bias]}
+
+
+names = st.lists(
+    st.sampled_from(["model", "0", "norm", "input_layernorm", "q_proj", "weight", "bias", "values", "A"]), min_size=1
+).map(".".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(names, st.booleans(), st.integers(0, 5)), min_size=1, max_size=12))
+def test_each_trainable_parameter_is_in_exactly_one_group(described: list[tuple[str, bool, int]]) -> None:
+    pool = [
+        nn.Parameter(torch.zeros(1), requires_grad=index % 3 != 2) for index in range(6)
+    ]  # repeats are tied weights
+    named = [(name, pool[index]) for name, _, index in described]
+    wanted = {id(parameter) for _, parameter in named if parameter.requires_grad}
+    if not wanted:
+        with pytest.raises(ValueError, match="no trainable parameter"):
+            parameter_groups(named, 0.1)
+        return
+    groups = parameter_groups(named, 0.1)
+    got = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(got) == len(set(got)) and set(got) == wanted
+    assert all(group["params"] for group in groups)
+    first_name = {id(parameter): name for name, parameter in reversed(named)}
+    for group in groups:
+        assert {is_gain_or_bias(first_name[id(p)]) for p in group["params"]} == {group["weight_decay"] == 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs_step_for_step(dtype: torch.dtype) -> None:
+    ours, fused, plain = Block(dtype), Block(dtype), Block(dtype)
+    optimizer = build_optimizer(ours.named_parameters(), name="adamw", **{**SETTINGS, "weight_decay": 0.0})
+    references = [
+        torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0, **how
+        )
+        for module, how in ((fused, {"fused": True}), (plain, {"foreach": False}))
+    ]
+    for step in range(1, 8):
+        for module in (ours, fused, plain):
+            set_gradients([p for p in module.parameters() if p.requires_grad], step)
+        for each in (optimizer, *references):
+            set_learning_rate(each, 1e-2 / step)
+            each.step()
+        for p, q, r in zip(ours.parameters(), fused.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p, q)
+            if dtype == torch.float32:
+                torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-6)
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == parameter.dtype == dtype
+
+
+def test_weight_decay_reaches_weights_only() -> None:
+    block = Block()
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    optimizer = build_optimizer(block.named_parameters(), name="adamw", **SETTINGS)
+    for parameter in block.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in block.named_parameters():
+        shrunk = before[name] * (1 - 1e-2 * 0.1) if name in ("q_proj.weight", "values", "A") else before[name]
+        torch.testing.assert_close(parameter.detach(), shrunk)
+
+
+def test_gradient_with_transposed_memory_is_applied_right() -> None:
+    """The fused CPU kernel ignores a gradient's strides; autograd stores gradients in their parameter's layout."""
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    pull = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    results = []
+    for name in ("ours", "plain"):
+        parameter = nn.Parameter(weight.clone())
+        (parameter * pull.t()).sum().backward()
+        groups = [("weight", parameter)]
+        optimizer = (
+            build_optimizer(groups, name="adamw", **SETTINGS)
+            if name == "ours"
+            else torch.optim.AdamW([parameter], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+        )
+        optimizer.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_eight_bit_adam_follows_adam_on_a_quadratic() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    target = torch.randn(80, 64, generator=torch.Generator().manual_seed(1))  # 5120 elements: 8-bit states
+    curvature = torch.rand(80, 64, generator=torch.Generator().manual_seed(2)) + 0.5
+    losses: dict[str, list[float]] = {}
+    for name in ("adamw", "adam8bit"):
+        weight = nn.Parameter(torch.zeros(80, 64))
+        optimizer = build_optimizer([("weight", weight)], name=name, **{**SETTINGS, "lr": 0.05, "weight_decay": 0.0})
+        losses[name] = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = (curvature * (weight - target) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert isinstance(optimizer, bnb.optim.AdamW8bit)
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    assert losses["adamw"][-1] < 0.2 * losses["adamw"][0]
+    assert losses["adam8bit"] == pytest.approx(losses["adamw"], rel=0.1, abs=0.01 * losses["adamw"][0])
+
+
+def test_eight_bit_groups_and_learning_rate() -> None:
+    pytest.importorskip("bitsandbytes")
+    optimizer = build_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
+    set_learning_rate(optimizer, 0.5)
+    assert [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups] == [
+        (0.5, 0.1, (0.9, 0.95)),
+        (0.5, 0.0, (0.9, 0.95)),
+    ]
+
+
+def test_mistakes_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of adamw, adam8bit"):
+        build_optimizer(Block().named_parameters(), name="sgd", **SETTINGS)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build_optimizer([], name="adamw", **SETTINGS)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="needs bitsandbytes.*pip install bitsandbytes.*optimizer=adamw"):
+        build_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)

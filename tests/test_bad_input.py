@@ -1,0 +1,110 @@
+"""Bad input costs one or two lines that say what is wrong and what to change, exit code 2, and leaves nothing behind."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+
+# (overrides added to a good command, words the message must hold)
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["rnk=3"], ["rnk", "rank"]),
+    "unknown nested key": (["optimizer.beta=3"], ["optimizer.beta", "optimizer.betas"]),
+    "unknown option": (["method=sl_train"], ["method=sl_train", "method=sltrain"]),
+    "wrong type": (["rank=abc"], ["rank=abc", "Integer"]),
+    "float for a whole number": (["max_steps=null", "max_tokens=1e6"], ["max_tokens=1e6", "1_000_000"]),
+    "negative rank": (["rank=-1"], ["rank=-1", "at least 0"]),
+    "rank above the matrix": (["rank=33"], ["33", "32"]),
+    "sparsity 1": (["sparsity=1"], ["sparsity=1.0", "below 1"]),
+    "sparsity negative": (["sparsity=-0.1"], ["sparsity=-0.1"]),
+    "nothing left": (["rank=0", "sparsity=0"], ["rank=0", "sparsity=0"]),
+    "batch": (["micro_batch_size=3"], ["global_batch_size=8", "micro_batch_size=3", "2"]),
+    "two budgets": (["max_tokens=1000"], ["max_steps=null max_tokens=1000"]),
+    "no budget": (["max_steps=null"], ["max_steps=", "max_tokens="]),
+    "learning rate": (["lr=-1"], ["lr=-1", "above 0"]),
+    "learning rate nan": (["lr=nan"], ["lr=nan"]),
+    "padding": (["padding=left"], ["padding=left", "truncate_pad"]),
+    "dtype": (["dtype=float16"], ["float16", "bfloat16"]),
+    "row too long": (["seq_len=2048"], ["seq_len=2048", "max_position_embeddings"]),
+    "pattern of no layer": (["rank_overrides={qq_proj:4}"], ["qq_proj", "q_proj"]),
+    "text Hydra cannot parse": (["path=/a/[0-9].gz"], ["'path=\"/a/[0-9].gz\"'"]),
+    "mapping in quotes": (['rank_overrides={"q":1}'], ["bare names"]),
+    "no equals sign": (["rank"], ["key=value"]),
+    "path matches nothing": (["path=/nowhere/*.gz"], ["/nowhere/*.gz"]),
+    "path missing": (["path=null"], ["path="]),
+    "tokenizer missing": (["tokenizer=/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
+    "tokenizer too large": (["model.vocab_size=100"], ["100", "512"]),
+    "bpe without size": (["tokenizer=bpe:x"], ["bpe:x"]),
+    "validation path": (["validation_path=/nowhere/*.gz"], ["/nowhere/*.gz"]),
+    "heads": (["model.num_attention_heads=3"], ["num_attention_heads"]),
+    "streams and text": (["data.shuffle_block=0"], ["data.shuffle_block=0"]),
+    "required key": (["seed=null"], ["seed"]),
+    "betas": (["optimizer.betas=[0.9]"], ["optimizer.betas"]),
+    "run_dir is a file": (["run_dir=/etc/hostname"], ["/etc/hostname"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides, words = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = sltrain_train(*tiny, *overrides)
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) <= 2
+    assert "Traceback" not in out + err
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_model(sltrain_train: Run) -> None:
+    code, _, err = sltrain_train()
+    assert code == 2 and "llama_60m" in err and "experiment=quickstart" in err
+
+
+def test_no_cuda(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = sltrain_train(*tiny, "device=cuda")
+    assert code == 2 and "device=cpu" in err
+
+
+def test_debug_shows_the_traceback(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLTRAIN_DEBUG", "1")
+    code, _, err = sltrain_train(*tiny, "rank=-1")
+    assert code == 2 and "Traceback" in err and "error: rank=-1" in err
+
+
+def test_folder_with_other_things_is_refused(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, err = sltrain_train(*tiny, f"run_dir={tmp_path}")
+    assert code == 2 and str(tmp_path) in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_corpus_without_a_document(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    code, _, err = sltrain_train(*tiny, f"path={tmp_path}/empty.jsonl", f"run_dir={tmp_path}/run")
+    assert code == 2 and "document" in err
+
+
+def write_shard(path: Path, num_records: int) -> None:
+    with gzip.open(path, "wt") as file:
+        for i in range(num_records):
+            file.write(json.dumps({"text": f"document number {i} of a small file, with a few words more"}) + "\n")
+
+
+def test_damaged_data_is_left_out_or_stops(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    write_shard(tmp_path / "a.json.gz", 400)
+    whole = (tmp_path / "a.json.gz").read_bytes()
+    (tmp_path / "b.json.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.jsonl").write_text('{"text": "a good line"}\n{"text": \n')
+    overrides = [*tiny, f"path={tmp_path}/*.json*", "max_steps=60", "padding=pack"]
+    code, out, err = sltrain_train(*overrides, f"run_dir={tmp_path}/skip")
+    assert code == 0, err
+    assert "b.json.gz is damaged after its record" in out and "c.jsonl:2" in out
+    code, out, err = sltrain_train(*overrides, f"run_dir={tmp_path}/stop", "on_bad_data=stop")
+    assert code == 2 and ("b.json.gz" in err or "c.jsonl:2" in err)

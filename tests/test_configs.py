@@ -1,0 +1,95 @@
+"""Every configuration composes over the schema, and every recipe builds on the meta device with the published number of parameters."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sltrain.build import build_model
+from sltrain.compose import conf_dir, register_schema, to_train_config
+from sltrain.config import TrainConfig, num_steps, validate
+from sltrain.methods import METHODS
+from sltrain.models.accounting import count_parameters
+
+MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+# SLTrain (arXiv 2406.02214), Tables 2 and 4 and appendix: parameters in millions, and the published protocol's numbers by size.
+PAPER = {
+    "llama_60m": (43.5, 128, 32, 0.03, 3e-3, 11_000, 1_100),
+    "llama_130m": (96.6, 256, 16, 0.03, 3e-3, 22_000, 2_200),
+    "llama_350m": (194.3, 256, 16, 0.03, 3e-3, 65_000, 6_500),
+    "llama_1b": (645.6, 512, 8, 0.03, 3e-3, 140_000, 10_000),
+    "llama_7b": (3144.7, 1024, 8, 0.05, 5e-4, 150_000, 15_000),
+}
+
+
+def composed(*overrides: str) -> TrainConfig:
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_train_config(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_bare_model_is_the_papers_run(name: str) -> None:
+    config = composed(f"model={name}")
+    validate(config)
+    millions, rank, alpha, sparsity, lr, steps, warmup = PAPER[name]
+    assert (config.rank, config.alpha, config.sparsity, config.lr) == (rank, alpha, sparsity, lr)
+    assert (num_steps(config), config.warmup_steps, config.global_batch_size, config.seq_len) == (steps, warmup, 512, 256)
+    assert (config.weight_decay, config.min_lr_ratio, config.seed) == (0, 0.1, 42)
+    assert (config.method.name, config.data.name, config.tokenizer, config.padding) == ("sltrain", "c4", "t5-base", "truncate_pad")
+    assert len(config.data.revision or "") == 40
+    count = count_parameters(build_model(config, 32_000, torch.bfloat16))
+    assert count["total"] / 1e6 == pytest.approx(millions, abs=0.06)  # 130M: 96.546, which the paper prints as 96.6
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_model_builds_with_every_method(model: str, method: str) -> None:
+    config = composed(f"model={model}", f"method={method}", "max_steps=1")
+    validate(config)
+    built = build_model(config, 32_000, torch.bfloat16)
+    assert all(tensor.is_meta for tensor in built.parameters())
+    count = count_parameters(built)
+    assert (count["sparse"] > 0) == (method == "sltrain")
+    assert (count["low_rank"] > 0) == (method != "full")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_builds(name: str) -> None:
+    config = composed(f"experiment={name}")
+    validate(config)
+    build_model(config, config.model.vocab_size or 4096, torch.float32)
+    header = (conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    for field in ("Source:", "Command:", "Cost:", "Result"):
+        assert f"# {field}" in header, f"the header of {name}.yaml does not state its {field}"
+
+
+def test_command_line_wins_over_recipe_and_experiment() -> None:
+    config = composed("experiment=paper_60m", "rank=64", "sparsity=0.01", "optimizer=adam8bit")
+    assert (config.rank, config.sparsity, config.optimizer.name, config.model.name) == (64, 0.01, "adam8bit", "llama_60m")
+
+
+def test_max_tokens_counts_positions_and_rounds_up() -> None:
+    config = composed("model=llama_60m", "max_steps=null", f"max_tokens={512 * 256 * 3 + 1}")
+    assert num_steps(config) == 4
+
+
+def test_overrides_of_single_layers_reach_the_model() -> None:
+    config = composed("model=llama_60m", "rank_overrides={q_proj:16}", "sparsity_overrides={*.layers.0.*:0.1,mlp:0}")
+    model = build_model(config, 32_000, torch.float32)
+    assert model.model.layers[3].self_attn.q_proj.rank == 16
+    assert model.model.layers[3].self_attn.k_proj.rank == 128
+    assert model.model.layers[3].mlp.up_proj.num_sparse == 0
+
+
+def test_every_key_of_the_schema_is_read_somewhere() -> None:
+    package = Path(__file__).resolve().parents[1] / "sltrain"
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
+    code += (package / "config.py").read_text().partition("def validate")[2]
+    from dataclasses import fields
+
+    unread = [item.name for item in fields(TrainConfig) if not re.search(rf"\.{item.name}\b", code)]
+    assert not unread

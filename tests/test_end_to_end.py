@@ -1,0 +1,263 @@
+"""The command as a user types it: a run and its files, interruptions, several ranks, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Run = Callable[..., tuple[int, str, str]]
+Metrics = Callable[[Path], list[dict]]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def newest(run_dir: Path) -> Path:
+    return sorted((run_dir / "checkpoints").glob("step_*"))[-1]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def same_checkpoint(a: Path, b: Path) -> None:
+    """Assert that two run folders end with the same weights and optimizer state, bit for bit."""
+    first, second = load_file(newest(a) / "model.safetensors"), load_file(newest(b) / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    states = [torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state_dict"]["state"] for folder in (a, b)]
+    for i, state in states[0].items():
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][key])) for key, value in state.items())
+
+
+def without_clocks(lines: list[dict]) -> list[dict]:
+    """Train and eval lines without what depends on the clock and the memory of the process."""
+    clocks = {"tokens_per_second", "data_wait_fraction", "peak_memory_bytes", "wall_seconds", "path"}
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines if line["event"] != "checkpoint"]
+
+
+@pytest.mark.parametrize("method", ["sltrain", "full", "low_rank"])
+def test_run_and_its_files(method: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+    run_dir = tmp_path / "run"
+    code, out, _ = sltrain_train(*tiny, f"method={method}", f"run_dir={run_dir}", "eval_every=3", "checkpoint_every=3")
+    assert code == 0
+    assert "parameters" in out and "6 updates" in out and str(run_dir) in out
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "tokenizer.json"} <= {p.name for p in run_dir.iterdir()}
+
+    lines = metrics_of(run_dir)
+    train = [line for line in lines if line["event"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert all(line["tokens"] <= line["positions"] == line["step"] * 8 * 32 for line in train)
+    numbers = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "data_wait_fraction"}
+    assert all(numbers <= line.keys() for line in train)
+    assert ("sparse_norm" in train[0]) == (method != "full")
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [3]
+    assert [line["step"] for line in lines if line["event"] == "checkpoint"] == [3, 6]
+
+    final = lines[-1]
+    assert final["event"] == "final" and json.loads((run_dir / "summary.json").read_text()) == final
+    assert set(final["num_parameters"]) == {"total", "dense", "low_rank", "sparse"}
+    assert {"loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte", "eval_tokens", "wall_seconds"} <= final.keys()
+    assert final["perplexity_galore_protocol"] < final["perplexity"]
+    assert final["peak_memory_measure"] == "peak resident size"
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
+def test_finished_run_is_left_alone(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    run = [*tiny, f"run_dir={tmp_path}/run"]
+    assert sltrain_train(*run)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, out, _ = sltrain_train(*run)
+    assert code == 0 and "finished" in out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = sltrain_train(*run, "resume=never")
+    assert code == 2 and "holds a run" in err
+
+
+def test_changed_mathematics_is_refused_by_name(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    run = [*tiny, f"run_dir={tmp_path}/run"]
+    assert sltrain_train(*run)[0] == 0
+    code, _, err = sltrain_train(*run, "rank=4")
+    assert code == 2 and "rank was 8, is now 4" in err
+    assert sltrain_train(*run, "log_every=5", "micro_batch_size=8")[0] == 0
+
+
+def test_without_run_dir_every_run_has_a_new_folder(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert sltrain_train(*tiny, "max_steps=1", "warmup_steps=0")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert len(list((tmp_path / "outputs").iterdir())) == 2
+
+
+def test_interrupted_twice_equals_straight(tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics) -> None:
+    """SIGTERM, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the straight run."""
+    recipe = [*tiny, "max_steps=60", "checkpoint_every=2", "eval_every=7", "padding=pack"]
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
+    broken = tmp_path / "broken"
+
+    first = start_process(*recipe, f"run_dir={broken}")
+    wait_for(lambda: (broken / "checkpoints" / "step_00000004").exists(), first)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 3, err
+    assert f"run_dir={broken}" in out
+    step = metrics_of(broken)[-1]["step"]
+    assert 4 <= step < 60
+
+    second = start_process(*recipe, f"run_dir={broken}")
+    wait_for(lambda: any(int(p.name[5:13]) > step + 2 for p in broken.glob("checkpoints/step_*.tmp")), second)
+    second.kill()
+    second.wait()
+
+    third = start_process(*recipe, f"run_dir={broken}")
+    out, err = third.communicate(timeout=120)
+    assert third.returncode == 0, err
+    assert "resume" in out
+    same_checkpoint(tmp_path / "straight", broken)
+    assert without_clocks(metrics_of(broken)) == without_clocks(metrics_of(tmp_path / "straight"))
+    assert not list(broken.rglob("*.tmp"))
+
+
+def test_second_process_in_a_live_folder_is_refused(tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start) -> None:
+    run = [*tiny, "max_steps=100000", f"run_dir={tmp_path}/run"]
+    live = start_process(*run)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), live)
+    code, _, err = sltrain_train(*run)
+    assert code == 2 and "in use" in err and str(live.pid) in err
+    live.send_signal(signal.SIGINT)
+    assert live.wait(60) == 3
+
+
+@pytest.mark.parametrize("padding", ["truncate_pad", "pack"])
+def test_two_ranks_train_the_curve_of_one(
+    padding: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+) -> None:
+    recipe = [*tiny, f"padding={padding}", "micro_batch_size=2", "grad_clip=0.5", "checkpoint_every=3"]
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/one")[0] == 0
+    two = start_process(*recipe, f"run_dir={tmp_path}/two", num_ranks=2)
+    out, err = two.communicate(timeout=240)
+    assert two.returncode == 0, err
+    assert out.count("run folder") == 1
+    one_lines, two_lines = (without_clocks(metrics_of(tmp_path / name)) for name in ("one", "two"))
+    assert [line["event"] for line in one_lines] == [line["event"] for line in two_lines]
+    for a, b in zip(one_lines, two_lines, strict=True):
+        assert (a["step"], a["tokens"], a["positions"]) == (b["step"], b["tokens"], b["positions"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert one_lines[-1]["perplexity_galore_protocol"] == pytest.approx(two_lines[-1]["perplexity_galore_protocol"], rel=1e-4)
+
+
+def test_resume_on_another_number_of_ranks(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+) -> None:
+    recipe = [*tiny, "max_steps=40", "micro_batch_size=2"]
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
+    run_dir = tmp_path / "run"
+    two = start_process(*recipe, "checkpoint_every=1", f"run_dir={run_dir}", num_ranks=2)
+    wait_for(lambda: (run_dir / "checkpoints" / "step_00000003").exists(), two)
+    two.send_signal(signal.SIGTERM)
+    out, err = two.communicate(timeout=60)
+    assert "saved at step" in out, out + err
+    assert sltrain_train(*recipe, f"run_dir={run_dir}")[0] == 0
+    for a, b in zip(without_clocks(metrics_of(run_dir)), without_clocks(metrics_of(tmp_path / "straight")), strict=True):
+        assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_bad_input_under_torchrun_is_said_once(tiny: list[str], tmp_path: Path, start_process: Start) -> None:
+    process = start_process(*tiny, "rank=33", f"run_dir={tmp_path}/run", num_ranks=2)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert sum(line.startswith(("error:", "[rank")) and "33" in line for line in err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_sweep(tiny: list[str], tmp_path: Path, start_process: Start, metrics_of: Metrics) -> None:
+    """Deterministic folders, a failed job that costs only itself, and a second start that skips what is finished."""
+    command = ["-m", *tiny, "max_steps=2", "warmup_steps=0", "rank=4,33", "sparsity=0.01", f"run_dir={tmp_path}/sweep"]
+    out, err = start_process(*command).communicate(timeout=240)
+    assert "rank-4: perplexity" in out and "rank-33: refused (exit code 2)" in out, out + err
+    assert "error: " in err
+    first = (tmp_path / "sweep" / "rank-4" / "metrics.jsonl").read_bytes()
+    assert metrics_of(tmp_path / "sweep" / "rank-4")[-1]["event"] == "final"
+    assert not (tmp_path / "sweep" / "rank-33").exists()
+
+    again = start_process(*[text.replace("rank=4,33", "rank=4,8") for text in command])
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    assert "rank-4 is finished" in out and "rank-8: perplexity" in out
+    assert (tmp_path / "sweep" / "rank-4" / "metrics.jsonl").read_bytes() == first
+
+
+def test_sweep_refusals(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = sltrain_train("-m", *tiny, "rank=4,x")
+    assert code == 2 and "rank=x" in err
+    code, _, err = sltrain_train("-m", *tiny, "run_dir=a,b")
+    assert code == 2 and "run_dir" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = sltrain_train("-m", *tiny, "rank=4,8")
+    assert code == 2 and "torchrun" in err
+
+
+def test_full_disk_on_save_keeps_the_previous_checkpoint(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sltrain.engine import checkpoint
+
+    real = checkpoint._seal
+
+    def full(path: Path) -> dict:
+        if "step_00000004" in str(path):
+            raise OSError(28, os.strerror(28))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_seal", full)
+    recipe = [*tiny, "checkpoint_every=2", f"run_dir={tmp_path}/run"]
+    code, _, err = sltrain_train(*recipe)
+    assert code == 2 and "No space left" in err
+    assert newest(tmp_path / "run").name == "step_00000002"
+    monkeypatch.undo()
+    assert sltrain_train(*recipe)[0] == 0
+
+
+def test_diverging_run_stops_with_advice(tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+    code, out, _ = sltrain_train(*tiny, "max_steps=40", "lr=1e30", "warmup_steps=0", f"run_dir={tmp_path}/run")
+    assert code == 5
+    assert "not finite" in out and "grad_clip=1.0" in out
+    assert metrics_of(tmp_path / "run")[-1]["num_skipped_updates"] == 10
+
+
+def test_tracker_wandb_records_offline(tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code, out, _ = sltrain_train(*tiny, "tracker=wandb", "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run")
+    assert code == 0
+    assert "wandb" in out.lower()
+    assert (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert list((tmp_path / "run").glob("wandb/*/*.wandb"))
+
+
+def test_eight_bit_adam_and_bfloat16(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
+    code, out, _ = sltrain_train(*tiny, "optimizer=adam8bit", "dtype=bfloat16", "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run")
+    assert code == 0 and "bfloat16" in out
+    weights = load_file(newest(tmp_path / "run") / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.int32}
+
+
+def test_checkpointing_and_one_large_pass_train_the_same(tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+    """Activation checkpointing and the split into micro-batches do not change the mathematics."""
+    assert sltrain_train(*tiny, f"run_dir={tmp_path}/a")[0] == 0
+    assert sltrain_train(*tiny, "activation_checkpointing=true", "micro_batch_size=8", f"run_dir={tmp_path}/b")[0] == 0
+    for a, b in zip(metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b"), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
