@@ -44,6 +44,10 @@ class Source(Protocol):
         """What messages call this shard."""
         ...
 
+    def shard_sizes(self) -> list[int]:
+        """How much text each shard holds, in any unit that they share."""
+        ...
+
     def check(self) -> None:
         """Raise now (DataError, NetworkError) what would otherwise end the run at its first document."""
         ...

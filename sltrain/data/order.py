@@ -1,9 +1,10 @@
 """The order of the corpus: which stream reads which documents, and in which order, in every epoch.
 
-1. Slices. A corpus of n shards is read by L logical streams. If n >= L each shard is one slice; if not, each is cut
-   in c = L / gcd(n, L) slices, slice j holding the records with index % c == j, so that n * c is a multiple of L.
-2. Dealing. The slices, permuted by the seed alone, are dealt round-robin to the streams: a document belongs to one
-   stream for good.
+1. Dealing. The shards, permuted by the seed, are dealt to the L streams. If that gives every stream about the same
+   amount of text, as with C4, each shard is one slice, and a rank opens only the files of its own streams. If not
+   (few files, or files of different sizes) every shard is cut in L slices, slice j holding the records with
+   index % L == j, and every stream gets one of each: a stream with less text would repeat it more often.
+2. A document belongs to one stream for good.
 3. Shuffling. In each epoch a stream reads its slices in an order of its own, and each slice in blocks of B
    consecutive documents that are shuffled one by one. No document leaves its block, so a position is a few numbers.
 
@@ -11,13 +12,13 @@ A permutation sorts by a keyed BLAKE2 hash of the element. Libraries change thei
 never changes, and any position of any epoch can be computed without the ones before it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import gcd
 from typing import TypeVar
 
 T = TypeVar("T")
+MAX_IMBALANCE = 1.1  # between the streams with the most and the least text, for dealing whole shards
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,20 @@ def num_logical_streams(global_batch_size: int, num_streams: int) -> int:
     return next(n for n in range(min(num_streams, global_batch_size), 0, -1) if global_batch_size % n == 0)
 
 
-def deal_slices(num_shards: int, num_streams: int, seed: int) -> list[list[Slice]]:
-    """The slices of each stream; every record of the corpus is in exactly one slice of one stream."""
-    cuts = 1 if num_shards >= num_streams else num_streams // gcd(num_shards, num_streams)
-    slices = [Slice(shard, offset, cuts) for shard in range(num_shards) for offset in range(cuts)]
-    dealt = permuted(slices, "deal", seed)
-    return [dealt[stream::num_streams] for stream in range(num_streams)]
+def deal_slices(shard_sizes: Sequence[int], num_streams: int, seed: int) -> list[list[Slice]]:
+    """The slices of each stream; every record of the corpus is in exactly one slice of one stream.
+
+    `shard_sizes` are in any common unit of text.
+    """
+    shards = permuted(range(len(shard_sizes)), "deal", seed)
+    whole = [[Slice(shard, 0, 1) for shard in shards[stream::num_streams]] for stream in range(num_streams)]
+    loads = [sum(shard_sizes[part.shard] for part in slices) for slices in whole]
+    if min(loads) > 0 and max(loads) <= MAX_IMBALANCE * min(loads):
+        return whole
+    return [
+        [Slice(shard, (stream + place) % num_streams, num_streams) for place, shard in enumerate(shards)]
+        for stream in range(num_streams)
+    ]
 
 
 def slice_order(slices: list[Slice], seed: int, epoch: int, stream: int) -> list[Slice]:

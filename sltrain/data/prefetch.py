@@ -28,6 +28,7 @@ class Prefetcher(Generic[T]):
         # Also runs at interpreter exit: a thread inside Rust or C must not meet an interpreter that is torn down.
         self._finalizer = weakref.finalize(self, _shut_down, self._queue, self._stop, thread)
         self._failure: BaseException | None = None
+        self._next: tuple[T | None, BaseException | None] | None = None  # taken from the queue, not yet given out
         thread.start()
 
     def __iter__(self) -> "Prefetcher[T]":
@@ -38,12 +39,22 @@ class Prefetcher(Generic[T]):
             raise self._failure
         if self._stop.is_set():
             raise StopIteration
-        item, failure = self._queue.get()
+        item, failure = self._next or self._queue.get()
+        self._next = None
         if failure is not None:
             self._failure = failure
             raise failure
         assert item is not None
         return item
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next item, at most so long; whether `next` would return at once."""
+        if self._next is None and self._failure is None and not self._stop.is_set():
+            try:
+                self._next = self._queue.get(timeout=seconds)
+            except queue.Empty:
+                return False
+        return True
 
     def close(self) -> None:
         """Stop the thread and drop what is ready. May be called twice."""

@@ -63,11 +63,15 @@ class LocalFiles:
 
     def fingerprint(self) -> str:
         """File names and sizes; the folder may move."""
+        sizes = self.shard_sizes()
+        files = list(zip(map(os.path.basename, self.paths), sizes, strict=True))
+        return f"{len(files)} files, {sum(sizes):,} bytes, {_digest(repr(files))}"
+
+    def shard_sizes(self) -> list[int]:
         try:
-            files = [(os.path.basename(path), os.path.getsize(path)) for path in self.paths]
+            return [os.path.getsize(path) for path in self.paths]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
-        return f"{len(files)} files, {sum(size for _, size in files):,} bytes, {_digest(repr(files))}"
 
     def shard_name(self, shard: int) -> str:
         return self.paths[shard]
@@ -131,6 +135,9 @@ class StandardLibrary:
 
     def shard_name(self, shard: int) -> str:
         return f"part {shard + 1} of {self.num_shards} of {self.root}"
+
+    def shard_sizes(self) -> list[int]:
+        return [sum(map(len, texts)) for texts in self._shards]
 
     def check(self) -> None:
         """Everything was read on construction."""

@@ -87,7 +87,7 @@ class TrainStream:
         self.on_event = on_event
         self.prefetch = prefetch
         self.rows_per_stream = global_batch_size // num_logical
-        self._slices = deal_slices(source.num_shards, num_logical, seed)
+        self._slices = deal_slices(source.shard_sizes(), num_logical, seed)
         self._own = range(rank * num_logical // world_size, (rank + 1) * num_logical // world_size)
         self._identity = {
             "corpus": source.fingerprint(),
@@ -107,11 +107,13 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._ahead is None:
-            self._ahead = Prefetcher(self._batches(self._state), self.prefetch)
-        batch = next(self._ahead)
+        batch = next(self._running())
         self._state = batch.state
         return batch
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next batch, at most so long; whether `next` would return at once. A lost network can take minutes."""
+        return self._running().wait(seconds)
 
     def state_dict(self) -> State:
         """The state of the last batch given out. Those of all ranks, merged, are the state of the run."""
@@ -137,6 +139,11 @@ class TrainStream:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+    def _running(self) -> Prefetcher[Batch]:
+        if self._ahead is None:
+            self._ahead = Prefetcher(self._batches(self._state), self.prefetch)
+        return self._ahead
 
     def _batches(self, state: State) -> Iterator[Batch]:
         """The batches after `state`. Shares nothing that changes with the consumer, which runs in another thread."""

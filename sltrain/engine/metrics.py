@@ -201,7 +201,7 @@ class ProgressBar:
         step = event["step"]
         numbers = (
             f"loss {event['loss']:.3f}, perplexity {safe_exp(event['loss']):,.2f}, "
-            f"{event['tokens_per_second']:,.0f} tok/s, peak {event['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"{event['tokens_per_second']:,.0f} tok/s, peak {event['peak_memory_bytes'] / 1e9:.2f} GB"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(numbers, refresh=False)

@@ -21,6 +21,7 @@ from sltrain.engine.step import StepResult, train_step
 from sltrain.engine.stop import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
+STOP_CHECK_SECONDS = 1.0  # a stream that waits for the network must not keep a signal waiting
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Trainer:
     model: nn.Module
     train_model: nn.Module
     optimizer: torch.optim.Optimizer
-    stream: Iterator[Any]
+    stream: Any  # iterator of batches, with `wait` and `close`
     eval_set: Any  # iterable of batches, with `exhausted`
     ranks: Ranks
     checkpointer: Checkpointer
@@ -92,10 +93,11 @@ class Trainer:
     def next_update(self) -> Update:
         """Fetch this rank's rows and learn from all ranks how many tokens the update has and whether to go on."""
         batch, lost = None, False
-        if not self.stop.is_set:
+        with self.throughput.waiting():
             try:
-                with self.throughput.waiting():
-                    batch = next(self.stream)
+                while not self.stop.is_set and batch is None:
+                    if self.stream.wait(STOP_CHECK_SECONDS):
+                        batch = next(self.stream)
             except ConnectionError as error:
                 self.report(f"the data stream broke: {error}")
                 lost = True

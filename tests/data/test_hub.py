@@ -85,9 +85,9 @@ class Answer(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         body = body[: len(body) // 2] if fault else body
+        self.server.bytes_sent += len(body)  # before the client can have seen them
         self.wfile.write(body)
         self.wfile.flush()
-        self.server.bytes_sent += len(body)
         if fault == "stall":
             self.server.released.wait(20)
         if fault:

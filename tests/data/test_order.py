@@ -6,20 +6,21 @@ from hypothesis import strategies as st
 from sltrain.data.order import Slice, block_order, deal_slices, num_logical_streams, permuted, slice_order
 
 
-@given(num_shards=st.integers(1, 40), num_streams=st.integers(1, 12), seed=st.integers(0, 5))
-def test_every_record_belongs_to_exactly_one_stream(num_shards, num_streams, seed):
-    dealt = deal_slices(num_shards, num_streams, seed)
-    records_per_shard = 60
+@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=30), num_streams=st.integers(1, 12), seed=st.integers(0, 5))
+def test_every_record_belongs_to_exactly_one_stream_and_all_have_as_much(sizes, num_streams, seed):
+    dealt = deal_slices(sizes, num_streams, seed)
     owners = [
-        (part.shard, index)
-        for slices in dealt
-        for part in slices
-        for index in range(records_per_shard)
-        if index % part.step == part.offset
+        [(part.shard, i) for part in slices for i in range(sizes[part.shard]) if i % part.step == part.offset] for slices in dealt
     ]
-    assert sorted(owners) == [(shard, index) for shard in range(num_shards) for index in range(records_per_shard)]
-    sizes = [len(slices) for slices in dealt]
-    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= (1 if num_shards >= num_streams else 0)
+    assert sorted(sum(owners, [])) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
+    loads = [len(records) for records in owners]
+    assert max(loads) <= max(1.1 * min(loads), min(loads) + len(sizes))  # a cut shard gives each stream the same, up to one record
+
+
+def test_even_shards_are_dealt_whole_and_uneven_ones_cut():
+    assert all(part.step == 1 for slices in deal_slices([100] * 16, 8, 0) for part in slices)
+    assert all(part.step == 8 for slices in deal_slices([100] * 15 + [500], 8, 0) for part in slices)
+    assert all(part.step == 8 for slices in deal_slices([100] * 4, 8, 0) for part in slices)
 
 
 @given(batch=st.integers(1, 700), wanted=st.integers(1, 16))
