@@ -1,8 +1,9 @@
 """Config -> objects: the one file that sees every room, and the only one commands import from.
 
-Read from top to bottom it is the start of a run: the folder, the corpus and its tokenizer, the model on the meta device, what the user
-should know before step 1, then real memory, optimizer and stream, and what a checkpoint remembers of them. Until the folder is claimed
-nothing is written, so bad input leaves nothing behind. Checks that need more than one room are here.
+Read from top to bottom it is the start of a run: the folder, the corpus and its tokenizer, the model on the meta
+device, what the user should know before step 1, then real memory, optimizer and stream, and what a checkpoint
+remembers of them. Until the folder is claimed nothing is written, so bad input leaves nothing behind. Checks that need
+more than one room are here.
 """
 
 import dataclasses
@@ -92,12 +93,15 @@ class Run:
         if outcome is Outcome.FINISHED:
             return f"finished: {self.folder.path}"
         if outcome is Outcome.INTERRUPTED:
-            return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); saved at step {step:,}; {again}"
+            return (
+                f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); saved at step {step:,}; {again}"
+            )
         if outcome is Outcome.DATA_LOST:
             return f"the data could not be read any more; saved at step {step:,}; {again}"
         return (
-            f"diverged: {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g}) or alpha (now {c.alpha:g}),"
-            f" set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now {c.warmup_steps:,}), in a new run_dir"
+            f"diverged: {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g}) or alpha"
+            f" (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now"
+            f" {c.warmup_steps:,}), in a new run_dir"
         )
 
 
@@ -125,7 +129,7 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     memory.reset()
     model.to_empty(device=device)
     model.init_weights(config.seed)
-    compiled = torch.compile(model) if config.compile else model
+    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     optimizer = build_optimizer(
         model.named_parameters(),
         name=config.optimizer.name,
@@ -206,7 +210,9 @@ def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source |
 def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Report) -> HubFiles:
     data = config.data
     if not (data.repo and data.revision and template and num_shards):
-        raise ValueError("data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation")
+        raise ValueError(
+            "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation"
+        )
     return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
 
 
@@ -268,11 +274,15 @@ def describe(
         f"model      {c.model.name}, method {c.method.name}: {count['total']} parameters = {count['dense']} dense"
         f" + {count['low_rank']} low-rank + {count['sparse']} sparse"
     )
+    processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
     say(
         f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
-        f" ({passes} x {c.micro_batch_size} sequences on each of {ranks.world_size} process{'es' * (ranks.world_size > 1)})"
+        f" ({passes} x {c.micro_batch_size} sequences on each of {processes})"
     )
-    say(f"budget     {cadence.max_steps:,} updates = {cadence.max_steps * positions:,} positions; lr {c.lr:g}, {c.optimizer.name}")
+    say(
+        f"budget     {cadence.max_steps:,} updates = {cadence.max_steps * positions:,} positions;"
+        f" lr {c.lr:g}, {c.optimizer.name}"
+    )
     say(f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids")
     say(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
     say(f"run folder {folder.path}")
@@ -369,7 +379,9 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     check_batch(config, ranks.world_size)
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-        raise ValueError("compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true")
+        raise ValueError(
+            "compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true"
+        )
 
 
 def print_line(line: str) -> None:

@@ -1,10 +1,11 @@
 """From what a person typed to a checked configuration: Hydra composes conf/ over the schema.
 
-Hydra's own errors are tracebacks or several lines about its grammar. This file composes once before Hydra runs the command, and turns each
-of those errors into one line that names the key and the nearest valid spelling.
+Hydra's own errors are tracebacks or several lines about its grammar. This file composes once before Hydra runs the
+command, and turns each of those errors into one line that names the key and the nearest valid spelling.
 """
 
 import difflib
+import inspect
 import itertools
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -37,18 +38,34 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="train_schema", node=schema)
 
 
+def help_text() -> str:
+    """What `--help` prints: the groups with their options, and every key with the comment it has in the schema."""
+    lines = ["Groups (GROUP=OPTION):"]
+    lines += [f"  {group:11} {', '.join(options)}" for group, options in _groups().items()]
+    lines += ["", "Keys (KEY=VALUE); a model sets its recipe, conf/train.yaml the protocol, what you type comes last:"]
+    for line in inspect.getsource(TrainConfig).splitlines():
+        code, _, comment = line.strip().partition("  # ")
+        key, separator, _ = code.partition(": ")
+        if separator and key.isidentifier() and key not in _groups():
+            lines.append(f"  {key:25} {comment}".rstrip())
+    return "\n".join(lines)
+
+
 def to_train_config(config: DictConfig) -> TrainConfig:
     """The composed configuration as plain dataclasses. Raises ValueError for a mandatory key that nothing sets."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(f"{missing[0]} is not set; choose a model (model=llama_60m), or an experiment (experiment=quickstart)")
+        raise ValueError(
+            f"{missing[0]} is not set; choose a model (model=llama_60m), or an experiment (experiment=quickstart)"
+        )
     result = OmegaConf.to_object(config)
     assert isinstance(result, TrainConfig)
     return result
 
 
 def parse_overrides(texts: list[str]) -> list[Override]:
-    """Parse command-line overrides. Raises ValueError for text that is not of Hydra's grammar, showing the quoted form."""
+    """Parse command-line overrides. Raises ValueError for text that is not of Hydra's grammar, showing the quoted
+    form."""
     parsed = []
     for text in texts:
         try:
@@ -58,14 +75,19 @@ def parse_overrides(texts: list[str]) -> list[Override]:
             if not separator:
                 raise ValueError(f"{text!r} is not of the form key=value") from error
             if value.startswith("{"):
-                raise ValueError(f"cannot parse {text!r}; write a mapping with bare names: '{key}={{q_proj:64}}'") from error
+                raise ValueError(
+                    f"cannot parse {text!r}; write a mapping with bare names: '{key}={{q_proj:64}}'"
+                ) from error
             quoted = value.replace('"', '\\"')
-            raise ValueError(f"cannot parse {text!r}; quote the value for both the shell and Hydra: '{key}=\"{quoted}\"'") from error
+            raise ValueError(
+                f"cannot parse {text!r}; quote the value for both the shell and Hydra: '{key}=\"{quoted}\"'"
+            ) from error
     return parsed
 
 
 def check_overrides(texts: list[str]) -> None:
-    """Refuse, before anything starts, overrides that do not compose, in every combination of a sweep. Raises ValueError."""
+    """Refuse, before anything starts, overrides that do not compose, in every combination of a sweep. Raises
+    ValueError."""
     overrides = parse_overrides(texts)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for override in overrides:

@@ -1,14 +1,16 @@
 """The schema of a training run: every key a person can set, its type, unit and scope.
 
-Hydra composes conf/ over these dataclasses, so an unknown key or a wrong type is refused while the configuration is composed, and the
-code below the command sees plain Python objects, never a DictConfig. This file imports nothing of ours and no torch. Values that are the
-same for every run (the protocol) live in conf/train.yaml; values that belong to a model size (the recipe) in conf/model/*.yaml.
+Hydra composes conf/ over these dataclasses, so an unknown key or a wrong type is refused while the configuration is
+composed, and the code below the command sees plain Python objects, never a DictConfig. This file imports nothing of
+ours and no torch. Values that are the same for every run (the protocol) live in conf/train.yaml; values that belong to
+a model size (the recipe) in conf/model/*.yaml.
 
-Checks that need only these numbers are in `validate`; checks that need the model, the corpus or the machine are in build.py.
+Checks that need only these numbers are in `validate`; checks that need the model, the corpus or the machine are in
+build.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -22,8 +24,8 @@ class ModelConfig:
     intermediate_size: int = MISSING
     num_hidden_layers: int = MISSING
     num_attention_heads: int = MISSING
-    num_key_value_heads: Optional[int] = None  # None: as many as attention heads
-    vocab_size: Optional[int] = None  # ids the embedding holds; None: the size of the tokenizer
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    vocab_size: int | None = None  # ids the embedding holds; None: the size of the tokenizer
     max_position_embeddings: int = 1024  # longest row the exported model promises to read
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -51,11 +53,11 @@ class DataConfig:
     """Where documents come from and how they are dealt out."""
 
     name: str = MISSING  # c4, local or stdlib
-    repo: Optional[str] = None  # c4: dataset on the Hugging Face Hub
-    revision: Optional[str] = None  # c4: its commit
-    train_file: Optional[str] = None  # c4: path template with {shard} and {num_shards}
+    repo: str | None = None  # c4: dataset on the Hugging Face Hub
+    revision: str | None = None  # c4: its commit
+    train_file: str | None = None  # c4: path template with {shard} and {num_shards}
     num_train_shards: int = 0
-    validation_file: Optional[str] = None
+    validation_file: str | None = None
     num_validation_shards: int = 0
     num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
     shuffle_block: int = 1024  # documents shuffled together
@@ -68,7 +70,7 @@ class TrackerConfig:
 
     name: str = MISSING  # none or wandb
     project: str = "sltrain"
-    entity: Optional[str] = None
+    entity: str | None = None
 
 
 @dataclass
@@ -83,14 +85,14 @@ class TrainConfig:
 
     # The method: W = (alpha / rank) B A + S
     rank: int = MISSING  # inner size of B A; 0: S alone
-    sparsity: float = MISSING  # the paper's delta: fraction of the entries of S that are trained (0.03 = 3 %); 0: B A alone
+    sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
 
     # Data
     path: Any = None  # data=local: a glob or a list of globs
-    validation_path: Any = None  # a glob or a list of globs; None: the corpus's own validation split, or a held-out part
+    validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
     tokenizer: str = MISSING  # a tokenizer.json, a name on the Hub, or bpe:SIZE to train one on the corpus
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
     seq_len: int = MISSING  # tokens a row
@@ -99,32 +101,32 @@ class TrainConfig:
     # Budget and batch
     global_batch_size: int = MISSING  # sequences an update, all ranks together
     micro_batch_size: int = MISSING  # sequences a forward pass, on one rank
-    max_steps: Optional[int] = None  # updates
-    max_tokens: Optional[int] = None  # positions (rows x seq_len); set exactly one of the two
+    max_steps: int | None = None  # updates
+    max_tokens: int | None = None  # positions (rows x seq_len); set exactly one of the two
 
     # Optimization
     lr: float = MISSING  # peak learning rate
     min_lr_ratio: float = MISSING  # final learning rate over peak
     warmup_steps: int = MISSING  # updates
-    weight_decay: float = MISSING
-    grad_clip: Optional[float] = None  # global gradient norm; None: no clipping
+    weight_decay: float = MISSING  # decoupled (AdamW); norms and biases never decay
+    grad_clip: float | None = None  # global gradient norm; None: no clipping
 
-    # Cadence, in updates; 0: never
-    log_every: int = MISSING
-    eval_every: int = MISSING
+    # Cadence; 0: never
+    log_every: int = MISSING  # updates between train lines
+    eval_every: int = MISSING  # updates between evaluations
     eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
-    checkpoint_every: int = MISSING
+    checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
 
     # The machine
-    seed: int = MISSING
+    seed: int = MISSING  # of weights, supports and the order of the data
     dtype: str = MISSING  # auto, float32 or bfloat16: weights, gradients and optimizer moments
     device: str = MISSING  # auto, cpu or cuda
-    compile: bool = MISSING
-    activation_checkpointing: bool = MISSING
+    compile: bool = MISSING  # torch.compile
+    activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, compute the rest again in backward
 
     # The run folder
-    run_dir: Optional[str] = None  # None: a new folder under outputs/
+    run_dir: str | None = None  # None: a new folder under outputs/
     resume: str = MISSING  # auto: continue what run_dir holds; never: refuse a folder that holds a run
 
 
@@ -157,11 +159,11 @@ AT_LEAST = {
     "seed": 0,
 }
 ABOVE_ZERO = ("lr", "alpha", "max_steps", "max_tokens", "grad_clip", "optimizer.eps")
-# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. What `path`, `validation_path` and
-# `tokenizer` lead to is compared by content.
+# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. What
+# `path`, `validation_path` and `tokenizer` lead to is compared by content.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens checkpoint_every keep_last "
-    "micro_batch_size device compile activation_checkpointing"
+    "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens "
+    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
 ).split()
 
 
@@ -173,7 +175,8 @@ def get_key(config: Any, key: str) -> Any:
 
 
 def validate(config: TrainConfig) -> None:
-    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to change."""
+    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to
+    change."""
     for key, choices in CHOICES.items():
         if get_key(config, key) not in choices:
             raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}")
@@ -187,14 +190,21 @@ def validate(config: TrainConfig) -> None:
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ValueError(f"optimizer.betas={config.optimizer.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]")
+        raise ValueError(
+            f"optimizer.betas={config.optimizer.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]"
+        )
     _validate_method(config)
     longest = config.model.max_position_embeddings
     if config.seq_len > longest:
-        raise ValueError(f"seq_len={config.seq_len} is above model.max_position_embeddings={longest}; lower the one or raise the other")
+        raise ValueError(
+            f"seq_len={config.seq_len} is above model.max_position_embeddings={longest};"
+            " lower the one or raise the other"
+        )
     num_steps(config)
     if config.data.name == "local" and not config.path:
-        raise ValueError('data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: \'path="/a/[0-9].gz"\')')
+        raise ValueError(
+            "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
+        )
     if config.data.name != "local" and config.path:
         raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
 
@@ -205,7 +215,10 @@ def _validate_method(config: TrainConfig) -> None:
             raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
     for name, sparsity in {"sparsity": config.sparsity, **config.sparsity_overrides}.items():
         if not 0 <= sparsity < 1:
-            raise ValueError(f"{name}={sparsity}: must be at least 0 and below 1; it is the fraction of S that is trained (0.03 = 3 %)")
+            raise ValueError(
+                f"{name}={sparsity}: must be at least 0 and below 1;"
+                " it is the fraction of S that is trained (0.03 = 3 %)"
+            )
     if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not config.rank_overrides:
         raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
     if config.method.name == "low_rank" and config.rank == 0:
@@ -216,7 +229,8 @@ def num_steps(config: TrainConfig) -> int:
     """Updates of the run. Raises ValueError unless exactly one of max_steps and max_tokens is set."""
     if config.max_steps is not None and config.max_tokens is not None:
         raise ValueError(
-            f"max_steps={config.max_steps} and max_tokens={config.max_tokens} are both set; type max_steps=null max_tokens={config.max_tokens}"
+            f"max_steps={config.max_steps} and max_tokens={config.max_tokens} are both set;"
+            f" type max_steps=null max_tokens={config.max_tokens}"
             f" or max_tokens=null max_steps={config.max_steps} (a model's recipe sets max_steps)"
         )
     if config.max_steps is not None:
@@ -231,8 +245,11 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % per_pass:
         fits = [m for m in range(1, config.micro_batch_size + 1) if config.global_batch_size % (m * world_size) == 0]
-        hint = f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
+        hint = (
+            f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
+        )
         raise ValueError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size={config.micro_batch_size}"
+            f"global_batch_size={config.global_batch_size} is not a multiple of"
+            f" micro_batch_size={config.micro_batch_size}"
             f" x {world_size} process{'es' * (world_size > 1)}; {hint}"
         )

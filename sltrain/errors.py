@@ -1,7 +1,7 @@
 """What a command answers when it cannot go on: one exit code and one or two lines, never a traceback.
 
-Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is wrong and what to
-change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
+Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is
+wrong and what to change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
 """
 
 import os

@@ -4,9 +4,9 @@
 
     outputs/sweep/rank-64_sparsity-0.01/ ...      named by what varies; each is an ordinary run folder
 
-Hydra expands the grid and calls `run_job` for each point. A process a job makes peak memory the job's own, lets a crash or an out-of-memory
-kill cost one job, and needs no second way to train: a job is the plain command with its run_dir. Started again with the same run_dir, the
-sweep finds finished jobs finished and continues the others.
+Hydra expands the grid and calls `run_job` for each point. A process a job makes peak memory the job's own, lets a
+crash or an out-of-memory kill cost one job, and needs no second way to train: a job is the plain command with its
+run_dir. Started again with the same run_dir, the sweep finds finished jobs finished and continues the others.
 """
 
 import json
@@ -36,19 +36,29 @@ class Sweep:
     folder: Path
     swept_keys: list[str]
     num_jobs: int
-    results: list[tuple[str, ExitCode | int, dict[str, Any]]] = field(default_factory=list)  # (name, exit code, final line)
+    results: list[tuple[str, ExitCode | int, dict[str, Any]]] = field(
+        default_factory=list
+    )  # (name, exit code, final line)
 
     @classmethod
     def plan(cls, overrides: list[str]) -> "Sweep":
         """Read the grid from the overrides. Raises ValueError under torchrun and for a swept run_dir."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("-m does not run under torchrun; start one torchrun a run, or the sweep on one process without torchrun")
+            raise ValueError(
+                "-m does not run under torchrun; start one torchrun a run, or the sweep on one process without torchrun"
+            )
         parsed = parse_overrides(overrides)
         swept = [override for override in parsed if override.is_sweep_override()]
         if any(override.key_or_group == "run_dir" for override in swept):
             raise ValueError("run_dir cannot be swept; it names the sweep's folder, each job has a folder in it")
-        typed = [override.value() for override in parsed if override.key_or_group == "run_dir" and override not in swept]
-        folder = Path(str(typed[-1])) if typed and typed[-1] else Path("outputs", f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        typed = [
+            override.value() for override in parsed if override.key_or_group == "run_dir" and override not in swept
+        ]
+        folder = (
+            Path(str(typed[-1]))
+            if typed and typed[-1]
+            else Path("outputs", f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        )
         num_jobs = 1
         for override in swept:
             num_jobs *= len(list(override.sweep_string_iterator()))
@@ -60,7 +70,8 @@ class Sweep:
         return [f'hydra.sweep.dir="{self.folder}"']
 
     def run_job(self) -> None:
-        """Run the job that Hydra has just composed, in a process of its own, and say how it went. An interrupted job ends the sweep."""
+        """Run the job that Hydra has just composed, in a process of its own, and say how it went. An interrupted job
+        ends the sweep."""
         overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("run_dir=")]
         name = job_name(parse_overrides(overrides), self.swept_keys)
         folder = self.folder / name
@@ -83,7 +94,10 @@ class Sweep:
             print(f"  {name:{width}}  {_result(code, final)}")
         codes = {code for _, code, _ in self.results}
         if ExitCode.INTERRUPTED in codes:
-            print(f"interrupted with {self.num_jobs - len(self.results)} jobs to go; the same command with run_dir={self.folder} continues")
+            print(
+                f"interrupted with {self.num_jobs - len(self.results)} jobs to go;"
+                f" the same command with run_dir={self.folder} continues"
+            )
             return ExitCode.INTERRUPTED
         return ExitCode.OK if codes <= {ExitCode.OK} else ExitCode.FAILED
 
@@ -107,8 +121,8 @@ def _result(code: int, final: dict[str, Any]) -> str:
 
 @contextmanager
 def _forwarding_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """While a job runs, a signal to the sweep asks the job to save and stop. Always as SIGTERM: a terminal's Ctrl-C has reached the job
-    already, and a second SIGINT would end it without saving."""
+    """While a job runs, a signal to the sweep asks the job to save and stop. Always as SIGTERM: a terminal's Ctrl-C
+    has reached the job already, and a second SIGINT would end it without saving."""
 
     def forward(number: int, frame: object) -> None:
         process.send_signal(signal.SIGTERM)

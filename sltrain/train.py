@@ -4,15 +4,17 @@
     sltrain-train -m model=llama_60m rank=64,128                  a sweep, one run after the other
     torchrun --nproc_per_node=8 -m sltrain.train model=llama_1b   one run on eight GPUs
 
-Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one line and a second.
+Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one
+line and a second.
 """
 
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
 from omegaconf import DictConfig
 
-from sltrain.compose import check_overrides, conf_dir, register_schema, to_train_config
+from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
 from sltrain.config import validate
 from sltrain.errors import ExitCode, report_error
 from sltrain.sweep import Sweep
@@ -25,12 +27,14 @@ def main() -> None:
 
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-train` with these arguments and return its exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\n{help_text()}")
+        return ExitCode.OK
     register_schema()
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    typed = get_args_parser().parse_args(arguments)
     try:
-        if not any(argument in ("-h", "--help", "--hydra-help", "--version") for argument in arguments):
-            check_overrides(overrides)
-        sweep = Sweep.plan(overrides) if any(argument in ("-m", "--multirun") for argument in arguments) else None
+        check_overrides(typed.overrides)
+        sweep = Sweep.plan(typed.overrides) if typed.multirun else None
     except ValueError as error:
         return report_error(error, common=True)
 
@@ -50,7 +54,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise
     if sweep is not None:
         return sweep.finish()
-    return codes[0] if codes else ExitCode.OK  # --help and --cfg run no task
+    return codes[0] if codes else ExitCode.OK  # --cfg and the like run no task
 
 
 def train(composed: DictConfig) -> ExitCode:

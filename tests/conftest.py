@@ -1,4 +1,5 @@
-"""What several test files share: a small real corpus, a tokenizer trained on it, and the command run in process or as a process."""
+"""What several test files share: a small real corpus, a tokenizer trained on it, and the command run in process or
+as a process."""
 
 import gzip
 import json
@@ -30,7 +31,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with four C4-style shards of real text (pieces of the standard library's source), 240 documents."""
     folder = tmp_path_factory.mktemp("corpus")
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [file.read_text(errors="ignore")[start : start + 1500] for file in files[:60] for start in (0, 1500, 3000, 4500)]
+    texts = [
+        file.read_text(errors="ignore")[start : start + 1500] for file in files[:60] for start in (0, 1500, 3000, 4500)
+    ]
     texts = [text for text in texts if len(text) > 200]
     for shard in range(4):
         with gzip.open(folder / f"train.{shard:05d}.json.gz", "wt") as out:
@@ -78,7 +81,9 @@ def tiny(corpus: Path, tokenizer_file: Path) -> list[str]:
 
 
 @pytest.fixture
-def sltrain_train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def sltrain_train(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Run `sltrain-train` in this process: overrides -> (exit code, stdout, stderr)."""
     from sltrain.train import run_command
 

@@ -1,4 +1,5 @@
-"""Bad input costs one or two lines that say what is wrong and what to change, exit code 2, and leaves nothing behind."""
+"""Bad input costs one or two lines that say what is wrong and what to change, exit code 2, and leaves nothing
+behind."""
 
 import gzip
 import json
@@ -48,7 +49,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(case: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(
+    case: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides, words = CASES[case]
     monkeypatch.chdir(tmp_path)
     code, out, err = sltrain_train(*tiny, *overrides)

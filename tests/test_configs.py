@@ -1,4 +1,5 @@
-"""Every configuration composes over the schema, and every recipe builds on the meta device with the published number of parameters."""
+"""Every configuration composes over the schema, and every recipe builds on the meta device with the published number
+of parameters."""
 
 import re
 from pathlib import Path
@@ -15,7 +16,8 @@ from sltrain.models.accounting import count_parameters
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-# SLTrain (arXiv 2406.02214), Tables 2 and 4 and appendix: parameters in millions, and the published protocol's numbers by size.
+# SLTrain (arXiv 2406.02214), Tables 2 and 4 and appendix: parameters in millions, and the published protocol's
+# numbers by size.
 PAPER = {
     "llama_60m": (43.5, 128, 32, 0.03, 3e-3, 11_000, 1_100),
     "llama_130m": (96.6, 256, 16, 0.03, 3e-3, 22_000, 2_200),
@@ -37,9 +39,19 @@ def test_bare_model_is_the_papers_run(name: str) -> None:
     validate(config)
     millions, rank, alpha, sparsity, lr, steps, warmup = PAPER[name]
     assert (config.rank, config.alpha, config.sparsity, config.lr) == (rank, alpha, sparsity, lr)
-    assert (num_steps(config), config.warmup_steps, config.global_batch_size, config.seq_len) == (steps, warmup, 512, 256)
+    assert (num_steps(config), config.warmup_steps, config.global_batch_size, config.seq_len) == (
+        steps,
+        warmup,
+        512,
+        256,
+    )
     assert (config.weight_decay, config.min_lr_ratio, config.seed) == (0, 0.1, 42)
-    assert (config.method.name, config.data.name, config.tokenizer, config.padding) == ("sltrain", "c4", "t5-base", "truncate_pad")
+    assert (config.method.name, config.data.name, config.tokenizer, config.padding) == (
+        "sltrain",
+        "c4",
+        "t5-base",
+        "truncate_pad",
+    )
     assert len(config.data.revision or "") == 40
     count = count_parameters(build_model(config, 32_000, torch.bfloat16))
     assert count["total"] / 1e6 == pytest.approx(millions, abs=0.06)  # 130M: 96.546, which the paper prints as 96.6
@@ -69,7 +81,12 @@ def test_every_experiment_composes_and_builds(name: str) -> None:
 
 def test_command_line_wins_over_recipe_and_experiment() -> None:
     config = composed("experiment=paper_60m", "rank=64", "sparsity=0.01", "optimizer=adam8bit")
-    assert (config.rank, config.sparsity, config.optimizer.name, config.model.name) == (64, 0.01, "adam8bit", "llama_60m")
+    assert (config.rank, config.sparsity, config.optimizer.name, config.model.name) == (
+        64,
+        0.01,
+        "adam8bit",
+        "llama_60m",
+    )
 
 
 def test_max_tokens_counts_positions_and_rounds_up() -> None:

@@ -34,9 +34,13 @@ def same_checkpoint(a: Path, b: Path) -> None:
     first, second = load_file(newest(a) / "model.safetensors"), load_file(newest(b) / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    states = [torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state_dict"]["state"] for folder in (a, b)]
+    states = [
+        torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state_dict"]["state"] for folder in (a, b)
+    ]
     for i, state in states[0].items():
-        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][key])) for key, value in state.items())
+        assert all(
+            torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][key])) for key, value in state.items()
+        )
 
 
 def without_clocks(lines: list[dict]) -> list[dict]:
@@ -46,12 +50,16 @@ def without_clocks(lines: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("method", ["sltrain", "full", "low_rank"])
-def test_run_and_its_files(method: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+def test_run_and_its_files(
+    method: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
     run_dir = tmp_path / "run"
     code, out, _ = sltrain_train(*tiny, f"method={method}", f"run_dir={run_dir}", "eval_every=3", "checkpoint_every=3")
     assert code == 0
     assert "parameters" in out and "6 updates" in out and str(run_dir) in out
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "tokenizer.json"} <= {p.name for p in run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "tokenizer.json"} <= {
+        p.name for p in run_dir.iterdir()
+    }
 
     lines = metrics_of(run_dir)
     train = [line for line in lines if line["event"] == "train"]
@@ -66,7 +74,14 @@ def test_run_and_its_files(method: str, tiny: list[str], tmp_path: Path, sltrain
     final = lines[-1]
     assert final["event"] == "final" and json.loads((run_dir / "summary.json").read_text()) == final
     assert set(final["num_parameters"]) == {"total", "dense", "low_rank", "sparse"}
-    assert {"loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte", "eval_tokens", "wall_seconds"} <= final.keys()
+    assert {
+        "loss",
+        "perplexity",
+        "perplexity_galore_protocol",
+        "bits_per_byte",
+        "eval_tokens",
+        "wall_seconds",
+    } <= final.keys()
     assert final["perplexity_galore_protocol"] < final["perplexity"]
     assert final["peak_memory_measure"] == "peak resident size"
     assert train[-1]["loss"] < train[0]["loss"]
@@ -101,8 +116,11 @@ def test_without_run_dir_every_run_has_a_new_folder(
     assert len(list((tmp_path / "outputs").iterdir())) == 2
 
 
-def test_interrupted_twice_equals_straight(tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics) -> None:
-    """SIGTERM, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the straight run."""
+def test_interrupted_twice_equals_straight(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+) -> None:
+    """SIGTERM, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the
+    straight run."""
     recipe = [*tiny, "max_steps=60", "checkpoint_every=2", "eval_every=7", "padding=pack"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
     broken = tmp_path / "broken"
@@ -130,7 +148,9 @@ def test_interrupted_twice_equals_straight(tiny: list[str], tmp_path: Path, sltr
     assert not list(broken.rglob("*.tmp"))
 
 
-def test_second_process_in_a_live_folder_is_refused(tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start) -> None:
+def test_second_process_in_a_live_folder_is_refused(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start
+) -> None:
     run = [*tiny, "max_steps=100000", f"run_dir={tmp_path}/run"]
     live = start_process(*run)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), live)
@@ -155,7 +175,9 @@ def test_two_ranks_train_the_curve_of_one(
     for a, b in zip(one_lines, two_lines, strict=True):
         assert (a["step"], a["tokens"], a["positions"]) == (b["step"], b["tokens"], b["positions"])
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    assert one_lines[-1]["perplexity_galore_protocol"] == pytest.approx(two_lines[-1]["perplexity_galore_protocol"], rel=1e-4)
+    assert one_lines[-1]["perplexity_galore_protocol"] == pytest.approx(
+        two_lines[-1]["perplexity_galore_protocol"], rel=1e-4
+    )
 
 
 def test_resume_on_another_number_of_ranks(
@@ -170,7 +192,9 @@ def test_resume_on_another_number_of_ranks(
     out, err = two.communicate(timeout=60)
     assert "saved at step" in out, out + err
     assert sltrain_train(*recipe, f"run_dir={run_dir}")[0] == 0
-    for a, b in zip(without_clocks(metrics_of(run_dir)), without_clocks(metrics_of(tmp_path / "straight")), strict=True):
+    for a, b in zip(
+        without_clocks(metrics_of(run_dir)), without_clocks(metrics_of(tmp_path / "straight")), strict=True
+    ):
         assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
@@ -231,14 +255,18 @@ def test_full_disk_on_save_keeps_the_previous_checkpoint(
     assert sltrain_train(*recipe)[0] == 0
 
 
-def test_diverging_run_stops_with_advice(tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+def test_diverging_run_stops_with_advice(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
     code, out, _ = sltrain_train(*tiny, "max_steps=40", "lr=1e30", "warmup_steps=0", f"run_dir={tmp_path}/run")
     assert code == 5
     assert "not finite" in out and "grad_clip=1.0" in out
     assert metrics_of(tmp_path / "run")[-1]["num_skipped_updates"] == 10
 
 
-def test_tracker_wandb_records_offline(tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_wandb_records_offline(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     code, out, _ = sltrain_train(*tiny, "tracker=wandb", "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run")
     assert code == 0
@@ -248,13 +276,17 @@ def test_tracker_wandb_records_offline(tiny: list[str], tmp_path: Path, sltrain_
 
 
 def test_eight_bit_adam_and_bfloat16(tiny: list[str], tmp_path: Path, sltrain_train: Run) -> None:
-    code, out, _ = sltrain_train(*tiny, "optimizer=adam8bit", "dtype=bfloat16", "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run")
+    code, out, _ = sltrain_train(
+        *tiny, "optimizer=adam8bit", "dtype=bfloat16", "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run"
+    )
     assert code == 0 and "bfloat16" in out
     weights = load_file(newest(tmp_path / "run") / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.int32}
 
 
-def test_checkpointing_and_one_large_pass_train_the_same(tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+def test_checkpointing_and_one_large_pass_train_the_same(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
     """Activation checkpointing and the split into micro-batches do not change the mathematics."""
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/a")[0] == 0
     assert sltrain_train(*tiny, "activation_checkpointing=true", "micro_batch_size=8", f"run_dir={tmp_path}/b")[0] == 0

@@ -112,7 +112,8 @@ class TrainStream:
         return batch
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the next batch, at most so long; whether `next` would return at once. A lost network can take minutes."""
+        """Wait for the next batch, at most so long; whether `next` would return at once. A lost network can take
+        minutes."""
         return self._running().wait(seconds)
 
     def state_dict(self) -> State:

@@ -1,7 +1,8 @@
 """The processes of one run: who am I, how many are we, and the few collective operations a run needs.
 
-torchrun describes the processes in environment variables; this file is their only reader. Without them the run is one process and every
-operation here is the identity. Numbers and Python objects travel over gloo on the host, gradients over NCCL (CUDA) or gloo (CPU).
+torchrun describes the processes in environment variables; this file is their only reader. Without them the run is one
+process and every operation here is the identity. Numbers and Python objects travel over gloo on the host, gradients
+over NCCL (CUDA) or gloo (CPU).
 """
 
 import os
@@ -20,7 +21,8 @@ T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process for `auto`, `cpu` or `cuda`; with CUDA, the GPU of its local rank. Raises ValueError if there is none."""
+    """The device of this process for `auto`, `cpu` or `cuda`; with CUDA, the GPU of its local rank. Raises
+    ValueError if there is none."""
     available = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
@@ -29,7 +31,9 @@ def pick_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"local rank {local_rank} has no GPU of its own: {count} visible; start at most {count} processes a node")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: {count} visible; start at most {count} processes a node"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -107,8 +111,8 @@ class Ranks:
         return answer[0]
 
     def everywhere(self, make: Callable[[], T]) -> T:
-        """`make()` on every rank. If it raises ValueError or OSError on some rank, all ranks fail, and the first such rank reports it.
-        `make` must not communicate."""
+        """`make()` on every rank. If it raises ValueError or OSError on some rank, all ranks fail, and the first such
+        rank reports it. `make` must not communicate."""
         result, error = None, None
         try:
             result = make()
@@ -125,13 +129,16 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks during backward. Buffers are never sent: they are equal by construction,
-        and the compact integer types of support indices cannot be."""
+        """The model with gradients averaged over ranks during backward. Buffers are never sent: they are equal by
+        construction, and the compact integer types of support indices cannot be."""
         if self.world_size == 1:
             return model
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
+        buffers = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Backward inside this context adds to the local gradients without averaging them over ranks."""

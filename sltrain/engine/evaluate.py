@@ -2,9 +2,10 @@
 
     perplexity = exp(sum of token losses / number of predicted tokens)
 
-`perplexity_galore_protocol` is the number of the harness behind the published tables of this protocol: it averages the mean losses of n
-batches and divides by n + 1, so it reads about 2 % low at n = 180. Use it to compare with those tables and nothing else. `bits_per_byte` does not
-depend on the tokenizer: the same sum of losses, in bits, over the UTF-8 bytes that the predicted tokens stand for.
+`perplexity_galore_protocol` is the number of the harness behind the published tables of this protocol: it averages the
+mean losses of n batches and divides by n + 1, so it reads about 2 % low at n = 180. Use it to compare with those
+tables and nothing else. `bits_per_byte` does not depend on the tokenizer: the same sum of losses, in bits, over the
+UTF-8 bytes that the predicted tokens stand for.
 """
 
 import math
@@ -22,14 +23,16 @@ from sltrain.engine.metrics import safe_exp
 def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """Loss of `model` (input_ids, labels -> summed token loss) over batches with input_ids, labels (rows, seq_len) and num_bytes.
+    """Loss of `model` (input_ids, labels -> summed token loss) over batches with input_ids, labels (rows, seq_len) and
+    num_bytes.
 
-    Every rank gives its own batches, as many as it has; the result is the same on all. None if `should_stop` became true on some rank:
-    half an evaluation is no number.
+    Every rank gives its own batches, as many as it has; the result is the same on all. None if `should_stop` became
+    true on some rank: half an evaluation is no number.
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(6, dtype=torch.float64)  # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped
+    # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped
+    totals = torch.zeros(6, dtype=torch.float64)
     for batch in batches:
         if should_stop():
             totals[-1] += 1
@@ -38,7 +41,9 @@ def evaluate(
         if num_targets == 0:
             continue
         loss_sum = float(model(batch.input_ids.to(ranks.device), batch.labels.to(ranks.device)))
-        totals += torch.tensor([loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0], dtype=torch.float64)
+        totals += torch.tensor(
+            [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0], dtype=torch.float64
+        )
     model.train(training)
     loss_sum, num_targets, num_bytes, sum_of_means, num_batches, num_stopped = ranks.sum_(totals).tolist()
     if num_stopped:
@@ -53,4 +58,3 @@ def evaluate(
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "eval_tokens": int(num_targets),
     }
-

@@ -36,7 +36,8 @@ def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
 
     while True:
         is_last = trainer.step == cadence.max_steps
-        # Evaluation comes before saving, so that a checkpoint knows that its step was evaluated and a resumed run does not do it twice.
+        # Evaluation comes before saving, so that a checkpoint knows that its step was evaluated and a resumed run
+        # does not do it twice.
         if is_due(cadence.eval_every) and not is_last and trainer.evaluated_step < trainer.step:
             trainer.evaluate("eval")
         if is_due(cadence.checkpoint_every) or is_last:

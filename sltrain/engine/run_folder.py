@@ -42,7 +42,8 @@ class RunFolder:
         return self.summary_file.exists()
 
     def check(self, config: dict[str, Any], resume: str, changeable: Collection[str]) -> None:
-        """Refuse (ValueError) a folder with other things in it, and one whose run another configuration must not continue."""
+        """Refuse (ValueError) a folder with other things in it, and one whose run another configuration must not
+        continue."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -63,7 +64,8 @@ class RunFolder:
         if changed:
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise ValueError(
-                f"run_dir={self.path} holds another run: {'; '.join(changed[:3])}{more}. Type the old values, or name another run_dir"
+                f"run_dir={self.path} holds another run: {'; '.join(changed[:3])}{more}."
+                " Type the old values, or name another run_dir"
             )
 
     def claim(self, config: dict[str, Any], tokenizer_json: str) -> None:
@@ -74,7 +76,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.path)
         if self.tokenizer_file.exists() and self.tokenizer_file.read_text() != tokenizer_json:
-            raise ValueError(f"the tokenizer is not the one this run began with ({self.tokenizer_file}); name that file: tokenizer=PATH")
+            raise ValueError(
+                f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
+                " name that file: tokenizer=PATH"
+            )
         write_atomically(self.tokenizer_file, tokenizer_json)
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False))
 

@@ -4,9 +4,9 @@ The loss of an update is the mean over all its tokens, whatever micro-batch or r
 
     loss = (sum over ranks and micro-batches of the token losses) / (number of their predicted tokens)
 
-so every micro-batch's summed loss is divided by the global token count, which is known before the first backward. DDP averages over
-ranks, hence the factor world_size. An update whose loss or gradient is not finite is skipped; the one host read of a step serves that test
-and the log.
+so every micro-batch's summed loss is divided by the global token count, which is known before the first backward. DDP
+averages over ranks, hence the factor world_size. An update whose loss or gradient is not finite is skipped; the one
+host read of a step serves that test and the log.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A request to stop, raised by SIGTERM or SIGINT and read by the loop between two steps.
 
-The first signal asks the run to finish its step, save and leave; a second SIGINT (an impatient Ctrl-C) ends the process at once, which
-loses only the steps since the last checkpoint.
+The first signal asks the run to finish its step, save and leave; a second SIGINT (an impatient Ctrl-C) ends the
+process at once, which loses only the steps since the last checkpoint.
 """
 
 import signal

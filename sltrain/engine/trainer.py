@@ -1,7 +1,8 @@
 """The state of a run and the five things the loop does with it: fetch, train, log, evaluate, save.
 
-A trainer owns what must survive a restart besides weights and optimizer: the counters in `Progress` and the position of the data stream
-after the last finished update. The stream itself runs ahead (it prefetches), therefore every batch carries the position that follows it.
+A trainer owns what must survive a restart besides weights and optimizer: the counters in `Progress` and the position
+of the data stream after the last finished update. The stream itself runs ahead (it prefetches), therefore every batch
+carries the position that follows it.
 """
 
 import time
@@ -50,7 +51,8 @@ class Update:
 
 @dataclass
 class Trainer:
-    """Everything one run needs after it is built. `model` is the bare model, `train_model` the one whose backward crosses ranks."""
+    """Everything one run needs after it is built. `model` is the bare model, `train_model` the one whose backward
+    crosses ranks."""
 
     model: nn.Module
     train_model: nn.Module
@@ -153,7 +155,11 @@ class Trainer:
                 self._write(event, numbers)
                 return True
             peak, wall = self._peak_memory_bytes(), time.monotonic() - self.started
-            cost = {"peak_memory_bytes": peak, "peak_memory_reserved_bytes": self.memory.reserved_bytes(), "wall_seconds": round(wall, 3)}
+            cost = {
+                "peak_memory_bytes": peak,
+                "peak_memory_reserved_bytes": self.memory.reserved_bytes(),
+                "wall_seconds": round(wall, 3),
+            }
             self.final = self._write(event, {**numbers, **cost, **self.final_metrics})
             return True
 

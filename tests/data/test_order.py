@@ -6,15 +6,20 @@ from hypothesis import strategies as st
 from sltrain.data.order import Slice, block_order, deal_slices, num_logical_streams, permuted, slice_order
 
 
-@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=30), num_streams=st.integers(1, 12), seed=st.integers(0, 5))
+@given(
+    sizes=st.lists(st.integers(0, 200), min_size=1, max_size=30), num_streams=st.integers(1, 12), seed=st.integers(0, 5)
+)
 def test_every_record_belongs_to_exactly_one_stream_and_all_have_as_much(sizes, num_streams, seed):
     dealt = deal_slices(sizes, num_streams, seed)
     owners = [
-        [(part.shard, i) for part in slices for i in range(sizes[part.shard]) if i % part.step == part.offset] for slices in dealt
+        [(part.shard, i) for part in slices for i in range(sizes[part.shard]) if i % part.step == part.offset]
+        for slices in dealt
     ]
     assert sorted(sum(owners, [])) == [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
     loads = [len(records) for records in owners]
-    assert max(loads) <= max(1.1 * min(loads), min(loads) + len(sizes))  # a cut shard gives each stream the same, up to one record
+    assert max(loads) <= max(
+        1.1 * min(loads), min(loads) + len(sizes)
+    )  # a cut shard gives each stream the same, up to one record
 
 
 def test_even_shards_are_dealt_whole_and_uneven_ones_cut():

@@ -9,7 +9,13 @@ import pytest
 from sltrain.engine.run_folder import RunFolder, new_run_dir
 from sltrain.engine.stop import StopRequest
 
-CONFIG = {"rank": 8, "lr": 1e-3, "path": ["a", "b"], "optimizer": {"name": "adamw", "betas": [0.9, 0.999]}, "rank_overrides": {}}
+CONFIG = {
+    "rank": 8,
+    "lr": 1e-3,
+    "path": ["a", "b"],
+    "optimizer": {"name": "adamw", "betas": [0.9, 0.999]},
+    "rank_overrides": {},
+}
 
 
 def claimed(path: Path) -> RunFolder:

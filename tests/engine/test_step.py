@@ -60,7 +60,9 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(batch: tuple[Ten
     torch.manual_seed(0)
     model = Bigram()
     before = model.table.weight.detach().clone()
-    result = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], num_targets(batch[1]), ONE, grad_clip=0.01)
+    result = train_step(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], num_targets(batch[1]), ONE, grad_clip=0.01
+    )
     assert result.grad_norm > 0.01
     assert (model.table.weight - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 

@@ -157,7 +157,9 @@ def test_nothing_to_warn_about():
     assert warnings(model) == [] == warnings(make_model())
 
 
-@pytest.mark.parametrize(("method", "key"), [("full", "rank_overrides"), ("full", "sparsity_overrides"), ("low_rank", "sparsity_overrides")])
+@pytest.mark.parametrize(
+    ("method", "key"), [("full", "rank_overrides"), ("full", "sparsity_overrides"), ("low_rank", "sparsity_overrides")]
+)
 def test_overrides_of_what_a_method_lacks_are_ignored_as_in_a_sweep_over_methods(method, key):
     model = make_model()
     METHODS[method].replace(model, make_settings(**{key: {"q_proj": 0}}), lambda name, linear: True)
