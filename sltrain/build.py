@@ -9,6 +9,7 @@ more than one room are here.
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +110,15 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     """Build everything a training run needs. Raises ValueError or OSError for what the user can mend."""
     device = pick_device(config.device)
     ranks = Ranks.start(device)
-    say: Report = report if ranks.is_main else lambda line: None
+    say: Report = report if ranks.is_main else lambda line: None  # what all ranks know
+    tell: Report = report if ranks.is_main else lambda line: report(f"[rank {ranks.rank}] {line}")  # what one rank met
     ranks.everywhere(lambda: check_machine(config, ranks))
-    folder = open_folder(config, ranks)
+    folder, is_finished = open_folder(config, ranks)
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
-    if folder.is_finished:
+    if is_finished:
         return Run(folder, ranks, config, None, cadence)
 
-    source, validation = ranks.everywhere(lambda: build_sources(config, report))
+    source, validation = ranks.everywhere(lambda: build_sources(config, tell))
     tokenizer = build_tokenizer(config, source, ranks, say)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, device)))
     ranks.on_main(lambda: folder.claim(dataclasses.asdict(config), tokenizer.json))
@@ -146,7 +148,7 @@ def build_run(config: TrainConfig, report: Report) -> Run:
         set_learning_rate(optimizer, lr)
         return lr
 
-    stream = build_stream(config, source, tokenizer, ranks, report, holds_out=validation is None)
+    stream = build_stream(config, source, tokenizer, ranks, say, holds_out=validation is None)
     eval_set = build_eval_set(config, validation or source, tokenizer, ranks, holds_out=validation is None)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     progress, stream_state = restore(checkpointer, model, optimizer, stream, folder, ranks, say)
@@ -171,24 +173,25 @@ def build_run(config: TrainConfig, report: Report) -> Run:
             "num_parameters": count_parameters(model),
             "num_indices": count_indices(model),
         },
-        report=report,
+        report=tell,
         progress=progress,
         stream_state=stream_state,
     )
     return Run(folder, ranks, config, trainer, cadence)
 
 
-def open_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
-    """The run's folder, chosen by rank 0 for all; refused if it holds something else."""
+def open_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
+    """The run's folder and whether its run is finished, decided by rank 0 for all; refused if it holds something else."""
 
-    def choose() -> Path:
+    def choose() -> tuple[Path, bool]:
         if config.run_dir is None:
-            return new_run_dir(Path("outputs"), f"{config.model.name}_{config.method.name}")
+            return new_run_dir(Path("outputs"), f"{config.model.name}_{config.method.name}"), False
         folder = RunFolder(Path(config.run_dir).expanduser())
         folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
-        return folder.path
+        return folder.path, folder.is_finished
 
-    return RunFolder(ranks.on_main(choose))
+    path, is_finished = ranks.on_main(choose)
+    return RunFolder(path), is_finished
 
 
 def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
@@ -289,7 +292,7 @@ def describe(
 
 
 def build_stream(
-    config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, report: Report, holds_out: bool
+    config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, say: Report, holds_out: bool
 ) -> TrainStream:
     """The endless stream of this rank's rows."""
     return TrainStream(
@@ -304,7 +307,7 @@ def build_stream(
         num_streams=config.data.num_streams,
         shuffle_block=config.data.shuffle_block,
         holdout_every=config.data.holdout_every if holds_out else 0,
-        on_event=report,
+        on_event=say,
         prefetch=2,
     )
 
@@ -385,5 +388,9 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def print_line(line: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(line)
+    """Print a line above the progress bar. A run does not end because nobody reads its output any more."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")

@@ -22,7 +22,12 @@ from sltrain.sweep import Sweep
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
-    sys.exit(run_command(sys.argv[1:]))
+    try:
+        code = run_command(sys.argv[1:])
+    except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
+        print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    sys.exit(code)
 
 
 def run_command(arguments: list[str]) -> ExitCode:
@@ -80,9 +85,6 @@ def train(composed: DictConfig) -> ExitCode:
             Outcome.DATA_LOST: ExitCode.DATA_LOST,
             Outcome.DIVERGED: ExitCode.DIVERGED,
         }[outcome]
-    except KeyboardInterrupt:
-        print("interrupted before it could save; the last checkpoint stands", file=sys.stderr)
-        return ExitCode.INTERRUPTED
     except Exception as error:
         return report_error(error)
     finally:

@@ -137,7 +137,7 @@ class Trainer:
             "lr": self.set_learning_rate(self.step),
             "grad_norm": result.grad_norm,
             **self.throughput.read(),
-            "peak_memory_bytes": self._peak_memory_bytes(),
+            **self._peak_memory(),
             "num_skipped_updates": self.progress.num_skipped_updates,
             **self.model_metrics(),
         }
@@ -154,12 +154,8 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            peak, wall = self._peak_memory_bytes(), time.monotonic() - self.started
-            cost = {
-                "peak_memory_bytes": peak,
-                "peak_memory_reserved_bytes": self.memory.reserved_bytes(),
-                "wall_seconds": round(wall, 3),
-            }
+            wall = time.monotonic() - self.started
+            cost = {**self._peak_memory(), "wall_seconds": round(wall, 3)}
             self.final = self._write(event, {**numbers, **cost, **self.final_metrics})
             return True
 
@@ -183,8 +179,11 @@ class Trainer:
             input_ids, labels = (t.to(self.ranks.device, non_blocking=True) for t in tensors)
             yield input_ids, labels
 
-    def _peak_memory_bytes(self) -> int:
-        return max(self.ranks.gather(self.memory.peak_bytes()))
+    def _peak_memory(self) -> dict[str, int]:
+        """The peak of the rank with the highest; on CUDA also what the allocator had reserved for it."""
+        reserved = self.memory.reserved_bytes()
+        peak = max(self.ranks.gather((self.memory.peak_bytes(), reserved or 0)))
+        return {"peak_memory_bytes": peak[0], **({} if reserved is None else {"peak_memory_reserved_bytes": peak[1]})}
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

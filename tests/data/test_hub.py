@@ -296,3 +296,35 @@ def test_without_a_network_everything_says_so_in_words(tmp_path):
     assert all(
         line.startswith("NetworkError") and "cannot reach" in line and "tokenizer=bpe:" in line for line in found[1:]
     )
+
+
+def test_a_run_that_loses_the_hub_saves_and_continues_where_it_was(
+    hub, texts, tiny, tokenizer_file, tmp_path, sltrain_train, metrics_of, monkeypatch
+):
+    """The whole command: exit code 4 with a checkpoint, then, with the Hub back, the log of an undisturbed run."""
+    monkeypatch.setattr("sltrain.data.hub.DEFAULT_RETRY", RetryPolicy(2, 0.01, 0.02, timeout=0.3, range_bytes=4_000))
+    for kind in ("train", "validation"):
+        for shard in range(NUM_SHARDS):
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[shard::NUM_SHARDS])
+            name = TEMPLATE.replace("train", kind).format(shard=shard, num_shards=NUM_SHARDS)
+            hub.files["allenai/c4", name] = gzip.compress(lines.encode())
+    recipe = [
+        *(override for override in tiny if not override.startswith(("data=", "path="))),
+        *("data=c4", f"data.revision={REVISION}", "data.num_train_shards=2", "data.num_validation_shards=2"),
+        *("data.num_streams=2", "data.shuffle_block=8", "max_steps=30", "data.holdout_every=100"),
+    ]
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
+
+    hub.faults += [None] * 12 + [503] * 10_000
+    code, out, _ = sltrain_train(*recipe, f"run_dir={tmp_path}/run")
+    assert code == 4
+    assert "gave up after 3 attempts" in out and f"run_dir={tmp_path}/run" in out
+    assert 0 < metrics_of(tmp_path / "run")[-1]["step"] < 30
+
+    hub.faults.clear()
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/run")[0] == 0
+    lost, straight = (
+        [(line["step"], line["loss"]) for line in metrics_of(tmp_path / name) if "loss" in line]
+        for name in ("run", "straight")
+    )
+    assert lost == straight
