@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,15 @@ from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
 from sltrain.engine.memory import PeakMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
-from sltrain.engine.run_folder import RunFolder, new_run_dir
+from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
-from sltrain.layers.linear import FactoredLinear
 from sltrain.methods import METHODS
-from sltrain.methods.advice import warnings
+from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.settings import MethodSettings
 from sltrain.models.accounting import count_indices, count_parameters
 from sltrain.models.llama import LlamaForCausalLM, is_projection
-from sltrain.optim.build import build_optimizer, set_learning_rate
+from sltrain.optim.build import build_optimizer, check_optimizer, set_learning_rate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
 
 __all__ = ["Outcome", "Run", "build_model", "build_run", "print_line"]
@@ -81,6 +81,11 @@ class Run:
         """Whether the folder held a finished run; then there is nothing to train."""
         return self.trainer is None
 
+    @property
+    def lost_network(self) -> bool:
+        """Whether the stream ended because the network did, here or on another rank, and not by damaged data."""
+        return self.trainer is None or not isinstance(self.trainer.data_error, ValueError)
+
     def say(self, line: str) -> None:
         """Print a line, on rank 0."""
         if self.ranks.is_main:
@@ -98,18 +103,17 @@ class Run:
                 f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); saved at step {step:,}; {again}"
             )
         if outcome is Outcome.DATA_LOST:
-            return f"the data could not be read any more; saved at step {step:,}; {again}"
+            return f"the data could not be read any more; saved at step {step:,}; when it can, {again[3:]}"
         return (
-            f"diverged: {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g}) or alpha"
-            f" (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now"
+            f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite;"
+            f" lower lr (now {c.lr:g}) or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now"
             f" {c.warmup_steps:,}), in a new run_dir"
         )
 
 
 def build_run(config: TrainConfig, report: Report) -> Run:
     """Build everything a training run needs. Raises ValueError or OSError for what the user can mend."""
-    device = pick_device(config.device)
-    ranks = Ranks.start(device)
+    ranks = Ranks.start(pick_device(config.device))
     say: Report = report if ranks.is_main else lambda line: None  # what all ranks know
     tell: Report = report if ranks.is_main else lambda line: report(f"[rank {ranks.rank}] {line}")  # what one rank met
     ranks.everywhere(lambda: check_machine(config, ranks))
@@ -120,78 +124,38 @@ def build_run(config: TrainConfig, report: Report) -> Run:
 
     source, validation = ranks.everywhere(lambda: build_sources(config, tell))
     tokenizer = build_tokenizer(config, source, ranks, say)
-    model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, device)))
-    ranks.on_main(lambda: folder.claim(dataclasses.asdict(config), tokenizer.json))
-    warmup, shortened = effective_warmup(config.warmup_steps, cadence.max_steps)
-    describe(config, model, source, tokenizer, folder, ranks, cadence, say)
-    for line in [*warnings(model), *([shortened] if shortened else [])]:
-        say(f"note       {line}")
-
-    memory = PeakMemory(device)
-    memory.reset()
-    model.to_empty(device=device)
-    model.init_weights(config.seed)
-    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    optimizer = build_optimizer(
-        model.named_parameters(),
-        name=config.optimizer.name,
-        lr=config.lr,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-        weight_decay=config.weight_decay,
-        device=device,
-    )
-
-    def learning_rate(step: int) -> float:
-        factor = warmup_cosine(step, max_steps=cadence.max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
-        lr = config.lr * factor
-        set_learning_rate(optimizer, lr)
-        return lr
-
-    stream = build_stream(config, source, tokenizer, ranks, say, holds_out=validation is None)
-    eval_set = build_eval_set(config, validation or source, tokenizer, ranks, holds_out=validation is None)
-    checkpointer = Checkpointer(folder.path, config.keep_last)
-    progress, stream_state = restore(checkpointer, model, optimizer, stream, folder, ranks, say)
-    trainer = Trainer(
-        model=compiled,
-        train_model=ranks.wrap(compiled),
-        optimizer=optimizer,
-        stream=stream,
-        eval_set=eval_set,
-        ranks=ranks,
-        checkpointer=checkpointer,
-        sinks=build_sinks(config, folder, cadence.max_steps, progress.step, say) if ranks.is_main else [],
-        memory=memory,
-        stop=StopRequest(),
-        set_learning_rate=learning_rate,
-        micro_batch_size=config.micro_batch_size,
-        seq_len=config.seq_len,
-        grad_clip=config.grad_clip,
-        model_metrics=lambda: weight_norms(model),
-        final_metrics={
-            "peak_memory_measure": memory.measure,
-            "num_parameters": count_parameters(model),
-            "num_indices": count_indices(model),
-        },
-        report=tell,
-        progress=progress,
-        stream_state=stream_state,
-    )
+    model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
+    stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks, say))
+    folder.path = ranks.on_main(lambda: folder.claim(dataclasses.asdict(config), tokenizer.json))
+    describe(config, model, source, tokenizer, eval_set, folder, ranks, cadence, say)
+    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, say)
+    trainer.report = tell
     return Run(folder, ranks, config, trainer, cadence)
 
 
+def check_machine(config: TrainConfig, ranks: Ranks) -> None:
+    """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
+    check_batch(config, ranks.world_size)
+    check_optimizer(config.optimizer.name)
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise ValueError(
+            "compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true"
+        )
+
+
 def open_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
-    """The run's folder and whether its run is finished, decided by rank 0 for all; refused if it holds something else."""
+    """The run's folder and whether its run is finished, as rank 0 sees it; refused if it holds something else."""
+    if config.run_dir is None:
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model.name}_{config.method.name}"
+        return RunFolder(Path("outputs", name), is_new=True), False
+    folder = RunFolder(Path(config.run_dir).expanduser())
 
-    def choose() -> tuple[Path, bool]:
-        if config.run_dir is None:
-            return new_run_dir(Path("outputs"), f"{config.model.name}_{config.method.name}"), False
-        folder = RunFolder(Path(config.run_dir).expanduser())
+    def check() -> bool:
         folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
-        return folder.path, folder.is_finished
+        return folder.is_finished
 
-    path, is_finished = ranks.on_main(choose)
-    return RunFolder(path), is_finished
+    return folder, ranks.on_main(check)
 
 
 def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
@@ -221,7 +185,7 @@ def _hub_files(config: TrainConfig, template: str | None, num_shards: int, repor
 
 def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Report) -> Tokenizer:
     """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sltrain"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
 
     def load() -> Tokenizer:
         return load_tokenizer(
@@ -263,6 +227,7 @@ def describe(
     model: nn.Module,
     source: Source,
     tokenizer: Tokenizer,
+    eval_set: EvalSet,
     folder: RunFolder,
     ranks: Ranks,
     cadence: Cadence,
@@ -288,70 +253,146 @@ def describe(
     )
     say(f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids")
     say(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
+    if eval_set.exhausted:
+        say(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
     say(f"run folder {folder.path}")
+    for line in warnings(model):
+        say(f"note       {line}")
 
 
-def build_stream(
-    config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, say: Report, holds_out: bool
-) -> TrainStream:
-    """The endless stream of this rank's rows."""
-    return TrainStream(
+def build_data(
+    config: TrainConfig,
+    source: Source,
+    validation: Source | None,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    say: Report,
+) -> tuple[TrainStream, EvalSet]:
+    """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
+    cannot be had must not end a run in its middle."""
+    holdout_every = config.data.holdout_every if validation is None else 0
+    shape: dict[str, Any] = {"seq_len": config.seq_len, "padding": config.padding, "holdout_every": holdout_every}
+    stream = TrainStream(
         source,
         tokenizer,
+        **shape,
         seed=config.seed,
-        seq_len=config.seq_len,
-        padding=config.padding,
         global_batch_size=config.global_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_streams=config.data.num_streams,
         shuffle_block=config.data.shuffle_block,
-        holdout_every=config.data.holdout_every if holds_out else 0,
         on_event=say,
         prefetch=2,
     )
-
-
-def build_eval_set(config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks, holds_out: bool) -> EvalSet:
-    """The fixed rows every evaluation reads."""
-    return EvalSet(
-        source,
+    eval_set = EvalSet(
+        validation or source,
         tokenizer,
-        seq_len=config.seq_len,
-        padding=config.padding,
+        **shape,
         eval_tokens=config.eval_tokens,
         batch_size=config.micro_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        holdout_every=config.data.holdout_every if holds_out else 0,
     )
+    eval_set.read()
+    return stream, eval_set
 
 
-def restore(
-    checkpointer: Checkpointer,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: TrainStream,
+def build_trainer(
+    config: TrainConfig,
+    cadence: Cadence,
     folder: RunFolder,
+    model: LlamaForCausalLM,
+    stream: TrainStream,
+    eval_set: EvalSet,
     ranks: Ranks,
     say: Report,
-) -> tuple[Progress, dict[str, Any]]:
-    """Continue from the newest complete checkpoint, if there is one; metrics.jsonl then ends at its step."""
-    path = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+) -> Trainer:
+    """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
+    memory = PeakMemory(ranks.device)
+    checkpointer = Checkpointer(folder.path, config.keep_last)
+    checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+    ranks.everywhere(lambda: allocate(model, ranks.device))
+    if checkpoint is None:  # otherwise every value comes from there
+        model.init_weights(config.seed)
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        name=config.optimizer.name,
+        lr=config.lr,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.weight_decay,
+        device=ranks.device,
+    )
     progress, stream_state = Progress(), {}
-    if path is not None:
-        state = ranks.everywhere(lambda: checkpointer.load(path, model, optimizer))
+    if checkpoint is not None:
+        state = ranks.everywhere(lambda: checkpointer.load(checkpoint, model, optimizer))
         progress, stream_state = Progress(**state["progress"]), state["stream"]
         if stream_state:  # empty when the run was stopped before its first update
             ranks.everywhere(lambda: stream.load_state_dict(stream_state))
-        say(f"resume     from step {progress.step:,} ({path})")
-    if folder.metrics_file.exists() and ranks.is_main:
-        rewrite_until(folder.metrics_file, progress.step)
-    return progress, stream_state
+        ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
+        say(f"resume     from step {progress.step:,} ({checkpoint})")
+
+    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    sinks: list[Sink] = []
+    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
+    return Trainer(
+        model=compiled,
+        train_model=ranks.wrap(compiled),
+        optimizer=optimizer,
+        stream=stream,
+        eval_set=eval_set,
+        ranks=ranks,
+        checkpointer=checkpointer,
+        sinks=sinks,
+        memory=memory,
+        stop=StopRequest(),
+        set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
+        micro_batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        grad_clip=config.grad_clip,
+        model_metrics=lambda: weight_norms(model),
+        final_metrics={
+            "peak_memory_measure": memory.measure,
+            "num_parameters": count_parameters(model),
+            "num_indices": count_indices(model),
+        },
+        report=say,
+        progress=progress,
+        stream_state=stream_state,
+    )
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give a model on meta memory on its device. Raises ValueError if there is not enough."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch's allocators, out of memory
+        raise ValueError(
+            f"the model's {num_bytes / 1e9:,.1f} GB do not fit on {device}; choose a smaller one"
+        ) from error
+
+
+def learning_rate_setter(
+    config: TrainConfig, max_steps: int, optimizer: torch.optim.Optimizer, say: Report
+) -> Callable[[int], float]:
+    """A function that sets the learning rate of a step and returns it."""
+    warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
+    if shortened:
+        say(f"note       {shortened}")
+
+    def set_rate(step: int) -> float:
+        factor = warmup_cosine(step, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
+        set_learning_rate(optimizer, config.lr * factor)
+        return config.lr * factor
+
+    return set_rate
 
 
 def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Report) -> list[Sink]:
-    """Where rank 0 sends metrics."""
+    """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
+    rewrite_until(folder.metrics_file, step)
     sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
     if config.tracker.name == "wandb":
         sinks.append(
@@ -366,29 +407,10 @@ def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: in
     return sinks
 
 
-@torch.no_grad()
-def weight_norms(model: nn.Module) -> dict[str, float]:
-    """Frobenius norms of scale * B A and of S, each over all replaced layers together; nothing for a dense model."""
-    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
-    if not layers:
-        return {}
-    norms = torch.stack([torch.stack([layer.low_rank_norm(), layer.sparse_norm()]) for layer in layers])  # (layers, 2)
-    low_rank, sparse = norms.square().sum(0).sqrt().tolist()
-    return {"low_rank_norm": low_rank, "sparse_norm": sparse}
-
-
-def check_machine(config: TrainConfig, ranks: Ranks) -> None:
-    """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
-    check_batch(config, ranks.world_size)
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-        raise ValueError(
-            "compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true"
-        )
-
-
 def print_line(line: str) -> None:
     """Print a line above the progress bar. A run does not end because nobody reads its output any more."""
+    if sys.stdout is None:
+        return
     try:
         tqdm.write(line)
         sys.stdout.flush()

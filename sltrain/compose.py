@@ -19,7 +19,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sltrain.config import TrainConfig
+from sltrain.config import TrainConfig, validate
 
 OPEN_MAPPINGS = ("rank_overrides", "sparsity_overrides")  # keys that hold a mapping with names of the user's choice
 
@@ -85,23 +85,34 @@ def parse_overrides(texts: list[str]) -> list[Override]:
     return parsed
 
 
-def check_overrides(texts: list[str]) -> None:
-    """Refuse, before anything starts, overrides that do not compose, in every combination of a sweep. Raises
-    ValueError."""
+def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
+    """Refuse, before anything starts, overrides that do not compose to a valid configuration, in every combination of a
+    sweep. Raises ValueError."""
     overrides = parse_overrides(texts)
+    for override in overrides:
+        if override.is_delete():
+            raise ValueError(f"{override.input_line!r}: keys cannot be removed; set another value")
+        if override.is_sweep_override() and not is_sweep:
+            text = override.input_line
+            raise ValueError(f"{text!r} lists several values: a sweep needs -m; one value with commas needs quotes")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for override in overrides:
             _check_key(override)
-        for combination in itertools.product(*(_values(override) for override in overrides)):
-            _compose(list(combination))
+        for combination in itertools.product(*(sweep_values(override) for override in overrides)):
+            validate(to_train_config(_compose(list(combination))))
 
 
-def _values(override: Override) -> list[str]:
+def sweep_values(override: Override) -> list[str]:
     """The overrides of single values that one override stands for: several if it sweeps, one otherwise."""
     if not override.is_sweep_override():
         assert override.input_line is not None
         return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    try:
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:  # glob() looks options up when Hydra runs, not before
+        raise ValueError(
+            f"cannot expand {override.input_line!r}; list the values: {override.key_or_group}=A,B"
+        ) from error
 
 
 def _compose(overrides: list[str]) -> DictConfig:

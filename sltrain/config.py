@@ -142,6 +142,12 @@ CHOICES = {
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
+    "model.hidden_size": 2,
+    "model.intermediate_size": 1,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 1,
+    "model.num_key_value_heads": 1,
+    "model.vocab_size": 3,
     "rank": 0,
     "seq_len": 2,
     "global_batch_size": 1,
@@ -158,9 +164,11 @@ AT_LEAST = {
     "data.holdout_every": 2,
     "seed": 0,
 }
-ABOVE_ZERO = ("lr", "alpha", "max_steps", "max_tokens", "grad_clip", "optimizer.eps")
-# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. What
-# `path`, `validation_path` and `tokenizer` lead to is compared by content.
+ABOVE_ZERO = (
+    "lr alpha max_steps max_tokens grad_clip optimizer.eps model.rms_norm_eps model.rope_theta model.initializer_range"
+).split()
+# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. The files
+# behind `path` are compared by name and size, the tokenizer by content.
 CHANGEABLE_ON_RESUME = (
     "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens "
     "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
@@ -181,8 +189,9 @@ def validate(config: TrainConfig) -> None:
         if get_key(config, key) not in choices:
             raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
-        if not get_key(config, key) >= least:
-            raise ValueError(f"{key}={get_key(config, key)}: must be at least {least}")
+        number = get_key(config, key)
+        if number is not None and not number >= least:
+            raise ValueError(f"{key}={number}: must be at least {least}")
     for key in ABOVE_ZERO:
         value = get_key(config, key)
         if value is not None and not 0 < value < float("inf"):
@@ -201,6 +210,14 @@ def validate(config: TrainConfig) -> None:
             " lower the one or raise the other"
         )
     num_steps(config)
+    for key in ("path", "validation_path"):
+        globs = get_key(config, key)
+        if globs is not None and not all(
+            isinstance(glob, str) for glob in (globs if isinstance(globs, list) else [globs])
+        ):
+            raise ValueError(
+                f"{key}={globs}: must be a glob, or a list of them as in {key}=[/a/*.json.gz,/b/*.json.gz]"
+            )
     if config.data.name == "local" and not config.path:
         raise ValueError(
             "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
@@ -219,7 +236,8 @@ def _validate_method(config: TrainConfig) -> None:
                 f"{name}={sparsity}: must be at least 0 and below 1;"
                 " it is the fraction of S that is trained (0.03 = 3 %)"
             )
-    if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not config.rank_overrides:
+    overrides = config.rank_overrides or config.sparsity_overrides
+    if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not overrides:
         raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
     if config.method.name == "low_rank" and config.rank == 0:
         raise ValueError("method=low_rank needs rank above 0")

@@ -38,5 +38,6 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
     if code == ExitCode.FAILED or os.environ.get("SLTRAIN_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
     where = f"[rank {rank}] " if rank else ""
-    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    message = "\n".join(str(error).splitlines()[:2])  # other libraries go on for a page
+    print(f"{where}error: {message}", file=sys.stderr, flush=True)
     return code

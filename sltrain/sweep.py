@@ -10,23 +10,25 @@ run_dir. Started again with the same run_dir, the sweep finds finished jobs fini
 """
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
-from sltrain.compose import parse_overrides
+from sltrain.compose import parse_overrides, sweep_values
 from sltrain.errors import ExitCode
+
+MAX_PART = 60  # characters of a folder's name for one swept key
 
 
 @dataclass
@@ -51,18 +53,15 @@ class Sweep:
         swept = [override for override in parsed if override.is_sweep_override()]
         if any(override.key_or_group == "run_dir" for override in swept):
             raise ValueError("run_dir cannot be swept; it names the sweep's folder, each job has a folder in it")
-        typed = [
-            override.value() for override in parsed if override.key_or_group == "run_dir" and override not in swept
-        ]
-        folder = (
-            Path(str(typed[-1]))
-            if typed and typed[-1]
-            else Path("outputs", f"sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        )
-        num_jobs = 1
-        for override in swept:
-            num_jobs *= len(list(override.sweep_string_iterator()))
-        return cls(folder.expanduser(), [override.key_or_group for override in swept], num_jobs)
+        given = [override.value() for override in parsed if override.key_or_group == "run_dir"]
+        name = given[-1] if given and given[-1] else f"outputs/sweep_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        folder = Path(str(name)).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"run_dir={folder} is a file; name a folder for the sweep")
+        if re.search(r'["\\$]', str(folder)):
+            raise ValueError(f"run_dir={folder}: the folder of a sweep must do without quotes, backslashes and $")
+        num_jobs = math.prod(len(sweep_values(override)) for override in swept)
+        return cls(folder, [override.key_or_group for override in swept], num_jobs)
 
     @property
     def hydra_overrides(self) -> list[str]:
@@ -70,66 +69,87 @@ class Sweep:
         return [f'hydra.sweep.dir="{self.folder}"']
 
     def run_job(self) -> None:
-        """Run the job that Hydra has just composed, in a process of its own, and say how it went. An interrupted job
-        ends the sweep."""
+        """Run the job that Hydra has just composed, in a process of its own, and say how it went. A signal, to this
+        process or to the job, ends the sweep."""
         overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("run_dir=")]
         name = job_name(parse_overrides(overrides), self.swept_keys)
         folder = self.folder / name
-        print(f"\n[{len(self.results) + 1}/{self.num_jobs}] {name}", flush=True)
+        place = f"[{len(self.results) + 1}/{self.num_jobs}] {name}"
+        print(f"\n{place}", flush=True)
         command = [sys.executable, "-m", "sltrain.train", *overrides, f'run_dir="{folder}"']
-        with subprocess.Popen(command) as process, _forwarding_signals(process):
-            code = process.wait()
-        summary = folder / "summary.json"
-        final = json.loads(summary.read_text()) if code == ExitCode.OK and summary.exists() else {}
-        self.results.append((name, code, final))
-        print(f"[{len(self.results)}/{self.num_jobs}] {name}: {_result(code, final)}", flush=True)
+        code = _run_process(command)
+        self.results.append((name, code, _read_summary(folder) if code == ExitCode.OK else {}))
+        print(f"{place}: {_result(*self.results[-1][1:])}", flush=True)
         if code == ExitCode.INTERRUPTED:
             raise SystemExit(code)
 
     def finish(self) -> ExitCode:
-        """Print the table of all jobs; FAILED if one failed, INTERRUPTED if the sweep was cut short."""
+        """Print the table of all jobs; FAILED if one failed or never ran, INTERRUPTED if the sweep was cut short."""
         width = max((len(name) for name, _, _ in self.results), default=0)
         print(f"\nsweep {self.folder}")
         for name, code, final in self.results:
             print(f"  {name:{width}}  {_result(code, final)}")
-        codes = {code for _, code, _ in self.results}
+        codes, num_missing = {code for _, code, _ in self.results}, self.num_jobs - len(self.results)
         if ExitCode.INTERRUPTED in codes:
-            print(
-                f"interrupted with {self.num_jobs - len(self.results)} jobs to go;"
-                f" the same command with run_dir={self.folder} continues"
-            )
+            print(f"interrupted with {num_missing} jobs to go; the same command with run_dir={self.folder} continues")
             return ExitCode.INTERRUPTED
-        return ExitCode.OK if codes <= {ExitCode.OK} else ExitCode.FAILED
+        return ExitCode.OK if codes <= {ExitCode.OK} and not num_missing else ExitCode.FAILED
 
 
 def job_name(overrides: list[Override], swept_keys: list[str]) -> str:
-    """`rank-64_sparsity-0.01`: the swept keys in the order typed, in characters that need no quoting."""
+    """`rank-64_sparsity-0.01`: the swept keys in the order typed, in characters that need no quoting. Where that loses
+    a character, a hash keeps two values apart."""
     values = {override.key_or_group: override.get_value_element_as_str() for override in overrides}
-    parts = [f"{key}-{values[key]}" for key in swept_keys]
-    return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part) for part in parts) or "job"
+    parts = []
+    for key in swept_keys:
+        part = f"{key}-{values[key]}"
+        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", part)
+        keeps_all = plain == part and len(part) <= MAX_PART
+        parts.append(part if keeps_all else f"{plain[:MAX_PART]}-{sha256(part.encode()).hexdigest()[:6]}")
+    return "_".join(parts) or "job"
+
+
+def _run_process(command: list[str]) -> int:
+    """Run a job and return its exit code; INTERRUPTED if a signal came for it, in whatever state that met the job.
+
+    The job is asked to stop with SIGTERM: a terminal's Ctrl-C has reached it already, and a second SIGINT would end it
+    without saving.
+    """
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        process = subprocess.Popen(command)
+        if received:  # before there was a process to ask
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        return ExitCode.INTERRUPTED if received and code != ExitCode.OK else code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _result(code: int, final: dict[str, Any]) -> str:
+    """A job's outcome in one line."""
     if code != ExitCode.OK:
         known = {ExitCode.INTERRUPTED: "interrupted", ExitCode.DIVERGED: "diverged", ExitCode.BAD_INPUT: "refused"}
         return f"{known.get(ExitCode(code), 'failed') if code in set(ExitCode) else 'failed'} (exit code {code})"
+    if not final:
+        return "finished, but its summary.json cannot be read"
     return (
         f"perplexity {final['perplexity']:.2f}  {final['num_parameters']['total'] / 1e6:.1f}M parameters"
         f"  peak {final['peak_memory_bytes'] / 1e9:.2f} GB  {final['wall_seconds']:.0f} s"
     )
-
-
-@contextmanager
-def _forwarding_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """While a job runs, a signal to the sweep asks the job to save and stop. Always as SIGTERM: a terminal's Ctrl-C
-    has reached the job already, and a second SIGINT would end it without saving."""
-
-    def forward(number: int, frame: object) -> None:
-        process.send_signal(signal.SIGTERM)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

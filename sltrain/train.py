@@ -15,7 +15,6 @@ from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg an
 from omegaconf import DictConfig
 
 from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
-from sltrain.config import validate
 from sltrain.errors import ExitCode, report_error
 from sltrain.sweep import Sweep
 
@@ -36,9 +35,11 @@ def run_command(arguments: list[str]) -> ExitCode:
         print(f"{__doc__}\n{help_text()}")
         return ExitCode.OK
     register_schema()
+    # Hydra's parser wants its own flags together, in front of the overrides.
+    arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
     typed = get_args_parser().parse_args(arguments)
     try:
-        check_overrides(typed.overrides)
+        check_overrides(typed.overrides, typed.multirun)
         sweep = Sweep.plan(typed.overrides) if typed.multirun else None
     except ValueError as error:
         return report_error(error, common=True)
@@ -54,8 +55,8 @@ def run_command(arguments: list[str]) -> ExitCode:
     sys.argv[1:] = [*arguments, *(sweep.hydra_overrides if sweep else [])]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
-    except SystemExit:  # an interrupted job ends the sweep
-        if sweep is None:
+    except SystemExit as error:  # an interrupted job ends the sweep
+        if sweep is None or error.code != ExitCode.INTERRUPTED:
             raise
     if sweep is not None:
         return sweep.finish()
@@ -64,11 +65,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 def train(composed: DictConfig) -> ExitCode:
     """Run one training run to its end and say how it ended."""
-    try:
-        config = to_train_config(composed)
-        validate(config)
-    except ValueError as error:
-        return report_error(error, common=True)
+    config = to_train_config(composed)
     from sltrain.build import Outcome, build_run, print_line  # torch and the rest, seconds after the cheap checks
 
     run = None
@@ -82,7 +79,7 @@ def train(composed: DictConfig) -> ExitCode:
         return {
             Outcome.FINISHED: ExitCode.OK,
             Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
-            Outcome.DATA_LOST: ExitCode.DATA_LOST,
+            Outcome.DATA_LOST: ExitCode.DATA_LOST if run.lost_network else ExitCode.BAD_INPUT,
             Outcome.DIVERGED: ExitCode.DIVERGED,
         }[outcome]
     except Exception as error:

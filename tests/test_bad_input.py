@@ -44,6 +44,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "streams and text": (["data.shuffle_block=0"], ["data.shuffle_block=0"]),
     "required key": (["seed=null"], ["seed"]),
     "betas": (["optimizer.betas=[0.9]"], ["optimizer.betas"]),
+    "no heads": (["model.num_attention_heads=0"], ["model.num_attention_heads=0"]),
+    "path is a number": (["path=5"], ["path=5", "glob"]),
     "run_dir is a file": (["run_dir=/etc/hostname"], ["/etc/hostname"]),
 }
 
@@ -67,6 +69,11 @@ def test_bad_input(
 def test_no_model(sltrain_train: Run) -> None:
     code, _, err = sltrain_train()
     assert code == 2 and "llama_60m" in err and "experiment=quickstart" in err
+
+
+def test_glob_in_a_sweep(tiny: list[str], sltrain_train: Run) -> None:
+    code, _, err = sltrain_train("-m", *tiny, "model=glob(llama_t*)")
+    assert code == 2 and "list the values" in err
 
 
 def test_no_cuda(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_commands_compose(line: str) -> None:
         pytest.skip("no training command")
     register_schema()
     words = re.split(r"sltrain-train|sltrain\.train|\.sh|\.sbatch", line.partition(" #")[0])[-1].split()
-    check_overrides([word.strip("'\"") for word in words if "=" in word])
+    check_overrides([word.strip("'\"") for word in words if "=" in word], is_sweep=" -m " in line)
 
 
 def test_paths_exist() -> None:
@@ -39,3 +39,8 @@ def test_paths_exist() -> None:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_examples_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_shown_output_is_real() -> None:
+    shown = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    assert "final evaluation" in shown[0] and re.search(r"\d+ passed", shown[1])

@@ -13,7 +13,8 @@ from sltrain.sweep import Sweep, job_name
         (["sparsity=0.01", "rank=64"], ["sparsity", "rank"], "sparsity-0.01_rank-64"),
         (["method=full"], ["method"], "method-full"),
         (["lr=3e-3"], ["lr"], "lr-0.003"),
-        (["path=/data/*.gz"], ["path"], "path--data-.gz"),
+        (["path=/data/*.gz"], ["path"], "path--data-.gz-fc7dc5"),
+        (["model=llama_60m"], ["model"], "model-llama_60m"),
         (["rank=64"], [], "job"),
     ],
 )

@@ -20,6 +20,7 @@ FORMAT = 1  # raise it when train_bpe changes, so that no cached tokenizer of an
 SAMPLE_CHARS = 10_000_000  # text to train on
 SAMPLE_SHARDS = 16  # shards it is taken from
 MIN_SIZE = 256 + 3  # the bytes and <pad>, </s>, <unk>
+MAX_SIZE = 1_000_000
 
 
 def train_bpe(texts: Iterator[str], size: int) -> str:
@@ -41,8 +42,8 @@ def train_bpe(texts: Iterator[str], size: int) -> str:
 def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int, report: Callable[[str], None]) -> str:
     """The tokenizer.json of `bpe:SIZE`, from the cache if it was trained on this corpus before."""
     digits = spec.removeprefix("bpe:")
-    if not digits.isdecimal() or int(digits) < MIN_SIZE:
-        raise ValueError(f"tokenizer={spec}: SIZE must be a number of at least {MIN_SIZE}, as in bpe:8192")
+    if not digits.isdecimal() or not MIN_SIZE <= int(digits) <= MAX_SIZE:
+        raise ValueError(f"tokenizer={spec}: SIZE must be a number from {MIN_SIZE} to {MAX_SIZE:,}, as in bpe:8192")
     size = int(digits)
     recipe = [FORMAT, size, source.fingerprint(), holdout_every, SAMPLE_CHARS, SAMPLE_SHARDS]
     path = cache_dir / f"bpe-{size}-{sha256(repr(recipe).encode()).hexdigest()[:16]}.json"

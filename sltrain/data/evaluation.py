@@ -79,6 +79,10 @@ class EvalSet:
         self._batches: list[_StoredBatch] | None = None
         self._num_targets = 0
 
+    def read(self) -> None:
+        """Read the text now; otherwise the first use does. Raises DataError if there is none."""
+        self._stored()
+
     @property
     def exhausted(self) -> bool:
         return self.num_targets < self.eval_tokens

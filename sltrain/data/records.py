@@ -79,7 +79,7 @@ def _text_of_json(line: bytes) -> str | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets can be nested deeper than Python's stack
         raise ValueError(f"not valid JSON ({_one_line(error)})") from None
     return _valid_text(record.get("text") if isinstance(record, dict) else None)
 

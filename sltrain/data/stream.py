@@ -26,6 +26,7 @@ from sltrain.data.tokenizer import Tokenizer
 
 IDENTITY = "identity"  # key of Batch.state beside the stream numbers: what the positions refer to
 CORPUS = "the corpus (path, files or Python release)"
+HOLDOUT = "the held-out part (validation_path; data.holdout_every, 0 with a validation set of its own)"
 
 State = dict[str, dict[str, Any]]  # JSON-able
 
@@ -98,7 +99,7 @@ class TrainStream:
             "global_batch_size": global_batch_size,
             "data.num_streams": num_logical,
             "data.shuffle_block": shuffle_block,
-            "data.holdout_every": holdout_every,
+            HOLDOUT: holdout_every,
         }
         self._state = self._stamp({number: Position() for number in self._own})
         self._ahead: Prefetcher[Batch] | None = None

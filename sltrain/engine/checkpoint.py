@@ -116,12 +116,20 @@ class Checkpointer:
         return final
 
     def find_latest(self, report: Callable[[str], None] = _to_stderr) -> Path | None:
-        """The newest checkpoint that matches its manifest, or None. Damaged newer ones are named to `report`."""
-        for _, path in reversed(self._list()):
+        """The newest checkpoint whose files all match its manifest; None if there is no checkpoint at all. Each damaged
+        newer one is named to `report` and skipped. Raises CheckpointError if all are damaged: training must not start
+        over them unasked."""
+        candidates = self._list()
+        for _, path in reversed(candidates):
             problem = _find_damage(path)
             if problem is None:
                 return path
             report(f"checkpoint {path} is damaged ({problem}): looking for the one before it.")
+        if candidates:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is intact; restore one from a copy, "
+                "or delete that folder to start anew."
+            )
         return None
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The processes of one run: who am I, how many are we, and the few collective operations a run needs.
 
-torchrun describes the processes in environment variables; this file is their only reader. Without them the run is one
-process and every operation here is the identity. Numbers and Python objects travel over gloo on the host, gradients
-over NCCL (CUDA) or gloo (CPU).
+torchrun describes the processes in environment variables, which a run reads here and nowhere else. Without them it is
+one process and every operation here is the identity. Numbers and Python objects travel over gloo on the host,
+gradients over NCCL (CUDA) or gloo (CPU).
 """
 
 import os
@@ -129,16 +129,14 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks during backward. Buffers are never sent: they are equal by
-        construction, and the compact integer types of support indices cannot be."""
+        """The model with gradients averaged over ranks during backward. Buffers are never sent: supports are
+        equal by construction."""
         if self.world_size == 1:
             return model
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Backward inside this context adds to the local gradients without averaging them over ranks."""

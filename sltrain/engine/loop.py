@@ -43,7 +43,9 @@ def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
         if is_due(cadence.checkpoint_every) or is_last:
             trainer.save()
         if is_last:
-            return Outcome.FINISHED if trainer.evaluate("final") else Outcome.INTERRUPTED
+            if not trainer.evaluate("final"):
+                return Outcome.INTERRUPTED
+            return Outcome.FINISHED if trainer.ended_finite else Outcome.DIVERGED
         update = trainer.next_update()
         if update.someone_lost_data or update.someone_stopped:
             trainer.save()

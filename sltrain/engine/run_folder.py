@@ -10,9 +10,10 @@
 A folder that holds a run is only ever continued, and only with a configuration that means the same mathematics.
 """
 
-import json
+import contextlib
+import itertools
 import os
-import time
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,46 @@ from typing import Any
 import yaml
 
 from sltrain.engine.checkpoint import RunLock
+from sltrain.engine.metrics import to_strict_json
+
+OURS = re.compile(r"\.lock|tokenizer\.json|.*\.tmp")  # what a start that was cut short leaves behind
 
 
 class RunFolder:
-    """The folder of one run. Nothing is written before `claim`."""
+    """The folder of one run. Nothing is written before `claim`.
 
-    def __init__(self, path: Path) -> None:
+    `is_new` asks for a folder that no run has had before: its name then gets a suffix if another process was faster.
+    """
+
+    def __init__(self, path: Path, is_new: bool = False) -> None:
         self.path = path
-        self.config_file = path / "config.yaml"
-        self.metrics_file = path / "metrics.jsonl"
-        self.summary_file = path / "summary.json"
-        self.tokenizer_file = path / "tokenizer.json"
+        self.is_new = is_new
         self._lock: RunLock | None = None
 
     @property
-    def holds_run(self) -> bool:
-        return self.config_file.exists()
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
 
     @property
     def is_finished(self) -> bool:
         return self.summary_file.exists()
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether there is training to lose; a run that failed before its first checkpoint may begin anew."""
+        return self.is_finished or any(self.path.glob("checkpoints/step_*"))
 
     def check(self, config: dict[str, Any], resume: str, changeable: Collection[str]) -> None:
         """Refuse (ValueError) a folder with other things in it, and one whose run another configuration must not
@@ -48,19 +69,14 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise ValueError(f"run_dir={self.path} is a file; name a folder")
-        if not self.holds_run:
-            if any(entry.name != ".lock" for entry in self.path.iterdir()):
-                raise ValueError(f"run_dir={self.path} holds other files and no run; name a new or an empty folder")
+        foreign = [entry.name for entry in self.path.iterdir() if not OURS.fullmatch(entry.name)]
+        if not self.config_file.exists() and foreign:
+            raise ValueError(f"run_dir={self.path} holds other files and no run; name a new or an empty folder")
+        if not self.has_progress:
             return
         if resume == "never":
             raise ValueError(f"run_dir={self.path} holds a run; resume=auto continues it, another run_dir starts anew")
-        old = flatten(yaml.safe_load(self.config_file.read_text()))
-        new = flatten(config)
-        changed = [
-            f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key.split(".")[0] not in changeable
-        ]
+        changed = self._changes(config, changeable)
         if changed:
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise ValueError(
@@ -68,19 +84,39 @@ class RunFolder:
                 " Type the old values, or name another run_dir"
             )
 
-    def claim(self, config: dict[str, Any], tokenizer_json: str) -> None:
-        """Make the folder if need be, lock it against a second process, and write the configuration and the tokenizer.
+    def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
+        try:
+            old, new = flatten(yaml.safe_load(self.config_file.read_text())), flatten(config)
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.config_file} is damaged; restore it, or name another run_dir") from error
+        return [
+            f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key.split(".")[0] not in changeable
+        ]
 
-        Raises RunLocked if a live process has it, ValueError if the run was trained with another tokenizer.
+    def claim(self, config: dict[str, Any], tokenizer_json: str) -> Path:
+        """Make the folder if need be, lock it against a second process, write the configuration and the tokenizer;
+        return its path.
+
+        Raises RunLocked if a live process has it, ValueError if it was finished meanwhile or its tokenizer is another.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = _make_new(self.path) if self.is_new else self.path
         self._lock = RunLock(self.path)
-        if self.tokenizer_file.exists() and self.tokenizer_file.read_text() != tokenizer_json:
+        if self.is_finished:
+            raise ValueError(f"the run in {self.path} was finished by another process just now; nothing to do")
+        if self.has_progress and self.tokenizer_file.read_text() != tokenizer_json:
             raise ValueError(
                 f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
                 " name that file: tokenizer=PATH"
             )
-        write_atomically(self.tokenizer_file, tokenizer_json)
+        if not self.has_progress:
+            write_atomically(self.tokenizer_file, tokenizer_json)
+            self.write_config(config)
+        return self.path
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.yaml: what the run was last started with."""
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False))
 
     def release(self) -> None:
@@ -90,14 +126,17 @@ class RunFolder:
 
     def finish(self, final: dict[str, Any]) -> None:
         """Write summary.json: from now on the run is finished."""
-        write_atomically(self.summary_file, json.dumps(final, indent=2) + "\n")
+        write_atomically(self.summary_file, to_strict_json(final) + "\n")
 
 
-def new_run_dir(root: Path, name: str) -> Path:
-    """A path under `root` that does not exist yet, from the time and the name."""
-    base = root / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
-    candidates = [base, *(base.with_name(f"{base.name}_{i}") for i in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
+def _make_new(path: Path) -> Path:
+    """Make the folder `path`, or the first free one of path_2, path_3, ..."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for candidate in itertools.chain([path], (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+    raise AssertionError("unreachable")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,8 +153,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -58,8 +58,11 @@ def train_step(
         loss_sum += loss.detach()
 
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss_value, norm_value = torch.stack([ranks.sum_(loss_sum), norm.float()]).tolist()
+    # In float32: the norm of bfloat16 gradients would itself be rounded to three digits.
+    exact = torch.promote_types(loss.dtype, parameters[0].dtype)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=exact) for p in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    loss_value, norm_value = torch.stack([ranks.sum_(loss_sum), norm]).tolist()
     result = StepResult(loss_value / max(num_targets, 1), norm_value)
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         result.skipped = True

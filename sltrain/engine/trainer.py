@@ -5,6 +5,7 @@ of the data stream after the last finished update. The stream itself runs ahead 
 carries the position that follows it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -75,6 +76,7 @@ class Trainer:
     stream_state: dict[str, Any] = field(default_factory=dict)
     throughput: Throughput = field(default_factory=Throughput)
     final: dict[str, Any] | None = None  # the final line, once it is written
+    data_error: Exception | None = None  # what ended this rank's stream
 
     def __post_init__(self) -> None:
         self.saved_step = self.progress.step if self.stream_state else -1
@@ -92,6 +94,11 @@ class Trainer:
     def has_diverged(self) -> bool:
         return self.progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
+    @property
+    def ended_finite(self) -> bool:
+        """Whether the final evaluation gave a number: a run may end before it has skipped updates often enough."""
+        return self.final is not None and math.isfinite(self.final["loss"])
+
     def next_update(self) -> Update:
         """Fetch this rank's rows and learn from all ranks how many tokens the update has and whether to go on."""
         batch, lost = None, False
@@ -100,9 +107,9 @@ class Trainer:
                 while not self.stop.is_set and batch is None:
                     if self.stream.wait(STOP_CHECK_SECONDS):
                         batch = next(self.stream)
-            except ConnectionError as error:
+            except (ConnectionError, ValueError) as error:  # the network is gone, or on_bad_data=stop
                 self.report(f"the data stream broke: {error}")
-                lost = True
+                self.data_error, lost = error, True
         counts = [0, 0] if batch is None else [batch.num_tokens, batch.num_targets]
         num_tokens, num_targets, stopped, losses = self.ranks.sum([*counts, int(self.stop.is_set), int(lost)])
         return Update(batch, num_tokens, num_targets, stopped > 0, losses > 0)
@@ -110,7 +117,7 @@ class Trainer:
     def train(self, update: Update) -> StepResult:
         """Run one update and advance the counters."""
         next_step = self.step + 1
-        self.set_learning_rate(next_step)
+        self.lr = self.set_learning_rate(next_step)
         result = train_step(
             self.train_model,
             self.optimizer,
@@ -134,7 +141,7 @@ class Trainer:
         """Write the train line of the current step."""
         line = {
             "loss": result.loss,
-            "lr": self.set_learning_rate(self.step),
+            "lr": self.lr,
             "grad_norm": result.grad_norm,
             **self.throughput.read(),
             **self._peak_memory(),
@@ -146,6 +153,8 @@ class Trainer:
     def evaluate(self, event: str) -> bool:
         """Write the eval or final line; False if a signal cut the evaluation short."""
         with self.throughput.paused():
+            if event == "final" and self.ranks.is_main:
+                self.report(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.stop.is_set)
             if numbers is None:
                 return False
@@ -176,7 +185,7 @@ class Trainer:
         for tensors in zip(
             batch.input_ids.split(self.micro_batch_size), batch.labels.split(self.micro_batch_size), strict=True
         ):
-            input_ids, labels = (t.to(self.ranks.device, non_blocking=True) for t in tensors)
+            input_ids, labels = (tensor.to(self.ranks.device) for tensor in tensors)
             yield input_ids, labels
 
     def _peak_memory(self) -> dict[str, int]:

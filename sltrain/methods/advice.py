@@ -1,5 +1,6 @@
-"""Where a method cannot pay: lines for the person who starts a run."""
+"""What a method has to say about a model: where it cannot pay, before a run, and how its parts grow, during one."""
 
+import torch
 from torch import nn
 
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
@@ -28,6 +29,17 @@ def warnings(model: nn.Module) -> list[str]:
             "count them when you compare memory"
         )
     return lines
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module) -> dict[str, float]:
+    """Frobenius norms of scale * B A and of S, each over all replaced layers together; nothing for a dense model."""
+    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
+    if not layers:
+        return {}
+    norms = torch.stack([torch.stack([layer.low_rank_norm(), layer.sparse_norm()]) for layer in layers])  # (layers, 2)
+    low_rank, sparse = norms.square().sum(0).sqrt().tolist()
+    return {"low_rank_norm": low_rank, "sparse_norm": sparse}
 
 
 def _num_trained(layer: FactoredLinear) -> int:

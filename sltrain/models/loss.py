@@ -6,8 +6,8 @@
 The logits of one 512 x 256 batch over 32,000 tokens are 16.8 GB in float32, as much again for their gradient: far
 more than the rest of a small model. So a chunk of rows at a time makes its logits, its loss and at once, in the forward
 pass, its gradients; backward only multiplies them by the gradient of the sum. Beside a chunk of logits this holds dh
-(N, D) and dW (V, D), accumulated in float32 so that many small bfloat16 contributions are not rounded away. Logits,
-softmax and loss are float32 (float64 for float64 input).
+(N, D) and dW (V, D), accumulated in float32 so that many small bfloat16 contributions are not rounded away. The
+logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input).
 
 torch has a `linear_cross_entropy` of the same idea, but not in every release this package supports (torch >= 2.11), and
 with options that still move; thirty lines of our own behave the same everywhere. As there, the result can be

@@ -39,20 +39,28 @@ def build_optimizer(
 
     Raises ValueError for an unknown name, for adam8bit without bitsandbytes, and when nothing is trainable.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
+    check_optimizer(name)
     groups = parameter_groups(named_parameters, weight_decay)
     settings: dict[str, Any] = {"lr": lr, "betas": (float(betas[0]), float(betas[1])), "eps": eps}
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # seconds to import
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer=adam8bit needs bitsandbytes, which cannot be imported ({error}): "
-            "run `pip install bitsandbytes`, or take optimizer=adamw."
-        ) from error
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(groups, **settings)
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError for an unknown optimizer, and for adam8bit without bitsandbytes."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
+    if name == "adam8bit":
+        try:
+            import bitsandbytes  # noqa: F401  (seconds to import)
+        except ImportError as error:
+            raise ValueError(
+                f"optimizer=adam8bit needs bitsandbytes, which cannot be imported ({error}): "
+                "run `pip install bitsandbytes`, or take optimizer=adamw."
+            ) from error
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain.engine.run_folder import RunFolder, new_run_dir
+from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.stop import StopRequest
 
 CONFIG = {
@@ -25,14 +25,22 @@ def claimed(path: Path) -> RunFolder:
     return folder
 
 
+def trained(path: Path) -> None:
+    """A run with a checkpoint, left behind."""
+    claimed(path).release()
+    (path / "checkpoints" / "step_00000001").mkdir(parents=True)
+
+
 def test_same_configuration_continues(tmp_path: Path) -> None:
-    claimed(tmp_path / "run").release()
+    trained(tmp_path / "run")
     claimed(tmp_path / "run").release()
 
 
-def test_changes(tmp_path: Path) -> None:
-    claimed(tmp_path / "run").release()
+def test_changes_are_refused_by_name_once_there_is_training_to_lose(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
+    claimed(tmp_path / "run").release()
+    folder.check({**CONFIG, "rank": 4}, "auto", ["path"])
+    trained(tmp_path / "run")
     folder.check({**CONFIG, "path": "elsewhere"}, "auto", ["path"])
     with pytest.raises(ValueError, match=r"rank was 8, is now 4"):
         folder.check({**CONFIG, "rank": 4}, "auto", ["path"])
@@ -40,10 +48,12 @@ def test_changes(tmp_path: Path) -> None:
         folder.check({**CONFIG, "optimizer": {"name": "adamw", "betas": [0.9, 0.95]}}, "auto", [])
     with pytest.raises(ValueError, match=r"rank_overrides\.q_proj was None, is now 4"):
         folder.check({**CONFIG, "rank_overrides": {"q_proj": 4}}, "auto", [])
+    with pytest.raises(ValueError, match="resume=auto continues it"):
+        folder.check(CONFIG, "never", [])
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    claimed(tmp_path / "run").release()
+    trained(tmp_path / "run")
     with pytest.raises(ValueError, match="tokenizer"):
         RunFolder(tmp_path / "run").claim(CONFIG, '{"other": 1}')
 
@@ -55,11 +65,19 @@ def test_live_folder_is_refused(tmp_path: Path) -> None:
     folder.release()
 
 
-def test_new_names_never_collide(tmp_path: Path) -> None:
-    first = new_run_dir(tmp_path, "a")
-    first.mkdir(parents=True)
-    second = new_run_dir(tmp_path, "a")
-    assert first != second and not second.exists()
+def test_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    claimed(tmp_path / "run").release()
+    folder = RunFolder(tmp_path / "run")
+    folder.check(CONFIG, "auto", [])
+    folder.finish({"loss": float("inf")})
+    assert folder.summary_file.read_text() == '{"loss": null}\n'
+    with pytest.raises(ValueError, match="finished by another process"):
+        folder.claim(CONFIG, "{}")
+
+
+def test_new_folders_never_collide(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / "outputs" / "now", is_new=True) for _ in range(3)]
+    assert [folder.claim(CONFIG, "{}").name for folder in folders] == ["now", "now_2", "now_3"]
 
 
 def test_stop_request_notes_the_first_signal_and_gives_way_to_a_second_interrupt() -> None:

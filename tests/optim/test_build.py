@@ -185,6 +185,6 @@ def test_mistakes_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         build_optimizer(Block().named_parameters(), name="sgd", **SETTINGS)
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_optimizer([], name="adamw", **SETTINGS)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs bitsandbytes.*pip install bitsandbytes.*optimizer=adamw"):
         build_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
