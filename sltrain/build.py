@@ -105,9 +105,9 @@ class Run:
         if outcome is Outcome.DATA_LOST:
             return f"the data could not be read any more; saved at step {step:,}; when it can, {again[3:]}"
         return (
-            f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite;"
-            f" lower lr (now {c.lr:g}) or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps (now"
-            f" {c.warmup_steps:,}), in a new run_dir"
+            f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
+            f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
+            f" (now {c.warmup_steps:,}), in a new run_dir"
         )
 
 
@@ -234,7 +234,7 @@ def describe(
     say: Report,
 ) -> None:
     """What the user should know before step 1."""
-    c, count = config, {group: f"{number / 1e6:.1f}M" for group, number in count_parameters(model).items()}
+    c, count = config, {group: _short(number) for group, number in count_parameters(model).items()}
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -258,6 +258,10 @@ def describe(
     say(f"run folder {folder.path}")
     for line in warnings(model):
         say(f"note       {line}")
+
+
+def _short(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K"
 
 
 def build_data(
