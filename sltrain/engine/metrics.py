@@ -232,10 +232,13 @@ def _has_columns(stream: TextIO) -> bool:
 
 def _evaluation_line(event: Event) -> str:
     what = "final evaluation" if event["event"] == "final" else "evaluation"
+    published = event["perplexity_galore_protocol"]
+    # On few batches that count is so far off that it would only confuse; metrics.jsonl has it always.
+    is_close = published > 0.9 * event["perplexity"]
     return (
-        f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f} "
-        f"(counted as in the published tables: {event['perplexity_galore_protocol']:,.2f}), "
-        f"{event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
+        f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f}"
+        + (f" (counted as in the published tables: {published:,.2f})" if is_close else "")
+        + f", {event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
     )
 
 
