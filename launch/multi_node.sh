@@ -9,6 +9,8 @@
 # MASTER_ADDR  name or address of machine 0
 # MASTER_PORT  a free port there; 29500 if not set
 # GPUS         processes on this machine; one for each visible GPU if not set
+#
+# More than 8 processes in all need data.num_streams set to a multiple of their number.
 set -euo pipefail
 
 fail() {
@@ -24,6 +26,8 @@ if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
   fail "no GPU found: set GPUS to the number of processes to start"
 fi
 
+# How long torchrun waits, once signalled, for its processes to save; its own 30 s are short for a 7B checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 exec torchrun \
   --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="${GPUS:-gpu}" \
   --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \

@@ -18,4 +18,6 @@ if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
   fail "no GPU found: set GPUS to the number of processes to start"
 fi
 
+# How long torchrun waits, once signalled, for its processes to save; its own 30 s are short for a 7B checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any instant, and the lock that keeps a second process out of a live run.
+"""Checkpoints that survive a kill at any instant.
 
     run_dir/checkpoints/step_00000100/
         model.safetensors  parameters and persistent buffers, the indices of S among them
@@ -21,13 +21,11 @@ Only one process (rank 0) saves and searches; every rank loads.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,10 +61,6 @@ _SAFETENSORS_DTYPES = {
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read, or belongs to another model. The message is for the user."""
-
-
-class RunLocked(ValueError):
-    """Another live process owns the run folder. The message is for the user."""
 
 
 def _to_stderr(message: str) -> None:
@@ -381,48 +375,3 @@ def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-# ---- the lock
-
-
-class RunLock:
-    """Holds `run_dir/.lock` from construction to `release`, the end of a `with` block, or the process's death.
-
-    Raises RunLocked, naming the owner, while another process holds it. The kernel's flock does the work, so a dead
-    owner never blocks. A file system that has no such locks is named to `report`, and the run goes on without.
-    """
-
-    def __init__(self, run_dir: Path, report: Callable[[str], None] = _to_stderr) -> None:
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(run_dir / ".lock", "a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise RunLocked(
-                f"run_dir={run_dir} is in use by {owner}. Wait for it or stop it, or name another run_dir."
-            ) from None
-        except OSError as error:
-            report(f"{run_dir} cannot be locked ({_first_line(error)}): take care not to start a second run in it.")
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-        # A forked child shares the lock and would keep it beyond our death.
-        os.register_at_fork(after_in_child=self._file.close)
-
-    def release(self) -> None:
-        """Give the folder free. May be called twice."""
-        if not self._file.closed:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()

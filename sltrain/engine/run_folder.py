@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from sltrain.engine.checkpoint import RunLock
+from sltrain.engine.lock import RunLock
 from sltrain.engine.metrics import to_strict_json
 
 OURS = re.compile(r"\.lock|tokenizer\.json|.*\.tmp")  # what a start that was cut short leaves behind

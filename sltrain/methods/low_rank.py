@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sltrain.layers.convert import replace_linears
 from sltrain.layers.linear import LowRankLinear
-from sltrain.methods.settings import MethodSettings, chosen_names
+from sltrain.methods.settings import LayerSettings, MethodSettings, replace_each
 
 
 def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]) -> list[str]:
@@ -15,21 +14,8 @@ def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable
     The sparsity and its overrides belong to the model's recipe and are not used. Raises ValueError for a rank a layer
     cannot have, for a pattern that fits nothing, and if no linear was chosen.
     """
-    settings.check_patterns(chosen_names(model, should_replace))
 
-    def make(name: str, linear: nn.Linear) -> nn.Module:
-        rank, _ = settings.resolve(name)
-        try:
-            return LowRankLinear(
-                linear.in_features,
-                linear.out_features,
-                rank,
-                settings.alpha,
-                bias=linear.bias is not None,
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    def make(linear: nn.Linear, layer: LayerSettings) -> nn.Module:
+        return LowRankLinear(linear.in_features, linear.out_features, layer.rank, settings.alpha, **layer.like_linear)
 
-    return replace_linears(model, should_replace, make)
+    return replace_each(model, settings, should_replace, make)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
+
+from sltrain.layers.convert import replace_linears
 
 
 @dataclass
@@ -42,6 +44,15 @@ class MethodSettings:
                     )
 
 
+@dataclass
+class LayerSettings:
+    """What one layer is made with."""
+
+    rank: int
+    sparsity: float
+    like_linear: dict[str, Any]  # bias, device and dtype of the linear it replaces
+
+
 class Method(Protocol):
     """One way to parametrize linears; each file of this folder but this one and advice.py is one."""
 
@@ -68,3 +79,23 @@ def _examples(names: list[str]) -> str:
     """Two full names, then the kinds of layers there are."""
     kinds = sorted({name.rpartition(".")[2] for name in names})
     return ", ".join(names[:2] + kinds[:8])
+
+
+def replace_each(
+    model: nn.Module,
+    settings: MethodSettings,
+    should_replace: Callable[[str, nn.Linear], bool],
+    make: Callable[[nn.Linear, LayerSettings], nn.Module],
+) -> list[str]:
+    """Replace each chosen linear by what `make` returns; a ValueError of `make` gets the layer's name in front."""
+    settings.check_patterns(chosen_names(model, should_replace))
+
+    def make_named(name: str, linear: nn.Linear) -> nn.Module:
+        weight = linear.weight
+        like_linear = {"bias": linear.bias is not None, "device": weight.device, "dtype": weight.dtype}
+        try:
+            return make(linear, LayerSettings(*settings.resolve(name), like_linear))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    return replace_linears(model, should_replace, make_named)

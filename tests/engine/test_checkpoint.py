@@ -1,7 +1,6 @@
 """A checkpoint gives back every bit, or says why not; and whatever interrupts a save, an intact one remains."""
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from sltrain.engine import checkpoint
-from sltrain.engine.checkpoint import Checkpointer, CheckpointError, RunLock, RunLocked, unwrap
+from sltrain.engine.checkpoint import Checkpointer, CheckpointError, unwrap
 
 
 class Net(nn.Module):
@@ -474,46 +473,3 @@ def test_sigkill_during_saves(tmp_path: Path) -> None:
         assert all(bool((p == newest).all()) for p in model.parameters())
         assert all(bool((tensor == newest).all()) for tensor in flat_state(optimizer).values())
     assert num_mid_save >= 3, "most kills are meant to hit a save"
-
-
-# ---- the lock
-
-
-def test_lock_is_refused_across_processes_and_freed_by_death(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-
-    def hold() -> None:
-        lock = RunLock(tmp_path)
-        worker = in_child(lambda: time.sleep(30))  # outlives its parent, and must not keep the lock
-        os.write(writing, f"{worker}\n".encode())
-        time.sleep(30)
-        lock.release()
-
-    owner = in_child(hold)
-    with open(reading) as pipe:
-        worker = int(pipe.readline())
-    os.close(writing)
-    try:
-        with pytest.raises(RunLocked, match=f"in use by process {owner} on ") as caught:
-            RunLock(tmp_path)
-        assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
-        os.kill(owner, signal.SIGKILL)
-        os.waitpid(owner, 0)
-        with RunLock(tmp_path):
-            with pytest.raises(RunLocked, match=f"process {os.getpid()} "):
-                RunLock(tmp_path)
-        lock = RunLock(tmp_path)
-        lock.release()
-        lock.release()
-    finally:
-        os.kill(worker, signal.SIGKILL)
-
-
-def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    lines: list[str] = []
-    RunLock(tmp_path, lines.append).release()
-    assert len(lines) == 1 and "cannot be locked" in lines[0]

@@ -1,0 +1,59 @@
+"""One live process a run folder: a second one in the same folder would mix two runs' checkpoints and logs."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class RunLocked(ValueError):
+    """Another live process owns the run folder. The message is for the user."""
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class RunLock:
+    """Holds `run_dir/.lock` from construction to `release`, the end of a `with` block, or the process's death.
+
+    Raises RunLocked, naming the owner, while another process holds it. The kernel's flock does the work, so a dead
+    owner never blocks. A file system that has no such locks is named to `report`, and the run goes on without.
+    """
+
+    def __init__(self, run_dir: Path, report: Callable[[str], None] = _to_stderr) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = open(run_dir / ".lock", "a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise RunLocked(
+                f"run_dir={run_dir} is in use by {owner}. Wait for it or stop it, or name another run_dir."
+            ) from None
+        except OSError as error:
+            report(f"{run_dir} cannot be locked ({error.strerror}): take care not to start a second run in it.")
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        # A forked child shares the lock and would keep it beyond our death.
+        os.register_at_fork(after_in_child=self._file.close)
+
+    def release(self) -> None:
+        """Give the folder free. May be called twice."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
