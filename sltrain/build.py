@@ -95,15 +95,14 @@ class Run:
         """How the run ended and what to do next, in one or two lines."""
         assert self.trainer is not None
         c, step = self.config, self.trainer.step
-        again = f"to continue, start the same command with run_dir={self.folder.path}"
+        again = f"start the same command with run_dir={self.folder.path}"
+        saved = f"saved at step {step:,}; to continue, {again}" if step else f"no update was made yet; {again}"
         if outcome is Outcome.FINISHED:
             return f"finished: {self.folder.path}"
         if outcome is Outcome.INTERRUPTED:
-            return (
-                f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); saved at step {step:,}; {again}"
-            )
+            return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); {saved}"
         if outcome is Outcome.DATA_LOST:
-            return f"the data could not be read any more; saved at step {step:,}; when it can, {again[3:]}"
+            return f"the data could not be read any more; {saved}"
         return (
             f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
             f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"

@@ -21,6 +21,11 @@ def newest(run_dir: Path) -> Path:
     return sorted((run_dir / "checkpoints").glob("step_*"))[-1]
 
 
+def has_checkpoint(run_dir: Path, step: int, suffix: str = "") -> bool:
+    """Whether there is (or, with suffix=".tmp", is being written) a checkpoint of `step` or later."""
+    return any(int(path.name[5:13]) >= step for path in run_dir.glob(f"checkpoints/step_????????{suffix}"))
+
+
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -121,21 +126,21 @@ def test_interrupted_twice_equals_straight(
 ) -> None:
     """SIGTERM, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the
     straight run."""
-    recipe = [*tiny, "max_steps=60", "checkpoint_every=2", "eval_every=7", "padding=pack"]
+    recipe = [*tiny, "max_steps=200", "checkpoint_every=2", "eval_every=37", "padding=pack"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
     broken = tmp_path / "broken"
 
     first = start_process(*recipe, f"run_dir={broken}")
-    wait_for(lambda: (broken / "checkpoints" / "step_00000004").exists(), first)
+    wait_for(lambda: has_checkpoint(broken, 4), first)
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 3, err
     assert f"run_dir={broken}" in out
     step = metrics_of(broken)[-1]["step"]
-    assert 4 <= step < 60
+    assert 4 <= step < 200
 
     second = start_process(*recipe, f"run_dir={broken}")
-    wait_for(lambda: any(int(p.name[5:13]) > step + 2 for p in broken.glob("checkpoints/step_*.tmp")), second)
+    wait_for(lambda: has_checkpoint(broken, step + 3, ".tmp"), second)
     second.kill()
     second.wait()
 
@@ -180,11 +185,11 @@ def test_two_ranks_train_the_curve_of_one(
 def test_resume_on_another_number_of_ranks(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
 ) -> None:
-    recipe = [*tiny, "max_steps=40", "micro_batch_size=2"]
+    recipe = [*tiny, "max_steps=120", "micro_batch_size=2"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
     run_dir = tmp_path / "run"
     two = start_process(*recipe, "checkpoint_every=1", f"run_dir={run_dir}", num_ranks=2)
-    wait_for(lambda: (run_dir / "checkpoints" / "step_00000003").exists(), two)
+    wait_for(lambda: has_checkpoint(run_dir, 3), two)
     two.send_signal(signal.SIGTERM)
     out, err = two.communicate(timeout=60)
     assert "saved at step" in out, out + err
@@ -342,3 +347,14 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_start_over(
     code, _, err = sltrain_train(*run)
     assert code == 2 and "no checkpoint" in err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+
+
+def test_first_batch_that_fails_leaves_the_folder_free_for_another_try(
+    tiny: list[str], corpus: Path, tmp_path: Path, sltrain_train: Run
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "one document for eight streams"}\n')
+    run = [*tiny, f"path={tmp_path}/few.jsonl", f"validation_path={corpus}/*.gz", f"run_dir={tmp_path}/run"]
+    code, out, _ = sltrain_train(*run)
+    assert code == 2 and "data.num_streams" in out and "no update was made" in out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert sltrain_train(*run, "data.num_streams=1")[0] == 0

@@ -48,7 +48,8 @@ def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
             return Outcome.FINISHED if trainer.ended_finite else Outcome.DIVERGED
         update = trainer.next_update()
         if update.someone_lost_data or update.someone_stopped:
-            trainer.save()
+            if trainer.step > 0:
+                trainer.save()
             return Outcome.DATA_LOST if update.someone_lost_data else Outcome.INTERRUPTED
         result = trainer.train(update)
         if trainer.step == 1 or trainer.step == cadence.max_steps or is_due(cadence.log_every):

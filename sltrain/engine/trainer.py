@@ -81,6 +81,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.saved_step = self.progress.step if self.stream_state else -1
         self.started = time.monotonic() - self.progress.wall_seconds
+        self.lr = 0.0  # of the last update
 
     @property
     def step(self) -> int:
@@ -125,7 +126,7 @@ class Trainer:
             update.num_targets,
             self.ranks,
             self.grad_clip,
-            on_skip=lambda name: self.report(f"step {next_step}: {name} is not finite; this update is skipped"),
+            on_skip=lambda name: self._report_once(f"step {next_step}: {name} is not finite; this update is skipped"),
         )
         progress = self.progress
         progress.step = next_step
@@ -153,8 +154,8 @@ class Trainer:
     def evaluate(self, event: str) -> bool:
         """Write the eval or final line; False if a signal cut the evaluation short."""
         with self.throughput.paused():
-            if event == "final" and self.ranks.is_main:
-                self.report(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
+            if event == "final":
+                self._report_once(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.stop.is_set)
             if numbers is None:
                 return False
@@ -187,6 +188,11 @@ class Trainer:
         ):
             input_ids, labels = (tensor.to(self.ranks.device) for tensor in tensors)
             yield input_ids, labels
+
+    def _report_once(self, line: str) -> None:
+        """Tell the user what every rank knows."""
+        if self.ranks.is_main:
+            self.report(line)
 
     def _peak_memory(self) -> dict[str, int]:
         """The peak of the rank with the highest; on CUDA also what the allocator had reserved for it."""
