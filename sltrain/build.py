@@ -1,13 +1,14 @@
 """Config -> objects: the one file that sees every room, and the only one commands import from.
 
 Read from top to bottom it is the start of a run: the folder, the corpus and its tokenizer, the model on the meta
-device, what the user should know before step 1, then real memory, optimizer and stream, and what a checkpoint
-remembers of them. Until the folder is claimed nothing is written, so bad input leaves nothing behind. Checks that need
-more than one room are here.
+device, the streams of text, what the user should know before step 1, then real memory, optimizer, and what a
+checkpoint remembers of them. Until the folder is claimed nothing is written, so bad input leaves nothing behind.
+Checks that need more than one room are here.
 """
 
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -83,8 +84,9 @@ class Run:
 
     @property
     def lost_network(self) -> bool:
-        """Whether the stream ended because the network did, here or on another rank, and not by damaged data."""
-        return self.trainer is None or not isinstance(self.trainer.data_error, ValueError)
+        """Whether the stream ended by the network, as far as this rank knows, and not by damaged data."""
+        assert self.trainer is not None
+        return not isinstance(self.trainer.data_error, ValueError)
 
     def say(self, line: str) -> None:
         """Print a line, on rank 0."""
@@ -102,7 +104,7 @@ class Run:
         if outcome is Outcome.INTERRUPTED:
             return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); {saved}"
         if outcome is Outcome.DATA_LOST:
-            return f"the data could not be read any more; {saved}"
+            return f"the data could not be read any more; {saved}, once it can"
         return (
             f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
             f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
@@ -125,10 +127,10 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     tokenizer = build_tokenizer(config, source, ranks, say)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks, say))
-    folder.path = ranks.on_main(lambda: folder.claim(dataclasses.asdict(config), tokenizer.json))
+    plain = dataclasses.asdict(config)
+    folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json))
     describe(config, model, source, tokenizer, eval_set, folder, ranks, cadence, say)
-    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, say)
-    trainer.report = tell
+    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, say, tell)
     return Run(folder, ranks, config, trainer, cadence)
 
 
@@ -136,7 +138,7 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
     check_optimizer(config.optimizer.name)
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    compilers = [*shlex.split(os.environ.get("CXX", ""))[:1], "g++", "clang++"]
     if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
         raise ValueError(
             "compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true"
@@ -260,7 +262,7 @@ def describe(
 
 
 def _short(number: int) -> str:
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number else "0"
 
 
 def build_data(
@@ -310,6 +312,7 @@ def build_trainer(
     eval_set: EvalSet,
     ranks: Ranks,
     say: Report,
+    tell: Report,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
     memory = PeakMemory(ranks.device)
@@ -331,8 +334,7 @@ def build_trainer(
     if checkpoint is not None:
         state = ranks.everywhere(lambda: checkpointer.load(checkpoint, model, optimizer))
         progress, stream_state = Progress(**state["progress"]), state["stream"]
-        if stream_state:  # empty when the run was stopped before its first update
-            ranks.everywhere(lambda: stream.load_state_dict(stream_state))
+        ranks.everywhere(lambda: stream.load_state_dict(stream_state))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         say(f"resume     from step {progress.step:,} ({checkpoint})")
 
@@ -360,7 +362,7 @@ def build_trainer(
             "num_parameters": count_parameters(model),
             "num_indices": count_indices(model),
         },
-        report=say,
+        report=tell,
         progress=progress,
         stream_state=stream_state,
     )

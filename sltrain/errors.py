@@ -16,8 +16,8 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1  # a fault of ours, or a sweep with a failed job
     BAD_INPUT = 2  # something the user can mend
-    INTERRUPTED = 3  # SIGTERM or SIGINT; a checkpoint was saved
-    DATA_LOST = 4  # the data could not be read any more; a checkpoint was saved
+    INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
+    DATA_LOST = 4  # the network is gone; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
 
 

@@ -77,11 +77,11 @@ class Sweep:
         place = f"[{len(self.results) + 1}/{self.num_jobs}] {name}"
         print(f"\n{place}", flush=True)
         command = [sys.executable, "-m", "sltrain.train", *overrides, f'run_dir="{folder}"']
-        code = _run_process(command)
+        code, is_stopped = _run_process(command)
         self.results.append((name, code, _read_summary(folder) if code == ExitCode.OK else {}))
         print(f"{place}: {_result(*self.results[-1][1:])}", flush=True)
-        if code == ExitCode.INTERRUPTED:
-            raise SystemExit(code)
+        if is_stopped:
+            raise SystemExit(ExitCode.INTERRUPTED)
 
     def finish(self) -> ExitCode:
         """Print the table of all jobs; FAILED if one failed or never ran, INTERRUPTED if the sweep was cut short."""
@@ -90,7 +90,7 @@ class Sweep:
         for name, code, final in self.results:
             print(f"  {name:{width}}  {_result(code, final)}")
         codes, num_missing = {code for _, code, _ in self.results}, self.num_jobs - len(self.results)
-        if ExitCode.INTERRUPTED in codes:
+        if num_missing and codes <= {ExitCode.OK, ExitCode.INTERRUPTED} or ExitCode.INTERRUPTED in codes:
             print(f"interrupted with {num_missing} jobs to go; the same command with run_dir={self.folder} continues")
             return ExitCode.INTERRUPTED
         return ExitCode.OK if codes <= {ExitCode.OK} and not num_missing else ExitCode.FAILED
@@ -109,8 +109,8 @@ def job_name(overrides: list[Override], swept_keys: list[str]) -> str:
     return "_".join(parts) or "job"
 
 
-def _run_process(command: list[str]) -> int:
-    """Run a job and return its exit code; INTERRUPTED if a signal came for it, in whatever state that met the job.
+def _run_process(command: list[str]) -> tuple[int, bool]:
+    """Run a job; return its exit code (INTERRUPTED if a signal ended it) and whether the sweep is to stop.
 
     The job is asked to stop with SIGTERM: a terminal's Ctrl-C has reached it already, and a second SIGINT would end it
     without saving.
@@ -129,7 +129,9 @@ def _run_process(command: list[str]) -> int:
         if received:  # before there was a process to ask
             process.send_signal(signal.SIGTERM)
         code = process.wait()
-        return ExitCode.INTERRUPTED if received and code != ExitCode.OK else code
+        if code != ExitCode.OK and (received or code in (ExitCode.INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)):
+            code = ExitCode.INTERRUPTED
+        return code, bool(received) or code == ExitCode.INTERRUPTED
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -149,7 +151,8 @@ def _result(code: int, final: dict[str, Any]) -> str:
         return f"{known.get(ExitCode(code), 'failed') if code in set(ExitCode) else 'failed'} (exit code {code})"
     if not final:
         return "finished, but its summary.json cannot be read"
+    perplexity = math.inf if final["perplexity"] is None else final["perplexity"]
     return (
-        f"perplexity {final['perplexity']:.2f}  {final['num_parameters']['total'] / 1e6:.1f}M parameters"
+        f"perplexity {perplexity:.2f}  {final['num_parameters']['total'] / 1e6:.1f}M parameters"
         f"  peak {final['peak_memory_bytes'] / 1e9:.2f} GB  {final['wall_seconds']:.0f} s"
     )

@@ -8,6 +8,7 @@ Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra 
 line and a second.
 """
 
+import signal
 import sys
 
 import hydra
@@ -21,6 +22,7 @@ from sltrain.sweep import Sweep
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins and takes over
     try:
         code = run_command(sys.argv[1:])
     except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
@@ -35,8 +37,8 @@ def run_command(arguments: list[str]) -> ExitCode:
         print(f"{__doc__}\n{help_text()}")
         return ExitCode.OK
     register_schema()
-    # Hydra's parser wants its own flags together, in front of the overrides.
-    arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
+    # Hydra's parser wants the overrides together, its own flags may follow.
+    arguments = sorted(arguments, key=lambda argument: argument.startswith("-") or "=" not in argument)
     typed = get_args_parser().parse_args(arguments)
     try:
         check_overrides(typed.overrides, typed.multirun)
@@ -52,7 +54,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         else:
             sweep.run_job()
 
-    sys.argv[1:] = [*arguments, *(sweep.hydra_overrides if sweep else [])]
+    sys.argv[1:] = [*(sweep.hydra_overrides if sweep else []), *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
     except SystemExit as error:  # an interrupted job ends the sweep
@@ -75,6 +77,8 @@ def train(composed: DictConfig) -> ExitCode:
             run.say(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
             return ExitCode.OK
         outcome = run.train()
+        if run.trainer is not None and run.trainer.data_error is not None:
+            report_error(run.trainer.data_error)
         run.say(run.farewell(outcome))
         return {
             Outcome.FINISHED: ExitCode.OK,

@@ -327,7 +327,7 @@ def test_data_that_breaks_in_the_middle_saves_what_was_trained(
         num_ranks=num_ranks,
     )
     out, err = process.communicate(timeout=120)
-    assert "corpus.jsonl:301" in out and "saved at step" in out, out + err
+    assert "corpus.jsonl:301" in err and "saved at step" in out, out + err
     assert "sltrain/" not in err, err  # no traceback through our files
     if num_ranks == 1:
         assert process.returncode == 2
@@ -354,7 +354,7 @@ def test_first_batch_that_fails_leaves_the_folder_free_for_another_try(
 ) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "one document for eight streams"}\n')
     run = [*tiny, f"path={tmp_path}/few.jsonl", f"validation_path={corpus}/*.gz", f"run_dir={tmp_path}/run"]
-    code, out, _ = sltrain_train(*run)
-    assert code == 2 and "data.num_streams" in out and "no update was made" in out
+    code, out, err = sltrain_train(*run)
+    assert code == 2 and "data.num_streams" in err and "no update was made" in out
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert sltrain_train(*run, "data.num_streams=1")[0] == 0

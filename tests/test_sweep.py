@@ -1,9 +1,11 @@
 """Names of sweep jobs are deterministic and can be typed back."""
 
+import sys
+
 import pytest
 
 from sltrain.compose import parse_overrides
-from sltrain.sweep import Sweep, job_name
+from sltrain.sweep import Sweep, _result, _run_process, job_name
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,26 @@ def test_plan() -> None:
     sweep = Sweep.plan(["model=llama_60m", "rank=64,128", "sparsity=choice(0.01,0.03,0.1)", "run_dir=outputs/a"])
     assert (sweep.num_jobs, sweep.swept_keys, str(sweep.folder)) == (6, ["rank", "sparsity"], "outputs/a")
     assert str(Sweep.plan(["rank=1,2"]).folder).startswith("outputs/sweep_")
+
+
+def test_results_in_words() -> None:
+    final = {"perplexity": 12.345, "num_parameters": {"total": 1_000_000}, "peak_memory_bytes": 5e8, "wall_seconds": 3}
+    assert _result(0, final) == "perplexity 12.35  1.0M parameters  peak 0.50 GB  3 s"
+    assert "perplexity inf" in _result(0, {**final, "perplexity": None})
+    assert _result(0, {}) == "finished, but its summary.json cannot be read"
+    assert _result(-9, {}) == "failed (exit code -9)"
+    assert _result(5, {}) == "diverged (exit code 5)"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("pass", (0, False)),
+        ("import sys; sys.exit(2)", (2, False)),
+        ("import sys; sys.exit(3)", (3, True)),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", (3, True)),
+        ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(20)", (3, True)),
+    ],
+)
+def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected: tuple[int, bool]) -> None:
+    assert _run_process([sys.executable, "-c", code]) == expected

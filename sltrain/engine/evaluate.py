@@ -32,23 +32,23 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped
-    totals = torch.zeros(6, dtype=torch.float64)
+    # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped, ranks with a batch
+    totals = torch.zeros(7, dtype=torch.float64)
     for batch in batches:
         if should_stop():
-            totals[-1] += 1
+            totals[5] += 1
             break
         num_targets = int((batch.labels[:, 1:] != -100).sum())
         if num_targets == 0:
             continue
         loss_sum = float(model(batch.input_ids.to(ranks.device), batch.labels.to(ranks.device)))
         totals += torch.tensor(
-            [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0], dtype=torch.float64
+            [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
         )
     model.train(training)
-    galore_loss = totals[3] / (totals[4] + 1)  # of this rank: each takes the mean over its own batches
-    totals[3] = galore_loss / ranks.world_size
-    loss_sum, num_targets, num_bytes, galore_loss, num_batches, num_stopped = ranks.sum_(totals).tolist()
+    totals[3] /= totals[4] + 1  # of this rank: each takes the mean over its own batches
+    totals[6] = totals[4] > 0
+    loss_sum, num_targets, num_bytes, galore_losses, _, num_stopped, num_ranks = ranks.sum_(totals).tolist()
     if num_stopped:
         return None
     if num_targets == 0:
@@ -57,7 +57,7 @@ def evaluate(
     return {
         "loss": loss,
         "perplexity": safe_exp(loss),
-        "perplexity_galore_protocol": safe_exp(galore_loss),
+        "perplexity_galore_protocol": safe_exp(galore_losses / num_ranks),
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "eval_tokens": int(num_targets),
     }

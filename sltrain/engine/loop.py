@@ -13,8 +13,8 @@ class Outcome(Enum):
     """How a run ended."""
 
     FINISHED = "finished"
-    INTERRUPTED = "interrupted"  # a signal asked for it; a checkpoint was saved
-    DATA_LOST = "data lost"  # the stream broke; a checkpoint was saved
+    INTERRUPTED = "interrupted"  # a signal asked for it; what was trained was saved
+    DATA_LOST = "data lost"  # the stream broke; what was trained was saved
     DIVERGED = "diverged"  # too many updates in a row were not finite
 
 

@@ -13,7 +13,6 @@ A folder that holds a run is only ever continued, and only with a configuration 
 import contextlib
 import itertools
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import yaml
 from sltrain.engine.lock import RunLock
 from sltrain.engine.metrics import to_strict_json
 
-OURS = re.compile(r"\.lock|tokenizer\.json|.*\.tmp")  # what a start that was cut short leaves behind
+LEFT_BEHIND = (".lock", "config.yaml.tmp")  # by a start that was cut short
 
 
 class RunFolder:
@@ -58,9 +57,15 @@ class RunFolder:
         return self.summary_file.exists()
 
     @property
+    def has_checkpoint(self) -> bool:
+        return any(path.suffix != ".tmp" for path in self.path.glob("checkpoints/step_*"))
+
+    @property
     def has_progress(self) -> bool:
-        """Whether there is training to lose; a run that failed before its first checkpoint may begin anew."""
-        return self.is_finished or any(self.path.glob("checkpoints/step_*"))
+        """Whether there is training to lose; a run that failed before its first update may begin anew."""
+        if self.is_finished or self.has_checkpoint:
+            return True
+        return self.metrics_file.exists() and b'"event": "train"' in self.metrics_file.read_bytes()
 
     def check(self, config: dict[str, Any], resume: str, changeable: Collection[str]) -> None:
         """Refuse (ValueError) a folder with other things in it, and one whose run another configuration must not
@@ -69,8 +74,8 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise ValueError(f"run_dir={self.path} is a file; name a folder")
-        foreign = [entry.name for entry in self.path.iterdir() if not OURS.fullmatch(entry.name)]
-        if not self.config_file.exists() and foreign:
+        foreign = [entry.name for entry in self.path.iterdir() if entry.name not in LEFT_BEHIND]
+        if foreign and not self._is_ours():
             raise ValueError(f"run_dir={self.path} holds other files and no run; name a new or an empty folder")
         if not self.has_progress:
             return
@@ -84,35 +89,48 @@ class RunFolder:
                 " Type the old values, or name another run_dir"
             )
 
-    def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
+    def _is_ours(self) -> bool:
+        """Whether config.yaml is one of this program."""
+        return self.config_file.exists() and self._saved_config().keys() >= {"model", "method", "rank", "sparsity"}
+
+    def _saved_config(self) -> dict[str, Any]:
         try:
-            old, new = flatten(yaml.safe_load(self.config_file.read_text())), flatten(config)
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config_file} is damaged; restore it, or name another run_dir") from error
+            saved = yaml.safe_load(self.config_file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise ValueError(f"{self.config_file} is damaged; restore it, or name another run_dir")
+        return saved
+
+    def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
+        old, new = flatten(self._saved_config()), flatten(config)
         return [
             f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and key.split(".")[0] not in changeable
         ]
 
-    def claim(self, config: dict[str, Any], tokenizer_json: str) -> Path:
+    def claim(self, config: dict[str, Any], resume: str, changeable: Collection[str], tokenizer_json: str) -> Path:
         """Make the folder if need be, lock it against a second process, write the configuration and the tokenizer;
         return its path.
 
-        Raises RunLocked if a live process has it, ValueError if it was finished meanwhile or its tokenizer is another.
+        Raises RunLocked if a live process has it, ValueError if its tokenizer is another, or if what another process
+        did to it since `check` forbids to go on.
         """
         self.path = _make_new(self.path) if self.is_new else self.path
         self._lock = RunLock(self.path)
+        self.check(config, resume, changeable)
         if self.is_finished:
             raise ValueError(f"the run in {self.path} was finished by another process just now; nothing to do")
-        if self.has_progress and self.tokenizer_file.read_text() != tokenizer_json:
-            raise ValueError(
-                f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
-                " name that file: tokenizer=PATH"
-            )
-        if not self.has_progress:
+        if self.has_checkpoint:
+            if not self.tokenizer_file.exists() or self.tokenizer_file.read_text() != tokenizer_json:
+                raise ValueError(
+                    f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
+                    " name that file: tokenizer=PATH"
+                )
+        else:
+            self.write_config(config)  # first: it marks the folder as ours
             write_atomically(self.tokenizer_file, tokenizer_json)
-            self.write_config(config)
         return self.path
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class Trainer:
     data_error: Exception | None = None  # what ended this rank's stream
 
     def __post_init__(self) -> None:
-        self.saved_step = self.progress.step if self.stream_state else -1
+        self.saved_step = self.progress.step or -1
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
 
@@ -109,7 +109,6 @@ class Trainer:
                     if self.stream.wait(STOP_CHECK_SECONDS):
                         batch = next(self.stream)
             except (ConnectionError, ValueError) as error:  # the network is gone, or on_bad_data=stop
-                self.report(f"the data stream broke: {error}")
                 self.data_error, lost = error, True
         counts = [0, 0] if batch is None else [batch.num_tokens, batch.num_targets]
         num_tokens, num_targets, stopped, losses = self.ranks.sum([*counts, int(self.stop.is_set), int(lost)])

@@ -316,9 +316,9 @@ def test_a_run_that_loses_the_hub_saves_and_continues_where_it_was(
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
 
     hub.faults += [None] * (len(hub.ranges) * 2 // 3) + [503] * 10_000
-    code, out, _ = sltrain_train(*recipe, f"run_dir={tmp_path}/run")
+    code, out, err = sltrain_train(*recipe, f"run_dir={tmp_path}/run")
     assert code == 4
-    assert "gave up after 3 attempts" in out and f"run_dir={tmp_path}/run" in out
+    assert "gave up after 3 attempts" in err and f"run_dir={tmp_path}/run" in out
     assert 0 < metrics_of(tmp_path / "run")[-1]["step"] < 30
 
     hub.faults.clear()

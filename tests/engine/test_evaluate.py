@@ -67,3 +67,17 @@ def test_stop_gives_no_number() -> None:
 def test_nothing_to_predict_is_refused() -> None:
     with pytest.raises(ValueError, match="validation_path"):
         evaluate(CostsItsIds(), [rows((1, 7))], ONE)
+
+
+def test_two_ranks_with_the_same_batches_agree_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank divides by its own n + 1, as the published harness does; a rank without a batch does not count."""
+    alone = evaluate(CostsItsIds(), BATCHES, ONE)
+    two = Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(two, "sum_", lambda totals: 2 * totals)
+    both = evaluate(CostsItsIds(), BATCHES, two)
+    assert alone is not None and both is not None
+    assert both["eval_tokens"] == 2 * alone["eval_tokens"]
+    for key in ("perplexity", "perplexity_galore_protocol", "bits_per_byte"):
+        assert both[key] == pytest.approx(alone[key])
+    monkeypatch.setattr(two, "sum_", lambda totals: totals)
+    assert evaluate(CostsItsIds(), BATCHES, two) == alone

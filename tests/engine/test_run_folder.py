@@ -10,6 +10,9 @@ from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.stop import StopRequest
 
 CONFIG = {
+    "model": {"name": "tiny"},
+    "method": {"name": "sltrain"},
+    "sparsity": 0.03,
     "rank": 8,
     "lr": 1e-3,
     "path": ["a", "b"],
@@ -21,7 +24,7 @@ CONFIG = {
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.check(CONFIG, "auto", ["path"])
-    folder.claim(CONFIG, "{}")
+    folder.claim(CONFIG, "auto", ["path"], "{}")
     return folder
 
 
@@ -55,7 +58,7 @@ def test_changes_are_refused_by_name_once_there_is_training_to_lose(tmp_path: Pa
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run")
     with pytest.raises(ValueError, match="tokenizer"):
-        RunFolder(tmp_path / "run").claim(CONFIG, '{"other": 1}')
+        RunFolder(tmp_path / "run").claim(CONFIG, "auto", [], '{"other": 1}')
 
 
 def test_live_folder_is_refused(tmp_path: Path) -> None:
@@ -72,12 +75,12 @@ def test_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path: Pat
     folder.finish({"loss": float("inf")})
     assert folder.summary_file.read_text() == '{"loss": null}\n'
     with pytest.raises(ValueError, match="finished by another process"):
-        folder.claim(CONFIG, "{}")
+        folder.claim(CONFIG, "auto", [], "{}")
 
 
 def test_new_folders_never_collide(tmp_path: Path) -> None:
     folders = [RunFolder(tmp_path / "outputs" / "now", is_new=True) for _ in range(3)]
-    assert [folder.claim(CONFIG, "{}").name for folder in folders] == ["now", "now_2", "now_3"]
+    assert [folder.claim(CONFIG, "auto", [], "{}").name for folder in folders] == ["now", "now_2", "now_3"]
 
 
 def test_stop_request_notes_the_first_signal_and_gives_way_to_a_second_interrupt() -> None:
@@ -89,3 +92,31 @@ def test_stop_request_notes_the_first_signal_and_gives_way_to_a_second_interrupt
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json", "metrics.jsonl", "notes.tmp"])
+def test_files_of_others_are_never_touched(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("my: precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        RunFolder(tmp_path).check(CONFIG, "auto", [])
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_thrown_away(tmp_path: Path) -> None:
+    claimed(tmp_path / "run").release()
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "checkpoints" / "step_00000002.tmp").mkdir(parents=True)
+    folder.check({**CONFIG, "rank": 4}, "auto", [])
+    folder.metrics_file.write_text('{"event": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match="rank was 8"):
+        folder.check({**CONFIG, "rank": 4}, "auto", [])
+    with pytest.raises(ValueError, match="resume=auto continues it"):
+        folder.check(CONFIG, "never", [])
+    folder.check(CONFIG, "auto", [])
+
+
+def test_what_happens_between_check_and_claim_counts(tmp_path: Path) -> None:
+    late = RunFolder(tmp_path / "run")
+    late.check(CONFIG, "never", [])
+    trained(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run"):
+        late.claim(CONFIG, "never", [], "{}")
