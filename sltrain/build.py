@@ -330,11 +330,9 @@ def build_trainer(
         weight_decay=config.weight_decay,
         device=ranks.device,
     )
-    progress, stream_state = Progress(), {}
+    progress, stream_state = Progress(), dict[str, Any]()
     if checkpoint is not None:
-        state = ranks.everywhere(lambda: checkpointer.load(checkpoint, model, optimizer))
-        progress, stream_state = Progress(**state["progress"]), state["stream"]
-        ranks.everywhere(lambda: stream.load_state_dict(stream_state))
+        progress, stream_state = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         say(f"resume     from step {progress.step:,} ({checkpoint})")
 
@@ -377,6 +375,19 @@ def allocate(model: nn.Module, device: torch.device) -> None:
         raise ValueError(
             f"the model's {num_bytes / 1e9:,.1f} GB do not fit on {device}; choose a smaller one"
         ) from error
+
+
+def restore(
+    checkpointer: Checkpointer,
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: TrainStream,
+) -> tuple[Progress, dict[str, Any]]:
+    """Set model, optimizer and stream to a checkpoint; return the run's counters and the stream's state there."""
+    state = checkpointer.load(checkpoint, model, optimizer)
+    stream.load_state_dict(state["stream"])
+    return Progress(**state["progress"]), state["stream"]
 
 
 def learning_rate_setter(

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are small
 
@@ -127,3 +129,25 @@ def start_process() -> Callable[..., "subprocess.Popen[str]"]:
 def metrics_of() -> Callable[[Path], list[dict]]:
     """The lines of a run's metrics.jsonl."""
     return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _run_in_child(function: Callable[[], None]) -> int:
+    """Run `function` in a forked child and return its pid. A child that raises ends with code 1."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # a forked OpenMP pool would never answer
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.fixture(scope="session")
+def in_child() -> Callable[[Callable[[], None]], int]:
+    """Runs a function in a forked child and gives its pid."""
+    return _run_in_child

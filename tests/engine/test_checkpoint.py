@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -386,23 +385,7 @@ def test_full_disk_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
     assert number > 12
 
 
-def in_child(function: Callable[[], None]) -> int:
-    """Run `function` in a forked child and return its pid. A child that raises ends with code 1."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)  # a forked OpenMP pool would never answer
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
-def test_file_size_limit_hits_both_writers(tmp_path: Path) -> None:
+def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[Callable[[], None]], int]) -> None:
     """The real errors of safetensors and torch.save when the system refuses to write, by RLIMIT_FSIZE."""
 
     def save_with_limits() -> None:
@@ -442,7 +425,7 @@ def constant_net(value: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_sigkill_during_saves(tmp_path: Path) -> None:
+def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], None]], int]) -> None:
     """Children that do nothing but save are killed at seeded random times; what they leave is whole."""
     keeper, delays = Checkpointer(tmp_path, 2), random.Random(0)
     num_mid_save = newest = 0

@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,9 @@ import pytest
 from sltrain.engine.lock import RunLock, RunLocked
 
 
-def in_child(function: Callable[[], None]) -> int:
-    """Run `function` in a forked child and return its pid. A child that raises ends with code 1."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
-def test_lock_is_refused_across_processes_and_freed_by_death(tmp_path: Path) -> None:
+def test_lock_is_refused_across_processes_and_freed_by_death(
+    tmp_path: Path, in_child: Callable[[Callable[[], None]], int]
+) -> None:
     reading, writing = os.pipe()
 
     def hold() -> None:
