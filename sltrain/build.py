@@ -34,6 +34,8 @@ from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewr
 from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
+from sltrain.layers import cpu_kernel
+from sltrain.layers.cost import set_paths
 from sltrain.methods import METHODS
 from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.settings import MethodSettings
@@ -210,7 +212,13 @@ def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> Lla
         model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
     model.to(dtype)
     settings = MethodSettings(
-        config.rank, config.sparsity, config.alpha, config.rank_overrides, config.sparsity_overrides
+        rank=config.rank,
+        sparsity=config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        block_size=config.block_size,
+        rank_overrides=config.rank_overrides,
+        sparsity_overrides=config.sparsity_overrides,
     )
     METHODS[config.method.name].replace(model, settings, is_projection)
     return model
@@ -330,11 +338,15 @@ def build_trainer(
         weight_decay=config.weight_decay,
         device=ranks.device,
     )
-    progress, stream_state = Progress(), dict[str, Any]()
+    saved: dict[str, Any] = {}
     if checkpoint is not None:
-        progress, stream_state = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
+        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
-        say(f"resume     from step {progress.step:,} ({checkpoint})")
+        say(f"resume     from step {saved['progress']['step']:,} ({checkpoint})")
+    progress = Progress(**saved.get("progress", {}))
+    num_rows = config.micro_batch_size * config.seq_len
+    layer_paths = set_paths(model, config.layer_path, num_rows, ranks.device, saved.get("layer_paths"))
+    say_layer_paths(layer_paths, ranks.device, say)
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     sinks: list[Sink] = []
@@ -362,7 +374,8 @@ def build_trainer(
         },
         report=tell,
         progress=progress,
-        stream_state=stream_state,
+        stream_state=saved.get("stream", {}),
+        built_with={"layer_paths": layer_paths},
     )
 
 
@@ -383,11 +396,21 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     stream: TrainStream,
-) -> tuple[Progress, dict[str, Any]]:
-    """Set model, optimizer and stream to a checkpoint; return the run's counters and the stream's state there."""
+) -> dict[str, Any]:
+    """Set model, optimizer and stream to a checkpoint; return everything else that it holds."""
     state = checkpointer.load(checkpoint, model, optimizer)
     stream.load_state_dict(state["stream"])
-    return Progress(**state["progress"]), state["stream"]
+    return state
+
+
+def say_layer_paths(paths: dict[str, str], device: torch.device, say: Report) -> None:
+    """How the products of W are computed, and why not by the kernel where there is none."""
+    for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
+        count = sum(chosen == path for chosen in paths.values())
+        if count:
+            say(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
+    if paths and device.type == "cpu" and (reason := cpu_kernel.status()) is not None:
+        say(f"note       {reason}")
 
 
 def learning_rate_setter(

@@ -87,6 +87,9 @@ class TrainConfig:
     rank: int = MISSING  # inner size of B A; 0: S alone
     sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
+    support: str = MISSING  # entries of S: uniform (the paper), stratified, block or column
+    block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
+    layer_path: str = MISSING  # how W x is computed: auto, composed (dense W built on the way) or factored
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
 
@@ -135,6 +138,8 @@ CHOICES = {
     "optimizer.name": ("adamw", "adam8bit"),
     "data.name": ("c4", "local", "stdlib"),
     "tracker.name": ("none", "wandb"),
+    "support": ("uniform", "stratified", "block", "column"),
+    "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -149,6 +154,7 @@ AT_LEAST = {
     "model.num_key_value_heads": 1,
     "model.vocab_size": 3,
     "rank": 0,
+    "block_size": 1,
     "seq_len": 2,
     "global_batch_size": 1,
     "micro_batch_size": 1,
@@ -171,7 +177,7 @@ ABOVE_ZERO = (
 # behind `path` are compared by name and size, the tokenizer by content.
 CHANGEABLE_ON_RESUME = (
     "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens "
-    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
+    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
 ).split()
 
 
@@ -239,6 +245,18 @@ def _validate_method(config: TrainConfig) -> None:
     overrides = config.rank_overrides or config.sparsity_overrides
     if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not overrides:
         raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
+    if config.method.name == "sltrain" and config.support in ("block", "column"):
+        for name, sparsity in {"sparsity": config.sparsity, **config.sparsity_overrides}.items():
+            if sparsity == 0:
+                raise ValueError(
+                    f"support={config.support} with {name}=0 has nothing to train;"
+                    " set sparsity above 0, or support=uniform for B A alone"
+                )
+    if config.block_size is not None and config.support != "block":
+        raise ValueError(
+            f"block_size={config.block_size} is for support=block, and support is {config.support};"
+            " add support=block, or drop block_size"
+        )
     if config.method.name == "low_rank" and config.rank == 0:
         raise ValueError("method=low_rank needs rank above 0")
 

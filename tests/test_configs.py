@@ -71,6 +71,17 @@ def test_every_model_builds_with_every_method(model: str, method: str) -> None:
     assert (count["low_rank"] > 0) == (method != "full")
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("support", ["stratified", "block", "column"])
+def test_every_model_builds_with_every_support_at_nearly_the_same_size(model: str, support: str) -> None:
+    counts = []
+    for kind in ("uniform", support):
+        config = composed(f"model={model}", f"support={kind}", "max_steps=1")
+        validate(config)
+        counts.append(count_parameters(build_model(config, 32_000, torch.bfloat16)))
+    assert counts[1]["sparse"] == pytest.approx(counts[0]["sparse"], rel=0.06)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(name: str) -> None:
     config = composed(f"experiment={name}")

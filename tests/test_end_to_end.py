@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -153,6 +154,41 @@ def test_interrupted_twice_equals_straight(
     assert not list(broken.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("path", ["composed", "factored", "auto"])
+@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+def test_every_support_and_path_learns_and_resumes_exactly(
+    support: str, path: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
+    recipe = [*tiny, f"support={support}", f"layer_path={path}", "sparsity=0.06", "checkpoint_every=3"]
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    code, out, err = sltrain_train(*recipe, f"run_dir={straight}")
+    assert code == 0, err
+    assert "layers     14 of 14 " in out and (path == "auto" or f"14 of 14 {path}" in out)
+    shutil.copytree(straight, again, symlinks=True)
+    shutil.rmtree(newest(again))
+    (again / "summary.json").unlink()
+    code, out, err = sltrain_train(*recipe, f"run_dir={again}")
+    assert code == 0 and "from step 3" in out, err
+    same_checkpoint(straight, again)
+    lines = metrics_of(straight)
+    assert without_clocks(metrics_of(again)) == without_clocks(lines)
+    assert lines[5]["loss"] < lines[0]["loss"]
+
+
+def test_a_continued_run_keeps_its_paths(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto chooses anew only in a new run: a continued one computes as it did, on whatever machine."""
+    run = [*tiny, f"run_dir={tmp_path}/run", "checkpoint_every=3", "layer_path=auto"]
+    monkeypatch.setattr("sltrain.layers.cost.choose_path", lambda *shape: "composed")
+    assert "14 of 14 composed" in sltrain_train(*run)[1]
+    shutil.rmtree(newest(tmp_path / "run"))
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr("sltrain.layers.cost.choose_path", lambda *shape: "factored")
+    assert "14 of 14 composed" in sltrain_train(*run)[1]
+    assert "14 of 14 factored" in sltrain_train(*tiny, f"run_dir={tmp_path}/new", "layer_path=auto")[1]
+
+
 def test_second_process_in_a_live_folder_is_refused(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start
 ) -> None:
@@ -165,11 +201,18 @@ def test_second_process_in_a_live_folder_is_refused(
     assert live.wait(60) == 3
 
 
-@pytest.mark.parametrize("padding", ["truncate_pad", "pack"])
+@pytest.mark.parametrize(("padding", "support"), [("truncate_pad", "stratified"), ("pack", "block")])
 def test_two_ranks_train_the_curve_of_one(
-    padding: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+    padding: str,
+    support: str,
+    tiny: list[str],
+    tmp_path: Path,
+    sltrain_train: Run,
+    start_process: Start,
+    metrics_of: Metrics,
 ) -> None:
-    recipe = [*tiny, f"padding={padding}", "micro_batch_size=2", "grad_clip=0.5", "checkpoint_every=3"]
+    recipe = [*tiny, f"padding={padding}", f"support={support}", "sparsity=0.06", "micro_batch_size=2"]
+    recipe += ["grad_clip=0.5", "checkpoint_every=3"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/one")[0] == 0
     two = start_process(*recipe, f"run_dir={tmp_path}/two", num_ranks=2)
     out, err = two.communicate(timeout=240)

@@ -74,6 +74,7 @@ class Trainer:
     report: Callable[[str], None]  # one line to the user
     progress: Progress = field(default_factory=Progress)
     stream_state: dict[str, Any] = field(default_factory=dict)
+    built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run has to make again
     throughput: Throughput = field(default_factory=Throughput)
     final: dict[str, Any] | None = None  # the final line, once it is written
     data_error: Exception | None = None  # what ended this rank's stream
@@ -175,7 +176,7 @@ class Trainer:
         with self.throughput.paused():
             self.progress.wall_seconds = time.monotonic() - self.started
             streams = {key: state for part in self.ranks.gather(self.stream_state) for key, state in part.items()}
-            state = {"progress": asdict(self.progress), "stream": streams}
+            state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
             path = self.ranks.on_main(lambda: self.checkpointer.save(self.step, self.model, self.optimizer, state))
             self.saved_step = self.step
             self._write("checkpoint", {"path": str(path)})

@@ -2,6 +2,7 @@
 
     SLTrainLinear    W = (alpha / rank) B A + S    A (rank, in), B (out, rank), S on a fixed support (arXiv 2406.02214)
     LowRankLinear    W = (alpha / rank) B A        the paper's low-rank baseline
+    AlignedLinear    W                             nn.Linear for sides that matrix units do not like
 
     tensor   start                                             source
     A        uniform in +-1/sqrt(in)                           Kaiming-uniform with a = sqrt(5), as torch's nn.Linear
@@ -18,13 +19,17 @@ Random numbers are drawn on the CPU in float32 and copied, so one generator give
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltrain.layers.functional import compose_weight, sltrain_linear
-from sltrain.layers.support import draw_support, num_nonzero
+from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
+from sltrain.layers.sparse import Sparse, can_share
+from sltrain.layers.support import Support
+
+PATHS = ("composed", "factored")  # how W x is computed: see functional.py
 
 
 class FactoredLinear(nn.Module):
@@ -94,13 +99,14 @@ class SLTrainLinear(FactoredLinear):
     """y = x W^T + bias with W = (alpha / rank) B A + S; x (..., in_features) -> (..., out_features).
 
     `sparsity` is the paper's delta, the fraction of the entries of S that are trained. rank = 0 trains S alone,
-    sparsity = 0 trains B A alone. The layer is ready after construction; on the meta device only shapes exist, and
-    `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a CPU generator (None: torch's
-    default one).
+    sparsity = 0 trains B A alone. `support` and `block_size` say where the entries lie (support.py), `path` how the
+    product is computed (functional.py); it changes rounding, not the function, and may be set at any time. The layer is
+    ready after construction; on the meta device only shapes exist, and `reset_parameters` fills the layer after
+    `to_empty(device=...)`. `generator` is a CPU generator (None: torch's default one).
 
-    Parameters A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; buffer indices (nnz,) int32, the flat
-    positions of S. Raises ValueError for a rank outside [0, min(in, out)], a sparsity outside [0, 1), and where nothing
-    is left to train.
+    Parameters A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; buffer indices, as support.py draws
+    them. Raises ValueError for a rank outside [0, min(in, out)], a sparsity or block size that the support cannot have,
+    and where nothing is left to train.
     """
 
     indices: Tensor
@@ -116,34 +122,56 @@ class SLTrainLinear(FactoredLinear):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        support: str = "uniform",
+        block_size: int | None = None,
+        path: str = "composed",
     ) -> None:
         super().__init__(in_features, out_features, rank, alpha, bias, device, dtype)
-        nnz = num_nonzero(out_features, in_features, sparsity)
+        if path not in PATHS:
+            raise ValueError(f"unknown path {path!r}: choose one of {', '.join(PATHS)}")
+        self.support = Support(out_features, in_features, sparsity, support, block_size)
+        self.path = path
+        nnz = self.support.num_nonzero
         if rank == 0 and nnz == 0:
             raise ValueError(
                 f"rank {rank} and sparsity {sparsity} leave nothing to train in a {out_features} x {in_features} "
                 "matrix; raise one of them"
             )
-        self.sparsity = sparsity
         self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
-        self.register_buffer("indices", torch.empty(nnz, device=device, dtype=torch.int32))
+        indices = torch.empty(self.support.num_indices, device=device, dtype=self.support.index_dtype)
+        self.register_buffer("indices", indices)
         if not self.values.is_meta:
             self.reset_parameters(generator)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the support and every parameter anew."""
-        self.indices.copy_(draw_support(self.out_features, self.in_features, self.sparsity, generator))
+        self.indices.copy_(self.support.draw(generator))
         self._reset_factors(generator)
         _fill_uniform(self.values, 1 / math.sqrt(self.in_features), generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sltrain_linear(x, self.A, self.B, self.values, self.indices, self.scale, self.bias)
+        if self.path == "composed":
+            return composed_linear(x, self._weight)
+        return factored_linears(x, [self._weight])[0]
+
+    @staticmethod
+    def forward_together(x: Tensor, layers: "Sequence[SLTrainLinear]") -> list[Tensor]:
+        """The output of each layer for the same x, which factored layers read once for all."""
+        sparses = [Sparse(layer.support, layer.indices, layer.values) for layer in layers]
+        if all(layer.path == "factored" for layer in layers) and can_share(sparses):
+            return factored_linears(x, [layer._weight for layer in layers])
+        return [layer(x) for layer in layers]
+
+    @property
+    def _weight(self) -> Weight:
+        return Weight(self.A, self.B, self.values, self.indices, self.support, self.scale, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W, (out, in), detached: what nn.Linear would hold."""
-        return compose_weight(self.A, self.B, self.values, self.indices, self.scale)
+        return compose_weight(self._weight)
 
     @property
     def num_sparse(self) -> int:
@@ -154,9 +182,12 @@ class SLTrainLinear(FactoredLinear):
         return self.values.float().norm()
 
     def extra_repr(self) -> str:
+        s = self.support
+        blocks = f", block_size={s.block}" if s.kind == "block" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"sparsity={self.sparsity}, alpha={self.alpha}, bias={self.bias is not None}"
+            f"sparsity={s.sparsity}, alpha={self.alpha}, bias={self.bias is not None}, "
+            f"support={s.kind}{blocks}, path={self.path}"
         )
 
 
@@ -192,7 +223,7 @@ class LowRankLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.A)  # (..., rank)
-        return F.linear(self.scale * hidden, self.B, self.bias)
+        return aligned_linear(hidden, self.scale * self.B, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -204,6 +235,13 @@ class LowRankLinear(FactoredLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}, "
             f"bias={self.bias is not None}"
         )
+
+
+class AlignedLinear(nn.Linear):
+    """nn.Linear whose product is computed on sides that matrix units like; the parameters stay as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return aligned_linear(x, self.weight, self.bias)
 
 
 def _fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:

@@ -7,8 +7,8 @@ from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """At most two lines: layers that train no fewer values than a dense matrix, and positions of S that outweigh half
-    its values."""
+    """At most three lines: layers that train no fewer values than a dense matrix, positions of S that outweigh half
+    its values, and a support that leaves W without full rank."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     lines = []
 
@@ -27,6 +27,14 @@ def warnings(model: nn.Module) -> list[str]:
         lines.append(
             f"the positions of S take {index_bytes / 1e6:,.1f} MB beside {value_bytes / 1e6:,.1f} MB of its values: "
             "count them when you compare memory"
+        )
+    columns = [layer for layer in sparse if layer.support.kind == "column"]
+    if columns:
+        first = columns[0]
+        lines.append(
+            f"support=column: W has rank at most rank + columns (the first layer: {first.rank} + "
+            f"{first.support.num_columns} of {min(first.in_features, first.out_features)}), not full rank as with the "
+            "other supports"
         )
     return lines
 

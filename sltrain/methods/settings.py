@@ -12,7 +12,8 @@ from sltrain.layers.convert import replace_linears
 
 @dataclass
 class MethodSettings:
-    """Rank, sparsity and alpha of every replaced layer; an override maps a name pattern to another rank or sparsity.
+    """Rank, sparsity, alpha and support of every replaced layer; an override maps a name pattern to another rank or
+    sparsity.
 
     A pattern has the shell's wildcards and is held against a layer's full name and against each part between its dots:
     `q_proj`, `mlp`, `*_proj` and `model.layers.[01].*` all work. The last pattern that fits a layer wins.
@@ -21,6 +22,8 @@ class MethodSettings:
     rank: int
     sparsity: float  # the paper's delta: the fraction of the entries of S that are trained
     alpha: float
+    support: str = "uniform"  # where those entries lie: see layers/support.py
+    block_size: int | None = None  # of support block; None: by sparsity
     rank_overrides: dict[str, int] = field(default_factory=dict)
     sparsity_overrides: dict[str, float] = field(default_factory=dict)
 

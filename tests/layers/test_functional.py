@@ -1,4 +1,6 @@
-"""The memory-saving function against plain autograd over the dense formula, in every setting it promises to work in."""
+"""Both ways to compute y = x W^T, with every support, against plain autograd over the dense formula."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,208 +8,293 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sltrain.layers.functional import compose_weight, sltrain_linear
-from sltrain.layers.support import draw_support
+from sltrain.layers import cpu_kernel, functional
+from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
+from sltrain.layers.support import Support
 
 SCALE = 0.75
 SHAPES = [  # input shape, out, rank, sparsity
-    ((5, 12), 7, 3, 0.3),
+    ((5, 12), 8, 3, 0.3),
     ((2, 4, 12), 20, 5, 0.1),
     ((12,), 6, 2, 0.5),
     ((3, 9), 9, 0, 0.4),
     ((3, 9), 11, 4, 0.0),
     ((0, 9), 11, 4, 0.2),
-    ((2, 0, 9), 4, 2, 0.2),
+    ((2, 0, 9), 4, 2, 0.25),
+    ((70, 33), 21, 4, 0.1),
 ]
+PATHS = [(path, kind) for path in ("composed", "factored") for kind in ("uniform", "stratified", "block", "column")]
+every_path = pytest.mark.parametrize("path, kind", PATHS)
 
 
-def make(shape, out_features, rank, sparsity, bias=True, dtype=torch.float64):
-    """x, A, B, values, indices, bias with fixed random values."""
-    source, in_features = torch.Generator().manual_seed(0), shape[-1]
-    indices = draw_support(out_features, in_features, sparsity, source)
+@pytest.fixture(params=["kernel", "plain"])
+def arithmetic(request, monkeypatch):
+    """float32 through the CPU kernel where there is one, and through plain torch."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu_kernel, "status", lambda: "switched off")
+    elif cpu_kernel.status() is not None:
+        pytest.skip(cpu_kernel.status())
+
+
+def make(shape, out_features, rank, sparsity, bias=True, dtype=torch.float64, kind="uniform", seed=0):
+    """x and a Weight with fixed random values."""
+    source, in_features = torch.Generator().manual_seed(seed), shape[-1]
+    if kind in ("block", "column"):
+        sparsity = max(sparsity, 0.1)  # they need some
+    support = Support(out_features, in_features, sparsity, kind)
 
     def normal(*size):
         return torch.randn(*size, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
 
-    factors = normal(rank, in_features), normal(out_features, rank), normal(len(indices))
-    return normal(*shape), *factors, indices, normal(out_features) if bias else None
+    A, B, values = normal(rank, in_features), normal(out_features, rank), normal(support.num_nonzero)
+    indices = support.draw(source)
+    return normal(*shape), Weight(A, B, values, indices, support, SCALE, normal(out_features) if bias else None)
 
 
-def dense_linear(x, A, B, values, indices, bias):
+def trained(x, weight):
+    """The tensors that need a gradient, in a fixed order."""
+    candidates = [x, weight.A, weight.B, weight.values, weight.bias]
+    return [tensor for tensor in candidates if tensor is not None and tensor.requires_grad]
+
+
+def dense_linear(x, w):
     """The formula, by torch's own autograd: S by index_put into zeros, W = scale B A + S, F.linear."""
-    flat = torch.zeros(B.shape[0] * A.shape[1], dtype=values.dtype).index_put((indices.long(),), values)
-    return F.linear(x, SCALE * torch.einsum("or,ri->oi", B, A) + flat.view(B.shape[0], A.shape[1]), bias)
+    positions = w.support.positions(w.indices).long()
+    flat = torch.zeros(w.support.num_entries, dtype=w.values.dtype).index_put((positions,), w.values)
+    product = torch.einsum("or,ri->oi", w.B, w.A)
+    return F.linear(x, w.scale * product + flat.view(product.shape), w.bias)
 
 
-def run(function, tensors, upstream):
+def run(function, x, weight, upstream):
     """Output and gradients of x, A, B, values, bias (those that need one)."""
-    inputs = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-    y = function(*tensors)
-    return y, torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+    y = function(x, weight)
+    return y, torch.autograd.grad(y, trained(x, weight), upstream.to(y.dtype))
 
 
-def ours(x, A, B, values, indices, bias):
-    return sltrain_linear(x, A, B, values, indices, SCALE, bias)
+def by(path):
+    """(x, weight) -> y on this path."""
+    if path == "composed":
+        return composed_linear
+    return lambda x, weight: factored_linears(x, [weight])[0]
 
 
+def assert_same(found, expected, **tolerance):
+    (y, gradients), (expected_y, expected_gradients) = found, expected
+    torch.testing.assert_close(y, expected_y, **tolerance)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, **tolerance)
+
+
+@every_path
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_equals_the_dense_formula(case, bias):
-    tensors = make(*case, bias=bias)
+def test_equals_the_dense_formula(case, bias, path, kind):
+    x, weight = make(*case, bias=bias, kind=kind)
     upstream = torch.randn(*case[0][:-1], case[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    y, gradients = run(ours, tensors, upstream)
-    expected_y, expected = run(dense_linear, tensors, upstream)
-    torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
-    for gradient, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+    found, expected = run(by(path), x, weight, upstream), run(dense_linear, x, weight, upstream)
+    assert_same(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", [case for case in SHAPES if 0 not in case[0]], ids=str)
-def test_gradcheck(case):
-    x, A, B, values, indices, bias = make(*case)
-    assert torch.autograd.gradcheck(
-        lambda x, A, B, values, bias: ours(x, A, B, values, indices, bias), (x, A, B, values, bias)
-    )
+@every_path
+@pytest.mark.parametrize("case", [((70, 33), 21, 4, 0.1), ((300, 64), 96, 8, 0.05), ((0, 9), 11, 4, 0.2)], ids=str)
+def test_equals_the_dense_formula_in_float32(case, path, kind, arithmetic):
+    x, weight = make(*case, kind=kind, dtype=torch.float32)
+    upstream = torch.randn(case[0][0], case[1], generator=torch.Generator().manual_seed(1))
+    assert_same(run(by(path), x, weight, upstream), run(dense_linear, x, weight, upstream), rtol=3e-4, atol=3e-4)
 
 
-@pytest.mark.parametrize("trained", ["x", "A", "B", "values", "bias", "A values", "x bias", "A B values bias"])
-def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(trained):
-    names = ["x", "A", "B", "values", "indices", "bias"]
-    tensors = make((2, 4, 12), 7, 3, 0.3)
-    for name, tensor in zip(names, tensors, strict=True):
-        if name != "indices":
-            tensor.requires_grad_(name in trained.split())
+@every_path
+@pytest.mark.parametrize("case", [case for case in SHAPES[:5]], ids=str)
+def test_gradcheck(case, path, kind):
+    x, weight = make(*case, kind=kind)
+
+    def function(x, A, B, values, bias):
+        return by(path)(x, dataclasses.replace(weight, A=A, B=B, values=values, bias=bias))
+
+    assert torch.autograd.gradcheck(function, trained(x, weight))
+
+
+@pytest.mark.parametrize("path", ["composed", "factored"])
+@pytest.mark.parametrize("names", ["x", "A", "B", "values", "bias", "A values", "x bias", "A B values bias"])
+def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(names, path):
+    x, weight = make((2, 4, 12), 7, 3, 0.3)
+    for name, tensor in {"x": x, "A": weight.A, "B": weight.B, "values": weight.values, "bias": weight.bias}.items():
+        tensor.requires_grad_(name in names.split())
     upstream = torch.ones(2, 4, 7)
-    _, gradients = run(ours, tensors, upstream)
-    _, expected = run(dense_linear, tensors, upstream)
-    assert len(gradients) == len(trained.split())
-    for gradient, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, reference)
+    found = run(by(path), x, weight, upstream)
+    assert len(found[1]) == len(names.split())
+    assert_same(found, run(dense_linear, x, weight, upstream))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+def test_several_weights_share_one_x(kind):
+    """q, k, v and gate, up: outputs and gradients of a group are those of its members, x's is their sum."""
+    x, _ = make((2, 5, 64), 32, 4, 0.1)
+    weights = [make((1, 64), out, rank, 0.1, kind=kind, seed=out)[1] for out, rank in ((32, 4), (48, 8), (40, 1))]
+    sums = [[], []]
+    for found, function in zip(
+        sums, (factored_linears, lambda x, weights: [dense_linear(x, w) for w in weights]), strict=True
+    ):
+        ys = function(x, weights)
+        tensors = [x, *(t for w in weights for t in trained(x, w)[1:])]
+        loss = sum((y * torch.arange(1, y.shape[-1] + 1)).square().sum() for y in ys[:2])  # the third one is not used
+        found += [*ys, *torch.autograd.grad(loss, tensors, allow_unused=True)]
+    for ours, reference in zip(*sums, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if reference is None else reference)
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, and notes the largest tensor that is made."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count, self.largest = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
 
 
 @pytest.mark.parametrize(
-    ("trained", "products"), [("x A B values", 5), ("A B values", 3), ("values", 1), ("A", 2), ("x", 2)]
+    ("names", "products"), [("x A B values", 5), ("A B values", 3), ("values", 1), ("A", 2), ("x", 2)]
 )
-def test_backward_does_only_the_work_that_is_asked_for(trained, products):
-    tensors = make((6, 12), 7, 3, 0.3, bias=False)
-    for name, tensor in zip(["x", "A", "B", "values"], tensors, strict=False):
-        tensor.requires_grad_(name in trained.split())
-    y = ours(*tensors)
+def test_composed_backward_does_only_the_work_that_is_asked_for(names, products):
+    x, weight = make((6, 12), 7, 3, 0.3, bias=False)
+    for name, tensor in {"x": x, "A": weight.A, "B": weight.B, "values": weight.values}.items():
+        tensor.requires_grad_(name in names.split())
+    y = composed_linear(x, weight)
     with CountProducts() as counter:
         y.backward(torch.ones_like(y))
     assert counter.count == products
 
 
-def test_nothing_dense_lives_between_forward_and_backward():
-    """Saved are x, A, B, values and indices: their bytes and no more."""
-    x, A, B, values, indices, bias = make((4, 16, 64), 96, 4, 0.05, dtype=torch.float32)
+@every_path
+def test_nothing_dense_lives_between_forward_and_backward(path, kind):
+    """Saved are x, the parameters and indices, and on the factored path x A^T: their bytes and no more."""
+    x, weight = make((4, 16, 64), 96, 4, 0.05, dtype=torch.float32, kind=kind)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        y = sltrain_linear(x, A, B, values, indices, SCALE, bias)
-    assert all(tensor.numel() < 96 * 64 for tensor in saved)
-    allowed = (x, A, B, values, indices)
-    assert sum(tensor.nbytes for tensor in saved) <= sum(tensor.nbytes for tensor in allowed)
-    assert {tensor.data_ptr() for tensor in saved} <= {tensor.data_ptr() for tensor in allowed}
+        y = by(path)(x, weight)
+    allowed = [x, weight.A, weight.B, weight.values, weight.indices, weight.bias]
+    foreign = [tensor for tensor in saved if tensor.data_ptr() not in {tensor.data_ptr() for tensor in allowed}]
+    assert [tensor.shape for tensor in foreign] == ([(64, 4)] if path == "factored" else [])
     y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+def test_the_factored_path_never_holds_a_dense_matrix(kind, arithmetic):
+    x, weight = make((8, 512), 1024, 4, 0.03, dtype=torch.float32, kind=kind)
+    with CountProducts() as counter:
+        factored_linears(x, [weight])[0].sum().backward()
+    assert 0 < counter.largest <= 1024 * 512 / 7
+
+
+@every_path
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(x_dtype):
-    tensors = make((3, 5, 32), 24, 4, 0.2, dtype=torch.float32)
-    x = tensors[0].detach().to(x_dtype).requires_grad_()
-    tensors = (x, *tensors[1:])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(x_dtype, path, kind):
+    x, weight = make((3, 5, 32), 24, 4, 0.2, dtype=torch.float32, kind=kind)
+    x = x.detach().to(x_dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ours(*tensors)
-        reference = dense_linear(x.float(), *tensors[1:])
+        y = by(path)(x, weight)
+        reference = dense_linear(x.float(), weight)
     assert y.dtype == torch.bfloat16 == reference.dtype
-    exact = dense_linear(x.float(), *tensors[1:])
-    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.15)
-    y.float().square().sum().backward()
-    gradients = [tensor.grad for tensor in tensors if tensor.requires_grad]
-    expected = torch.autograd.grad(
-        exact.square().sum(), [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-    )
-    for gradient, reference, tensor in zip(gradients, expected, [x, *tensors[1:4], tensors[5]], strict=True):
+    exact = dense_linear(x.float(), weight)
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.2)
+    tensors = trained(x, weight)
+    gradients = torch.autograd.grad(y.float().square().sum(), tensors)
+    expected = torch.autograd.grad(exact.square().sum(), tensors)
+    for gradient, reference, tensor in zip(gradients, expected, tensors, strict=True):
         assert gradient.dtype == tensor.dtype
         assert (gradient.float() - reference.float()).norm() < 0.03 * reference.float().norm()
 
 
-def test_autocast_leaves_float64_alone():
-    tensors = make((5, 12), 7, 3, 0.3)
+@pytest.mark.parametrize("path", ["composed", "factored"])
+def test_autocast_leaves_float64_alone(path):
+    x, weight = make((5, 12), 7, 3, 0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ours(*tensors).dtype == torch.float64
+        assert by(path)(x, weight).dtype == torch.float64
 
 
-def test_bfloat16_is_close_to_float64():
-    low = make((3, 5, 32), 24, 4, 0.2, dtype=torch.bfloat16)
-    high = [tensor if tensor.dtype == torch.int32 else tensor.detach().double().requires_grad_() for tensor in low]
+@every_path
+def test_bfloat16_is_close_to_float64(path, kind):
+    x, weight = make((3, 5, 32), 24, 4, 0.2, dtype=torch.bfloat16, kind=kind)
+
+    def exact(tensor):
+        return tensor.detach().double().requires_grad_()
+
+    high = {name: exact(getattr(weight, name)) for name in ("A", "B", "values", "bias")}
     upstream = torch.ones(3, 5, 24)
-    y, gradients = run(ours, low, upstream)
-    expected_y, expected = run(dense_linear, high, upstream)
-    assert y.dtype == torch.bfloat16
-    for ours_, reference in zip([y, *gradients], [expected_y, *expected], strict=True):
-        assert ours_.dtype == torch.bfloat16
-        assert (ours_.double() - reference).norm() < 0.02 * reference.norm()
+    y, gradients = run(by(path), x, weight, upstream)
+    expected_y, expected = run(dense_linear, exact(x), dataclasses.replace(weight, **high), upstream)
+    for ours, reference in zip([y, *gradients], [expected_y, *expected], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - reference).norm() < 0.02 * reference.norm()
 
 
-def test_mixed_dtypes_are_refused_as_in_a_linear():
-    x, *rest = make((5, 12), 7, 3, 0.3, dtype=torch.float32)
+@pytest.mark.parametrize("path", ["composed", "factored"])
+def test_mixed_dtypes_are_refused_as_in_a_linear(path):
+    x, weight = make((5, 12), 7, 3, 0.3, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="dtype"):
-        ours(x.double(), *rest)
+        by(path)(x.double(), weight)
 
 
-def test_non_contiguous_input_and_gradient():
-    x, A, B, values, indices, bias = make((12, 5), 7, 3, 0.3)
-    A, values, indices = make((5, 12), 7, 3, 0.3)[1], *make((5, 12), 7, 3, 0.3)[3:5]
-    upstream = torch.ones(1, 1, dtype=torch.float64).expand(5, 7)
-    y, gradients = run(ours, (x.t(), A, B, values, indices, bias), upstream)
-    expected_y, expected = run(dense_linear, (x.t(), A, B, values, indices, bias), upstream)
-    torch.testing.assert_close(y, expected_y)
-    for gradient, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, reference)
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_non_contiguous_input_and_gradient(path, kind, dtype):
+    x, _ = make((12, 5), 7, 3, 0.3, dtype=dtype)
+    _, weight = make((5, 12), 7, 3, 0.3, dtype=dtype, kind=kind)
+    upstream = torch.ones(1, 1, dtype=dtype).expand(5, 7)
+    found = run(lambda x, w: by(path)(x.t(), w), x, weight, upstream)
+    assert_same(found, run(lambda x, w: dense_linear(x.t(), w), x, weight, upstream))
 
 
-def test_checkpointing_gives_the_same_gradients():
-    tensors = make((2, 4, 12), 7, 3, 0.3)
+@every_path
+def test_checkpointing_gives_the_same_gradients(path, kind, arithmetic):
+    x, weight = make((2, 4, 12), 7, 3, 0.3, kind=kind, dtype=torch.float32)
     upstream = torch.ones(2, 4, 7)
-    y, gradients = run(ours, tensors, upstream)
-    again, recomputed = run(lambda *args: checkpoint(ours, *args, use_reentrant=False), tensors, upstream)
-    assert torch.equal(y, again)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+    found = run(by(path), x, weight, upstream)
+    again = run(lambda x, w: checkpoint(by(path), x, w, use_reentrant=False), x, weight, upstream)
+    assert_same(again, found, rtol=0, atol=0)
 
 
-def test_a_second_derivative_is_refused_instead_of_wrong():
-    x, *rest = make((5, 12), 7, 3, 0.3)
-    (gradient,) = torch.autograd.grad(ours(x, *rest).square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("path", ["composed", "factored"])
+def test_a_second_derivative_is_refused_instead_of_wrong(path):
+    x, weight = make((5, 12), 7, 3, 0.3)
+    (gradient,) = torch.autograd.grad(by(path)(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_compiled_equals_eager():
-    tensors = make((2, 4, 12), 7, 3, 0.3, dtype=torch.float32)
+@every_path
+def test_compiled_equals_eager(path, kind, arithmetic):
+    x, weight = make((2, 4, 12), 7, 3, 0.3, dtype=torch.float32, kind=kind)
     upstream = torch.ones(2, 4, 7)
-    y, gradients = run(ours, tensors, upstream)
-    compiled_y, compiled = run(torch.compile(ours, backend="aot_eager"), tensors, upstream)
-    torch.testing.assert_close(compiled_y, y)
-    for gradient, reference in zip(compiled, gradients, strict=True):
-        torch.testing.assert_close(gradient, reference)
+    compiled = torch.compile(by(path), backend="aot_eager", fullgraph=True)
+    assert_same(run(compiled, x, weight, upstream), run(by(path), x, weight, upstream))
 
 
-def test_compose_weight_is_the_formula():
-    _, A, B, values, indices, _ = make((5, 12), 7, 3, 0.3)
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+def test_compose_weight_is_the_formula(kind):
+    _, weight = make((5, 12), 7, 3, 0.3, kind=kind)
     with torch.no_grad():
         identity = torch.eye(12, dtype=torch.float64)
-        expected = dense_linear(identity, A, B, values, indices, None).t()
-        torch.testing.assert_close(compose_weight(A, B, values, indices, SCALE), expected)
+        expected = dense_linear(identity, dataclasses.replace(weight, bias=None)).t()
+        torch.testing.assert_close(compose_weight(weight), expected)
+
+
+@pytest.mark.parametrize("shape", [((5, 12), 7), ((2, 3, 16), 8), ((4, 13), 16)], ids=str)
+def test_aligned_products_are_those_of_the_sides_as_they_are(shape, monkeypatch):
+    """As on CUDA, where sides are filled up with zeros inside a product."""
+    monkeypatch.setattr(functional, "alignment", lambda tensor: 8)
+    x, weight = make(*shape, 3, 0.3)
+    upstream = torch.randn(*shape[0][:-1], shape[1], dtype=torch.float64)
+    assert_same(run(composed_linear, x, weight, upstream), run(dense_linear, x, weight, upstream))
+    dense = compose_weight(weight).detach().requires_grad_()
+    found, expected = (f(x, dense, weight.bias) for f in (aligned_linear, F.linear))
+    torch.testing.assert_close(found, expected)
+    tensors = (x, dense, weight.bias)
+    for ours, reference in zip(*(torch.autograd.grad(y, tensors, upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, reference)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
-from sltrain.layers.support import draw_support
+from sltrain.layers.linear import AlignedLinear, LowRankLinear, SLTrainLinear
+from sltrain.layers.support import Support
 
 
 def generator(seed=0):
@@ -28,7 +28,7 @@ def test_the_start_is_the_papers():
         assert tensor.abs().max() > 0.99 * bound
         assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert tensor.mean().item() == pytest.approx(0, abs=0.1 * bound)
-    assert torch.equal(layer.indices, draw_support(300, 400, 0.03, generator()))
+    assert torch.equal(layer.indices, Support(300, 400, 0.03).draw(generator()))
 
 
 @pytest.mark.parametrize("make", [
@@ -46,6 +46,39 @@ def test_forward_is_the_dense_weight(rank, sparsity, bias):
     nn.init.normal_(layer.B)
     x = torch.randn(3, 5, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("path", ["composed", "factored"])
+@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+def test_every_support_and_path_is_the_dense_weight(support, path):
+    layer = SLTrainLinear(48, 36, 4, 0.1, 8, dtype=torch.float64, support=support, path=path)
+    nn.init.normal_(layer.B)
+    x = torch.randn(3, 5, 48, dtype=torch.float64)
+    assert (
+        layer.num_sparse
+        == layer.values.numel()
+        == torch.count_nonzero(layer.dense_weight() - layer.scale * layer.B @ layer.A)
+    )
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight()))
+
+
+@pytest.mark.parametrize("supports", [("uniform",) * 3, ("block",) * 3, ("uniform", "block", "uniform")], ids=str)
+@pytest.mark.parametrize("paths", [("factored",) * 3, ("composed", "factored", "factored")], ids=str)
+def test_layers_together_compute_what_they_compute_alone(supports, paths):
+    layers = [
+        SLTrainLinear(48, out, 4, 0.1, 8, dtype=torch.float64, support=support, path=path)
+        for out, support, path in zip((48, 96, 36), supports, paths, strict=True)
+    ]
+    x = torch.randn(3, 5, 48, dtype=torch.float64)
+    for together, layer in zip(SLTrainLinear.forward_together(x, layers), layers, strict=True):
+        torch.testing.assert_close(together, layer(x))
+
+
+def test_an_aligned_linear_is_a_linear():
+    aligned, plain = AlignedLinear(20, 13), nn.Linear(20, 13)
+    plain.load_state_dict(aligned.state_dict())
+    x = torch.randn(4, 20)
+    torch.testing.assert_close(aligned(x), plain(x))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -82,6 +115,16 @@ def test_low_rank_norm_of_cancelling_factors_is_not_nan(seed):
     assert (layer.num_low_rank, layer.num_sparse) == (256, 0)
 
 
+@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+def test_every_support_is_complete_on_meta(support):
+    direct = SLTrainLinear(40, 30, 4, 0.1, 8, generator=generator(), support=support)
+    with torch.device("meta"):
+        layer = SLTrainLinear(40, 30, 4, 0.1, 8, support=support)
+    layer.to_empty(device="cpu").reset_parameters(generator())
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor) and layer.state_dict()[name].dtype == tensor.dtype, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_meta_then_empty_then_reset_is_direct_construction(dtype):
     direct = SLTrainLinear(40, 30, 4, 0.1, 8, bias=True, generator=generator(), dtype=dtype)
@@ -112,7 +155,13 @@ def test_the_state_dict_carries_the_support():
 
 def test_repr_names_what_a_reader_wants_to_know():
     text = repr(SLTrainLinear(40, 30, 4, 0.1, 8))
-    assert text == "SLTrainLinear(in_features=40, out_features=30, rank=4, sparsity=0.1, alpha=8, bias=False)"
+    assert text == (
+        "SLTrainLinear(in_features=40, out_features=30, rank=4, sparsity=0.1, alpha=8, bias=False, "
+        "support=uniform, path=composed)"
+    )
+    assert "support=block, block_size=4, path=factored" in repr(
+        SLTrainLinear(40, 40, 4, 0.1, 8, support="block", path="factored")
+    )
     assert repr(LowRankLinear(40, 30, 4, 8, bias=True)) == (
         "LowRankLinear(in_features=40, out_features=30, rank=4, alpha=8, bias=True)"
     )
@@ -133,6 +182,11 @@ def test_repr_names_what_a_reader_wants_to_know():
 def test_impossible_settings_are_refused(rank, sparsity, alpha, message):
     with pytest.raises(ValueError, match=message):
         SLTrainLinear(40, 30, rank, sparsity, alpha)
+
+
+def test_an_unknown_path_is_refused():
+    with pytest.raises(ValueError, match="unknown path 'fast': choose one of composed, factored"):
+        SLTrainLinear(40, 30, 4, 0.1, 8, path="fast")
 
 
 def test_a_low_rank_layer_needs_a_rank():

@@ -1,4 +1,4 @@
-"""A support is sorted, distinct, of the promised size, uniform over all subsets, and cheap."""
+"""A support is distinct, of the promised size and rank, uniform where it says so, and cheap to draw."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sltrain.layers import support
-from sltrain.layers.support import _draw_distinct, draw_support, num_nonzero
+from sltrain.layers.support import KINDS, Support, _draw_distinct
 
 
 def generator(seed=0):
@@ -25,13 +25,13 @@ def generator(seed=0):
     seed=st.integers(0, 2**31),
 )
 def test_positions_are_sorted_distinct_in_range_and_as_many_as_promised(rows, columns, sparsity, seed):
-    indices = draw_support(rows, columns, sparsity, generator(seed))
+    indices = Support(rows, columns, sparsity).draw(generator(seed))
     assert indices.dtype == torch.int32
     assert len(indices) == int(sparsity * rows * columns)
     assert (indices[1:] > indices[:-1]).all()
     if len(indices):
         assert indices[0] >= 0 and indices[-1] < rows * columns
-    assert torch.equal(indices, draw_support(rows, columns, sparsity, generator(seed)))
+    assert torch.equal(indices, Support(rows, columns, sparsity).draw(generator(seed)))
 
 
 @pytest.mark.parametrize("limit", [7, 8])
@@ -46,13 +46,18 @@ def test_every_subset_is_equally_likely(count, limit, monkeypatch):
     assert_uniform(list(seen.values()), num_draws / math.comb(8, count))
 
 
-@pytest.mark.parametrize("sparsity", [0.003, 0.05, 0.4, 0.6, 0.97])
-def test_no_region_of_a_large_matrix_is_favoured(sparsity):
+@pytest.mark.parametrize(
+    "kind, sparsity",
+    [("uniform", 0.003), ("uniform", 0.05), ("uniform", 0.4), ("uniform", 0.6), ("uniform", 0.97)]
+    + [("stratified", 0.03), ("stratified", 0.3)],
+)
+def test_no_region_of_a_large_matrix_is_favoured(kind, sparsity):
     """Cutting sorted positions off would empty the last rows: blocks of positions and of columns are counted."""
     rows, columns, num_draws = 256, 128, 40
     source = generator(1)
-    drawn = torch.cat([draw_support(rows, columns, sparsity, source) for _ in range(num_draws)])
-    expected = num_draws * num_nonzero(rows, columns, sparsity) / 64
+    support = Support(rows, columns, sparsity, kind)
+    drawn = torch.cat([support.positions(support.draw(source)) for _ in range(num_draws)])
+    expected = num_draws * support.num_nonzero / 64
     assert_uniform(torch.bincount(drawn // (rows * columns // 64), minlength=64).tolist(), expected)
     assert_uniform(torch.bincount(drawn % columns // 2, minlength=64).tolist(), expected)
 
@@ -66,7 +71,7 @@ def assert_uniform(counts, expected):
 
 def test_a_7b_projection_is_drawn_quickly():
     start = time.perf_counter()
-    indices = draw_support(4096, 11008, 0.05, generator())
+    indices = Support(4096, 11008, 0.05).draw(generator())
     assert time.perf_counter() - start < 5  # 0.2 s on an idle core; shuffling every position takes 1 s and 360 MB
     assert len(indices) == int(0.05 * 4096 * 11008)
 
@@ -74,15 +79,126 @@ def test_a_7b_projection_is_drawn_quickly():
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 3, math.nan])
 def test_a_sparsity_outside_the_range_is_refused(sparsity):
     with pytest.raises(ValueError, match=r"sparsity .* must be in \[0, 1\)"):
-        draw_support(4, 4, sparsity)
+        Support(4, 4, sparsity)
 
 
 def test_a_matrix_beyond_int32_is_refused():
     with pytest.raises(ValueError, match="more than 2147483647 entries"):
-        num_nonzero(2**16, 2**15, 0.01)
-    assert num_nonzero(2**16, 2**15 - 1, 0.0) == 0
+        Support(2**16, 2**15, 0.01)
+    assert Support(2**16, 2**15 - 1, 0.0).num_nonzero == 0
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown kind of support 'banded'; known: uniform"):
-        draw_support(4, 4, 0.5, kind="banded")
+SHAPES = [(96, 96), (172, 64), (64, 172), (128, 342), (37, 61), (130, 75), (1, 8), (9, 5)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sparsity", [0.03, 0.1, 0.4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_its_word(kind, shape, sparsity, seed):
+    """Counts and dtype are known before the draw, positions are distinct and inside, the draw repeats."""
+    rows, columns = shape
+    try:
+        support = Support(rows, columns, sparsity, kind)
+    except ValueError as error:
+        assert kind in ("block", "column") and sparsity * max(shape) < 1, error
+        return
+    indices = support.draw(generator(seed))
+    positions = support.positions(indices)
+    assert (len(indices), indices.dtype) == (support.num_indices, support.index_dtype)
+    assert len(positions) == support.num_nonzero == len(positions.unique())
+    assert positions.dtype == torch.int32
+    assert ((positions >= 0) & (positions < rows * columns)).all()
+    assert kind == "block" or (positions.diff() > 0).all()
+    assert torch.equal(indices, support.draw(generator(seed)))
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("uniform", 512), ("stratified", 512), ("block", 512), ("column", 143)])
+def test_the_rank_of_the_papers_square_projection(kind, rank):
+    """512 x 512, rank 128, 3 %: a uniform S completes B A to full rank with high probability, a block permutation
+    always, 15 columns add 15."""
+    support = Support(512, 512, 0.03, kind)
+    for seed in range(2):
+        weight = torch.randn(512, 128, dtype=torch.float64, generator=generator(seed)) @ torch.randn(
+            128, 512, dtype=torch.float64, generator=generator(seed + 10)
+        )
+        sparse = torch.zeros(512 * 512, dtype=torch.float64)
+        positions = support.positions(support.draw(generator(seed))).long()
+        sparse[positions] = torch.randn(len(positions), dtype=torch.float64, generator=generator(seed + 20))
+        assert torch.linalg.matrix_rank(weight + sparse.view(512, 512)) == rank
+
+
+def test_a_stratum_holds_one_position_in_one_byte():
+    support = Support(300, 401, 0.03, "stratified")
+    indices = support.draw(generator())
+    positions, count = support.positions(indices).long(), support.num_nonzero
+    assert indices.dtype == torch.uint8 and indices.element_size() * count == count == int(0.03 * 300 * 401)
+    starts = torch.arange(count) * (300 * 401) // count
+    ends = torch.cat([starts[1:], torch.tensor([300 * 401])])
+    assert ((positions >= starts) & (positions < ends)).all()
+    assert Support(300, 401, 0.003, "stratified").index_dtype == torch.int32  # strata of more than 256
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (172, 64), (64, 172), (130, 75)], ids=str)
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks_are_spread_evenly_over_rows_and_columns(shape, block):
+    support = Support(*shape, 0.1, "block", block)
+    num_rows, num_columns = support.grid
+    numbers = support.draw(generator(3)).long()
+    per_row = torch.bincount(numbers // num_columns, minlength=num_rows)
+    per_column = torch.bincount(numbers % num_columns, minlength=num_columns)
+    shorter, longer = (per_row, per_column) if num_rows <= num_columns else (per_column, per_row)
+    assert shorter.min() == shorter.max() >= 1
+    assert longer.max() - longer.min() <= (1 if num_rows != num_columns else 0)
+
+
+def test_every_block_permutation_is_equally_likely():
+    support, source = Support(16, 16, 0.25, "block", 4), generator(5)  # one block in each of four block rows
+    draws = [tuple(support.draw(source).tolist()) for _ in range(1200)]
+    assert_uniform([draws.count(one) for one in set(draws)] + [0] * (24 - len(set(draws))), 1200 / 24)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    sparsity=st.floats(0.01, 0.5),
+    block=st.sampled_from([None, 1, 2, 3, 4, 8]),
+    seed=st.integers(0, 2**31),
+)
+def test_block_supports_of_any_shape_are_drawn(rows, columns, sparsity, block, seed):
+    try:
+        support = Support(rows, columns, sparsity, "block", block)
+    except ValueError:
+        return
+    indices = support.draw(generator(seed))
+    positions = support.positions(indices)
+    assert len(indices.unique()) == len(indices) == support.num_indices
+    assert len(positions.unique()) == support.num_nonzero
+    assert positions.max() < rows * columns
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048, 4096, (1376, 512), (2736, 1024), (5461, 2048), (11008, 4096)])
+def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    for shape in ((rows, columns), (columns, rows)):
+        support = Support(*shape, 0.03, "block")
+        assert support.block >= 8
+        assert support.num_nonzero / (rows * columns) == pytest.approx(0.03, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 4, 0.5, "banded"), "unknown support 'banded': choose one of uniform, stratified, block, column"),
+        ((64, 64, 0.0, "block"), "support=block needs sparsity above 0"),
+        ((64, 64, 0.0, "column"), "support=column needs sparsity above 0"),
+        ((64, 8, 0.03, "column"), "support=column with sparsity 0.03 trains no column of 8; use sparsity 0.12 or more"),
+        ((64, 32, 0.03, "block", 33), "block_size=33 does not fit into a 64 x 32 matrix; use at most 32"),
+        ((64, 64, 0.03, "block", 32), "one block of 32 x 32 a block line is a sparsity of 0.5 in a 64 x 64 matrix"),
+        ((64, 64, 0.6, "block"), "support=block takes sparsity up to 0.5, got 0.6"),
+    ],
+)
+def test_what_a_support_cannot_be_is_refused_in_words(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Support(*arguments)

@@ -50,10 +50,25 @@ def test_chosen_linears_are_replaced_on_their_device_in_their_dtype(method, kind
     assert type(model["head"]) is nn.Linear
 
 
-def test_full_replaces_nothing():
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_full_keeps_every_parameter_as_it_is(device):
+    model = make_model(device)
+    before = model.state_dict()
+    assert METHODS["full"].replace(model, make_settings(), chosen) == NAMES
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in NAMES)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(after[name].shape == before[name].shape for name in before)
+    assert device == "meta" or all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("support", "block_size"), [("stratified", None), ("block", 4), ("block", None), ("column", None)]
+)
+def test_the_support_reaches_every_layer(support, block_size):
     model = make_model()
-    assert METHODS["full"].replace(model, make_settings(), chosen) == []
-    assert all(type(model.get_submodule(name)) is nn.Linear for name in NAMES)
+    METHODS["sltrain"].replace(model, make_settings(support=support, block_size=block_size), chosen)
+    supports = [model.get_submodule(name).support for name in NAMES]
+    assert all((s.kind, s.block_size) == (support, block_size) for s in supports)
 
 
 def test_overrides_reach_the_layers_they_name_and_the_last_wins():
@@ -63,7 +78,7 @@ def test_overrides_reach_the_layers_they_name_and_the_last_wins():
         sparsity_overrides={"up_proj": 0.0, "layers.1.*": 0.5},
     )
     METHODS["sltrain"].replace(model, settings, chosen)
-    found = {name: (model.get_submodule(name).rank, model.get_submodule(name).sparsity) for name in NAMES}
+    found = {name: (model.get_submodule(name).rank, model.get_submodule(name).support.sparsity) for name in NAMES}
     assert found == {
         "layers.0.q_proj": (6, 0.1),
         "layers.0.up_proj": (5, 0.0),
@@ -163,3 +178,9 @@ def test_nothing_to_warn_about():
 def test_overrides_of_what_a_method_lacks_are_ignored_as_in_a_sweep_over_methods(method, key):
     model = make_model()
     METHODS[method].replace(model, make_settings(**{key: {"q_proj": 0}}), lambda name, linear: True)
+
+
+def test_a_support_without_full_rank_says_so():
+    model = make_model()
+    METHODS["sltrain"].replace(model, make_settings(support="column"), chosen)
+    assert [line for line in warnings(model) if "rank at most rank + columns (the first layer: 4 + 3 of 16)" in line]

@@ -1,0 +1,90 @@
+"""Which way to compute W x is cheaper, from the layer's shape and the device alone.
+
+Everything is counted in multiply-adds of a large dense product on the same device, so the prices below say how many of
+those one operation costs there. With N rows, in x out entries, rank r and nnz trained entries, forward and backward are
+
+    composed   3 N in out + 4 r in out  +  passes over a dense W or dW: building two and taking one apart
+    factored   3 N r (in + out)         +  3 N nnz * price of an entry of S, or 3 N in out where S has to be made dense
+
+Nothing is timed when a model is built: a choice that depended on the clock could differ from one start to the next, and
+a resumed run would not be exact. `sltrain-bench what=layer calibrate=true` measures the prices of a machine.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sltrain.layers.linear import SLTrainLinear
+from sltrain.layers.sparse import has_kernel
+
+PASSES = 8  # over a dense W in forward and backward: written, read and changed twice, dW written and read
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Prices on one kind of device, in multiply-adds of a large dense product."""
+
+    entry: float | None  # one entry of a uniform or stratified S, one row of x; None: S is made dense instead
+    block_entry: float
+    column_entry: float
+    weight_pass: float  # one entry of W, read or written
+
+
+COSTS = {
+    "cpu": Costs(entry=2.0, block_entry=2.0, column_entry=1.5, weight_pass=20.0),
+    "cpu without kernel": Costs(entry=None, block_entry=5.0, column_entry=1.5, weight_pass=20.0),
+    "cuda": Costs(entry=None, block_entry=4.0, column_entry=2.0, weight_pass=200.0),  # by bandwidth, not measured
+}
+
+
+def machine_kind(device: torch.device, dtype: torch.dtype) -> str:
+    """The key of COSTS for tensors of this device and dtype."""
+    if device.type != "cpu":
+        return "cuda"
+    return "cpu" if has_kernel(device, dtype) else "cpu without kernel"
+
+
+def composed_cost(num_rows: int, out_features: int, in_features: int, rank: int, costs: Costs) -> float:
+    """Forward and backward through a dense W, in multiply-adds."""
+    return (3 * num_rows + 4 * rank + PASSES * costs.weight_pass) * out_features * in_features
+
+
+def factored_cost(
+    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, kind: str, costs: Costs
+) -> float:
+    """Forward and backward through A, B and S, in multiply-adds. `kind` is the support's."""
+    price = {"block": costs.block_entry, "column": costs.column_entry}.get(kind, costs.entry)
+    dense = (num_rows + costs.weight_pass) * out_features * in_features
+    sparse = dense if price is None else num_rows * num_nonzero * price
+    return 3 * (num_rows * rank * (in_features + out_features) + (sparse if num_nonzero else 0))
+
+
+def choose_path(
+    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, kind: str, machine: str
+) -> str:
+    """composed or factored, for `num_rows` rows of x at a time; `machine` is a key of COSTS."""
+    costs = COSTS[machine]
+    composed = composed_cost(num_rows, out_features, in_features, rank, costs)
+    factored = factored_cost(num_rows, out_features, in_features, rank, num_nonzero, kind, costs)
+    return "factored" if factored < composed else "composed"
+
+
+def set_paths(
+    model: nn.Module, layer_path: str, num_rows: int, device: torch.device, saved: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Set the path of every SLTrainLinear and return them by name: `layer_path`, or for auto the one a run was `saved`
+    with, or the cheaper one."""
+    paths = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SLTrainLinear):
+            if layer_path != "auto":
+                layer.path = layer_path
+            elif saved and name in saved:
+                layer.path = saved[name]
+            else:
+                machine = machine_kind(device, layer.values.dtype)
+                sizes = (layer.out_features, layer.in_features, layer.rank, layer.support.num_nonzero)
+                layer.path = choose_path(num_rows, *sizes, layer.support.kind, machine)
+            paths[name] = layer.path
+    return paths
