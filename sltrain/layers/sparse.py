@@ -23,7 +23,7 @@ from torch import Tensor
 from sltrain.layers import cpu_kernel
 from sltrain.layers.support import Support
 
-NUM_SLICES = 8  # an unstructured S is made dense in this many pieces, one after the other
+NUM_SLICES = 4  # an unstructured S is made dense in this many pieces, one after the other
 
 
 @dataclass

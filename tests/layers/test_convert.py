@@ -1,5 +1,7 @@
 """Replacing linears inside models of any kind, and merging them back."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -9,9 +11,9 @@ from sltrain.layers.convert import merge_to_dense, replace_linears
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 
 
-def sltrain_layer(name, linear):
+def sltrain_layer(name, linear, **kind):
     return SLTrainLinear(
-        linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8, bias=linear.bias is not None
+        linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8, bias=linear.bias is not None, **kind
     )
 
 
@@ -79,7 +81,11 @@ def test_a_transformers_vit_learns_with_replaced_linears():
     assert losses[0] > 1.0 and losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("make", [sltrain_layer, low_rank_layer])
+@pytest.mark.parametrize(
+    "make",
+    [low_rank_layer]
+    + [partial(sltrain_layer, support=s, path="factored") for s in ("uniform", "stratified", "block", "column")],
+)
 def test_merging_gives_the_same_function_in_plain_linears(make):
     model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Sequential(nn.Linear(20, 6, bias=False))).double().eval()
     assert replace_linears(model, everything, lambda name, linear: make(name, linear).double()) == ["0", "2.0"]
