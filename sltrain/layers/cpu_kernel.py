@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 def status() -> str | None:
     """None when the kernel can be used, else one line that says why not. The first call builds it (seconds, once a
-    machine) or loads it from the cache."""
+    machine) or loads it from the cache, and should come before torch.compile traces one."""
     if not _kernel.tried:
         _kernel.prepare()
     return _kernel.problem
@@ -103,7 +103,7 @@ def _forward(
     x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int = 0
 ) -> list[Tensor]:
     problem = _Problem(x, values, places, outs, block_size)
-    results = [torch.empty((len(x), out), dtype=torch.float32) for out in outs]
+    results = [torch.empty((len(x), out), dtype=torch.float32, device="cpu") for out in outs]
     problem.run("forward", _addresses(results))
     return results
 
@@ -199,6 +199,8 @@ class _Kernel:
                 _check()
             except _Unusable as error:
                 self._library, self.problem = None, str(error)
+            except (OSError, ValueError, AssertionError, MemoryError) as error:  # no folder for temporary files, say
+                self._library, self.problem = None, f"the kernel could not be made: {_first_line(str(error))}"
             self.tried = True
 
     def function(self, name: str) -> "ctypes._NamedFuncPointer":
@@ -216,18 +218,16 @@ def _load() -> ctypes.CDLL:
     if os.environ.get("SLTRAIN_CPU_KERNEL", "").lower() == "off":
         raise _Unusable("switched off by SLTRAIN_CPU_KERNEL=off")
     compiler, version = _find_compiler()
-    name = hashlib.sha256("\0".join([_SOURCE, *FLAGS, *NATIVE, *compiler, version, _machine()]).encode()).hexdigest()[
-        :20
-    ]
+    name = _digest("\0".join([_SOURCE, *FLAGS, *NATIVE, *compiler, version, _machine()]).encode())
     folder = _cache_folder()
     if folder is not None:
         for file in sorted(folder.glob(f"{name}-*.so")):
             with contextlib.suppress(OSError):
-                if hashlib.sha256(file.read_bytes()).hexdigest()[:20] == file.stem.removeprefix(f"{name}-"):
+                if _digest(file.read_bytes()) == file.stem.removeprefix(f"{name}-"):
                     return _open(file)
                 file.unlink()  # damaged
     library = _compile(compiler)
-    file_name = f"{name}-{hashlib.sha256(library).hexdigest()[:20]}.so"
+    file_name = f"{name}-{_digest(library)}.so"
     if folder is not None:
         with contextlib.suppress(OSError):  # a full disk, or a folder nothing can be run from
             return _open(_write(folder, file_name, library))
@@ -238,11 +238,17 @@ def _load() -> ctypes.CDLL:
             raise _Unusable(f"the compiled kernel cannot be loaded: {_first_line(str(error))}") from None
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
 def _find_compiler() -> tuple[list[str], str]:
     """The command and what it says about its version."""
     for command in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
         compiler = shlex.split(command)
-        if compiler and shutil.which(compiler[0]):
+        found = shutil.which(compiler[0]) if compiler else None
+        if found is not None:
+            compiler[0] = os.path.abspath(found)
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 done = subprocess.run(
                     [*compiler, "--version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=COMPILE_SECONDS
@@ -284,10 +290,10 @@ def _compile(compiler: list[str]) -> bytes:
                     code = process.wait(COMPILE_SECONDS)
                 except subprocess.TimeoutExpired:
                     raise _Unusable(f"{compiler[0]} took more than {COMPILE_SECONDS} s over the kernel") from None
-                if code == 0:
+                if code == 0 and (Path(folder) / "kernel.so").exists():
                     return (Path(folder) / "kernel.so").read_bytes()
                 errors.seek(0)
-                text = errors.read().decode(errors="replace")
+                text = errors.read().decode(errors="replace") or "it left no kernel"
     wrong = next((line for line in text.splitlines() if "error" in line), text)
     raise _Unusable(f"{compiler[0]} could not compile the kernel: {_first_line(wrong)}")
 
@@ -338,13 +344,13 @@ def _first_line(text: str) -> str:
 
 def _check() -> None:
     """A miscompiled kernel must not train anything."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     n, out_features, in_features, block = 75, 23, 41, 5
-    x, grad = (torch.randn(n, size, generator=generator) for size in (in_features, out_features))
+    x, grad = (torch.randn(n, size, generator=generator, device="cpu") for size in (in_features, out_features))
     grid = (-(-out_features // block), -(-in_features // block))
-    chosen = torch.rand(grid, generator=generator) < 0.4
+    chosen = torch.rand(grid, generator=generator, device="cpu") < 0.4
     stretched = chosen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:out_features, :in_features]
-    S = torch.randn(out_features, in_features, generator=generator) * stretched
+    S = torch.randn(out_features, in_features, generator=generator, device="cpu") * stretched
     y, grad_x = (x[:, None, :] * S).sum(2), (grad[:, :, None] * S).sum(1)
     grad_S = (grad[:, :, None] * x[:, None, :]).sum(0) * stretched
 
@@ -368,8 +374,8 @@ def _check() -> None:
 
 
 _SOURCE = r"""
-// Names: n tokens, `in` columns of x, T tokens in a tile, m of them in use, W floats in a vector register. All matrices
-// are row-major. "Panel": the W columns of a tile that are transposed, or the columns of a block, packed.
+// n tokens; `in` columns of x; T tokens in a tile, of which m are in use; W floats in a vector register. Matrices are
+// row-major. A panel is a part of a tile, the tokens of some columns: transposed for entries, as they are for blocks.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -393,13 +399,20 @@ constexpr int W = 4;
 #endif
 typedef int64_t I;
 typedef float V __attribute__((vector_size(4 * W)));
-typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4)));
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 INLINE V load(const float* p) { return *(const Unaligned*)p; }
 INLINE void store(float* p, V v) { *(Unaligned*)p = v; }
 INLINE V spread(float f) { return f - V{}; }
+INLINE void keep(V& v) {  // in a register: what is used twice would otherwise be loaded twice
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
 constexpr I round_up(I n, I to) { return (n + to - 1) / to * to; }
 
 // ---- Shuffles. P::at(l) is the lane of (a, b) that becomes lane l. Four lanes are one 128-bit piece of a register.
@@ -458,35 +471,38 @@ INLINE V sums(const V* given) {
   return r[0];
 }
 
-// ---- Tiles. Panel (W, T) <-> columns c0 .. c0 + W - 1 of m rows of a matrix with `cols` columns.
+// ---- Tiles. Panel (w, T) <-> columns c0 .. c0 + w - 1 of m rows of a matrix with `cols` columns. Rows are far apart,
+// often by a power of two, so several cache lines of one are worked on before the next: P columns at a time.
+
+constexpr I P = 64;
 
 template <int T> INLINE void read_panel(const float* matrix, I m, I cols, I c0, float* panel) {
-  if (c0 + W > cols) {
-    for (I c = c0; c < c0 + W; ++c)
-      for (I t = 0; t < T; ++t) panel[(c - c0) * T + t] = c < cols && t < m ? matrix[t * cols + c] : 0.f;
-    return;
-  }
-  for (I t = 0; t < T; t += W) {
-    V r[W];
-    if (t + W <= m) UNROLL for (int i = 0; i < W; ++i) r[i] = load(matrix + (t + i) * cols + c0);
-    else for (int i = 0; i < W; ++i) r[i] = t + i < m ? load(matrix + (t + i) * cols + c0) : V{};
-    transpose(r);
-    UNROLL for (int i = 0; i < W; ++i) *(V*)(panel + i * T + t) = r[i];
-  }
+  I end = std::min(c0 + P, cols), c = c0;
+  for (I t = 0; t < T; t += W)
+    for (c = c0; c + W <= end; c += W) {
+      V r[W];
+      const float* from = matrix + t * cols + c;
+      if (t + W <= m) UNROLL for (int i = 0; i < W; ++i) r[i] = load(from + i * cols);
+      else for (int i = 0; i < W; ++i) r[i] = t + i < m ? load(from + i * cols) : V{};
+      transpose(r);
+      UNROLL for (int i = 0; i < W; ++i) *(V*)(panel + (c - c0 + i) * T + t) = r[i];
+    }
+  for (; c < end; ++c)
+    for (I t = 0; t < T; ++t) panel[(c - c0) * T + t] = t < m ? matrix[t * cols + c] : 0.f;
 }
 template <int T> INLINE void write_panel(const float* panel, I m, I cols, I c0, float* matrix) {
-  if (c0 + W > cols) {
-    for (I c = c0; c < cols; ++c)
-      for (I t = 0; t < m; ++t) matrix[t * cols + c] = panel[(c - c0) * T + t];
-    return;
-  }
-  for (I t = 0; t < m; t += W) {
-    V r[W];
-    UNROLL for (int i = 0; i < W; ++i) r[i] = *(const V*)(panel + i * T + t);
-    transpose(r);
-    if (t + W <= m) UNROLL for (int i = 0; i < W; ++i) store(matrix + (t + i) * cols + c0, r[i]);
-    else for (int i = 0; t + i < m; ++i) store(matrix + (t + i) * cols + c0, r[i]);
-  }
+  I end = std::min(c0 + P, cols), c = c0;
+  for (I t = 0; t < m; t += W)
+    for (c = c0; c + W <= end; c += W) {
+      V r[W];
+      float* to = matrix + t * cols + c;
+      UNROLL for (int i = 0; i < W; ++i) r[i] = *(const V*)(panel + (c - c0 + i) * T + t);
+      transpose(r);
+      if (t + W <= m) UNROLL for (int i = 0; i < W; ++i) store(to + i * cols, r[i]);
+      else for (int i = 0; t + i < m; ++i) store(to + i * cols, r[i]);
+    }
+  for (; c < end; ++c)
+    for (I t = 0; t < m; ++t) matrix[t * cols + c] = panel[(c - c0) * T + t];
 }
 
 // ---- Memory and threads
@@ -517,9 +533,9 @@ template <class F> void run_job(void* p) {
   } catch (...) { job->failed = true; }
 }
 bool has_threads() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
-template <class F> void parallel(I parts, const F& work) {
+template <class F> void parallel(I parts, I threads, const F& work) {
   Job<F> job{&work, parts, false};
-  if (parts > 1 && has_threads()) GOMP_parallel(run_job<F>, &job, (unsigned)parts, 0);
+  if (parts > 1 && has_threads()) GOMP_parallel(run_job<F>, &job, (unsigned)threads, 0);
   else for (I part = 0; part < parts; ++part) work(part);
   if (job.failed) throw std::bad_alloc();
 }
@@ -562,14 +578,14 @@ template <int T> void sparse_forward(const Problem& p, float* const* ys) {
       starts[g].push_back(k);
     }
   I parts = p.parts(T);
-  parallel(parts, [&](I part) {
-    float* tile = tile_space.get(round_up(p.in, W) * T);
-    alignas(64) float panel[W * T];
+  parallel(parts, p.threads, [&](I part) {
+    float* tile = tile_space.get(p.in * T);
+    alignas(64) float panel[P * T];
     each_tile(p, T, part, parts, [&](I n0, I m) {
-      for (I c = 0; c < p.in; c += W) read_panel<T>(p.x + n0 * p.in, m, p.in, c, tile + c * T);
+      for (I c = 0; c < p.in; c += P) read_panel<T>(p.x + n0 * p.in, m, p.in, c, tile + c * T);
       for (I g = 0; g < p.count; ++g)
-        for (I r0 = 0; r0 < p.outs[g]; r0 += W) {
-          for (I r = r0; r < std::min(r0 + W, p.outs[g]); ++r) {
+        for (I r0 = 0; r0 < p.outs[g]; r0 += P) {
+          for (I r = r0; r < std::min(r0 + P, p.outs[g]); ++r) {
             V acc[T / W] = {};
             for (I k = starts[g][r]; k < starts[g][r + 1]; ++k) {
               const float* x = tile + (p.places[g][k] - r * p.in) * T;
@@ -584,7 +600,7 @@ template <int T> void sparse_forward(const Problem& p, float* const* ys) {
   });
 }
 
-// All S stacked on each other, entries ordered by column; row: in the stack, where each S begins at a multiple of W.
+// All S stacked on each other, entries ordered by column; row: in the stack.
 struct Columns {
   std::vector<I> start;
   std::vector<int32_t> row, from;  // from: the entry's number in the given order
@@ -594,7 +610,7 @@ struct Columns {
     for (I g = 0; g < p.count; ++g) total += p.num[g];
     std::vector<int32_t> rows(total), columns(total);
     row.resize(total), from.resize(total), value.resize(total);
-    for (I g = 0, k = 0, offset = 0; g < p.count; offset += round_up(p.outs[g++], W))
+    for (I g = 0, k = 0, offset = 0; g < p.count; offset += p.outs[g++])
       for (I j = 0, r = 0; j < p.num[g]; ++j, ++k) {
         if (p.places[g][j] >= (r + 1) * p.in) r = p.places[g][j] / p.in;
         rows[k] = offset + r, columns[k] = p.places[g][j] - r * p.in;
@@ -613,32 +629,31 @@ struct Columns {
 template <int T> void sparse_backward(const Problem& p, const float* const* grads, float* dx, float* const* dvalues) {
   Columns s(p);
   I total = s.row.size(), padded = round_up(total, W), rows = 0, parts = p.parts(T);
-  for (I g = 0; g < p.count; ++g) rows += round_up(p.outs[g], W);
+  for (I g = 0; g < p.count; ++g) rows += p.outs[g];
   Space sum_space;
   float* all = sum_space.zeros(parts * padded);
-  parallel(parts, [&](I part) {
+  parallel(parts, p.threads, [&](I part) {
     float *tile = tile_space.get(rows * T), *sum = all + part * padded;
-    alignas(64) float x[W * T], panel[W * T];
+    alignas(64) float x[P * T], panel[P * T];
     V open[W] = {};  // the last W products grad * x, whose lanes are still to be summed
     each_tile(p, T, part, parts, [&](I n0, I m) {
-      float* to = tile;
-      for (I g = 0; g < p.count; ++g)
-        for (I r = 0; r < p.outs[g]; r += W, to += W * T)
-          read_panel<T>(grads[g] + n0 * p.outs[g], m, p.outs[g], r, to);
-      for (I c0 = 0; c0 < p.in; c0 += W) {
+      for (I g = 0, first = 0; g < p.count; first += p.outs[g++])
+        for (I r = 0; r < p.outs[g]; r += P)
+          read_panel<T>(grads[g] + n0 * p.outs[g], m, p.outs[g], r, tile + (first + r) * T);
+      for (I c0 = 0; c0 < p.in; c0 += P) {
         read_panel<T>(p.x + n0 * p.in, m, p.in, c0, x);
-        for (I c = c0; c < std::min(c0 + W, p.in); ++c) {
+        for (I c = c0; c < std::min(c0 + P, p.in); ++c) {
           V acc[T / W] = {}, xs[T / W];
           UNROLL for (int u = 0; u < T / W; ++u) xs[u] = *(const V*)(x + (c - c0) * T + u * W);
           for (I k = s.start[c]; k < s.start[c + 1]; ++k) {
             const float* grad = tile + (I)s.row[k] * T;
             V v = spread(s.value[k]), product = {};
             UNROLL for (int u = 0; u < T / W; ++u) {
-              V g = *(const V*)(grad + u * W);
+              V g = *(const V*)(grad + u * W); keep(g);
               acc[u] += v * g, product += g * xs[u];
             }
-            open[k % W] = product;
-            if (k % W == W - 1) store(sum + k + 1 - W, load(sum + k + 1 - W) + sums(open));
+            open[k & (W - 1)] = product;
+            if ((k & (W - 1)) == W - 1) store(sum + k + 1 - W, load(sum + k + 1 - W) + sums(open));
           }
           UNROLL for (int u = 0; u < T / W; ++u) *(V*)(panel + (c - c0) * T + u * W) = acc[u];
         }
@@ -659,44 +674,47 @@ template <int T> void sparse_backward(const Problem& p, const float* const* grad
   for (I g = 0, k = 0; g < p.count; k += p.num[g++]) std::copy_n(given.begin() + k, p.num[g], dvalues[g]);
 }
 
-// ---- Blocks
+// ---- Blocks. A panel is the columns of a block, in strips of S columns: (strips, BLOCK_T, S), zeros behind.
 
-constexpr I S = 16, BLOCK_T = 64;              // blocks are worked on in strips of S columns
+constexpr I S = 16, BLOCK_T = 64;
 constexpr int Q = S / W, R = W == 16 ? 16 : 4;  // R x Q registers of sums
 
-struct Blocks {  // the products that make up some columns of y, panel by panel
+struct Blocks {  // the products that make up a matrix y, panel by panel
   I b, wide;                    // side, and rounded up to S
-  std::vector<I> start;         // panel l of the result takes blocks start[l] .. start[l + 1] - 1
+  std::vector<I> start;         // panel l of y takes blocks start[l] .. start[l + 1] - 1
   std::vector<I> source, from;  // the panel a block multiplies, its number in the given order
-  const float* values;          // (blocks, b, wide), zero outside S
+  const float* values;          // (blocks, strips, b, S)
 };
 
-// panel (m, wide) = columns c0 .. of m rows of a matrix, zeros behind, and up to a multiple of S rows
-void pack(const float* matrix, I m, I cols, I c0, I b, I wide, float* panel) {
-  I w = std::min(b, cols - c0);
-  for (I t = 0; t < m; ++t) {
-    const float* from = matrix + t * cols + c0;
-    float* to = panel + t * wide;
-    if (w == S && wide == S) UNROLL for (int u = 0; u < S; u += W) store(to + u, load(from + u));
-    else std::fill(std::copy_n(from, w, to), to + wide, 0.f);
+void pack(const float* matrix, I m, I cols, I c0, I b, float* panel) {
+  for (I strip = 0; strip < b; strip += S, c0 += S, panel += BLOCK_T * S) {
+    I w = std::max<I>(0, std::min({S, b - strip, cols - c0}));
+    for (I t = 0; t < m; ++t) {
+      const float* from = matrix + t * cols + c0;
+      float* to = panel + t * S;
+      if (w == S) UNROLL for (int u = 0; u < S; u += W) store(to + u, load(from + u));
+      else std::fill(std::copy_n(from, w, to), to + S, 0.f);
+    }
+    std::fill(panel + m * S, panel + round_up(m, S) * S, 0.f);
   }
-  std::fill(panel + m * wide, panel + round_up(m, S) * wide, 0.f);
 }
 
 // Panel l of y (m, cols): the sum of panels[source] (m, b) times values (b, b) over its blocks.
-INLINE void multiply(const Blocks& k, I l, const float* panels, I panel_size, I m, float* y, I cols) {
+void multiply(const Blocks& k, I l, const float* panels, I m, float* y, I cols) {
   for (I strip = 0; strip < std::min(k.b, cols - l * k.b); strip += S) {
-    I c0 = l * k.b + strip, w = std::min({S, k.b - strip, cols - c0});
+    I column = l * k.b + strip, w = std::min({S, k.b - strip, cols - column});
     for (I t = 0; t < m; t += R) {
       V acc[R][Q] = {};
-      for (I i = k.start[l]; i < k.start[l + 1]; ++i) {
-        const float *a = panels + k.source[i] * panel_size + t * k.wide, *v = k.values + i * k.b * k.wide + strip;
-        for (I c = 0; c < k.b; ++c, ++a, v += k.wide) UNROLL for (int j = 0; j < R; ++j) {
-          V f = spread(a[j * k.wide]);
-          UNROLL for (int q = 0; q < Q; ++q) acc[j][q] += f * load(v + q * W);
+      for (I i = k.start[l]; i < k.start[l + 1]; ++i)
+        for (I c0 = 0; c0 < k.b; c0 += S) {
+          const float *a = panels + (k.source[i] * k.wide + c0) * BLOCK_T + t * S;
+          const float *v = k.values + (i * k.wide + strip) * k.b + c0 * S;
+          for (I c = 0, end = std::min(S, k.b - c0); c < end; ++c) UNROLL for (int j = 0; j < R; ++j) {
+            V f = spread(a[j * S + c]);
+            UNROLL for (int q = 0; q < Q; ++q) acc[j][q] += f * load(v + c * S + q * W);
+          }
         }
-      }
-      float* to = y + t * cols + c0;
+      float* to = y + t * cols + column;
       if (w == S && t + R <= m) {
         UNROLL for (int j = 0; j < R; ++j) UNROLL for (int q = 0; q < Q; ++q) store(to + j * cols + q * W, acc[j][q]);
       } else {
@@ -709,27 +727,31 @@ INLINE void multiply(const Blocks& k, I l, const float* panels, I panel_size, I 
 }
 
 // sum (wide, wide) += grad^T x for two panels of m rows
-INLINE void multiply_transposed(const float* grad, const float* x, I m, I wide, float* sum) {
+void multiply_transposed(const float* grad, const float* x, I m, I wide, float* sum) {
   for (I r = 0; r < wide; r += R)
     for (I strip = 0; strip < wide; strip += S) {
+      const float *g = grad + r / S * S * BLOCK_T + r % S, *xs = x + strip * BLOCK_T;
       float* to = sum + r * wide + strip;
       V acc[R][Q];
       UNROLL for (int j = 0; j < R; ++j) UNROLL for (int q = 0; q < Q; ++q) acc[j][q] = load(to + j * wide + q * W);
       for (I t = 0; t < m; ++t) UNROLL for (int j = 0; j < R; ++j) {
-        V f = spread(grad[t * wide + r + j]);
-        UNROLL for (int q = 0; q < Q; ++q) acc[j][q] += f * load(x + t * wide + strip + q * W);
+        V f = spread(g[t * S + j]);
+        UNROLL for (int q = 0; q < Q; ++q) acc[j][q] += f * load(xs + t * S + q * W);
       }
       UNROLL for (int j = 0; j < R; ++j) UNROLL for (int q = 0; q < Q; ++q) store(to + j * wide + q * W, acc[j][q]);
     }
 }
 
-// Copies block i of S_g, the part inside the matrix, row by row, or column by column if it is transposed.
-void copy_block(const Problem& p, I g, I i, I wide, bool transposed, float* to) {
+// The part of block i of S_g inside the matrix to (strips, b, S), transposed or not.
+void copy_block(const Problem& p, I g, I i, bool transposed, float* to) {
   I b = p.block, across = (p.in + b - 1) / b, place = p.places[g][i];
   I rows = std::min(b, p.outs[g] - place / across * b), columns = std::min(b, p.in - place % across * b);
   const float* from = p.values[g] + i * b * b;
   for (I r = 0; r < rows; ++r)
-    for (I c = 0; c < columns; ++c) to[transposed ? c * wide + r : r * wide + c] = from[r * b + c];
+    for (I c = 0; c < columns; ++c) {
+      I row = transposed ? c : r, column = transposed ? r : c;
+      to[(column / S * b + row) * S + column % S] = from[r * b + c];
+    }
 }
 
 void block_forward(const Problem& p, float* const* ys) {
@@ -741,18 +763,18 @@ void block_forward(const Problem& p, float* const* ys) {
     std::vector<I> start((p.outs[g] + b - 1) / b + 1), source(p.num[g]);
     for (I i = 0; i < p.num[g]; ++i) {
       ++start[p.places[g][i] / across + 1], source[i] = p.places[g][i] % across;
-      copy_block(p, g, i, wide, true, values + i * b * wide);
+      copy_block(p, g, i, true, values + i * b * wide);
     }
     for (size_t l = 1; l < start.size(); ++l) start[l] += start[l - 1];
     layers[g] = {b, wide, start, source, {}, values};
   }
-  parallel(parts, [&](I part) {
+  parallel(parts, p.threads, [&](I part) {
     float* panels = tile_space.get(across * size);
     each_tile(p, BLOCK_T, part, parts, [&](I n0, I m) {
-      for (I l = 0; l < across; ++l) pack(p.x + n0 * p.in, m, p.in, l * b, b, wide, panels + l * size);
+      for (I l = 0; l < across; ++l) pack(p.x + n0 * p.in, m, p.in, l * b, b, panels + l * size);
       for (I g = 0; g < p.count; ++g)
         for (I l = 0; l * b < p.outs[g]; ++l)
-          multiply(layers[g], l, panels, size, m, ys[g] + n0 * p.outs[g], p.outs[g]);
+          multiply(layers[g], l, panels, m, ys[g] + n0 * p.outs[g], p.outs[g]);
     });
   });
 }
@@ -771,7 +793,7 @@ Blocks by_block_column(const Problem& p, Space& space) {
     for (I i = 0; i < p.num[g]; ++i) {
       I to = next[p.places[g][i] % across]++;
       k.source[to] = rows + p.places[g][i] / across, k.from[to] = before + i;
-      copy_block(p, g, i, wide, false, values + to * b * wide);
+      copy_block(p, g, i, false, values + to * b * wide);
     }
     rows += (p.outs[g] + b - 1) / b, before += p.num[g];
   }
@@ -785,15 +807,15 @@ void block_backward(const Problem& p, const float* const* grads, float* dx, floa
   I parts = p.parts(BLOCK_T);
   for (I g = 0; g < p.count; ++g) rows += (p.outs[g] + b - 1) / b;
   float* all = sum_space.zeros(parts * total * area);
-  parallel(parts, [&](I part) {
+  parallel(parts, p.threads, [&](I part) {
     float *panels = tile_space.get((rows + 1) * size), *x = panels + rows * size, *sum = all + part * total * area;
     each_tile(p, BLOCK_T, part, parts, [&](I n0, I m) {
       float* to = panels;
       for (I g = 0; g < p.count; ++g)
-        for (I r = 0; r < p.outs[g]; r += b, to += size) pack(grads[g] + n0 * p.outs[g], m, p.outs[g], r, b, wide, to);
+        for (I r = 0; r < p.outs[g]; r += b, to += size) pack(grads[g] + n0 * p.outs[g], m, p.outs[g], r, b, to);
       for (I l = 0; l * b < p.in; ++l) {
-        multiply(k, l, panels, size, m, dx + n0 * p.in, p.in);
-        pack(p.x + n0 * p.in, m, p.in, l * b, b, wide, x);
+        multiply(k, l, panels, m, dx + n0 * p.in, p.in);
+        pack(p.x + n0 * p.in, m, p.in, l * b, b, x);
         for (I i = k.start[l]; i < k.start[l + 1]; ++i)
           multiply_transposed(panels + k.source[i] * size, x, m, wide, sum + i * area);
       }
@@ -823,7 +845,7 @@ template <class F> int answer(const Problem& p, const F& work) {
 
 #define PROBLEM \
   I block, I n, I in, I count, I threads, const float *x, const float *const *values, const int32_t *const *places, \
-    const I *num, const I *outs
+      const I *num, const I *outs
 #define GIVEN Problem p{block, n, in, count, threads, x, values, places, num, outs}
 
 extern "C" {
