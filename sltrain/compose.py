@@ -1,13 +1,16 @@
 """From what a person typed to a checked configuration: Hydra composes conf/ over the schema.
 
 Hydra's own errors are tracebacks or several lines about its grammar. This file composes once before Hydra runs the
-command, and turns each of those errors into one line that names the key and the nearest valid spelling.
+command, and turns each of those errors into one line that names the key and the nearest valid spelling. What differs
+from command to command is its `Schema`; where none is named, it is that of `sltrain-train`. Commands without groups of
+options read the same grammar and their file of conf/ without Hydra.
 """
 
 import difflib
 import inspect
 import itertools
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,7 +24,29 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.config import TrainConfig, validate
 
-OPEN_MAPPINGS = ("rank_overrides", "sparsity_overrides")  # keys that hold a mapping with names of the user's choice
+
+@dataclass(frozen=True)
+class Schema:
+    """The configuration of one command: conf/NAME.yaml over a dataclass."""
+
+    name: str  # the command is sltrain-NAME
+    type: type
+    validate: Callable[[Any], None]  # raises ValueError
+    has_groups: bool  # whether the folders of conf/ are groups of options of this command, and Hydra runs it
+    order: str  # what `--help` says above the keys
+    advice: str  # what to do about a mandatory key that nothing sets
+    open_mappings: tuple[str, ...] = ()  # keys that hold a mapping with names of the user's choice
+
+
+TRAIN = Schema(
+    "train",
+    TrainConfig,
+    validate,
+    has_groups=True,
+    order="a model sets its recipe, conf/train.yaml the protocol, what you type comes last",
+    advice="choose a model (model=llama_60m), or an experiment (experiment=quickstart)",
+    open_mappings=("rank_overrides", "sparsity_overrides"),
+)
 
 
 def conf_dir() -> Path:
@@ -31,36 +56,54 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra under the name that conf/train.yaml starts from."""
+    """Make the schema of `sltrain-train` known to Hydra under the name that conf/train.yaml starts from."""
     schema = OmegaConf.structured(TrainConfig)
-    for key in OPEN_MAPPINGS:
+    for key in TRAIN.open_mappings:
         OmegaConf.set_struct(schema[key], False)
     ConfigStore.instance().store(name="train_schema", node=schema)
 
 
-def help_text() -> str:
+def help_text(schema: Schema = TRAIN) -> str:
     """What `--help` prints: the groups with their options, and every key with the comment it has in the schema."""
-    lines = ["Groups (GROUP=OPTION):"]
-    lines += [f"  {group:11} {', '.join(options)}" for group, options in _groups().items()]
-    lines += ["", "Keys (KEY=VALUE); a model sets its recipe, conf/train.yaml the protocol, what you type comes last:"]
-    for line in inspect.getsource(TrainConfig).splitlines():
+    groups = _groups(schema)
+    lines = ["Groups (GROUP=OPTION):"] if groups else []
+    lines += [f"  {group:11} {', '.join(options)}" for group, options in groups.items()]
+    lines += ["", f"Keys (KEY=VALUE); {schema.order}:"]
+    for line in inspect.getsource(schema.type).splitlines():
         code, _, comment = line.strip().partition("  # ")
         key, separator, _ = code.partition(": ")
-        if separator and key.isidentifier() and key not in _groups():
+        if separator and key.isidentifier() and key not in groups:
             lines.append(f"  {key:25} {comment}".rstrip())
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
-def to_train_config(config: DictConfig) -> TrainConfig:
+def to_config(config: DictConfig, schema: Schema) -> Any:
     """The composed configuration as plain dataclasses. Raises ValueError for a mandatory key that nothing sets."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(
-            f"{missing[0]} is not set; choose a model (model=llama_60m), or an experiment (experiment=quickstart)"
-        )
+        raise ValueError(f"{missing[0]} is not set; {schema.advice}")
     result = OmegaConf.to_object(config)
-    assert isinstance(result, TrainConfig)
+    assert isinstance(result, schema.type)
     return result
+
+
+def to_train_config(config: DictConfig) -> TrainConfig:
+    """`to_config` of `sltrain-train`."""
+    return to_config(config, TRAIN)
+
+
+def compose_config(texts: list[str], schema: Schema) -> Any:
+    """The checked configuration of a command for these overrides, an object of the schema's type. Raises ValueError."""
+    if schema is TRAIN:
+        register_schema()
+    overrides = parse_overrides(texts)
+    _check_form(overrides, is_sweep=False, schema=schema)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for override in overrides:
+            _check_key(override, schema)
+        config = to_config(_compose(texts, schema), schema)
+    schema.validate(config)
+    return config
 
 
 def parse_overrides(texts: list[str]) -> list[Override]:
@@ -86,20 +129,15 @@ def parse_overrides(texts: list[str]) -> list[Override]:
 
 
 def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
-    """Refuse, before anything starts, overrides that do not compose to a valid configuration, in every combination of a
-    sweep. Raises ValueError."""
+    """Refuse, before anything starts, overrides of `sltrain-train` that do not compose to a valid configuration, in
+    every combination of a sweep. Raises ValueError."""
     overrides = parse_overrides(texts)
-    for override in overrides:
-        if override.is_delete():
-            raise ValueError(f"{override.input_line!r}: keys cannot be removed; set another value")
-        if override.is_sweep_override() and not is_sweep:
-            text = override.input_line
-            raise ValueError(f"{text!r} lists several values: a sweep needs -m; one value with commas needs quotes")
+    _check_form(overrides, is_sweep, TRAIN)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for override in overrides:
-            _check_key(override)
+            _check_key(override, TRAIN)
         for combination in itertools.product(*(sweep_values(override) for override in overrides)):
-            validate(to_train_config(_compose(list(combination))))
+            validate(to_train_config(_compose(list(combination), TRAIN)))
 
 
 def sweep_values(override: Override) -> list[str]:
@@ -115,13 +153,32 @@ def sweep_values(override: Override) -> list[str]:
         ) from error
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _check_form(overrides: list[Override], is_sweep: bool, schema: Schema) -> None:
+    for override in overrides:
+        if override.is_delete():
+            raise ValueError(f"{override.input_line!r}: keys cannot be removed; set another value")
+        if override.is_sweep_override() and not is_sweep:
+            text = override.input_line
+            hint = "a sweep needs -m" if schema is TRAIN else "one is needed"
+            raise ValueError(f"{text!r} lists several values: {hint}; one value with commas needs quotes")
+
+
+def _compose(overrides: list[str], schema: Schema) -> DictConfig:
     try:
-        return compose("train", overrides)
+        return compose(schema.name, overrides) if schema.has_groups else _merge(overrides, schema)
     except MissingConfigException as error:
         raise ValueError(_missing_option(error)) from error
     except (ConfigCompositionException, OmegaConfBaseException) as error:
         raise ValueError(_composition_error(error, overrides)) from error
+
+
+def _merge(overrides: list[str], schema: Schema) -> DictConfig:
+    """The schema, the command's file, and what was typed, each over the one before."""
+    config = OmegaConf.merge(OmegaConf.structured(schema.type), OmegaConf.load(conf_dir() / f"{schema.name}.yaml"))
+    assert isinstance(config, DictConfig)
+    for override in parse_overrides(overrides):
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return config
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -136,7 +193,7 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     """One line for a composition error: the innermost message, and the override it belongs to."""
     text = str(error)
     if "You must specify" in text:
-        options = ", ".join(_groups()["model"])
+        options = ", ".join(_groups(TRAIN)["model"])
         return f"no model is chosen: add model=NAME ({options}), or experiment=quickstart"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
@@ -147,23 +204,25 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     return f"{typed or key}: {message}" if (typed or key) else message
 
 
-def _check_key(override: Override) -> None:
+def _check_key(override: Override, schema: Schema) -> None:
     """Refuse a key that neither the schema nor a config group knows, with the nearest names."""
     key = override.key_or_group
-    groups = _groups()
-    known = _keys(TrainConfig)
-    root = key.split(".")[0]
-    if root == "hydra" or key.startswith("hydra/") or key in groups or key in known:
+    groups = _groups(schema)
+    known = _keys(schema.type)
+    is_hydras = schema.has_groups and (key.split(".")[0] == "hydra" or key.startswith("hydra/"))
+    if is_hydras or key in groups or key in known:
         return
-    if any(key.startswith(f"{name}.") for name in OPEN_MAPPINGS):
+    if any(key.startswith(f"{name}.") for name in schema.open_mappings):
         return
     near = difflib.get_close_matches(key.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "sltrain-train --help lists the keys"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"sltrain-{schema.name} --help lists the keys"
     raise ValueError(f"unknown key {key!r}; {hint}")
 
 
-def _groups() -> dict[str, list[str]]:
-    """Config groups and their options, as files lie in conf/."""
+def _groups(schema: Schema) -> dict[str, list[str]]:
+    """A command's config groups and their options, as files lie in conf/."""
+    if not schema.has_groups:
+        return {}
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 

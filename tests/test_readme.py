@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sltrain.bench import read_arguments
 from sltrain.compose import check_overrides, register_schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,10 @@ def test_ci_runs_the_two_commands_word_for_word() -> None:
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if "sltrain" in line])
 def test_commands_compose(line: str) -> None:
-    """Every sltrain-train command in README has overrides that compose."""
+    """Every command in README has overrides that compose."""
+    if "sltrain-bench" in line:
+        read_arguments(line.partition(" #")[0].partition("sltrain-bench")[2].split())
+        return
     if not re.search(r"sltrain-train|sltrain\.train|launch/", line):
         pytest.skip("no training command")
     register_schema()

@@ -12,10 +12,15 @@ used up, the next epoch begins with the same slices in another order.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sltrain.data.documents import DataError, Document, Source
 from sltrain.data.order import Slice, block_order, slice_order
 
-DOCUMENTS_PER_CALL = 64  # documents tokenized together: enough for Rust's threads, few enough for a quick first batch
+Ids = NDArray[np.int32]
+
+DOCUMENTS_PER_CALL = 256  # documents tokenized together: enough to meet words twice, few enough for a quick first batch
 
 
 @dataclass
@@ -43,7 +48,7 @@ class LogicalStream:
         slices: list[Slice],
         seed: int,
         shuffle_block: int,
-        encode: Callable[[list[str]], list[list[int]]],
+        encode: Callable[[list[str]], list[Ids]],
         keep: Callable[[str], bool],
         at: Position,
     ) -> None:
@@ -60,16 +65,16 @@ class LogicalStream:
         self._reader: Iterator[Document] | None = None  # stands behind the current block
         self._block: list[str] | None = None  # shuffled texts
         self._next_block = at.block  # record index behind the current block
-        self._tokenized: tuple[int, list[list[int]]] = (-1, [])  # group of the block, ids of its documents
+        self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
 
-    def ids(self) -> list[int]:
+    def ids(self) -> Ids:
         """All ids of the current document, which has at least one."""
         while True:
             if self._block is None:
                 self._read_block()
             elif self.at.position >= len(self._block):
                 self._leave_block()
-            elif ids := self._tokenize(self.at.position):
+            elif len(ids := self._tokenize(self.at.position)):
                 self._found_any = True
                 return ids
             else:
@@ -80,25 +85,26 @@ class LogicalStream:
         self.at.position += 1
         self.at.offset = 0
 
-    def truncated_row(self) -> list[int]:
+    def truncated_row(self) -> Ids:
         """The next document."""
         row = self.ids()
         self.advance()
         return row
 
-    def packed_row(self, seq_len: int) -> list[int]:
+    def packed_row(self, seq_len: int) -> Ids:
         """The next seq_len tokens of the concatenated documents."""
-        row: list[int] = []
-        while len(row) < seq_len:
+        parts: list[Ids] = []
+        missing = seq_len
+        while missing:
             ids = self.ids()
-            part = ids[self.at.offset : self.at.offset + seq_len - len(row)]
-            row += part
-            self.at.offset += len(part)
+            parts.append(ids[self.at.offset : self.at.offset + missing])
+            missing -= len(parts[-1])
+            self.at.offset += len(parts[-1])
             if self.at.offset == len(ids):
                 self.advance()
-        return row
+        return np.concatenate(parts)
 
-    def _tokenize(self, position: int) -> list[int]:
+    def _tokenize(self, position: int) -> Ids:
         assert self._block is not None
         group, member = divmod(position, DOCUMENTS_PER_CALL)
         if self._tokenized[0] != group:

@@ -1,8 +1,7 @@
 """Run an iterator ahead in one background thread.
 
-Threads, not processes: nearly all the work of the data stream (gzip, tokenization) happens in C and Rust without
-Python's lock, so a thread keeps a GPU fed, and there is no fork, no pickling and no second copy of the shuffle
-blocks.
+A thread, not a process: the data stream needs a fraction of a core (word_cache.py), so a thread keeps a GPU fed, and
+there is no fork, no pickling and no second copy of the shuffle blocks.
 """
 
 import queue

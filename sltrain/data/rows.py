@@ -4,8 +4,11 @@ truncate_pad: one document a row, its first tokens and </s>, padded on the right
 documents one after the other without gaps; labels are the ids.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -19,7 +22,7 @@ def check_row_shape(padding: str, seq_len: int) -> None:
         raise ValueError(f"seq_len is {seq_len}; a row needs at least 2 tokens, one to read and one to predict")
 
 
-def rows_to_tensors(rows: list[list[int]], seq_len: int, pad_id: int) -> tuple[Tensor, Tensor]:
+def rows_to_tensors(rows: Sequence[NDArray[np.int32]], seq_len: int, pad_id: int) -> tuple[Tensor, Tensor]:
     """Rows of at most seq_len ids -> input_ids and labels, (rows, seq_len) int64, padded on the right."""
     input_ids = np.full((len(rows), seq_len), pad_id, dtype=np.int64)
     labels = np.full((len(rows), seq_len), IGNORED_LABEL, dtype=np.int64)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
-from sltrain.data.logical_stream import LogicalStream, Position
+from sltrain.data.logical_stream import Ids, LogicalStream, Position
 from sltrain.data.order import deal_slices, num_logical_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
@@ -175,7 +175,7 @@ class TrainStream:
             at=at,
         )
 
-    def _row(self, stream: LogicalStream) -> list[int]:
+    def _row(self, stream: LogicalStream) -> Ids:
         return stream.packed_row(self.seq_len) if self.padding == "pack" else stream.truncated_row()
 
     def _stamp(self, positions: dict[int, Position]) -> State:

@@ -7,13 +7,9 @@ Everything is one `tokenizers.Tokenizer` (Rust), wrapped for what pretraining ne
 - the model may have fewer ids than the file. T5's file has 32,100 ids, the published models 32,000: the last hundred
   are sentinels (<extra_id_0>) that only a literally written sentinel produces. Such ids become <unk> and are counted.
   A file whose ordinary pieces exceed the model is refused;
-- a long document is tokenized only as far as its row reaches. With a pre-tokenizer that never joins a letter or digit
-  with a space behind it (Metaspace, ByteLevel) the ids before such a place do not depend on what follows, so cutting
-  there is exact. This doubles the rate on texts of 2 kB with rows of 256; for other tokenizers the whole text is
-  tokenized.
-
-Measured with T5's file on Wikipedia articles, one core, tokens a second that end up in rows of 256: 200,000 document
-by document with encode(), 250,000 in batches without offsets, 500,000 with the cut as well.
+- with a pre-tokenizer that never joins a letter or digit with a space behind it (Metaspace, ByteLevel) the ids before
+  such a place do not depend on what follows. Then a long document is tokenized only as far as its row reaches, and
+  words that were met before are looked up (word_cache.py). For other tokenizers the whole text is tokenized.
 """
 
 import json as json_module
@@ -21,19 +17,21 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from sltrain.data.bpe import trained_bpe
+from sltrain.data.cut_rule import words_are_independent
 from sltrain.data.documents import DataError, NetworkError, Source
 from sltrain.data.hub import DEFAULT_RETRY, HubFile
+from sltrain.data.word_cache import word_cache
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>")
 UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")
 HUB_ALIASES = {"t5": "google-t5", "gpt2": "openai-community"}  # owners of names that were once written without one
-SAFE_NORMALIZERS = ("Precompiled", "NFC", "NFKC", "Lowercase", "Strip", "Replace")
 CHARS_PER_TOKEN = (
     8  # a prefix of max_len * 8 characters nearly always holds max_len tokens; if not, the whole text is used
 )
@@ -87,19 +85,28 @@ class Tokenizer:
                 f"set model.vocab_size={num_ids}"
             )
         self._prefix = self._leading_specials()
-        self._can_cut = _words_are_independent(json_module.loads(json))
+        self._begin, self._end = _packed(self._prefix), _packed([self.eos_id])
+        spec = json_module.loads(json)
+        self._can_cut = words_are_independent(spec)
+        self._words = word_cache(self._tokenizer, spec)
 
     def fingerprint(self) -> str:
         """Identity of the ids this object produces."""
         return f"{sha256(self.json.encode()).hexdigest()[:32]}, {self.vocab_size} ids"
 
-    def encode_batch(self, texts: list[str], max_len: int | None = None) -> list[list[int]]:
-        """Ids of each text, ending with eos; at most `max_len` (>= 2) of them. A text without any token gives [].
+    def encode_batch(self, texts: list[str], max_len: int | None = None) -> list[NDArray[np.int32]]:
+        """Ids of each text, ending with eos; at most `max_len` (>= 2) of them. A text without any token gives none.
 
-        Runs in Rust threads and without Python's lock. Python strings with lone surrogates are refused by the library.
+        Python strings with lone surrogates are refused by the library.
         """
-        encodings = self._encode(self._tokenizer.encode_batch_fast, texts, max_len)
-        return [self._finish(encoding.ids, max_len) for encoding in encodings]
+        found: list[bytes | None] = [None] * len(texts)
+        if self._words is not None:
+            found = self._words.ids(texts, max_len)
+        others = [i for i, ids in enumerate(found) if ids is None]
+        encodings = self._encode(self._tokenizer.encode_batch_fast, [texts[i] for i in others], max_len)
+        for i, encoding in zip(others, encodings, strict=True):
+            found[i] = _packed(encoding.ids)
+        return [self._finish(ids or b"", max_len) for ids in found]
 
     def encode_with_bytes(self, texts: list[str], max_len: int | None = None) -> list[tuple[list[int], list[int]]]:
         """As encode_batch, with the UTF-8 bytes of the text that each id stands for.
@@ -110,7 +117,7 @@ class Tokenizer:
         result = []
         encodings = self._encode(self._tokenizer.encode_batch, texts, max_len)
         for text, encoding in zip(texts, encodings, strict=True):
-            ids = self._finish(encoding.ids, max_len)
+            ids = self._finish(_packed(encoding.ids), max_len).tolist()
             ends = [end for _, end in encoding.offsets[: max(len(ids) - len(self._prefix) - 1, 0)]]
             sizes = _bytes_between(text, ends)
             result.append((ids, [0] * len(self._prefix) + sizes + [0] if ids else []))
@@ -129,26 +136,26 @@ class Tokenizer:
                 encodings[i] = encoding
         return encodings
 
-    def _finish(self, ids: list[int], max_len: int | None) -> list[int]:
+    def _finish(self, packed: bytes, max_len: int | None) -> NDArray[np.int32]:
         """Content ids -> ids of the document."""
-        if not ids:
-            return []
-        ids = (self._prefix + ids)[: None if max_len is None else max_len - 1]
-        if self._has_sentinels and max(ids) >= self.vocab_size:
+        if packed:
+            limit = None if max_len is None else (max_len - 1) * len(self._end)
+            packed = (self._begin + packed)[:limit] + self._end
+        ids = np.frombuffer(packed, np.int32)
+        if self._has_sentinels and len(ids) and ids.max() >= self.vocab_size:
             ids = self._map_sentinels(ids)
-        return [*ids, self.eos_id]
+        return ids
 
-    def _map_sentinels(self, ids: list[int]) -> list[int]:
+    def _map_sentinels(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         assert self.unk_id is not None
-        unk_id = self.unk_id
-        strange = [i for i in ids if i >= self.vocab_size]
+        strange = ids >= self.vocab_size
         if self.sentinels_mapped == 0:
             self.report(
-                f"the text holds {self._tokenizer.id_to_token(strange[0])} literally, which has no id below "
-                f"{self.vocab_size}: it and its like become {self._tokenizer.id_to_token(unk_id)}"
+                f"the text holds {self._tokenizer.id_to_token(int(ids[strange][0]))} literally, which has no id below "
+                f"{self.vocab_size}: it and its like become {self._tokenizer.id_to_token(self.unk_id)}"
             )
-        self.sentinels_mapped += len(strange)
-        return [i if i < self.vocab_size else unk_id for i in ids]
+        self.sentinels_mapped += int(strange.sum())
+        return np.where(strange, np.int32(self.unk_id), ids)
 
     def _head(self, text: str, max_len: int) -> str:
         """A beginning of `text` whose ids begin the ids of `text`: it ends between a letter or digit and a space."""
@@ -234,22 +241,8 @@ def _fetch_from_hub(spec: str) -> Path:
         ) from None
 
 
-def _words_are_independent(spec: dict[str, Any]) -> bool:
-    """Whether the ids before a letter or digit that is followed by a space do not depend on the text from that space
-    on.
-
-    True for pre-tokenizers that always split there, with normalizers that work character by character or on runs of
-    spaces, and without added tokens that contain a space. Unknown parts count as dependent.
-    """
-    pre_tokenizer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
-    parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    splits = {"Metaspace": pre_tokenizer.get("split", True), "ByteLevel": pre_tokenizer.get("use_regex", True)}
-    return (
-        bool(splits.get(pre_tokenizer.get("type", ""), False))
-        and all(part.get("type") in SAFE_NORMALIZERS for part in parts)
-        and all(part.get("pattern") == {"Regex": " {2,}"} for part in parts if part.get("type") == "Replace")
-        and not any(" " in token["content"] for token in spec.get("added_tokens", []))
-    )
+def _packed(ids: list[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
 
 
 def _bytes_between(text: str, ends: list[int]) -> list[int]:

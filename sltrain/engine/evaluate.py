@@ -18,14 +18,15 @@ from torch import nn
 
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.metrics import safe_exp
+from sltrain.engine.micro_batch import make_micro_batch
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """Loss of `model` (input_ids, labels -> summed token loss) over batches with input_ids, labels (rows, seq_len) and
-    num_bytes.
+    """Loss of `model` (what a micro-batch holds -> summed token loss) over batches with input_ids, labels (rows,
+    seq_len) and num_bytes.
 
     Every rank gives its own batches, as many as it has; the result is the same on all. None if `should_stop` became
     true on some rank: half an evaluation is no number.
@@ -41,7 +42,7 @@ def evaluate(
         num_targets = int((batch.labels[:, 1:] != -100).sum())
         if num_targets == 0:
             continue
-        loss_sum = float(model(batch.input_ids.to(ranks.device), batch.labels.to(ranks.device)))
+        loss_sum = float(model(*make_micro_batch(batch.input_ids, batch.labels, ranks.device)))
         totals += torch.tensor(
             [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
         )

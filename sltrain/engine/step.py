@@ -32,7 +32,7 @@ class StepResult:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[tuple[Tensor | None, ...]],
     num_targets: int,
     ranks: Ranks,
     grad_clip: float | None = None,
@@ -41,8 +41,8 @@ def train_step(
     """Run one update.
 
     Args:
-        model: maps (input_ids, labels), each (rows, seq_len), to the summed token loss, a scalar.
-        micro_batches: this rank's pairs of input_ids and labels, on the model's device.
+        model: maps what a micro-batch holds to its summed token loss, a scalar.
+        micro_batches: those of this rank, as micro_batch.py makes them, on the model's device.
         num_targets: predicted tokens of the whole update, over all ranks.
         grad_clip: largest global gradient norm, or None.
         on_skip: called with the name of what was not finite when the update is skipped.
@@ -50,17 +50,18 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float32, device=ranks.device)
     scale = ranks.world_size / max(num_targets, 1)
-    for i, (input_ids, labels) in enumerate(micro_batches):
+    for i, micro_batch in enumerate(micro_batches):
         is_last = i + 1 == len(micro_batches)
         with nullcontext() if is_last else ranks.no_sync(model):  # gradients cross ranks once an update
-            loss = model(input_ids, labels)
+            loss = model(*micro_batch)
             (loss * scale).backward()
         loss_sum += loss.detach()
 
     parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     # In float32: the norm of bfloat16 gradients would itself be rounded to three digits.
     exact = torch.promote_types(loss.dtype, parameters[0].dtype)
-    norms = [torch.linalg.vector_norm(p.grad, dtype=exact) for p in parameters]
+    norms = torch._foreach_norm(gradients, dtype=exact)  # one launch for many on a GPU
     norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     loss_value, norm_value = torch.stack([ranks.sum_(loss_sum), norm]).tolist()
     result = StepResult(loss_value / max(num_targets, 1), norm_value)

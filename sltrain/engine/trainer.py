@@ -7,18 +7,19 @@ carries the position that follows it.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
 from sltrain.engine.memory import PeakMemory
 from sltrain.engine.metrics import Sink, Throughput
+from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.engine.step import StepResult, train_step
 from sltrain.engine.stop import StopRequest
 
@@ -122,7 +123,7 @@ class Trainer:
         result = train_step(
             self.train_model,
             self.optimizer,
-            list(self._micro_batches(update.batch)),
+            self._micro_batches(update.batch),
             update.num_targets,
             self.ranks,
             self.grad_clip,
@@ -181,13 +182,10 @@ class Trainer:
             self.saved_step = self.step
             self._write("checkpoint", {"path": str(path)})
 
-    def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, batch: Any) -> list[MicroBatch]:
         """The rows of this rank, in order, `micro_batch_size` at a time, on the device."""
-        for tensors in zip(
-            batch.input_ids.split(self.micro_batch_size), batch.labels.split(self.micro_batch_size), strict=True
-        ):
-            input_ids, labels = (tensor.to(self.ranks.device) for tensor in tensors)
-            yield input_ids, labels
+        pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
+        return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
 
     def _report_once(self, line: str) -> None:
         """Tell the user what every rank knows."""

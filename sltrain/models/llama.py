@@ -3,18 +3,21 @@
 A state dict of this model IS one of transformers.LlamaForCausalLM with an untied head, and the logits are the same, so
 checkpoints go either way without a converter.
 
-    B rows, T positions, D hidden size, V vocabulary, H query heads, G key/value heads (G divides H), d = D / H, F
-    feed-forward size
+    B sequences, T positions, N rows of x, D hidden size, V vocabulary, H query heads, G key/value heads (G divides H),
+    d = D / H
 
-    x = embed(ids)                                                (B, T, D)
+    x = embed(ids)                                                (N, D)
     per layer:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
-    logits = head(norm(x))                                        (B, T, V)
+    logits = head(norm(x))                                        (N, V)
 
-Rows are padded on the right: causal attention never looks at a pad from a real position, so no mask is needed. In a
-bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
+Sequences are padded on the right: causal attention never looks at a pad from a real position, so no mask is needed.
+What a loss does not depend on need not be computed: everything but attention works row by row, so x holds the rows it
+is told (N of them, B T if it is told none), and attention alone lays them out as (B, T). Loss and gradients stay the
+same. In a bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sltrain.config import ModelConfig
+from sltrain.models.fused import rms_norm, swiglu
 from sltrain.models.loss import IGNORE, chunked_cross_entropy_sum
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -42,27 +46,60 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass
+class Grid:
+    """The (B, T) grid of positions, and where the N rows of x lie in it."""
+
+    num_sequences: int
+    num_positions: int
+    rows: Tensor | None  # (N,) int64, the position b T + t of each row, ascending; None: all B T positions
+    cos: Tensor  # (T, 1, d), see rotary_tables
+    sin: Tensor
+
+    def spread(self, x: Tensor, head_size: int) -> Tensor:
+        """x (N, heads * d) -> (B, T, heads, d), zero at the positions that x lacks."""
+        if self.rows is not None:
+            x = x.new_zeros(self.num_sequences * self.num_positions, x.shape[1]).index_copy(0, self.rows, x)
+        return x.view(self.num_sequences, self.num_positions, -1, head_size)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x (B, T, heads, d) -> (N, heads * d)."""
+        return take_rows(x.reshape(self.num_sequences * self.num_positions, -1), self.rows)
+
+
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The given rows of x, or all."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def rotary_tables(num_positions: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, d) float32: position t turns the pair (i, i + d/2) by the angle t / theta^(2i/d).
+    """Cosines and sines, each (T, 1, d) float32: position t turns the pair (i, i + d/2) by the angle t / theta^(2i/d).
+    The sines of the first half, which meet the pair's other number in `rotate`, are negative.
 
     Made anew in every forward pass, once for all layers: T x d numbers cost nothing, and a buffer of them would be
     garbage after `to_empty` and limit T.
     """
     inverse_frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * inverse_frequency
-    angles = torch.cat([angles, angles], dim=1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary tables (T, d) to x (B, heads, T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Apply the rotary tables (T, 1, d) to x (B, T, heads, d)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def project(x: Tensor, *projections: nn.Module) -> list[Tensor]:
+    """The output of each projection of the same x. A kind of layer that can read x once for several offers
+    `forward_together(x, layers)`."""
+    kind = type(projections[0])
+    if hasattr(kind, "forward_together") and all(type(projection) is kind for projection in projections):
+        return kind.forward_together(x, projections)
+    return [projection(x) for projection in projections]
 
 
 class Attention(nn.Module):
@@ -77,15 +114,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, self.num_heads, self.head_size).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, d)
-        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        q, k, v = (grid.spread(y, self.head_size) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # q (B, H, T, d); k, v (B, G, T, d)
         shares_kv = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_kv)  # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(grid.collect(y.transpose(1, 2)))
 
 
 class MLP(nn.Module):
@@ -96,7 +131,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -107,13 +143,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), grid)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """Ids (B, T) -> normed hidden states (B, T, D)."""
+    """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, activation_checkpointing: bool) -> None:
         super().__init__()
@@ -124,14 +160,15 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        cos, sin = rotary_tables(input_ids.shape[1], self.head_size, self.rope_theta, input_ids.device)
+    def forward(self, input_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        B, T = input_ids.shape
+        grid = Grid(B, T, rows, *rotary_tables(T, self.head_size, self.rope_theta, input_ids.device))
+        x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, grid, use_reentrant=False)
             else:
-                x = layer(x, cos, sin)
+                x = layer(x, grid)
         return self.norm(x)
 
 
@@ -150,18 +187,20 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, vocab_size, activation_checkpointing)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); or, given labels (B, T), the sum of the cross-entropies of positions 1 .. T-1 in nats, 0-d
         float32.
 
         Labels are aligned with input_ids (position t is predicted from positions before t); -100 marks a position
-        without a target.
+        without a target. `rows` (N,) int64 names the positions b T + t to compute, ascending: with every target, the
+        positions before it in its sequence; what is left out has no logits (they are then (N, V)) and no loss.
         """
-        hidden = self.model(input_ids)  # (B, T, D)
+        hidden = self.model(input_ids, rows)  # (N, D)
         if labels is None:
-            return self.lm_head(hidden)
+            logits = self.lm_head(hidden)
+            return logits if rows is not None else logits.view(*input_ids.shape, -1)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts t + 1, the last one nothing
-        return chunked_cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

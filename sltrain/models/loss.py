@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # label of a position without a target, as in torch and transformers
-CHUNK_BYTES = 64 * 2**20  # of float32 logits
+# Of float32 logits. A CPU's memory manager keeps pieces of this size for the next chunk; larger ones it returns to the
+# system, and getting them back costs more than the softmax. A GPU wants larger products.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 MIN_CHUNK_ROWS = 128  # fewer rows would leave the matrix products idle
 
 
-def default_chunk_rows(vocab_size: int) -> int:
+def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     """Rows whose float32 logits fill CHUNK_BYTES."""
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size))
+    return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 @torch.compiler.disable  # tracing would unroll the loop over chunks, anew for every number of rows
@@ -42,7 +44,7 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
     if has_autocast and torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0])
+    chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0], device_type)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_rows)
     return _run_chunks(hidden, weight, labels, chunk_rows, False, False)[0]
@@ -74,30 +76,26 @@ def _run_chunks(
     """(loss sum, d loss / d hidden or None, d loss / d weight or None)."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=exact, device=hidden.device)
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-    for rows in _rows_to_visit(labels).split(chunk_rows):
-        chunk, target = hidden[rows], labels[rows]
-        has_target = (target != IGNORE).to(exact)
-        target = target.clamp(min=0).unsqueeze(1)
-        logits = (chunk @ weight.t()).to(exact)  # (rows, V)
-        log_normalizer = logits.logsumexp(1)
-        loss += ((log_normalizer - logits.gather(1, target).squeeze(1)) * has_target).sum()
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight: Tensor | None = None  # in `exact`
+    for chunk, label, grad_chunk in zip(
+        hidden.split(chunk_rows), labels.unsqueeze(1).split(chunk_rows), grad_hidden.split(chunk_rows), strict=True
+    ):
+        has_target, target = label != IGNORE, label.clamp(min=0)
+        log_p = torch.log_softmax(chunk @ weight.t(), 1, dtype=exact)  # (rows, V)
+        loss -= (log_p.gather(1, target) * has_target).sum()
         if not (needs_hidden or needs_weight):
             continue
-        # From here on `logits` holds d loss / d logits: softmax - onehot, zero where there is no target.
-        logits.sub_(log_normalizer.unsqueeze(1)).exp_()
-        logits.scatter_(1, target, logits.gather(1, target) - 1).mul_(has_target.unsqueeze(1))
-        grad_logits = logits.to(hidden.dtype)
-        if grad_hidden is not None:
-            grad_hidden[rows] = grad_logits @ weight
-        if grad_weight is not None:
-            grad_weight += grad_logits.t() @ chunk
-    return loss, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-
-
-def _rows_to_visit(labels: Tensor) -> Tensor:
-    """Row numbers. The CPU leaves out rows without a target; counting them on a GPU would make the host wait for it."""
-    if labels.device.type == "cpu":
-        return (labels != IGNORE).nonzero().squeeze(1)
-    return torch.arange(len(labels), device=labels.device)
+        # d loss / d logits = softmax - onehot. A row without a target is made zero where it is D wide, not V.
+        grad_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=exact)).to(hidden.dtype)
+        if needs_hidden:
+            torch.mul(grad_logits @ weight, has_target, out=grad_chunk)
+        if needs_weight:
+            chunk = chunk * has_target
+            if grad_weight is None:
+                grad_weight = (grad_logits.t() @ chunk).to(exact)
+            elif hidden.dtype == exact:
+                grad_weight.addmm_(grad_logits.t(), chunk)
+            else:
+                grad_weight += grad_logits.t() @ chunk
+    return loss, grad_hidden if needs_hidden else None, None if grad_weight is None else grad_weight.to(weight.dtype)

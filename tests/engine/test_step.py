@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.step import train_step
+from sltrain.layers.convert import replace_linears
+from sltrain.layers.linear import SLTrainLinear
+from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -79,3 +84,29 @@ def test_update_that_is_not_finite_is_skipped_and_named(batch: tuple[Tensor, Ten
     assert named == ["gradient of table.weight"]
     assert torch.equal(model.table.weight, before)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("path", ["dense", "composed", "factored"])
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_an_update_reads_one_pair_of_numbers_from_its_device(
+    grad_clip: float | None, path: str, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device there are no numbers: whatever asks for one, or for a shape that depends on one, fails. On a
+    GPU each would be a wait."""
+    meta = torch.device("meta")
+    shape = ModelConfig("test", 32, 48, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
+    with meta:
+        model = LlamaForCausalLM(shape)
+        if path != "dense":
+            replace_linears(model, is_projection, lambda name, linear: SLTrainLinear(*linear_shape(linear), path=path))
+    reads: list[torch.Size] = []
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or [1.0, 1.0])
+    micro_batches = [make_micro_batch(ids, labels, meta) for ids, labels in [batch, (batch[0], batch[0])]]
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    train_step(model, optimizer, micro_batches, 50, Ranks(0, 1, meta), grad_clip)
+    assert reads == [(2,)]
+    assert all(parameter in optimizer.state for parameter in model.parameters())
+
+
+def linear_shape(linear: nn.Linear) -> tuple[int, int, int, float, float]:
+    return linear.in_features, linear.out_features, 4, 0.1, 8.0

@@ -4,11 +4,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sltrain.config import ModelConfig
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.linear import SLTrainLinear
-from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection
+from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection, project
 
 VOCABULARY = 61
 
@@ -88,6 +89,95 @@ def test_loss_and_gradients_equal_transformers():
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+LENGTHS = [(12, 7, 3), (12, 1, 2), (1, 1, 1), (2, 1, 1)]  # the last predicts one token, the one before none
+
+
+def padded(lengths, positions=12):
+    """Ids, labels and rows of sequences of these lengths; the rows counted by a loop."""
+    input_ids = torch.randint(VOCABULARY, (len(lengths), positions), generator=torch.Generator().manual_seed(1))
+    labels = input_ids.masked_fill(torch.arange(positions) >= torch.tensor(lengths)[:, None], -100)
+    rows = [b * positions + t for b, length in enumerate(lengths) for t in range(length - 1)]
+    return input_ids, labels, torch.tensor(rows, dtype=torch.int64)
+
+
+def loss_and_gradients(model, *micro_batch):
+    model.zero_grad()
+    loss = model(*micro_batch)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("path", ["dense", "composed", "factored"])
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}], ids=["", "checkpointing"])
+def test_computing_only_the_rows_that_matter_changes_nothing(options, path, lengths):
+    model = with_sltrain(make_config(num_key_value_heads=2), path=path, **options).double()
+    model.init_weights(seed=1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("B"):  # zero at the start, where it hides the gradient of A
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    input_ids, labels, rows = padded(lengths)
+    expected = loss_and_gradients(model, input_ids, labels)
+    assert (expected[0] > 0) == (len(rows) > 0)
+    for ours, exact in zip(loss_and_gradients(model, input_ids, labels, rows), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_rows_without_labels_give_their_logits():
+    ours, _ = make_pair(num_key_value_heads=2)
+    input_ids, _, rows = padded((12, 7, 3))
+    torch.testing.assert_close(ours(input_ids, rows=rows), ours(input_ids).flatten(0, 1)[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_given_rows_are_multiplied():
+    model = LlamaForCausalLM(make_config())
+    sizes = []
+    for name, module in model.named_modules():
+        if is_projection(name, module):
+            module.register_forward_hook(lambda module, args, y: sizes.append(y.shape[0]))
+    input_ids, labels, rows = padded((12, 7, 3))
+    model(input_ids, labels, rows)
+    assert sizes == [11 + 6 + 2] * 7 * 3
+
+
+def test_one_more_compilation_serves_every_number_of_rows():
+    torch._dynamo.reset()
+    model = with_sltrain(make_config(num_hidden_layers=1), path="factored")
+    model.init_weights(seed=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    counts = []
+    for lengths in [(12, 7, 3), (5, 5, 9), (12, 12, 4), (3, 9, 11), (2, 4, 2)]:
+        micro_batch = padded(lengths)
+        expected = loss_and_gradients(model, *micro_batch)
+        for ours, exact in zip(loss_and_gradients(compiled, *micro_batch), expected, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2, 2]
+
+
+class Doubler(nn.Linear):
+    """A layer that can serve several of its kind at once."""
+
+    served = 0
+
+    @staticmethod
+    def forward_together(x, layers):
+        Doubler.served += len(layers)
+        return [2 * layer(x) for layer in layers]
+
+
+def test_layers_of_one_kind_that_can_read_x_together_do():
+    x, kinds = torch.randn(3, 4), (Doubler(4, 5), Doubler(4, 6), nn.Linear(4, 5))
+    y, z = project(x, *kinds[:2])
+    assert torch.equal(y, 2 * kinds[0](x)) and torch.equal(z, 2 * kinds[1](x)) and Doubler.served == 2
+    for mixed in (kinds[1:], kinds[:0:-1]):
+        for y, layer in zip(project(x, *mixed), mixed, strict=True):
+            assert torch.equal(y, layer(x))
+    assert Doubler.served == 2
+
+
 def test_rows_of_one_token_and_rows_without_targets_have_no_loss():
     ours, _ = make_pair()
     one = torch.randint(VOCABULARY, (2, 1))
@@ -108,19 +198,21 @@ def test_bfloat16_is_close_to_float32():
     assert loss.item() == pytest.approx(exact_loss.item(), rel=0.02)
 
 
-def with_sltrain(config, **options):
-    """The model with replaced projections, built on meta and then made real with every byte set to NaN or nonsense."""
+def with_sltrain(config, path="composed", **options):
+    """The model with replaced projections (path "dense": without), built on meta and then made real with every byte set
+    to NaN or nonsense."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config, **options)
-        replace_linears(model, is_projection, lambda name, linear: sltrain_layer(linear))
+        if path != "dense":
+            replace_linears(model, is_projection, lambda name, linear: sltrain_layer(linear, path))
     model.to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
     return model
 
 
-def sltrain_layer(linear):
-    return SLTrainLinear(linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8)
+def sltrain_layer(linear, path="composed"):
+    return SLTrainLinear(linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8, path=path)
 
 
 def test_meta_replace_empty_init_leaves_nothing_unset():

@@ -1,0 +1,148 @@
+"""Text -> ids by looking words up, for tokenizers that treat words independently.
+
+Natural text repeats itself: after some thousand documents nineteen words in twenty have been seen before. Texts are
+cut into pieces where that does not change their ids (cut_rule.py, pieces.py), and the ids of a text are those of its
+pieces, one after the other. Of some hundred texts at a time, each different piece is looked up once, and only those
+that are not in the table are tokenized.
+
+The ids are those of the whole text, whatever the table holds. A piece that ends with printable ASCII keeps to itself.
+Of another one that is found out by normalizing it with a word behind it: with a combining mark that joins the space, a
+control character that vanishes and leaves two spaces, or a space of another script at its end it is refused. A text
+with a refused piece, or with an added token written out (`</s>` or `<extra_id_0>`, which may swallow the spaces around
+it), is not looked up at all: the caller gives it to the tokenizer as a whole.
+"""
+
+import re
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+from sltrain.data.cut_rule import CutRule, cut_rule, normalized
+from sltrain.data.pieces import cut, join
+
+MAX_ENTRIES = 1 << 19  # about 80 MB; then the table starts again, so that it follows a corpus that changes
+MAX_KEPT_CHARS = 32  # longer pieces (addresses) hardly ever come again
+MAX_TRIED_CHARS = 256  # of a piece that is not plain ASCII: a script without spaces is one long piece
+CHARS_PER_ID = 4  # of a text, read at first for each id that is wanted; then a quarter of it at a time
+BYTES_PER_ID = 4  # ids are kept as int32
+
+REFUSED = array("i", [-1]).tobytes()
+
+
+def word_cache(tokenizer: tokenizers.Tokenizer, spec: dict[str, Any]) -> "WordCache | None":
+    """The table of a tokenizer whose words are independent, with `spec` its tokenizer.json; None for other ones.
+
+    `tokenizer` must neither truncate nor pad.
+    """
+    rule = cut_rule(tokenizer, spec)
+    added_tokens = [token["content"] for token in spec.get("added_tokens", [])]
+    return None if rule is None else WordCache(tokenizer, rule, added_tokens)
+
+
+class WordCache:
+    """Piece of text -> its ids. Made by `word_cache`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, rule: CutRule, added_tokens: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._model = tokenizer.model
+        self._rule = rule
+        self._marks = {mark: array("i", [i]).tobytes() for mark, i in rule.marks.items()}
+        self._table = dict(self._marks)
+        self._holds_added_token = re.compile("|".join(map(re.escape, added_tokens)) or "(?!)").search
+        self._before = self._encode("a")
+        self._behind = self._encode("a a")[len(self._before) :]
+
+    def ids(self, texts: Sequence[str], max_ids: int | None = None) -> list[bytes | None]:
+        """The ids of each text without special tokens (int32), or at least the first `max_ids` of them.
+
+        None for a text that cannot be put together from pieces.
+        """
+        found: list[bytes | None] = [b"" if self._may_begin(text) else None for text in texts]
+        starts = [0] * len(texts)
+        todo = [i for i, text in enumerate(texts) if text and found[i] is not None]
+        look = None if max_ids is None else max_ids * CHARS_PER_ID
+        while todo:
+            heads = [self._head(texts[i], starts[i], look) for i in todo]
+            again = []
+            for i, head, ids in zip(todo, heads, self._look_up(heads), strict=True):
+                so_far = found[i] = None if ids is None else (found[i] or b"") + ids
+                starts[i] += len(head)
+                if so_far is not None and starts[i] < len(texts[i]) and len(so_far) < (max_ids or 0) * BYTES_PER_ID:
+                    again.append(i)
+            todo, look = again, max_ids
+        return found
+
+    def _may_begin(self, text: str) -> bool:
+        """Whether the first piece of a text cannot be taken for one from elsewhere: it lacks white space."""
+        if self._rule.begins_as_elsewhere:
+            return True
+        return text[:1] not in self._rule.space and text[:2].rstrip(self._rule.space) not in self._marks
+
+    def _head(self, text: str, start: int, length: int | None) -> str:
+        """The text from `start` on, as far as whole words go in `length` characters."""
+        if length is None or start + length >= len(text):
+            return text[start:]
+        end = max(text.rfind(c, start, start + length) for c in self._rule.space)
+        return text[start : max(start, end)].rstrip(self._rule.space) or text[start:]
+
+    def _look_up(self, texts: list[str]) -> list[bytes | None]:
+        """The ids of whole texts, none of them empty; None for those with a refused piece."""
+        pieces = cut(texts, self._rule.table)
+        known = list(map(self._table.get, pieces.different))
+        found = [self._learn(piece) if ids is None else ids for piece, ids in zip(pieces.different, known, strict=True)]
+        joined = join(found, pieces)
+        if REFUSED not in found:
+            return [ids.tobytes() for ids in joined]
+        return [None if -1 in ids else ids.tobytes() for ids in joined]
+
+    def _learn(self, piece: str) -> bytes:
+        """The ids of a piece that is not in the table; REFUSED if it has none of its own."""
+        if self._holds_added_token(piece):
+            ids = None
+        elif word := self._word(piece):
+            ids = [token.id for token in self._model.tokenize(word)]
+        else:
+            ids = self._ids_in_context(piece)
+        packed = REFUSED if ids is None else array("i", ids).tobytes()
+        if len(piece) <= MAX_KEPT_CHARS:
+            if len(self._table) >= MAX_ENTRIES:
+                self._table = dict(self._marks)
+            self._table[piece] = packed
+        return packed
+
+    def _word(self, piece: str) -> str:
+        """What the pre-tokenizer makes of a piece that is certainly one word, otherwise nothing."""
+        has_space = piece[0] in self._rule.space
+        if self._rule.plain.fullmatch(piece):
+            return self._rule.lead + piece[1:] if has_space else piece
+        if self._rule.is_byte_level or not has_space:
+            return ""
+        body = self._between_words(piece)[1:]
+        is_one = body and self._rule.lead not in body and not any(map(str.isspace, body))
+        return self._rule.lead + body if is_one else ""
+
+    def _ids_in_context(self, piece: str) -> list[int] | None:
+        """The ids of a piece between two words, or at the beginning or end of a text if it can only stand there."""
+        before = self._before if piece[0] in self._rule.space else []
+        behind = self._behind if piece.strip(self._rule.space) else []
+        if behind and not self._between_words(piece):
+            return None
+        ids = self._encode(("a" if before else "") + piece + (" a" if behind else ""))
+        end = len(ids) - len(behind)
+        return ids[len(before) : end] if ids[: len(before)] == before and ids[end:] == behind else None
+
+    def _between_words(self, piece: str) -> str:
+        """What normalization makes of a piece between two words; nothing if it acts across its ends, or if that is not
+        worth finding out."""
+        if len(piece) > MAX_TRIED_CHARS:
+            return ""
+        before = "a" if piece[0] in self._rule.space else ""
+        text = normalized(self._tokenizer, before + piece + " a")
+        inner = text.removeprefix(before).removesuffix(" a")
+        is_apart = not before or inner[:1].isspace() or inner[:1] == self._rule.lead
+        return inner if is_apart and before + inner + " a" == text and not inner[-1:].isspace() else ""
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,65 @@
+"""Two element-wise operations that keep for backward no more than they were given.
+
+    rms_norm    y = x / sqrt(mean(x^2) + eps) * weight     keeps x and one number a row
+    swiglu      y = silu(gate) * up                        keeps gate and up
+
+Written out as above, autograd keeps intermediate results as well, 20 MB a decoder layer of the 60M model and 2,000
+tokens, and passes over memory more often: backward of the norm takes 1.5 ms here and 5 to 8 ms there (one core, 1740 x
+512, float32). With m = mean(x^2) + eps and n = x / sqrt(m), and g = dy * weight in backward:
+
+    dweight = sum over rows of dy * n,      dx = (g - n * mean(g * n)) / sqrt(m)
+
+Differentiable once.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D), weight (D,) -> (..., D); the mean and the division in float32 (float64 for float64)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element-wise."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_root = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse_root)
+        return weight * (exact * inverse_root).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse_root = ctx.saved_tensors
+        normed = x * inverse_root  # float32, and so is all that follows
+        grad_y = grad_y.to(normed.dtype)
+        grad_weight = torch.linalg.vecdot(grad_y.flatten(0, -2), normed.flatten(0, -2), dim=0)
+        grad = grad_y * weight
+        mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad.sub_(normed.mul_(mean)).mul_(inverse_root)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad_y * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad_y)
