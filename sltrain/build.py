@@ -7,6 +7,7 @@ Checks that need more than one room are here.
 """
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import shutil
@@ -35,7 +36,7 @@ from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
 from sltrain.layers import cpu_kernel
-from sltrain.layers.cost import set_paths
+from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods import METHODS
 from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.settings import MethodSettings
@@ -140,11 +141,15 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
     check_optimizer(config.optimizer.name)
-    compilers = [*shlex.split(os.environ.get("CXX", ""))[:1], "g++", "clang++"]
-    if config.compile and ranks.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-        raise ValueError(
-            "compile=true on a CPU needs a C++ compiler (g++ or clang++), and none is on the PATH; drop compile=true"
-        )
+    if config.compile and ranks.device.type == "cpu":
+        compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
+        if shutil.which(compiler) is None:
+            raise ValueError(
+                f"compile=true on a CPU needs a C++ compiler, and there is no {compiler} on the PATH; install it, name"
+                " another one in CXX, or drop compile=true"
+            )
+    elif config.compile and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile=true on a GPU needs Triton, which is not installed; pip install triton, or drop it")
 
 
 def open_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
@@ -346,6 +351,9 @@ def build_trainer(
     progress = Progress(**saved.get("progress", {}))
     num_rows = config.micro_batch_size * config.seq_len
     layer_paths = set_paths(model, config.layer_path, num_rows, ranks.device, saved.get("layer_paths"))
+    arithmetic = machine_kind(ranks.device, next(model.parameters()).dtype)
+    if saved.get("arithmetic", arithmetic) != arithmetic:
+        say(f"note       this run was computed on {saved['arithmetic']}, it goes on on {arithmetic}: not bit for bit")
     say_layer_paths(layer_paths, ranks.device, say)
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
@@ -375,7 +383,7 @@ def build_trainer(
         report=tell,
         progress=progress,
         stream_state=saved.get("stream", {}),
-        built_with={"layer_paths": layer_paths},
+        built_with={"layer_paths": layer_paths, "arithmetic": arithmetic},
     )
 
 

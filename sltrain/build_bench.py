@@ -15,8 +15,9 @@ from sltrain.bench_config import CANDIDATES, BenchConfig
 from sltrain.benchmarks.alone import Died, run_alone
 from sltrain.benchmarks.calibrate import Probe, measure_prices, price_table
 from sltrain.benchmarks.data import (
-    BATCHES_PER_ROUND,
+    NUM_STREAMS,
     ROUNDS,
+    SHUFFLE_BLOCK,
     data_table,
     document_by_document,
     measure_throughput,
@@ -429,16 +430,15 @@ def run_data(bench: Bench) -> Result:
     source, _ = build_sources(train, bench.say)
     streams: list[TrainStream] = []
 
-    def stream(padding: str, shuffle_block: int) -> Iterator[int]:
-        streams.append(build_stream(bench, train, source, padding, shuffle_block))
+    def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
+        streams.append(build_stream(bench, train, source, padding, num_streams, shuffle_block))
         return (batch.num_tokens for batch in streams[-1])
 
-    whole_blocks = max(1, BATCHES_PER_ROUND * train.global_batch_size // train.data.num_streams)
     try:
         json = build_bench_tokenizer(bench, train, source).json
         rows = measure_throughput(
             document_by_document(endless_texts(source), json, train.seq_len, train.global_batch_size),
-            {f"stream, {padding}": stream(padding, whole_blocks) for padding in PADDINGS},
+            {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS},
             rounds=config.repeats or ROUNDS,
             say=bench.say,
         )
@@ -447,7 +447,7 @@ def run_data(bench: Bench) -> Result:
             rows.append(
                 measure_waiting(
                     f"training of {train.model.name}, {padding}",
-                    stream(padding, train.data.shuffle_block),
+                    stream(padding, train.data.num_streams, train.data.shuffle_block),
                     positions_per_batch=train.global_batch_size * train.seq_len,
                     num_parameters=num_parameters,
                     say=bench.say,
@@ -460,7 +460,9 @@ def run_data(bench: Bench) -> Result:
     return Result([{"measured": row.pop("what"), "ratio_to_dense": None, **row} for row in rows], text)
 
 
-def build_stream(bench: Bench, train: TrainConfig, source: Source, padding: str, shuffle_block: int) -> TrainStream:
+def build_stream(
+    bench: Bench, train: TrainConfig, source: Source, padding: str, num_streams: int, shuffle_block: int
+) -> TrainStream:
     """The stream of a run on one process, with a tokenizer, and so a memory of words, of its own."""
     return TrainStream(
         source,
@@ -469,7 +471,7 @@ def build_stream(bench: Bench, train: TrainConfig, source: Source, padding: str,
         seq_len=train.seq_len,
         padding=padding,
         global_batch_size=train.global_batch_size,
-        num_streams=train.data.num_streams,
+        num_streams=num_streams,
         shuffle_block=shuffle_block,
         on_event=lambda line: None,  # a small corpus begins again and again
         prefetch=2,

@@ -90,6 +90,12 @@ def test_no_cuda(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.Monkey
     assert code == 2 and "device=cpu" in err
 
 
+def test_no_compiler(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    code, _, err = sltrain_train(*tiny, "compile=true")
+    assert code == 2 and "no-such-compiler" in err and "drop compile=true" in err
+
+
 def test_debug_shows_the_traceback(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLTRAIN_DEBUG", "1")
     code, _, err = sltrain_train(*tiny, "rank=-1")

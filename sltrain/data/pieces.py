@@ -1,9 +1,8 @@
 """Texts -> their different pieces, and back: ids of the pieces -> ids of the texts.
 
 Where a text is cut depends on neighbouring bytes, by a table: most often between a word and the white space behind
-it, so that `a new\n word` has the pieces `a`, ` new` and `\n word`. Both ways are some passes over arrays without a
-Python object for each word: 15 microseconds for 1,100 characters, a sixth of what a regular expression and a
-dictionary take.
+it, so that `a new word` has the pieces `a`, ` new` and ` word`. Both ways are some passes over arrays, without a Python
+object for each word.
 """
 
 from collections.abc import Sequence

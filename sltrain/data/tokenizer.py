@@ -35,6 +35,7 @@ HUB_ALIASES = {"t5": "google-t5", "gpt2": "openai-community"}  # owners of names
 CHARS_PER_TOKEN = (
     8  # a prefix of max_len * 8 characters nearly always holds max_len tokens; if not, the whole text is used
 )
+TEXTS_PER_CALL = 64  # enough for Rust's threads; what the library finds out about each token takes memory
 
 
 class Tokenizer:
@@ -103,9 +104,11 @@ class Tokenizer:
         if self._words is not None:
             found = self._words.ids(texts, max_len)
         others = [i for i, ids in enumerate(found) if ids is None]
-        encodings = self._encode(self._tokenizer.encode_batch_fast, [texts[i] for i in others], max_len)
-        for i, encoding in zip(others, encodings, strict=True):
-            found[i] = _packed(encoding.ids)
+        for start in range(0, len(others), TEXTS_PER_CALL):
+            part = others[start : start + TEXTS_PER_CALL]
+            encodings = self._encode(self._tokenizer.encode_batch_fast, [texts[i] for i in part], max_len)
+            for i, encoding in zip(part, encodings, strict=True):
+                found[i] = _packed(encoding.ids)
         return [self._finish(ids or b"", max_len) for ids in found]
 
     def encode_with_bytes(self, texts: list[str], max_len: int | None = None) -> list[tuple[list[int], list[int]]]:

@@ -3,7 +3,8 @@
 Natural text repeats itself: after some thousand documents nineteen words in twenty have been seen before. Texts are
 cut into pieces where that does not change their ids (cut_rule.py, pieces.py), and the ids of a text are those of its
 pieces, one after the other. Of some hundred texts at a time, each different piece is looked up once, and only those
-that are not in the table are tokenized.
+that are not in the table are tokenized. Measured with T5's file on Wikipedia articles: one core puts 1.4 million
+tokens a second into rows of 256, and 0.18 million by calling the tokenizer for each document.
 
 The ids are those of the whole text, whatever the table holds. A piece that ends with printable ASCII keeps to itself.
 Of another one that is found out by normalizing it with a word behind it: with a combining mark that joins the space, a
@@ -26,6 +27,7 @@ MAX_ENTRIES = 1 << 19  # about 80 MB; then the table starts again, so that it fo
 MAX_KEPT_CHARS = 32  # longer pieces (addresses) hardly ever come again
 MAX_TRIED_CHARS = 256  # of a piece that is not plain ASCII: a script without spaces is one long piece
 CHARS_PER_ID = 4  # of a text, read at first for each id that is wanted; then a quarter of it at a time
+MAX_CHARS_PER_LOOK = 1 << 16  # of each text at a time, if all ids are wanted: the arrays take some ten times as much
 BYTES_PER_ID = 4  # ids are kept as int32
 
 REFUSED = array("i", [-1]).tobytes()
@@ -59,20 +61,25 @@ class WordCache:
 
         None for a text that cannot be put together from pieces.
         """
-        found: list[bytes | None] = [b"" if self._may_begin(text) else None for text in texts]
+        found: list[list[bytes] | None] = [[] if self._may_begin(text) else None for text in texts]
         starts = [0] * len(texts)
         todo = [i for i, text in enumerate(texts) if text and found[i] is not None]
-        look = None if max_ids is None else max_ids * CHARS_PER_ID
+        look = MAX_CHARS_PER_LOOK if max_ids is None else max_ids * CHARS_PER_ID
         while todo:
             heads = [self._head(texts[i], starts[i], look) for i in todo]
             again = []
             for i, head, ids in zip(todo, heads, self._look_up(heads), strict=True):
-                so_far = found[i] = None if ids is None else (found[i] or b"") + ids
+                parts = found[i]
+                if ids is None or parts is None:
+                    found[i] = None
+                    continue
+                parts.append(ids)
                 starts[i] += len(head)
-                if so_far is not None and starts[i] < len(texts[i]) and len(so_far) < (max_ids or 0) * BYTES_PER_ID:
+                is_short = max_ids is None or sum(map(len, parts)) < max_ids * BYTES_PER_ID
+                if is_short and starts[i] < len(texts[i]):
                     again.append(i)
-            todo, look = again, max_ids
-        return found
+            todo, look = again, max_ids or look
+        return [None if parts is None else b"".join(parts) for parts in found]
 
     def _may_begin(self, text: str) -> bool:
         """Whether the first piece of a text cannot be taken for one from elsewhere: it lacks white space."""
@@ -80,9 +87,9 @@ class WordCache:
             return True
         return text[:1] not in self._rule.space and text[:2].rstrip(self._rule.space) not in self._marks
 
-    def _head(self, text: str, start: int, length: int | None) -> str:
+    def _head(self, text: str, start: int, length: int) -> str:
         """The text from `start` on, as far as whole words go in `length` characters."""
-        if length is None or start + length >= len(text):
+        if start + length >= len(text):
             return text[start:]
         end = max(text.rfind(c, start, start + length) for c in self._rule.space)
         return text[start : max(start, end)].rstrip(self._rule.space) or text[start:]
@@ -125,11 +132,11 @@ class WordCache:
 
     def _ids_in_context(self, piece: str) -> list[int] | None:
         """The ids of a piece between two words, or at the beginning or end of a text if it can only stand there."""
-        before = self._before if piece[0] in self._rule.space else []
-        behind = self._behind if piece.strip(self._rule.space) else []
-        if behind and not self._between_words(piece):
+        is_first, is_last = piece[0] not in self._rule.space, not piece.strip(self._rule.space)
+        if not is_last and not self._between_words(piece):
             return None
-        ids = self._encode(("a" if before else "") + piece + (" a" if behind else ""))
+        ids = self._encode(("" if is_first else "a") + piece + ("" if is_last else " a"))
+        before, behind = [] if is_first else self._before, [] if is_last else self._behind
         end = len(ids) - len(behind)
         return ids[len(before) : end] if ids[: len(before)] == before and ids[end:] == behind else None
 

@@ -103,11 +103,14 @@ class RunFolder:
         return saved
 
     def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
-        old, new = flatten(self._saved_config()), flatten(config)
+        saved = self._saved_config()
+        # A key that did not exist yet when the run began has the value that the run was made with: the default.
+        skipped = {*changeable, *(key for key in config if key not in saved)}
+        old, new = flatten(saved), flatten(config)
         return [
             f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key.split(".")[0] not in changeable
+            if old.get(key) != new.get(key) and key.split(".")[0] not in skipped
         ]
 
     def claim(self, config: dict[str, Any], resume: str, changeable: Collection[str], tokenizer_json: str) -> Path:

@@ -19,7 +19,8 @@ else lives inside one call; W and dW never at the same time. Positions are disti
 assignment instead of by atomic additions, whose order (and so whose result) changes from run to run on CUDA.
 
 Matrix units read rows in pieces of 16 bytes and are slow on matrices whose sides do not divide into them, such as the
-5461 of LLaMA 1B. On CUDA such sides are filled up with zeros inside a product, for dense layers alike.
+5461 of LLaMA 1B. On CUDA such sides are filled up with zeros inside the products with a dense matrix, composed or of a
+dense layer; nothing filled up is kept for backward.
 
 Under autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor. Differentiable
 once.
@@ -71,11 +72,10 @@ def _aligned_columns(matrix: Tensor) -> Tensor:
 
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out), computed on aligned sides."""
-    padded = _aligned(weight)
-    if padded is weight:
+    multiple = alignment(weight)
+    if weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0:
         return F.linear(x, weight, bias)
-    y = F.linear(F.pad(x, (0, padded.shape[1] - x.shape[-1])), padded)[..., : len(weight)]
-    return y if bias is None else y + bias
+    return _AlignedLinear.apply(x, weight, bias, _autocast_dtype(x))
 
 
 def compose_weight(weight: Weight) -> Tensor:
@@ -106,6 +106,32 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+class _AlignedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        rows = _aligned_columns(_to(x, cast).reshape(-1, x.shape[-1]))
+        y = (rows @ _aligned(_to(weight, cast)).t())[:, : len(weight)].unflatten(0, x.shape[:-1])
+        return y if bias is None else y + _to(bias, cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        out_features, in_features = weight.shape
+        rows = _aligned_columns(grad_y.reshape(-1, out_features))
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ _aligned(weight.to(grad_y.dtype)))[:, :in_features].reshape(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            columns = _aligned_columns(x.to(grad_y.dtype).reshape(-1, in_features))
+            grad_weight = (rows.t() @ columns)[:out_features, :in_features].contiguous().to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _Composed(torch.autograd.Function):
@@ -176,8 +202,7 @@ class _Factored(torch.autograd.Function):
             y.addmm_(h, (w.scale * w.B).t())
             ys.append((y if w.bias is None else y.add_(w.bias)).view(*x.shape[:-1], len(w.B)))
         ctx.save_for_backward(x, hidden, *tensors)
-        ctx.constants, ctx.cast = constants, cast
-        ctx.set_materialize_grads(True)
+        ctx.constants = constants
         return tuple(ys)
 
     @staticmethod

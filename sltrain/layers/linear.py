@@ -22,7 +22,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
@@ -158,7 +157,8 @@ class SLTrainLinear(FactoredLinear):
 
     @staticmethod
     def forward_together(x: Tensor, layers: "Sequence[SLTrainLinear]") -> list[Tensor]:
-        """The output of each layer for the same x, which factored layers read once for all."""
+        """The output of each layer for the same x, which factored layers read once for all. These are not called one by
+        one then, so their forward hooks do not run."""
         sparses = [Sparse(layer.support, layer.indices, layer.values) for layer in layers]
         if all(layer.path == "factored" for layer in layers) and can_share(sparses):
             return factored_linears(x, [layer._weight for layer in layers])
@@ -222,7 +222,7 @@ class LowRankLinear(FactoredLinear):
         self._reset_factors(generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.A)  # (..., rank)
+        hidden = aligned_linear(x, self.A)  # (..., rank)
         return aligned_linear(hidden, self.scale * self.B, self.bias)
 
     @torch.no_grad()

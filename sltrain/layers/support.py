@@ -213,16 +213,17 @@ class Support:
         """
         shorter, longer, per_line = min(self.grid), self.longer, self._blocks_per_line
         count = shorter * per_line
-        candidates = torch.randperm(longer if self.tiles else longer - 1, generator=generator)
+        candidates = torch.randperm(longer if self.tiles else longer - 1, generator=generator, device="cpu")
         extra = candidates[: count % longer]
-        balanced = torch.cat([torch.arange(longer).repeat(count // longer), extra])
-        of_longer = balanced[torch.randperm(count, generator=generator)].tolist()
+        balanced = torch.cat([torch.arange(longer, device="cpu").repeat(count // longer), extra])
+        of_longer = balanced[torch.randperm(count, generator=generator, device="cpu")].tolist()
         of_shorter = [line for line in range(shorter) for _ in range(per_line)]
         corner = None if self.tiles else (shorter - 1, longer - 1)
         _mend_pairs(of_shorter, of_longer, corner, generator)
         num_rows, num_columns = self.grid
         rows, columns = (of_shorter, of_longer) if num_rows <= num_columns else (of_longer, of_shorter)
-        return (torch.tensor(rows) * num_columns + torch.tensor(columns)).sort().values.to(torch.int32)
+        numbers = sorted(row * num_columns + column for row, column in zip(rows, columns, strict=True))
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu")
 
     def _block_corners(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """First row and first column of each block, (T,) int64."""
@@ -238,21 +239,24 @@ class Support:
     def inside(self, indices: Tensor) -> Tensor:
         """Places of the entries inside the matrix among those of all blocks, (nnz,) int64 of T * b * b, in order.
 
-        Their number is known: sorting them to the front spares the host from counting a mask on the GPU.
+        Their number is known: numbering them spares the host from counting a mask on the GPU.
         """
         rows, columns = self._block_corners(indices)
         within = torch.arange(self.block, device=indices.device)
         row_fits = rows[:, None] + within < self.out_features  # (T, b)
         column_fits = columns[:, None] + within < self.in_features
-        fits = row_fits[:, :, None] & column_fits[:, None, :]
-        return (~fits).flatten().to(torch.uint8).argsort(stable=True)[: self.num_nonzero]
+        fits = (row_fits[:, :, None] & column_fits[:, None, :]).flatten()
+        places = torch.zeros(self.num_nonzero + 1, dtype=torch.int64, device=indices.device)
+        to = torch.where(fits, fits.cumsum(0) - 1, self.num_nonzero)  # what does not fit goes behind the others
+        return places.scatter_(0, to, torch.arange(len(fits), device=indices.device))[: self.num_nonzero]
 
 
 def _mend_pairs(
     first: list[int], second: list[int], forbidden: tuple[int, int] | None, generator: torch.Generator | None
 ) -> None:
     """Swap entries of `second`, in place, until all pairs (first[i], second[i]) are distinct and none is
-    `forbidden`."""
+    `forbidden`. No swap makes a pair that is there already, so every one leaves fewer to mend; at most half of all
+    possible pairs are taken, so there are always some to swap with."""
     taken: dict[tuple[int, int], int] = {}
     for pair in zip(first, second, strict=True):
         taken[pair] = taken.get(pair, 0) + 1
@@ -263,7 +267,7 @@ def _mend_pairs(
 
     bad = [i for i in range(len(first)) if is_bad(i)]
     while bad:
-        i, j = bad[-1], int(torch.randint(len(first), (), generator=generator))
+        i, j = bad[-1], int(torch.randint(len(first), (), generator=generator, device="cpu"))
         if not is_bad(i):
             bad.pop()
             continue

@@ -20,9 +20,8 @@ def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable
     """
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
-        bias, weight = linear.bias is not None, linear.weight
-        aligned = AlignedLinear(linear.in_features, linear.out_features, bias, weight.device, weight.dtype)
-        aligned.load_state_dict(linear.state_dict(), assign=True)
+        aligned = AlignedLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        aligned.weight, aligned.bias = linear.weight, linear.bias
         return aligned
 
     return replace_linears(model, should_replace, make)

@@ -62,8 +62,7 @@ class Method(Protocol):
     def replace(
         self, model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]
     ) -> list[str]:
-        """Replace in place the linears that `should_replace(name, linear)` picks; return their names ([] for dense
-        training)."""
+        """Replace in place the linears that `should_replace(name, linear)` picks; return their names."""
 
 
 def pattern_fits(pattern: str, name: str) -> bool:

@@ -44,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse_root = ctx.saved_tensors
         normed = x * inverse_root  # float32, and so is all that follows
         grad_y = grad_y.to(normed.dtype)
-        grad_weight = torch.linalg.vecdot(grad_y.flatten(0, -2), normed.flatten(0, -2), dim=0)
+        grad_weight = torch.linalg.vecdot(grad_y.reshape(-1, x.shape[-1]), normed.reshape(-1, x.shape[-1]), dim=0)
         grad = grad_y * weight
         mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
         grad_x = grad.sub_(normed.mul_(mean)).mul_(inverse_root)
@@ -55,7 +55,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable

@@ -62,7 +62,8 @@ class Grid:
     def spread(self, x: Tensor, head_size: int) -> Tensor:
         """x (N, heads * d) -> (B, T, heads, d), zero at the positions that x lacks."""
         if self.rows is not None:
-            x = x.new_zeros(self.num_sequences * self.num_positions, x.shape[1]).index_copy(0, self.rows, x)
+            # index_put_, because index_copy_ would keep x for backward
+            x = x.new_zeros(self.num_sequences * self.num_positions, x.shape[1]).index_put_((self.rows,), x)
         return x.view(self.num_sequences, self.num_positions, -1, head_size)
 
     def collect(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def rotary_tables(num_positions: int, head_size: int, theta: float, device: torc
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary tables (T, 1, d) to x (B, T, heads, d)."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def project(x: Tensor, *projections: nn.Module) -> list[Tensor]:

@@ -20,7 +20,7 @@ from sltrain.data.tokenizer import Tokenizer
 from sltrain.data.word_cache import word_cache
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
-NEEDS_SHARED = ("t5", "t5_own", "t5_first", "t5_never", "gpt2", "gpt2_prefix", "gpt2_nfc")
+NEEDS_SHARED = ("t5", "t5_own", "t5_unstripped", "t5_first", "t5_never", "gpt2", "gpt2_prefix", "gpt2_nfc")
 # What may act across the end of a word: combining marks, joiners, spaces and controls of all kinds, letters that
 # belong to the character behind or before them, and what becomes several characters or none.
 STRANGE = (
@@ -79,6 +79,8 @@ def spec_of(kind):
         split = [{"type": "WhitespaceSplit"}, metaspace()]
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split}
         spec["normalizer"] = spec["normalizer"]["normalizers"][0]
+    elif kind == "t5_unstripped":
+        del spec["normalizer"]["normalizers"][1]
     elif kind != "t5":
         spec["pre_tokenizer"] = metaspace(kind.removeprefix("t5_"))
     return json.dumps(spec)
@@ -99,14 +101,17 @@ def unpack(ids):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", *NEEDS_SHARED])
 @settings(max_examples=150, deadline=None)
-@given(texts=st.lists(TEXTS, max_size=4), max_len=st.sampled_from([None, 2, 5, 30]))
-def test_ids_are_those_of_the_whole_text(kind, texts, max_len):
+@given(
+    texts=st.lists(TEXTS, max_size=4), max_len=st.sampled_from([None, 2, 5, 30]), look=st.sampled_from([10, 1 << 16])
+)
+def test_ids_are_those_of_the_whole_text(kind, texts, max_len, look):
     if kind in NEEDS_SHARED and not SHARED.is_dir():
         pytest.skip("no folder of shared data beside the checkout")
     raw, tokenizer = loaded(kind)
     expected = [encoding.ids for encoding in raw.encode_batch(texts, add_special_tokens=False)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_ENTRIES", 200)  # so that the table starts again now and then
+        patch.setattr(module, "MAX_CHARS_PER_LOOK", look)
         for found, ids in zip(tokenizer._words.ids(texts, max_len), expected, strict=True):
             if found is not None:
                 found = unpack(found)

@@ -55,6 +55,11 @@ def test_changes_are_refused_by_name_once_there_is_training_to_lose(tmp_path: Pa
         folder.check(CONFIG, "never", [])
 
 
+def test_a_key_that_a_run_began_without_is_no_change(tmp_path: Path) -> None:
+    trained(tmp_path / "run")
+    RunFolder(tmp_path / "run").check({**CONFIG, "support": "uniform"}, "auto", ["path"])
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run")
     with pytest.raises(ValueError, match="tokenizer"):

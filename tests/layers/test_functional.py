@@ -296,5 +296,9 @@ def test_aligned_products_are_those_of_the_sides_as_they_are(shape, monkeypatch)
     found, expected = (f(x, dense, weight.bias) for f in (aligned_linear, F.linear))
     torch.testing.assert_close(found, expected)
     tensors = (x, dense, weight.bias)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor), lambda tensor: tensor):
+        aligned_linear(*tensors)
+    assert {tensor.data_ptr() for tensor in saved} <= {tensor.data_ptr() for tensor in tensors}
     for ours, reference in zip(*(torch.autograd.grad(y, tensors, upstream) for y in (found, expected)), strict=True):
         torch.testing.assert_close(ours, reference)

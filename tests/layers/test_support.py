@@ -139,6 +139,14 @@ def test_a_stratum_holds_one_position_in_one_byte():
     assert Support(300, 401, 0.003, "stratified").index_dtype == torch.int32  # strata of more than 256
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draw_is_on_the_cpu_whatever_the_default_device(kind):
+    support = Support(64, 64, 0.1, kind)
+    with torch.device("meta"):
+        indices = support.draw(generator())
+    assert torch.equal(indices, support.draw(generator()))
+
+
 @pytest.mark.parametrize("shape", [(96, 96), (172, 64), (64, 172), (130, 75)], ids=str)
 @pytest.mark.parametrize("block", [4, 8])
 def test_blocks_are_spread_evenly_over_rows_and_columns(shape, block):
