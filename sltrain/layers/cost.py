@@ -31,8 +31,8 @@ class Costs:
     weight_pass: float  # one entry of W, read or written
 
 
-# Of the CPU: medians over the paper's shapes on two AVX-512 cores; up to twice as much on small or narrow matrices, where
-# reading x and writing y weighs more. Blocks without the kernel are an estimate.
+# Of the CPU: medians over the paper's shapes on two AVX-512 cores; up to twice as much on small or narrow matrices,
+# where reading x and writing y weighs more. Blocks without the kernel are an estimate.
 COSTS = {
     "cpu": Costs(entry=2.3, block_entry=2.2, column_entry=4.2, weight_pass=29.0),
     "cpu without kernel": Costs(entry=None, block_entry=5.0, column_entry=4.2, weight_pass=29.0),
