@@ -349,12 +349,7 @@ def build_trainer(
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         say(f"resume     from step {saved['progress']['step']:,} ({checkpoint})")
     progress = Progress(**saved.get("progress", {}))
-    num_rows = config.micro_batch_size * config.seq_len
-    layer_paths = set_paths(model, config.layer_path, num_rows, ranks.device, saved.get("layer_paths"))
-    arithmetic = machine_kind(ranks.device, next(model.parameters()).dtype)
-    if saved.get("arithmetic", arithmetic) != arithmetic:
-        say(f"note       this run was computed on {saved['arithmetic']}, it goes on on {arithmetic}: not bit for bit")
-    say_layer_paths(layer_paths, ranks.device, say)
+    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device, say)
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     sinks: list[Sink] = []
@@ -383,7 +378,7 @@ def build_trainer(
         report=tell,
         progress=progress,
         stream_state=saved.get("stream", {}),
-        built_with={"layer_paths": layer_paths, "arithmetic": arithmetic},
+        built_with={"arithmetic": arithmetic},
     )
 
 
@@ -411,14 +406,22 @@ def restore(
     return state
 
 
-def say_layer_paths(paths: dict[str, str], device: torch.device, say: Report) -> None:
-    """How the products of W are computed, and why not by the kernel where there is none."""
+def fix_arithmetic(
+    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Report
+) -> dict[str, Any]:
+    """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
+    num_rows = config.micro_batch_size * config.seq_len
+    paths = set_paths(model, config.layer_path, num_rows, device, saved.get("layer_paths"))
     for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
         count = sum(chosen == path for chosen in paths.values())
         if count:
             say(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
+    machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
+    if saved.get("machine", machine) != machine:
+        say(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
     if paths and device.type == "cpu" and (reason := cpu_kernel.status()) is not None:
         say(f"note       {reason}")
+    return {"layer_paths": paths, "machine": machine}
 
 
 def learning_rate_setter(
