@@ -167,7 +167,7 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, grid, use_reentrant=False)
+                x = checkpoint(layer, x, grid, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, grid)
         return self.norm(x)

@@ -4,14 +4,19 @@
     dlogits = softmax(h W^T) - onehot(y),     dh = dlogits W,     dW = dlogits^T h
 
 The logits of one 512 x 256 batch over 32,000 tokens are 16.8 GB in float32, as much again for their gradient: far
-more than the rest of a small model. So a chunk of rows at a time makes its logits, its loss and at once, in the forward
-pass, its gradients; backward only multiplies them by the gradient of the sum. Beside a chunk of logits this holds dh
-(N, D) and dW (V, D), accumulated in float32 so that many small bfloat16 contributions are not rounded away. The
-logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input).
+more than the rest of a small model. So a chunk of rows at a time makes its logits and its loss and at once, in the
+forward pass, their gradient; backward only multiplies by the gradient of the sum. What waits for backward is dh (N, D)
+and the smaller of two things:
+
+    many rows    dW (V, D), accumulated in float32 so that many small bfloat16 contributions are not rounded away
+    few rows     dlogits (N, V) and h, of which backward makes dW in one product: the batch-of-one of a 7B model then
+                 needs 16 MB beside the gradient itself, not 786
+
+The logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input).
 
 torch has a `linear_cross_entropy` of the same idea, but not in every release this package supports (torch >= 2.11), and
-with options that still move; thirty lines of our own behave the same everywhere. As there, the result can be
-differentiated once, not twice.
+with options that still move; a page of our own behaves the same everywhere. As there, the result can be differentiated
+once, not twice.
 """
 
 from typing import Any
@@ -23,13 +28,21 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100  # label of a position without a target, as in torch and transformers
 # Of float32 logits. A CPU's memory manager keeps pieces of this size for the next chunk; larger ones it returns to the
 # system, and getting them back costs more than the softmax. A GPU wants larger products.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 MIN_CHUNK_ROWS = 128  # fewer rows would leave the matrix products idle
+SCALE_ROWS = 1024  # of a gradient, scaled in float32 at a time
 
 
 def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     """Rows whose float32 logits fill CHUNK_BYTES."""
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+
+
+def keeps_logit_gradients(num_rows: int, hidden_size: int, element_size: int) -> bool:
+    """Whether dlogits (N, V) and h wait for backward, because they are smaller than dW (V, D) as it is accumulated and
+    kept."""
+    accumulated = 4 if element_size < 4 else 0
+    return num_rows * element_size <= hidden_size * (element_size + accumulated)
 
 
 @torch.compiler.disable  # tracing would unroll the loop over chunks, anew for every number of rows
@@ -47,55 +60,94 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
     chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0], device_type)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_rows)
-    return _run_chunks(hidden, weight, labels, chunk_rows, False, False)[0]
+    return _run_chunks(hidden, weight, labels, chunk_rows, _Gradients())
+
+
+class _Gradients:
+    """What the chunks leave for backward; None for what is not needed."""
+
+    def __init__(
+        self, hidden: Tensor | None = None, weight: Tensor | None = None, logits: Tensor | None = None
+    ) -> None:
+        self.hidden, self.weight, self.logits = hidden, weight, logits
+
+    @classmethod
+    def allocate(cls, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool) -> "_Gradients":
+        gradients = cls(torch.empty_like(hidden) if needs_hidden else None)
+        if needs_weight and keeps_logit_gradients(*hidden.shape, hidden.element_size()):
+            gradients.logits = hidden.new_empty(len(hidden), len(weight))
+        elif needs_weight:
+            gradients.weight = weight.new_zeros(weight.shape, dtype=_exact(hidden))
+        return gradients
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        loss, *gradients = _run_chunks(hidden, weight, labels, chunk_rows, needs_hidden, needs_weight)
-        ctx.save_for_backward(*gradients)
+        gradients = _Gradients.allocate(hidden, weight, *ctx.needs_input_grad[:2])
+        loss = _run_chunks(hidden, weight, labels, chunk_rows, gradients)
+        grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        # A row without a target is made zero where it is D wide, not V.
+        source = None if gradients.logits is None else hidden * (labels != IGNORE).unsqueeze(1)
+        ctx.save_for_backward(gradients.hidden, grad_weight, gradients.logits, source)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In grad_loss's float32: 1 / num_tokens rounded to bfloat16 would shift every gradient's scale by up to 0.4 %.
-        scaled = (
-            None if grad is None else (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
-            for grad in ctx.saved_tensors
-        )
-        return *scaled, None, None
+        grad_hidden, grad_weight, grad_logits, hidden = ctx.saved_tensors
+        if grad_logits is not None:
+            grad_weight = grad_logits.t() @ _scaled(hidden, grad_loss)
+        elif grad_weight is not None:
+            grad_weight = _scaled(grad_weight, grad_loss)
+        return None if grad_hidden is None else _scaled(grad_hidden, grad_loss), grad_weight, None, None
+
+
+def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix * factor, multiplied in the factor's float32: 1 / num_tokens rounded to bfloat16 would shift every
+    gradient's scale by up to 0.4 %."""
+    if matrix.dtype == factor.dtype:
+        return matrix * factor
+    result = torch.empty_like(matrix)
+    for to, rows in zip(result.split(SCALE_ROWS), matrix.split(SCALE_ROWS), strict=True):
+        to.copy_(rows.to(factor.dtype) * factor)
+    return result
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @torch.no_grad()
-def _run_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, needs_hidden: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss sum, d loss / d hidden or None, d loss / d weight or None)."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.zeros((), dtype=exact, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight: Tensor | None = None  # in `exact`
-    for chunk, label, grad_chunk in zip(
-        hidden.split(chunk_rows), labels.unsqueeze(1).split(chunk_rows), grad_hidden.split(chunk_rows), strict=True
-    ):
-        has_target, target = label != IGNORE, label.clamp(min=0)
-        log_p = torch.log_softmax(chunk @ weight.t(), 1, dtype=exact)  # (rows, V)
-        loss -= (log_p.gather(1, target) * has_target).sum()
-        if not (needs_hidden or needs_weight):
-            continue
-        # d loss / d logits = softmax - onehot. A row without a target is made zero where it is D wide, not V.
-        grad_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=exact)).to(hidden.dtype)
-        if needs_hidden:
-            torch.mul(grad_logits @ weight, has_target, out=grad_chunk)
-        if needs_weight:
-            chunk = chunk * has_target
-            if grad_weight is None:
-                grad_weight = (grad_logits.t() @ chunk).to(exact)
-            elif hidden.dtype == exact:
-                grad_weight.addmm_(grad_logits.t(), chunk)
-            else:
-                grad_weight += grad_logits.t() @ chunk
-    return loss, grad_hidden if needs_hidden else None, None if grad_weight is None else grad_weight.to(weight.dtype)
+def _run_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, gradients: _Gradients) -> Tensor:
+    """The sum of the losses; fills `gradients`."""
+    loss = torch.zeros((), dtype=_exact(hidden), device=hidden.device)
+    for first in range(0, len(hidden), chunk_rows):
+        loss -= _run_chunk(hidden, weight, labels, slice(first, first + chunk_rows), gradients)
+    return loss
+
+
+def _run_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, rows: slice, gradients: _Gradients) -> Tensor:
+    """The sum of the log-probabilities of these rows' labels. Its logits are gone when it returns."""
+    exact, chunk, label = _exact(hidden), hidden[rows], labels[rows].unsqueeze(1)
+    has_target, target = label != IGNORE, label.clamp(min=0)
+    log_p = torch.log_softmax(chunk @ weight.t(), 1, dtype=exact)  # (rows, V)
+    total = (log_p.gather(1, target) * has_target).sum()
+    if gradients.hidden is None and gradients.weight is None and gradients.logits is None:
+        return total
+    # d loss / d logits = softmax - onehot
+    grad_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))
+    del log_p  # twice the size of what follows, in bfloat16
+    if gradients.logits is None:
+        grad_logits = grad_logits.to(hidden.dtype)
+    else:
+        grad_logits = gradients.logits[rows].copy_(grad_logits)
+    if gradients.hidden is not None:
+        torch.mul(grad_logits @ weight, has_target, out=gradients.hidden[rows])
+    if gradients.weight is not None:
+        chunk = chunk * has_target
+        if hidden.dtype == exact:
+            gradients.weight.addmm_(grad_logits.t(), chunk)
+        else:
+            gradients.weight += grad_logits.t() @ chunk
+    return total

@@ -7,17 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sltrain.models.loss import CHUNK_BYTES, MIN_CHUNK_ROWS, chunked_cross_entropy_sum, default_chunk_rows
+from sltrain.models.loss import (
+    CHUNK_BYTES,
+    MIN_CHUNK_ROWS,
+    chunked_cross_entropy_sum,
+    default_chunk_rows,
+    keeps_logit_gradients,
+)
 
 ROWS, SIZE, VOCABULARY = 23, 8, 50
+FEW_ROWS = 7  # so few that the gradient of the logits waits for backward, and not that of the weight
 
 
-def make(dtype=torch.float64, ignored=0.3):
+def make(dtype=torch.float64, ignored=0.3, rows=ROWS):
     source = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, SIZE, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, SIZE, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, SIZE, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
-    labels = torch.randint(VOCABULARY, (ROWS,), generator=source)
-    labels[torch.rand(ROWS, generator=source) < ignored] = -100
+    labels = torch.randint(VOCABULARY, (rows,), generator=source)
+    labels[torch.rand(rows, generator=source) < ignored] = -100
     return hidden, weight, labels
 
 
@@ -27,8 +34,9 @@ def reference(hidden, weight, labels):
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 23, 100, None])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-def test_equals_torch_in_float64(chunk_rows, ignored):
-    hidden, weight, labels = make(ignored=ignored)
+@pytest.mark.parametrize("rows", [ROWS, FEW_ROWS])
+def test_equals_torch_in_float64(chunk_rows, ignored, rows):
+    hidden, weight, labels = make(ignored=ignored, rows=rows)
     loss = chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows)
     expected = reference(hidden, weight, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
@@ -37,9 +45,10 @@ def test_equals_torch_in_float64(chunk_rows, ignored):
         torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [ROWS, FEW_ROWS])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_a_frozen_input_gets_no_gradient(frozen):
-    hidden, weight, labels = make()
+def test_a_frozen_input_gets_no_gradient(frozen, rows):
+    hidden, weight, labels = make(rows=rows)
     {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
     chunked_cross_entropy_sum(hidden, weight, labels, 4).backward()
     gradients = hidden.grad, weight.grad
@@ -86,8 +95,22 @@ def test_without_gradients_only_the_loss_is_computed():
     torch.testing.assert_close(loss, reference(hidden, weight, labels).detach())
 
 
-def test_bfloat16_gives_a_float32_loss_and_bfloat16_gradients():
-    hidden, weight, labels = make(dtype=torch.bfloat16)
+@pytest.mark.parametrize("rows", [ROWS, FEW_ROWS, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smaller_gradient_waits_for_backward(rows, dtype):
+    hidden, weight, labels = make(dtype, ignored=0.0, rows=rows)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        chunked_cross_entropy_sum(hidden, weight, labels)
+    of_logits, of_weight = (rows, VOCABULARY), (VOCABULARY, SIZE)
+    expected = of_logits if keeps_logit_gradients(rows, SIZE, hidden.element_size()) else of_weight
+    assert [tuple(tensor.shape) for tensor in kept if tensor.shape in (of_logits, of_weight)] == [expected]
+    assert {True: of_logits, False: of_weight}[rows <= FEW_ROWS or (rows == ROWS and dtype == torch.bfloat16)] == expected
+
+
+@pytest.mark.parametrize("rows", [ROWS, FEW_ROWS, 100])
+def test_bfloat16_gives_a_float32_loss_and_bfloat16_gradients(rows):
+    hidden, weight, labels = make(dtype=torch.bfloat16, rows=rows)
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     loss, expected = chunked_cross_entropy_sum(hidden, weight, labels, 4), reference(*exact, labels)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=5e-3)
