@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sltrain.build_memory import plan_run, settings_that_fit
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
@@ -30,9 +32,11 @@ from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, free_bytes
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
+from sltrain.engine.per_layer_step import train_step_per_layer
 from sltrain.engine.run_folder import RunFolder
+from sltrain.engine.step import StepResult, train_step
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
 from sltrain.layers import cpu_kernel
@@ -40,9 +44,11 @@ from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods import METHODS
 from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.settings import MethodSettings
-from sltrain.models.accounting import count_indices, count_parameters
+from sltrain.models.accounting import count_parameters, stored_bytes
 from sltrain.models.llama import LlamaForCausalLM, is_projection
-from sltrain.optim.build import build_optimizer, check_optimizer, set_learning_rate
+from sltrain.models.memory_plan import MemoryPlan
+from sltrain.optim.build import build_optimizer, check_optimizer, check_updates, set_learning_rate
+from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
 
 __all__ = ["Outcome", "Run", "build_model", "build_run", "print_line"]
@@ -108,10 +114,28 @@ class Run:
             return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); {saved}"
         if outcome is Outcome.DATA_LOST:
             return f"the data could not be read any more; {saved}, once it can"
+        if outcome is Outcome.OUT_OF_MEMORY:
+            return self._out_of_memory()
         return (
             f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
             f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
             f" (now {c.warmup_steps:,}), in a new run_dir"
+        )
+
+    def _out_of_memory(self) -> str:
+        """What was planned, what is saved, and what to start again with."""
+        assert self.trainer is not None
+        c, t = self.config, self.trainer
+        options = {
+            f"micro_batch_size below {c.micro_batch_size}": c.micro_batch_size > 1,
+            "activation_checkpointing=true": not c.activation_checkpointing,
+            "per_layer_update=true": not (c.per_layer_update or c.compile),
+        }
+        smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"
+        kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
+        return (
+            f"out of memory after step {t.step:,}: {t.planned_memory_bytes / 1e9:,.2f} GB were planned for tensors;"
+            f" {kept}; start the same command with run_dir={self.folder.path} and {smaller}"
         )
 
 
@@ -133,7 +157,8 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     plain = dataclasses.asdict(config)
     folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json))
     describe(config, model, source, tokenizer, eval_set, folder, ranks, cadence, say)
-    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, say, tell)
+    plan = ranks.everywhere(lambda: guard_memory(config, model, ranks, say))
+    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, plan, say, tell)
     return Run(folder, ranks, config, trainer, cadence)
 
 
@@ -141,6 +166,15 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
     check_optimizer(config.optimizer.name)
+    check_updates(
+        config.optimizer.name,
+        dtype=pick_dtype(config.dtype, ranks.device),
+        per_layer_update=config.per_layer_update,
+        accumulation=config.accumulation,
+        grad_clip=config.grad_clip,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+        stochastic_rounding=config.stochastic_rounding,
+    )
     if config.compile and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
         if shutil.which(compiler) is None:
@@ -274,6 +308,35 @@ def describe(
         say(f"note       {line}")
 
 
+def guard_memory(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks, say: Report) -> MemoryPlan:
+    """Plan the run's memory and say what comes. Raises ValueError if it does not fit and the guard is on."""
+    device = ranks.device
+    vocab_size, dtype = model.lm_head.out_features, model.lm_head.weight.dtype
+
+    def plan_of(config: TrainConfig, model: LlamaForCausalLM | None = None) -> MemoryPlan:
+        model = model or build_model(config, vocab_size, dtype)
+        set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
+        return plan_run(config, model, device, ranks.world_size)
+
+    plan = plan_of(config, model)
+    free = free_bytes(device)
+    if free is not None and device.type == "cpu":
+        free //= ranks.world_size  # they share it
+    say(f"memory     {_gigabytes(plan.total_bytes)} planned for tensors, {_gigabytes(free)} free on {device}")
+    if free is None or plan.total_bytes <= free or not config.memory_guard:
+        return plan
+    found = settings_that_fit(config, plan_of, free)
+    advice = "a smaller model" if found is None else f"{found[0]} ({_gigabytes(found[1].total_bytes)})"
+    raise ValueError(
+        f"the run needs {_gigabytes(plan.total_bytes)} on {device}, where {_gigabytes(free)} are free; what would fit:"
+        f" {advice}; memory_guard=off starts all the same, sltrain-plan shows where the memory goes"
+    )
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "an unknown amount" if num_bytes is None else f"{num_bytes / 1e9:,.2f} GB"
+
+
 def _short(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number else "0"
 
@@ -324,6 +387,7 @@ def build_trainer(
     stream: TrainStream,
     eval_set: EvalSet,
     ranks: Ranks,
+    plan: MemoryPlan,
     say: Report,
     tell: Report,
 ) -> Trainer:
@@ -334,15 +398,7 @@ def build_trainer(
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
         model.init_weights(config.seed)
-    optimizer = build_optimizer(
-        model.named_parameters(),
-        name=config.optimizer.name,
-        lr=config.lr,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
-        weight_decay=config.weight_decay,
-        device=ranks.device,
-    )
+    optimizer = build_updates(config, model, ranks)
     saved: dict[str, Any] = {}
     if checkpoint is not None:
         saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
@@ -356,7 +412,8 @@ def build_trainer(
     ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
     return Trainer(
         model=compiled,
-        train_model=ranks.wrap(compiled),
+        train_model=compiled if config.per_layer_update else ranks.wrap(compiled),
+        train_step=build_step(config),
         optimizer=optimizer,
         stream=stream,
         eval_set=eval_set,
@@ -368,18 +425,52 @@ def build_trainer(
         set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
         micro_batch_size=config.micro_batch_size,
         seq_len=config.seq_len,
-        grad_clip=config.grad_clip,
+        updates_in_backward=config.per_layer_update,
+        planned_memory_bytes=plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
             "peak_memory_measure": memory.measure,
             "num_parameters": count_parameters(model),
-            "num_indices": count_indices(model),
+            "index_bytes": stored_bytes(model)["indices"],
         },
         report=tell,
         progress=progress,
         stream_state=saved.get("stream", {}),
         built_with={"arithmetic": arithmetic},
     )
+
+
+def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
+    """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        name=config.optimizer.name,
+        lr=config.lr,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.weight_decay,
+        device=ranks.device,
+        stochastic_rounding=config.stochastic_rounding,
+        accumulation=config.accumulation,
+        seed=config.seed,
+    )
+    if not config.per_layer_update:
+        return optimizer
+    return PerLayerUpdate(
+        optimizer,
+        parameters=model.parameters(),
+        reduce_grad=ranks.sum_,
+        num_ranks=ranks.world_size,
+        accumulation=config.accumulation,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+    )
+
+
+def build_step(config: TrainConfig) -> Callable[..., StepResult]:
+    """The function that runs one update with what `build_updates` returns."""
+    if config.per_layer_update:
+        return train_step_per_layer
+    return partial(train_step, grad_clip=config.grad_clip, grad_clip_per_parameter=config.grad_clip_per_parameter)
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

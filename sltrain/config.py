@@ -43,7 +43,7 @@ class MethodConfig:
 class OptimizerConfig:
     """The update rule. Learning rate and weight decay are top-level keys."""
 
-    name: str = MISSING  # adamw or adam8bit
+    name: str = MISSING  # adamw, adam8bit or adam4bit
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
 
@@ -113,6 +113,10 @@ class TrainConfig:
     warmup_steps: int = MISSING  # updates
     weight_decay: float = MISSING  # decoupled (AdamW); norms and biases never decay
     grad_clip: float | None = None  # global gradient norm; None: no clipping
+    grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
+    per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
+    accumulation: str = MISSING  # per_layer_update: hold gradients to the last micro-batch, or fold them into moments
+    stochastic_rounding: bool = MISSING  # round bfloat16 updates up or down at random, right on average
 
     # Cadence; 0: never
     log_every: int = MISSING  # updates between train lines
@@ -127,6 +131,7 @@ class TrainConfig:
     device: str = MISSING  # auto, cpu or cuda
     compile: bool = MISSING  # torch.compile
     activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, compute the rest again in backward
+    memory_guard: bool = MISSING  # refuse to start what does not fit into the memory that is free
 
     # The run folder
     run_dir: str | None = None  # None: a new folder under outputs/
@@ -135,7 +140,7 @@ class TrainConfig:
 
 CHOICES = {
     "method.name": ("sltrain", "full", "low_rank"),
-    "optimizer.name": ("adamw", "adam8bit"),
+    "optimizer.name": ("adamw", "adam8bit", "adam4bit"),
     "data.name": ("c4", "local", "stdlib"),
     "tracker.name": ("none", "wandb"),
     "support": ("uniform", "stratified", "block", "column"),
@@ -144,6 +149,7 @@ CHOICES = {
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
+    "accumulation": ("hold", "fold"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
@@ -171,13 +177,15 @@ AT_LEAST = {
     "seed": 0,
 }
 ABOVE_ZERO = (
-    "lr alpha max_steps max_tokens grad_clip optimizer.eps model.rms_norm_eps model.rope_theta model.initializer_range"
+    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter optimizer.eps model.rms_norm_eps model.rope_theta"
+    " model.initializer_range"
 ).split()
 # Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. The files
 # behind `path` are compared by name and size, the tokenizer by content.
 CHANGEABLE_ON_RESUME = (
     "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens "
-    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
+    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path memory_guard"
+    " per_layer_update"
 ).split()
 
 
@@ -215,6 +223,7 @@ def validate(config: TrainConfig) -> None:
             f"seq_len={config.seq_len} is above model.max_position_embeddings={longest};"
             " lower the one or raise the other"
         )
+    _validate_update(config)
     num_steps(config)
     for key in ("path", "validation_path"):
         globs = get_key(config, key)
@@ -259,6 +268,19 @@ def _validate_method(config: TrainConfig) -> None:
         )
     if config.method.name == "low_rank" and config.rank == 0:
         raise ValueError("method=low_rank needs rank above 0")
+
+
+def _validate_update(config: TrainConfig) -> None:
+    if config.grad_clip is not None and config.grad_clip_per_parameter is not None:
+        raise ValueError(
+            f"grad_clip={config.grad_clip:g} and grad_clip_per_parameter={config.grad_clip_per_parameter:g} are both"
+            " set; keep one (a model's recipe may set grad_clip: type grad_clip=null)"
+        )
+    if config.per_layer_update and config.compile:
+        raise ValueError(
+            "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
+            " before it returns; drop one of the two"
+        )
 
 
 def num_steps(config: TrainConfig) -> int:

@@ -79,6 +79,8 @@ def train(composed: DictConfig) -> ExitCode:
         outcome = run.train()
         if run.trainer is not None and run.trainer.data_error is not None:
             report_error(run.trainer.data_error)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            return report_error(ValueError(run.farewell(outcome)))
         run.say(run.farewell(outcome))
         return {
             Outcome.FINISHED: ExitCode.OK,

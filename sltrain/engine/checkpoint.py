@@ -53,6 +53,7 @@ _SAFETENSORS_DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -194,7 +195,8 @@ def _write_files(folder: Path, step: int, model: nn.Module, optimizer: Optimizer
     """Fill `folder`, manifest last, all of it on the disk when this returns."""
     tensors = {name: tensor.contiguous() for name, tensor in _named_tensors(model).items()}
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-    with open(folder / OPTIMIZER_FILE, "wb") as file:
+    optimizer = innermost(optimizer)
+    with open(folder / OPTIMIZER_FILE, "wb") as file:  # a state_dict holds the state's own tensors, no copies
         torch.save({"class": type(optimizer).__name__, "state_dict": optimizer.state_dict()}, file)
     (folder / STATE_FILE).write_text(json.dumps({**state, "step": step}))
     files = {name: _seal(folder / name) for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)}
@@ -331,45 +333,66 @@ def _refuse_differences(path: Path, expected: dict[str, str], found: dict[str, s
 
 
 def _load_optimizer(path: Path, optimizer: Optimizer) -> None:
-    """Fill the optimizer, keeping every dtype of the file.
+    """Fill the optimizer tensor by tensor, keeping every dtype of the file and never holding the state twice.
 
-    torch's Optimizer.load_state_dict casts floating state to the parameter's dtype (float32 moments of bfloat16
-    parameters would be rounded), so each tensor that it changed is put back afterwards.
+    load_state_dict does neither: torch's casts floating state to the parameter's dtype (float32 moments of bfloat16
+    parameters would be rounded), bitsandbytes' copies everything first.
     """
+    optimizer = innermost(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # A mapped file keeps the ranks of one machine from each holding a copy on its way to the GPU. On the CPU the loaded
     # tensors become the state, and must not go on depending on a file that keep_last deletes.
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=not on_cpu)
-    state_dict = saved["state_dict"]
+    states, saved_groups = saved["state_dict"]["state"], saved["state_dict"]["param_groups"]
     want = _describe_optimizer(type(optimizer).__name__, optimizer.param_groups)
-    have = _describe_optimizer(saved["class"], state_dict["param_groups"])
+    have = _describe_optimizer(saved["class"], saved_groups)
     if want != have:
         raise CheckpointError(f"checkpoint of another optimizer: this run expects {want}, {path} has {have}.")
-    optimizer.load_state_dict(state_dict)
-    saved_ids = [identifier for group in state_dict["param_groups"] for identifier in group["params"]]
-    for identifier, parameter in zip(saved_ids, parameters, strict=True):
-        for key, original in _tensors_of(state_dict["state"].get(identifier, {})).items():
-            loaded = optimizer.state[parameter][key]
-            if loaded.dtype != original.dtype:
-                optimizer.state[parameter][key] = original.to(loaded.device)
-            elif not on_cpu and loaded.device.type == "cpu":
-                optimizer.state[parameter][key] = original.clone()  # out of the mapped file
+    optimizer.state.clear()
+    placed: dict[int, Tensor] = {}  # by id: bitsandbytes' parameters share their quantization maps
+
+    def place(value: Any, device: torch.device) -> Any:
+        """A value of a mapped file, in memory of its own if it is a tensor."""
+        if on_cpu or not isinstance(value, Tensor):
+            return value
+        if id(value) not in placed:
+            placed[id(value)] = value.to(device, copy=True)
+        return placed[id(value)]
+
+    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
+        for key in (group.keys() & saved_group.keys()) - {"params"}:  # torch's AdamW has settings that ours has not
+            group[key] = place(saved_group[key], torch.device("cpu"))
+        for parameter, identifier in zip(group["params"], saved_group["params"], strict=True):
+            for key, value in _flat(states.get(identifier, {})).items():
+                optimizer.state[parameter][key] = place(value, _device_of_state(key, parameter, group))
+
+
+def _device_of_state(key: str, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where one tensor of a parameter's state lives: with the parameter. A step count is read on the host, but by
+    torch's fused and capturable optimizers on the device."""
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+    return torch.device("cpu") if on_host else parameter.device
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that has the state. One that works through another, as for updates inside backward, has it as
+    `inner`; a checkpoint knows nothing of the outer ones, so they can be put on and taken off between two runs."""
+    while isinstance(inner := getattr(optimizer, "inner", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _describe_optimizer(name: str, groups: list[dict[str, Any]]) -> str:
     return f"{name} with groups of {' + '.join(str(len(group['params'])) for group in groups)} parameters"
 
 
-def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one parameter's saved state; bitsandbytes wraps some in a dict and unwraps them on loading."""
-    tensors: dict[str, Tensor] = {}
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's saved state; bitsandbytes wraps some of it in a dict of its own."""
+    flat: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, Mapping):
-            tensors.update(_tensors_of(value))
-    return tensors
+        flat.update(_flat(value) if isinstance(value, Mapping) else {key: value})
+    return flat
 
 
 def _first_line(error: BaseException) -> str:

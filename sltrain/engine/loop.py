@@ -1,11 +1,12 @@
 """The cadence of a run: step, log, evaluate, save, stop. What each of these does is the trainer's business.
 
-A run ends in one of four ways; in all of them what was trained is saved, except when the updates themselves broke.
+A run ends in one of five ways; in all of them what was trained is saved, except when the updates themselves broke.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
+from sltrain.engine.memory import is_out_of_memory
 from sltrain.engine.trainer import Trainer
 
 
@@ -15,6 +16,7 @@ class Outcome(Enum):
     FINISHED = "finished"
     INTERRUPTED = "interrupted"  # a signal asked for it; what was trained was saved
     DATA_LOST = "data lost"  # the stream broke; what was trained was saved
+    OUT_OF_MEMORY = "out of memory"  # saved, unless an update broke off halfway
     DIVERGED = "diverged"  # too many updates in a row were not finite
 
 
@@ -30,6 +32,16 @@ class Cadence:
 
 def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
     """Train from the trainer's step to `max_steps`, then evaluate once more and write the final line."""
+    try:
+        return _run(trainer, cadence)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    trainer.rescue()  # here, where the error and the tensors of its frames are gone
+    return Outcome.OUT_OF_MEMORY
+
+
+def _run(trainer: Trainer, cadence: Cadence) -> Outcome:
 
     def is_due(every: int) -> bool:
         return every > 0 and trainer.step > 0 and trainer.step % every == 0

@@ -1,19 +1,28 @@
-"""Peak memory of the training process, and the name of what was measured.
+"""Memory of the training process: the peak of the process, the peak of its tensors, and what is free.
 
-CUDA: the most bytes that tensors held at once (torch's allocator), and the most it had reserved from the device.
+The process. CUDA: the most bytes that tensors held at once (torch's allocator), and the most it had reserved from the
+device. CPU: the most physical memory the process held (VmHWM of /proc/self/status), Python and its libraries included.
+Linux can reset that mark; elsewhere the peak of the whole process so far stands in for it.
 
-CPU: the most physical memory the process held (VmHWM of /proc/self/status), Python and its libraries included. Linux
-can reset that mark; elsewhere the peak of the whole process so far stands in for it.
+The tensors. That is what a memory plan foretells. On CUDA it is the same number. A CPU's allocator keeps no such mark,
+so torch's profiler writes down what is allocated and freed during one update.
 """
 
+import os
 import re
 import resource
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
 
 
 class PeakMemory:
@@ -53,3 +62,61 @@ def _peak_resident_bytes() -> int:
         return int(mark[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, everyone else KiB
+
+
+def tensor_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> tuple[T, int]:
+    """What `run` returns, and the most bytes that tensors held while it ran.
+
+    `held_bytes` is what they hold before, as `bytes_of` counts it; on CUDA the allocator knows.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        return result, torch.cuda.max_memory_allocated(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it tells stderr that it starts and stops
+    with torch.autograd.profiler.profile(profile_memory=True, acc_events=False) as profile:
+        result = run()
+    present = highest = held_bytes
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            present += event.nbytes()
+            highest = max(highest, present)
+    return result, highest
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind these tensors, which may share it."""
+    storages = (plain.untyped_storage() for tensor in tensors for plain in _plain(tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one of a subclass, such as a quantized one, is made of; an ordinary one itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of weights, buffers and optimizer state: what is held between updates."""
+    state = (value for values in optimizer.state.values() for value in values.values())
+    return bytes_of([*model.parameters(), *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken: of the GPU, or of the machine; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(available[1]) * 1024 if available else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: CUDA's has a type of its own, the CPU's allocator a sentence."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -7,7 +7,7 @@ An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint o
                  data_wait_fraction, peak_memory_bytes, num_skipped_updates,
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)
-    final        also peak_memory_bytes, peak_memory_measure, wall_seconds, num_parameters, num_indices
+    final        also peak_memory_bytes, peak_memory_measure, wall_seconds, num_parameters, index_bytes
 
 Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
 event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls

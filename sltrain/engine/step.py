@@ -27,6 +27,9 @@ class StepResult:
     loss: float  # mean token loss of the update, natural log, over all ranks
     grad_norm: float  # global L2 norm, before clipping
     skipped: bool = False  # nothing was updated: loss or gradient was not finite
+    # Of per_layer_step.py, over all ranks: what was left out because it was not finite, while the rest was used.
+    num_skipped_tensors: int = 0  # gradients
+    num_skipped_micro_batches: int = 0
 
 
 def train_step(
@@ -37,6 +40,7 @@ def train_step(
     ranks: Ranks,
     grad_clip: float | None = None,
     on_skip: Callable[[str], None] = lambda name: None,
+    grad_clip_per_parameter: float | None = None,
 ) -> StepResult:
     """Run one update.
 
@@ -46,6 +50,7 @@ def train_step(
         num_targets: predicted tokens of the whole update, over all ranks.
         grad_clip: largest global gradient norm, or None.
         on_skip: called with the name of what was not finite when the update is skipped.
+        grad_clip_per_parameter: largest norm of one parameter's gradient, or None; a larger one is scaled down.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float32, device=ranks.device)
@@ -71,6 +76,9 @@ def train_step(
         return result
     if grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    if grad_clip_per_parameter is not None:
+        coefficients = [(grad_clip_per_parameter / (norm + 1e-6)).clamp_(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, coefficients)
     optimizer.step()
     return result
 

@@ -17,13 +17,14 @@ from torch import nn
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, held_by, tensor_peak
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
-from sltrain.engine.step import StepResult, train_step
+from sltrain.engine.step import StepResult
 from sltrain.engine.stop import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
+MAX_PROFILED_MICRO_BATCHES = 4  # of an update whose tensors are measured: each takes tens of thousands of records
 STOP_CHECK_SECONDS = 1.0  # a stream that waits for the network must not keep a signal waiting
 
 
@@ -36,6 +37,7 @@ class Progress:
     positions: int = 0  # rows x seq_len, all ranks
     num_skipped_updates: int = 0
     num_skipped_in_a_row: int = 0
+    num_skipped_tensors: int = 0  # of updates inside backward
     evaluated_step: int = 0  # last step with an eval line
     wall_seconds: float = 0.0  # all processes that worked on this run, one after the other
 
@@ -58,6 +60,7 @@ class Trainer:
 
     model: nn.Module
     train_model: nn.Module
+    train_step: Callable[..., StepResult]  # model, optimizer, micro_batches, num_targets, ranks, on_skip -> result
     optimizer: torch.optim.Optimizer
     stream: Any  # iterator of batches, with `wait` and `close`
     eval_set: Any  # iterable of batches, with `exhausted`
@@ -69,7 +72,8 @@ class Trainer:
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
     seq_len: int
-    grad_clip: float | None
+    updates_in_backward: bool  # so that an update that breaks off leaves weights half updated
+    planned_memory_bytes: int  # of tensors, at their peak
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
     final_metrics: dict[str, Any]  # what the final line says besides the evaluation
     report: Callable[[str], None]  # one line to the user
@@ -84,6 +88,11 @@ class Trainer:
         self.saved_step = self.progress.step or -1
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
+        self.num_updates_here = 0  # by this process
+        self.peak_tensor_bytes: int | None = None  # of one update, once it is measured
+        self.is_whole = True  # whether weights and optimizer state are those after a whole number of updates
+        if not self.updates_in_backward:
+            self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "is_whole", False))
 
     @property
     def step(self) -> int:
@@ -120,24 +129,53 @@ class Trainer:
         """Run one update and advance the counters."""
         next_step = self.step + 1
         self.lr = self.set_learning_rate(next_step)
-        result = train_step(
-            self.train_model,
-            self.optimizer,
-            self._micro_batches(update.batch),
-            update.num_targets,
-            self.ranks,
-            self.grad_clip,
-            on_skip=lambda name: self._report_once(f"step {next_step}: {name} is not finite; this update is skipped"),
+        self.is_whole = not self.updates_in_backward
+        result = self._measured(
+            lambda: self.train_step(
+                self.train_model,
+                self.optimizer,
+                self._micro_batches(update.batch),
+                update.num_targets,
+                self.ranks,
+                on_skip=lambda name: self._report_once(
+                    f"step {next_step}: {name} is not finite; this update is skipped"
+                ),
+            ),
+            num_micro_batches=-(-len(update.batch.input_ids) // self.micro_batch_size),
         )
+        self.is_whole = True
+        self.num_updates_here += 1
         progress = self.progress
         progress.step = next_step
         progress.tokens += update.num_tokens
         progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
         progress.num_skipped_updates += result.skipped
+        progress.num_skipped_tensors += result.num_skipped_tensors
         progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if result.skipped else 0
         self.stream_state = update.batch.state
         self.throughput.add(update.num_tokens)
         return result
+
+    def _measured(self, run: Callable[[], StepResult], num_micro_batches: int) -> StepResult:
+        """Run an update, and measure its tensors if it is the second one of this process: the first one still makes
+        the optimizer's state. On CUDA the allocator's mark is there anyway."""
+        is_second = self.num_updates_here == 1
+        if self.ranks.device.type == "cuda" or not is_second or num_micro_batches > MAX_PROFILED_MICRO_BATCHES:
+            return run()
+        self.optimizer.zero_grad()  # what was there before must not be freed in between
+        result, self.peak_tensor_bytes = tensor_peak(run, held_by(self.model, self.optimizer), self.ranks.device)
+        measured, planned = self.peak_tensor_bytes / 1e9, self.planned_memory_bytes / 1e9
+        self._report_once(f"memory     {measured:,.2f} GB measured for tensors, {planned:,.2f} planned")
+        return result
+
+    def rescue(self) -> None:
+        """After memory ran out: free what an update had begun, and save if the weights are whole. Ranks do not agree on
+        running out, so nothing is saved where there are several."""
+        self.optimizer.zero_grad()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.is_whole and self.step > 0 and self.ranks.world_size == 1:
+            self.save()
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
@@ -148,6 +186,7 @@ class Trainer:
             **self.throughput.read(),
             **self._peak_memory(),
             "num_skipped_updates": self.progress.num_skipped_updates,
+            **({"num_skipped_tensors": self.progress.num_skipped_tensors} if self.updates_in_backward else {}),
             **self.model_metrics(),
         }
         self._write("train", line)
@@ -193,10 +232,16 @@ class Trainer:
             self.report(line)
 
     def _peak_memory(self) -> dict[str, int]:
-        """The peak of the rank with the highest; on CUDA also what the allocator had reserved for it."""
-        reserved = self.memory.reserved_bytes()
-        peak = max(self.ranks.gather((self.memory.peak_bytes(), reserved or 0)))
-        return {"peak_memory_bytes": peak[0], **({} if reserved is None else {"peak_memory_reserved_bytes": peak[1]})}
+        """Measured beside planned. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
+        what the allocator had reserved for them."""
+        peak, reserved = self.memory.peak_bytes(), self.memory.reserved_bytes()
+        tensors = self.peak_tensor_bytes if reserved is None else peak
+        peaks = [max(values) for values in zip(*self.ranks.gather((peak, tensors or 0, reserved or 0)), strict=True)]
+        names = ("peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
+        return {
+            "planned_memory_bytes": self.planned_memory_bytes,
+            **{name: value for name, value in zip(names, peaks, strict=True) if value},
+        }
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

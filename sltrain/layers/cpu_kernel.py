@@ -84,6 +84,54 @@ def block_backward(
     return torch.ops.sltrain.block_backward.default(x, grads, values, blocks, block_size)
 
 
+def scratch_bytes(
+    num_rows: int,
+    in_features: int,
+    outs: Sequence[int],
+    nums: Sequence[int],
+    threads: int,
+    direction: str,
+    block_size: int = 0,
+) -> int:
+    """Bytes that one call needs besides its arguments and results, for N = num_rows, and for each S its rows and its
+    number of entries (block_size 0) or blocks. `direction` is forward or backward.
+
+    entries    flat int32 places, decoded for the call; a tile of x, or of the gradients, a thread. Backward also a copy
+               of S ordered by column (12 bytes an entry), and the sums of dvalues: one a thread, and one in that order
+    blocks     a copy of S padded to the registers; tiles; backward also a sum of dvalues a thread
+
+    Nothing of it outlives the call but the tiles, which each thread keeps for the next one.
+    """
+    assert direction in ("forward", "backward")
+    backward, total = direction == "backward", sum(nums)
+    if block_size:
+        wide, across = _round_up(block_size, 16), -(-in_features // block_size)
+        down = sum(-(-out // block_size) for out in outs)
+        parts = _parts(num_rows, 64, threads)
+        packed = total * (4 * block_size * wide + 24) + 8 * (across + down)  # and lists of what lies where
+        tiles = parts * (down + 1 if backward else across) * 64 * wide * 4
+        return packed + tiles + (parts * total * wide * wide * 4 if backward else 0)
+    width = sum(outs) if backward else in_features
+    tile_rows = 64  # as tile_tokens in the C++
+    while tile_rows > 16 and (tile_rows * width * 4 > 800 * 1024 or tile_rows // 2 * threads >= num_rows):
+        tile_rows //= 2
+    parts = _parts(num_rows, tile_rows, threads)
+    tiles = parts * tile_rows * width * 4
+    if not backward:
+        return 4 * total + 16 * sum(outs) + tiles
+    by_column, sums = 12 * total + 8 * in_features, 4 * (parts + 1) * total
+    return 4 * total + by_column + sums + tiles
+
+
+def _parts(num_rows: int, tile_rows: int, threads: int) -> int:
+    """Threads that get work."""
+    return max(1, min(threads, -(-num_rows // tile_rows)))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 # What torch sees: four operations with shapes that torch.compile can ask for without running them.
 
 

@@ -81,8 +81,9 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def compose_weight(weight: Weight) -> Tensor:
     """Dense W, (out, in), in the factors' dtype."""
     dense = weight.B @ (weight.scale * weight.A)
-    flat, positions = dense.view(-1), weight.support.positions(weight.indices)
-    flat.index_put_((positions,), flat.index_select(0, positions) + weight.values)
+    flat = dense.view(-1)
+    for entries, positions in weight.support.pieces(weight.indices):
+        flat.index_put_((positions,), flat.index_select(0, positions) + weight.values[entries])
     return dense
 
 
@@ -115,7 +116,7 @@ class _AlignedLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         rows = _aligned_columns(_to(x, cast).reshape(-1, x.shape[-1]))
         y = (rows @ _aligned(_to(weight, cast)).t())[:, : len(weight)].unflatten(0, x.shape[:-1])
-        return y if bias is None else y + _to(bias, cast)
+        return y if bias is None else y.add_(_to(bias, cast))
 
     @staticmethod
     @once_differentiable
@@ -180,7 +181,9 @@ class _Composed(torch.autograd.Function):
             if needs_B:
                 grad_B = (grad_weight @ (ctx.scale * A_cast).t()).to(B.dtype)
             if needs_values:
-                grad_values = grad_weight.view(-1).index_select(0, ctx.support.positions(indices)).to(values.dtype)
+                grad_values, flat = torch.empty_like(values), grad_weight.view(-1)
+                for entries, positions in ctx.support.pieces(indices):
+                    grad_values[entries] = flat.index_select(0, positions).to(values.dtype)
         if needs_bias:
             grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
         return grad_x, grad_A, grad_B, grad_values, None, grad_bias, None, None, None

@@ -29,6 +29,7 @@ from sltrain.layers.sparse import Sparse, can_share
 from sltrain.layers.support import Support
 
 PATHS = ("composed", "factored")  # how W x is computed: see functional.py
+DRAWN_AT_ONCE = 2**22  # random numbers
 
 
 class FactoredLinear(nn.Module):
@@ -222,8 +223,8 @@ class LowRankLinear(FactoredLinear):
         self._reset_factors(generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = aligned_linear(x, self.A)  # (..., rank)
-        return aligned_linear(hidden, self.scale * self.B, self.bias)
+        hidden = self.scale * aligned_linear(x, self.A)  # (..., rank); a scaled B would be kept for backward
+        return aligned_linear(hidden, self.B, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -245,5 +246,7 @@ class AlignedLinear(nn.Linear):
 
 
 def _fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    """Pieces of a sequence of numbers: the values are those of drawing all at once, without a second copy of all."""
+    for piece in parameter.view(-1).split(DRAWN_AT_ONCE):
+        drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
+        piece.copy_(drawn.uniform_(-bound, bound, generator=generator))

@@ -14,6 +14,7 @@ computed on their device. Several matrices that are applied to the same x go thr
 reads x once. Everything here is plain arithmetic on detached tensors; gradients are put together in functional.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,29 +100,33 @@ def _slices(s: Sparse) -> list[tuple[int, int]]:
     return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
 
 
-def _slots(s: Sparse, first: int, last: int) -> Tensor:
-    """Where the values go in the flattened rows first .. last - 1; those of other rows to the slot behind them, so that
-    no count has to come to the host."""
+def _slots(s: Sparse, first: int, last: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The values, some at a time: which of them, where each goes in the flattened rows first .. last - 1, and whether
+    it does. Those of other rows go to the slot behind, so that no count has to come to the host."""
     in_features = s.support.in_features
     size = (last - first) * in_features
-    slots = s.support.positions(s.indices).long() - first * in_features
-    return torch.where((slots >= 0) & (slots < size), slots, size)
+    for entries, positions in s.support.pieces(s.indices):
+        slots = positions.sub_(first * in_features)
+        inside = (slots >= 0) & (slots < size)
+        yield entries, torch.where(inside, slots, size), inside
 
 
 def _entries_forward(x: Tensor, s: Sparse) -> Tensor:
-    y = []
+    y = x.new_empty((len(x), s.support.out_features))
     for first, last in _slices(s):
-        y.append(x @ _dense_rows(s, first, last, x.dtype).t())
-    return torch.cat(y, dim=1)
+        y[:, first:last] = x @ _dense_rows(s, first, last, x.dtype).t()
+    return y
 
 
 def _entries_backward(x: Tensor, grad: Tensor, s: Sparse, grad_x: Tensor) -> Tensor:
     grad_values = torch.zeros_like(s.values)
     for first, last in _slices(s):
         part = grad[:, first:last]
-        grad_x += part @ _dense_rows(s, first, last, x.dtype)
-        grad_rows = F.pad((part.t() @ x).flatten(), (0, 1))  # the slot behind is 0
-        grad_values += grad_rows[_slots(s, first, last)].to(grad_values.dtype)
+        grad_x.addmm_(part, _dense_rows(s, first, last, x.dtype))
+        grad_rows = (part.t() @ x).view(-1)
+        for entries, slots, inside in _slots(s, first, last):
+            own = grad_rows[slots.clamp_(max=len(grad_rows) - 1)].to(grad_values.dtype)
+            grad_values[entries] = torch.where(inside, own, grad_values[entries])
     return grad_values
 
 
@@ -129,7 +134,8 @@ def _dense_rows(s: Sparse, first: int, last: int, dtype: torch.dtype) -> Tensor:
     in_features = s.support.in_features
     size = (last - first) * in_features
     flat = torch.zeros(size + 1, dtype=dtype, device=s.values.device)
-    flat[_slots(s, first, last)] = s.values.to(dtype)
+    for entries, slots, _ in _slots(s, first, last):
+        flat[slots] = s.values[entries].to(dtype)
     return flat[:size].view(last - first, in_features)
 
 
@@ -142,14 +148,20 @@ def _to_blocks(s: Sparse) -> Tensor:
     if s.support.tiles:
         return s.values.view(shape)
     blocks = torch.zeros(shape, dtype=s.values.dtype, device=s.values.device)
-    blocks.view(-1)[s.support.inside(s.indices)] = s.values
+    for entries, places in s.support.pieces_in_blocks(s.indices):
+        blocks.view(-1)[places] = s.values[entries]
     return blocks
 
 
 def _from_blocks(blocks: Tensor, s: Sparse) -> Tensor:
     """(T, b, b) -> (nnz,): the entries inside the matrix."""
     flat = blocks.flatten()
-    return flat if s.support.tiles else flat[s.support.inside(s.indices)]
+    if s.support.tiles:
+        return flat
+    values = flat.new_empty(s.support.num_nonzero)
+    for entries, places in s.support.pieces_in_blocks(s.indices):
+        values[entries] = flat[places]
+    return values
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Which entries of S are trained: a support, drawn once and kept.
 
     kind         drawn                                         kept                        rank of B A + S
-    uniform      int(sparsity * out * in) positions, every     int32 flat positions        full (the paper's
-                 subset equally likely                         (row * in + column)         Proposition 1)
+    uniform      int(sparsity * out * in) positions, every     row starts and uint16       full (the paper's
+                 subset equally likely                         column numbers              Proposition 1)
     stratified   one position in each of as many equal         its offset in its stratum,  full
                  strata of the flattened matrix                1 byte up to 256 entries
     block        b x b blocks: the block lines of the shorter  int32 block numbers         full
@@ -12,23 +12,43 @@
 
 `uniform` is the paper's (arXiv 2406.02214, section 3.2). The published code shuffles all out * in positions and keeps
 the first few; here positions are drawn with replacement until enough are distinct, which costs memory and time for the
-kept ones only and has exactly the same distribution. The other kinds are ours. `stratified` looks like it but needs a
-quarter of the bytes. `block` and `column` trade some freedom of the support for small dense products. A regular
-bipartite graph is a sum of permutations (König), so every block support contains a block permutation matrix, and that
-alone has full rank; blocks thrown at random leave block rows empty and do not. Blocks and columns come in whole lines,
-so their sparsity is the nearest that exists; blocks that stick out of a matrix whose sides they do not divide train
-only what is inside.
+kept ones only and has exactly the same distribution. The other kinds are ours. `stratified` looks like it but needs
+half the bytes; from 4,096 entries on it trains a multiple of 128, so that block-wise quantized optimizer states need no
+remainder. (Where strata then begin alike in every row, columns in the shorter ones are trained a little more often: by
+one part in 33 at a sparsity of 0.03.) `block` and `column` trade some freedom of the support for small dense products.
+A regular bipartite graph is a sum of permutations (König), so every block support contains a block permutation matrix,
+and that alone has full rank; blocks thrown at random leave block rows empty and do not. Blocks and columns come in
+whole lines, so their sparsity is the nearest that exists; blocks that stick out of a matrix whose sides they do not
+divide train only what is inside.
+
+A uniform support of up to 65,536 columns is one uint16 tensor, 2 bytes an entry and 4 a row:
+
+    2 (out + 1) words    where each row starts among the entries, and the end: int32, two words each
+    nnz words            the column of each entry, row after row, ascending
+
+One tensor, because then it is one buffer to pass on, save and count, whatever the kind. Beyond that width it is int32
+flat positions (row * in + column), 4 bytes an entry.
+
+Kept positions are compact; the flat ones that an operation needs are computed on the device, CHUNK_ENTRIES of them at a
+time (`pieces`), and no step of that makes the host wait for a GPU.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("uniform", "stratified", "block", "column")
 MAX_ENTRIES = 2**31 - 1  # the largest matrix whose flat positions fit int32
+MAX_COMPACT_COLUMNS = 2**16  # what uint16 can number
+CHUNK_ENTRIES = 2**21  # entries whose flat positions exist at a time
+_PIECE_BYTES = {"uniform": 20, "stratified": 16, "block": 40, "column": 16}  # an entry, while they do
+QUANTIZED_BLOCK = 128  # entries of `stratified` come in multiples of this
+QUANTIZED_FROM = 4096  # and from this many on: bitsandbytes quantizes no smaller states
 SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is the fastest way
 BLOCK_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tried in this order: large blocks make efficient products
 BLOCK_TOLERANCE = 0.1  # a block size is taken if its sparsity is this near, relatively, to the one asked for
@@ -131,7 +151,10 @@ class Support:
             return self.out_features * self.num_columns
         if self.kind == "block":
             return self._num_block_entries()
-        return int(self.sparsity * self.num_entries)
+        count = int(self.sparsity * self.num_entries)
+        if self.kind == "stratified" and count >= QUANTIZED_FROM:
+            return count // QUANTIZED_BLOCK * QUANTIZED_BLOCK
+        return count
 
     @property
     def num_indices(self) -> int:
@@ -139,15 +162,22 @@ class Support:
         if self.kind == "column":
             return self.num_columns
         if self.kind == "block":
-            return self._blocks_per_line * min(self.grid)
-        return self.num_nonzero
+            return self._num_blocks
+        return self.num_nonzero + (self._num_start_words if self.is_compact else 0)
 
     @property
     def index_dtype(self) -> torch.dtype:
         """Of what `draw` returns."""
+        if self.is_compact:
+            return torch.uint16
         if self.kind != "stratified" or self.num_nonzero == 0:
             return torch.int32
         return torch.uint8 if -(-self.num_entries // self.num_nonzero) <= 256 else torch.int32
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the support is kept as row starts and uint16 columns."""
+        return self.kind == "uniform" and self.in_features <= MAX_COMPACT_COLUMNS and self.num_nonzero > 0
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the support: (num_indices,) index_dtype on the CPU. `generator` is a CPU generator (None: torch's)."""
@@ -157,32 +187,85 @@ class Support:
             return self._draw_blocks(generator)
         if self.kind == "column":
             return _draw_distinct(self.in_features, self.num_columns, generator)
-        return _draw_distinct(self.num_entries, self.num_nonzero, generator)
+        positions = _draw_distinct(self.num_entries, self.num_nonzero, generator)
+        return self._compress(positions) if self.is_compact else positions
 
     def positions(self, indices: Tensor) -> Tensor:
         """Flat row-major positions, (nnz,) int32, of the values in their order, on the device of `indices`. Distinct;
-        sorted but for kind block."""
-        if self.kind == "uniform":
-            return indices
-        if self.kind == "stratified":
-            return (self._strata(indices.device)[:-1] + indices).to(torch.int32)
+        sorted but for kind block. What can work piece by piece asks for `pieces`."""
+        positions = torch.empty(self.num_nonzero, dtype=torch.int32, device=indices.device)
+        for entries in self._chunks():
+            positions[entries] = self._flat(indices, entries).to(torch.int32)
+        return positions
+
+    def pieces(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The values in order, some at a time: which of them, n <= CHUNK_ENTRIES, and their flat positions (n,) int64.
+        How many pieces there are depends on the support alone, not on the draw."""
+        for entries in self._chunks():
+            yield entries, self._flat(indices, entries).long()
+
+    @property
+    def piece_bytes(self) -> int:
+        """The most that `pieces` holds at a time: a piece, what it is computed from, and the piece before."""
+        entries = next(self._chunks(), slice(0, 0))
+        return _PIECE_BYTES[self.kind] * (entries.stop - entries.start)
+
+    def _chunks(self) -> Iterator[slice]:
+        """All entries, at most CHUNK_ENTRIES at a time; of kind column whole rows, one at least."""
+        step = CHUNK_ENTRIES
         if self.kind == "column":
-            rows = torch.arange(self.out_features, device=indices.device)[:, None]
-            return (rows * self.in_features + indices).flatten().to(torch.int32)
-        flat = self._block_positions(indices).flatten()
-        return (flat if self.tiles else flat[self.inside(indices)]).to(torch.int32)
+            step = max(1, CHUNK_ENTRIES // self.num_columns) * self.num_columns
+        for first in range(0, self.num_nonzero, step):
+            yield slice(first, min(first + step, self.num_nonzero))
+
+    def _flat(self, indices: Tensor, entries: slice) -> Tensor:
+        """Flat positions of these entries, (n,) int32 or int64."""
+        if self.kind == "stratified":
+            return self._stratum_starts(entries, indices.device).add_(indices[entries])
+        if self.kind == "column":
+            rows = torch.arange(entries.start, entries.stop, self.num_columns, device=indices.device)
+            return (rows.floor_divide_(self.num_columns).mul_(self.in_features)[:, None] + indices).flatten()
+        if self.kind == "block":
+            blocks, rows, columns = self._block_places(indices, entries)
+            first_rows, first_columns = self._block_corners(indices)
+            rows.add_(first_rows[blocks]).mul_(self.in_features)
+            return rows.add_(first_columns[blocks]).add_(columns)
+        return self._decompress(indices, entries) if self.is_compact else indices[entries]
+
+    # Row starts and columns
+
+    @property
+    def _num_start_words(self) -> int:
+        return 2 * (self.out_features + 1)
+
+    def _compress(self, positions: Tensor) -> Tensor:
+        """Sorted flat positions (nnz,) int32 -> row starts and columns, (num_indices,) uint16."""
+        firsts = torch.arange(self.out_features + 1, dtype=torch.int32, device="cpu") * self.in_features
+        starts = torch.searchsorted(positions, firsts, out_int32=True)
+        columns = (positions % self.in_features).to(torch.uint16)
+        return torch.cat([starts.view(torch.uint16), columns])
+
+    def _decompress(self, indices: Tensor, entries: slice) -> Tensor:
+        """Flat positions of these entries, (n,) int32."""
+        words = self._num_start_words
+        starts = indices[:words].view(torch.int32)
+        columns = indices[words + entries.start : words + entries.stop].to(torch.int32)
+        return _lines(starts, entries).mul_(self.in_features).add_(columns)
 
     # Strata
 
-    def _strata(self, device: torch.device | str) -> Tensor:
-        """First positions of the strata, and the end, (nnz + 1,) int64."""
-        count = self.num_nonzero
-        return torch.arange(count + 1, device=device) * self.num_entries // max(count, 1)
+    def _stratum_starts(self, strata: slice, device: torch.device | str) -> Tensor:
+        """First positions of these strata, (n,) int64; the one behind the last starts at the end of the matrix."""
+        numbers = torch.arange(strata.start, strata.stop, device=device)
+        return numbers.mul_(self.num_entries).floor_divide_(self.num_nonzero)
 
     def _draw_stratified(self, generator: torch.Generator | None) -> Tensor:
-        sizes = self._strata("cpu").diff()
-        drawn = torch.rand(self.num_nonzero, generator=generator, dtype=torch.float64, device="cpu")
-        return (drawn * sizes).to(self.index_dtype)  # towards zero: 0 .. size - 1
+        offsets = torch.empty(self.num_nonzero, dtype=self.index_dtype, device="cpu")
+        for strata in self._chunks():
+            sizes = self._stratum_starts(slice(strata.start, strata.stop + 1), "cpu").diff()
+            drawn = torch.rand(len(sizes), generator=generator, dtype=torch.float64, device="cpu")
+            offsets[strata] = (drawn * sizes).to(self.index_dtype)  # towards zero: 0 .. size - 1
+        return offsets
 
     # Blocks
 
@@ -196,14 +279,18 @@ class Support:
         """k: blocks in each block line of the shorter side."""
         return min(round(self.sparsity * self.longer), max(1, self.longer - 1))
 
+    @property
+    def _num_blocks(self) -> int:
+        return self._blocks_per_line * min(self.grid)
+
     def _num_block_entries(self) -> int:
         """The entries inside the matrix. How many blocks lie in the last lines is fixed (`_draw_blocks`)."""
         size, (num_rows, num_columns) = self.block, self.grid
         missing_rows, missing_columns = num_rows * size - self.out_features, num_columns * size - self.in_features
-        per_long_line = self.num_indices // self.longer
+        per_long_line = self._num_blocks // self.longer
         in_last_row = self._blocks_per_line if num_rows <= num_columns else per_long_line
         in_last_column = self._blocks_per_line if num_columns < num_rows else per_long_line
-        return self.num_indices * size * size - size * (missing_rows * in_last_row + missing_columns * in_last_column)
+        return self._num_blocks * size * size - size * (missing_rows * in_last_row + missing_columns * in_last_column)
 
     def _draw_blocks(self, generator: torch.Generator | None) -> Tensor:
         """Sorted block numbers, uniformly paired lines, then pairs that come twice are mended by swaps.
@@ -230,25 +317,34 @@ class Support:
         numbers = indices.long()
         return numbers // self.grid[1] * self.block, numbers % self.grid[1] * self.block
 
-    def _block_positions(self, indices: Tensor) -> Tensor:
-        """Flat positions of the entries of all blocks, (T, b, b) int64; meaningless where a block sticks out."""
-        rows, columns = self._block_corners(indices)
-        within = torch.arange(self.block, device=indices.device)
-        return (rows[:, None, None] + within[:, None]) * self.in_features + columns[:, None, None] + within
+    def _block_places(self, indices: Tensor, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The block of each of these entries, and its row and column inside the block, three times (n,) int64.
 
-    def inside(self, indices: Tensor) -> Tensor:
-        """Places of the entries inside the matrix among those of all blocks, (nnz,) int64 of T * b * b, in order.
-
-        Their number is known: numbering them spares the host from counting a mask on the GPU.
+        What sticks out of the matrix is no entry. How many entries each block has is computed on the device.
         """
-        rows, columns = self._block_corners(indices)
-        within = torch.arange(self.block, device=indices.device)
-        row_fits = rows[:, None] + within < self.out_features  # (T, b)
-        column_fits = columns[:, None] + within < self.in_features
-        fits = (row_fits[:, :, None] & column_fits[:, None, :]).flatten()
-        places = torch.zeros(self.num_nonzero + 1, dtype=torch.int64, device=indices.device)
-        to = torch.where(fits, fits.cumsum(0) - 1, self.num_nonzero)  # what does not fit goes behind the others
-        return places.scatter_(0, to, torch.arange(len(fits), device=indices.device))[: self.num_nonzero]
+        first_rows, first_columns = self._block_corners(indices)
+        heights = (self.out_features - first_rows).clamp(max=self.block)  # (T,)
+        widths = (self.in_features - first_columns).clamp(max=self.block)
+        starts = F.pad((heights * widths).cumsum(0), (1, 0))  # (T + 1,)
+        blocks = _lines(starts, entries)
+        numbers = torch.arange(entries.start, entries.stop, device=indices.device)
+        numbers -= starts[blocks]
+        width = widths[blocks]
+        return blocks, numbers // width, numbers.remainder_(width)
+
+    def pieces_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As `pieces`, with places among the entries of all blocks, T * b * b, instead of positions in the matrix."""
+        for entries in self._chunks():
+            blocks, rows, columns = self._block_places(indices, entries)
+            yield entries, blocks.mul_(self.block).add_(rows).mul_(self.block).add_(columns)
+
+
+def _lines(starts: Tensor, entries: slice) -> Tensor:
+    """Which line (row, block) each of these entries lies in, (n,), for lines that start at the entries `starts` and end
+    where the next one starts; the dtype is that of `starts`."""
+    counts = starts.clamp(entries.start, entries.stop).diff()  # of these entries in each line
+    # Their sum is known here: a GPU need not be asked, and waited for.
+    return torch.repeat_interleave(counts, output_size=entries.stop - entries.start)
 
 
 def _mend_pairs(

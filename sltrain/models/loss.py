@@ -74,7 +74,7 @@ class _Gradients:
     @classmethod
     def allocate(cls, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool) -> "_Gradients":
         gradients = cls(torch.empty_like(hidden) if needs_hidden else None)
-        if needs_weight and keeps_logit_gradients(*hidden.shape, hidden.element_size()):
+        if needs_weight and keeps_logit_gradients(len(hidden), hidden.shape[1], hidden.element_size()):
             gradients.logits = hidden.new_empty(len(hidden), len(weight))
         elif needs_weight:
             gradients.weight = weight.new_zeros(weight.shape, dtype=_exact(hidden))

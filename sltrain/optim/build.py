@@ -9,18 +9,107 @@ adamw     torch.optim.AdamW, its two moments in the parameters' dtype: bfloat16 
           paper's setting. The fused kernel is 6 times faster on a CPU too (3.3 ms against 19 ms for 5.6M parameters on
           one thread), gives the same bits at any number of threads, and rounds a bfloat16 update once instead of at
           every operation. On a CPU it ignores a gradient's strides (measured on torch 2.13). Those that autograd
-          accumulates have their parameter's; never assign `.grad` a transposed tensor by hand.
+          accumulates have their parameter's; never assign `.grad` a transposed tensor by hand. What it cannot do,
+          folding and stochastic rounding, adamw.py does.
 adam8bit  bitsandbytes AdamW8bit: both moments as 8-bit codes, one scale a block of 256 (Dettmers et al., arXiv
           2110.02861); float32 moments for parameters of fewer than 4096 elements.
+adam4bit  torchao AdamW4bit: 4-bit codes, one scale a block of 128 (Li et al., arXiv 2309.01507). Parameters of fewer
+          than 4096 elements, and those that 128 does not divide, as most values of S, keep moments in their own
+          dtype. It compiles its step for each shape of parameter in the first update, some seconds each, and on a CPU
+          needs a C++ compiler for that.
+
+Another optimizer with a small state is one more line in OPTIMIZERS: what makes it, how many bytes its state has, and
+what must be installed. All that is asked of it is torch's protocol: state by parameter in `state`, tensors and plain
+numbers, among them a "step" that counts a parameter's updates; settings in `param_groups`, read anew in every step.
+Then per-layer update, stochastic rounding, checkpoints and the memory plan work with it. To be let in it has to go on
+bit for bit from a checkpoint and to have exactly the bytes it says: tests/engine/test_checkpoint.py and
+tests/optim/test_build.py ask that of every line of the table.
 """
 
-from collections.abc import Iterable, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-OPTIMIZERS = ("adamw", "adam8bit")
+from sltrain.optim.adamw import AdamW
+from sltrain.optim.in_pieces import InPieces, piece_sizes
+from sltrain.optim.per_layer import ACCUMULATIONS
+from sltrain.optim.rounding import PIECE, StochasticRounding
+
+Groups = list[dict[str, Any]]
+WORKING_COPIES = 6  # float32 copies of a piece that adamw.py makes
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One choice of `optimizer`."""
+
+    make: Callable[[Groups, dict[str, Any], torch.device], Optimizer]  # groups, lr betas eps, where parameters live
+    state_bytes: Callable[[int, int], int]  # state of a parameter of so many elements, of so many bytes each
+    shared_bytes: int = 0  # state that all parameters share
+    copies_on_cpu: int = 0  # float32 copies of a parameter that its step makes while it works, at most
+    copies_on_cuda: int = 0
+    in_pieces: bool = False  # whether it is given parameters in pieces, so that these copies are small
+    can_fold: bool = False  # whether its moments can take an update's gradient in parts
+    package: str | None = None  # what `make` imports
+    install: str = ""  # the command that brings it
+
+
+def _make_adamw(groups: Groups, settings: dict[str, Any], device: torch.device) -> Optimizer:
+    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **settings)
+
+
+def _adamw_bytes(numel: int, element_size: int) -> int:
+    return 2 * numel * element_size + 4  # two moments and a step count
+
+
+def _make_adam8bit(groups: Groups, settings: dict[str, Any], device: torch.device) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **settings)
+
+
+def _adam8bit_bytes(numel: int, element_size: int) -> int:
+    return 8 * numel if numel < 4096 else 2 * (numel + 4 * -(-numel // 256))  # the step count is a Python number
+
+
+def _make_adam4bit(groups: Groups, settings: dict[str, Any], device: torch.device) -> Optimizer:
+    from torchao.optim import AdamW4bit
+
+    return AdamW4bit(groups, **settings)
+
+
+def _adam4bit_bytes(numel: int, element_size: int) -> int:
+    """Under stochastic rounding the optimizer sees elements of 4 bytes."""
+    if numel < 4096 or numel % 128:
+        return _adamw_bytes(numel, element_size)
+    return 2 * (numel // 2 + 4 * (numel // 128) + 4 * 16) + 4  # codes, scales and the values of the 16 codes
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(_make_adamw, _adamw_bytes, can_fold=True),
+    "adam8bit": OptimizerKind(
+        _make_adam8bit,
+        _adam8bit_bytes,
+        shared_bytes=2 * 4 * 256,  # the values of the 256 codes of either moment
+        copies_on_cpu=5,
+        package="bitsandbytes",
+        install="pip install bitsandbytes",
+    ),
+    "adam4bit": OptimizerKind(
+        _make_adam4bit,
+        _adam4bit_bytes,
+        copies_on_cpu=7,
+        copies_on_cuda=7,  # not measured there; the compiler may fuse some away
+        in_pieces=True,
+        package="torchao",
+        install="pip install 'sltrain[adam4bit]'",
+    ),
+}
 
 
 def build_optimizer(
@@ -32,38 +121,115 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
     device: torch.device,
-) -> torch.optim.Optimizer:
+    stochastic_rounding: bool = False,
+    accumulation: str = "hold",
+    seed: int = 0,
+) -> Optimizer:
     """The optimizer `name` over `model.named_parameters()`, which live on `device`.
 
-    Frozen parameters are left out, and a parameter that comes twice (tied weights) is updated once.
+    Frozen parameters are left out, and a parameter that comes twice (tied weights) is updated once. With
+    `accumulation="fold"` it can be given to PerLayerUpdate to fold. `seed` is that of stochastic rounding.
 
-    Raises ValueError for an unknown name, for adam8bit without bitsandbytes, and when nothing is trainable.
+    Raises ValueError for an unknown name, for a package that is missing, and when nothing is trainable.
     """
     check_optimizer(name)
     groups = parameter_groups(named_parameters, weight_decay)
     settings: dict[str, Any] = {"lr": lr, "betas": (float(betas[0]), float(betas[1])), "eps": eps}
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **settings)
-    from bitsandbytes.optim import AdamW8bit
+    if name == "adamw" and (stochastic_rounding or accumulation == "fold"):
+        return AdamW(groups, **settings, seed=seed if stochastic_rounding else None)
 
-    return AdamW8bit(groups, **settings)
+    def make(groups: Groups) -> Optimizer:
+        optimizer = OPTIMIZERS[name].make(groups, settings, device)
+        return StochasticRounding(optimizer, seed) if stochastic_rounding else optimizer
+
+    return InPieces(groups, make) if works_in_pieces(name, stochastic_rounding) else make(groups)
+
+
+def works_in_pieces(name: str, stochastic_rounding: bool) -> bool:
+    """Whether the optimizer is given its parameters in pieces, because it would take several float32 copies of them."""
+    return OPTIMIZERS[name].in_pieces or (name != "adamw" and stochastic_rounding)
+
+
+def state_bytes(name: str, numel: int, element_size: int, stochastic_rounding: bool = False) -> int:
+    """Bytes of state of one parameter."""
+    kind = OPTIMIZERS[name]
+    sizes = piece_sizes(numel) if works_in_pieces(name, stochastic_rounding) else [numel]
+    seen_size = 4 if stochastic_rounding and name != "adamw" else element_size  # in float32, to be rounded afterwards
+    return sum(kind.state_bytes(size, seen_size) for size in sizes)
+
+
+def step_bytes(
+    name: str, sizes: Iterable[tuple[int, int]], device_type: str, *, stochastic_rounding: bool, accumulation: str
+) -> int:
+    """Bytes that a step of `build_optimizer`'s result takes while it works, for parameters of these (numel,
+    element_size)."""
+    largest = max(numel for numel, _ in sizes)
+    if name == "adamw":
+        copies = WORKING_COPIES if stochastic_rounding or accumulation == "fold" else 0
+        return 4 * min(largest, PIECE) * copies
+    kind = OPTIMIZERS[name]
+    copies = kind.copies_on_cuda if device_type == "cuda" else kind.copies_on_cpu
+    at_once = min(largest, PIECE) if works_in_pieces(name, stochastic_rounding) else largest
+    return 4 * at_once * (copies + 2 * stochastic_rounding)  # weight and gradient in float32
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ValueError for an unknown optimizer, and for adam8bit without bitsandbytes."""
+    """Raise ValueError for an unknown optimizer, and for one whose package cannot be imported."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}.")
-    if name == "adam8bit":
+    kind = OPTIMIZERS[name]
+    if kind.package is not None:
         try:
-            import bitsandbytes  # noqa: F401  (seconds to import)
+            importlib.import_module(kind.package)  # seconds
         except ImportError as error:
             raise ValueError(
-                f"optimizer=adam8bit needs bitsandbytes, which cannot be imported ({error}): "
-                "run `pip install bitsandbytes`, or take optimizer=adamw."
+                f"optimizer={name} needs {kind.package}, which cannot be imported ({error}): "
+                f"run `{kind.install}`, or take optimizer=adamw."
             ) from error
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def check_updates(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    per_layer_update: bool = False,
+    accumulation: str = "hold",
+    grad_clip: float | None = None,
+    grad_clip_per_parameter: float | None = None,
+    stochastic_rounding: bool = False,
+) -> None:
+    """Raise ValueError for ways of updating that do not go together; `dtype` is that of the weights."""
+    if accumulation not in ACCUMULATIONS:
+        raise ValueError(f"accumulation={accumulation}: choose one of {', '.join(ACCUMULATIONS)}.")
+    folds = accumulation == "fold"
+    if folds and not per_layer_update:
+        raise ValueError(
+            "accumulation=fold frees gradients inside backward, which per_layer_update=true does: set that too, "
+            "or accumulation=hold."
+        )
+    if folds and not OPTIMIZERS[name].can_fold:
+        raise ValueError(
+            f"accumulation=fold does not go with optimizer={name}: quantized moments cannot take many small additions; "
+            "set accumulation=hold, or optimizer=adamw."
+        )
+    if per_layer_update and grad_clip is not None:
+        raise ValueError(
+            f"grad_clip={grad_clip} needs all gradients at once, which per_layer_update=true frees one by one; "
+            f"set grad_clip=null, or grad_clip_per_parameter={grad_clip} in its place."
+        )
+    if folds and grad_clip_per_parameter is not None:
+        raise ValueError(
+            f"grad_clip_per_parameter={grad_clip_per_parameter} needs the whole gradient of a parameter, "
+            "which accumulation=fold never has; set accumulation=hold, or grad_clip_per_parameter=null."
+        )
+    if stochastic_rounding and dtype != torch.bfloat16:
+        raise ValueError(
+            f"stochastic_rounding=true is for bfloat16 weights, and they are {str(dtype).removeprefix('torch.')}; "
+            "set dtype=bfloat16, or stochastic_rounding=false."
+        )
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
     """The trainable parameters, each exactly once, as [decaying, not decaying]; an empty group is left out."""
     trainable: dict[nn.Parameter, str] = {}
     for name, parameter in named_parameters:
@@ -85,7 +251,10 @@ def is_gain_or_bias(name: str) -> bool:
     return leaf == "bias" or (leaf == "weight" and bool(parents) and "norm" in parents[-1].lower())
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Make `lr` the learning rate of every group from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # torchao's: its compiled step reads a tensor
+        else:
+            group["lr"] = lr

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from sltrain.engine import checkpoint
-from sltrain.engine.checkpoint import Checkpointer, CheckpointError, unwrap
+from sltrain.engine.checkpoint import Checkpointer, CheckpointError, innermost, unwrap
+from sltrain.optim.build import OPTIMIZERS, build_optimizer
+from sltrain.optim.per_layer import PerLayerUpdate
 
 
 class Net(nn.Module):
@@ -125,34 +127,144 @@ def test_moments_keep_their_dtype(tmp_path: Path, parameters: str, moments: str)
     assert_same(model, other, optimizer, other_optimizer)
 
 
-def test_eight_bit_adam_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """`big` has more than 4096 elements, so its moments are 8-bit blocks; `small` keeps float32 moments."""
-    bnb = pytest.importorskip("bitsandbytes")
+def sized(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
+    """Parameters of the sizes at which small states change: quantized, too small for it, not made of whole blocks."""
+    model = nn.Module()
+    generator = torch.Generator().manual_seed(seed)
+    for i, shape in enumerate([(100, 64), (10,), (4097,), (5, 1000)]):
+        model.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+    return model
 
-    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = nn.Module()
-        model.big = nn.Parameter(torch.randn(100, 50, generator=torch.Generator().manual_seed(0)).bfloat16())
-        model.small = nn.Parameter(torch.ones(10).bfloat16())
-        return model, bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
 
-    def update(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def build(name: str, model: nn.Module, **how: Any) -> torch.optim.Optimizer:
+    if (package := OPTIMIZERS[name].package) is not None:
+        pytest.importorskip(package)
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    return build_optimizer(model.named_parameters(), name=name, device=torch.device("cpu"), **{**settings, **how})
+
+
+def update_sized(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile for each shape
         for step in range(first, last + 1):
             generator = torch.Generator().manual_seed(step)
             for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             optimizer.step()
 
-    straight, straight_optimizer = build()
-    update(straight, straight_optimizer, 1, 6)
-    first, first_optimizer = build()
-    update(first, first_optimizer, 1, 3)
-    path = Checkpointer(tmp_path, 0).save(3, first, first_optimizer, {})
-    second, second_optimizer = build()
-    Checkpointer(tmp_path, 0).load(path, second, second_optimizer)
-    assert {state.dtype for state in flat_state(second_optimizer).values()} >= {torch.uint8, torch.float32}
-    assert_same(first, second, first_optimizer, second_optimizer)
-    update(second, second_optimizer, 4, 6)
-    assert_same(straight, second, straight_optimizer, second_optimizer)
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The plain tensors in a state, those inside torchao's tensors too."""
+    if isinstance(value, dict):
+        return [tensor for each in value.values() for tensor in tensors_of(each)]
+    if hasattr(value, "__tensor_flatten__"):
+        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    return [value] if isinstance(value, torch.Tensor) else [torch.tensor(value)]
+
+
+def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
+    """As flat_state, and also for tensors that torch.equal does not know."""
+    inner = [innermost(each) for each in (left, right)]  # it may have pieces of the parameters
+    for a, b in zip(*([p for group in each.param_groups for p in group["params"]] for each in inner), strict=True):
+        assert torch.equal(a, b) and left.state[a].keys() == right.state[b].keys()
+        for x, y in zip(tensors_of(left.state[a]), tensors_of(right.state[b]), strict=True):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
+    straight, first, second = sized(), sized(), sized(seed=1)
+    optimizers = [build(name, model, **how) for model in (straight, first, second)]
+    update_sized(straight, optimizers[0], 1, 6)
+    update_sized(first, optimizers[1], 1, 3)
+    path = Checkpointer(tmp_path, 0).save(3, first, optimizers[1], {})
+    Checkpointer(tmp_path, 0).load(path, second, optimizers[2])
+    assert_same_state(optimizers[1], optimizers[2])
+    update_sized(second, optimizers[2], 4, 6)
+    assert_same_state(optimizers[0], optimizers[2])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state itself, and what is read becomes it."""
+    seen: dict[str, Any] = {}
+    save, load = torch.save, torch.load
+
+    def spy_save(content: Any, file: Any) -> None:
+        seen["written"] = addresses(content["state_dict"]["state"])
+        save(content, file)
+
+    def spy_load(*args: Any, **how: Any) -> Any:
+        content = load(*args, **how)
+        seen["read"] = addresses(content["state_dict"]["state"])
+        return content
+
+    def addresses(state: Any) -> set[int]:
+        return {tensor.data_ptr() for tensor in tensors_of(dict(state)) if tensor.ndim}
+
+    monkeypatch.setattr(torch, "save", spy_save)
+    monkeypatch.setattr(torch, "load", spy_load)
+    model, other = sized(), sized(seed=1)
+    optimizer, other_optimizer = build(name, model), build(name, other)
+    update_sized(model, optimizer, 1, 1)
+    path = Checkpointer(tmp_path, 0).save(1, model, optimizer, {})
+    assert seen["written"] == addresses(optimizer.state) != set()
+    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    assert seen["read"] == addresses(other_optimizer.state) != set()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("is_outer_first", [True, False])
+def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is_outer_first: bool, name: str) -> None:
+    """A run with updates inside backward continues one without, and the other way."""
+    model, other, straight = sized(), sized(seed=1), sized()
+    optimizers = [build(name, each) for each in (model, other, straight)]
+    optimizers[0 if is_outer_first else 1] = PerLayerUpdate(optimizers[0 if is_outer_first else 1])
+    update_sized(straight, optimizers[2], 1, 4)
+    update_sized(model, optimizers[0], 1, 2)
+    path = Checkpointer(tmp_path, 0).save(2, model, optimizers[0], {})
+    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])).__name__
+    Checkpointer(tmp_path, 0).load(path, other, optimizers[1])
+    update_sized(other, optimizers[1], 3, 4)
+    assert_same_state(optimizers[1], optimizers[2])
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_both_kinds_of_adamw_read_each_others_state(tmp_path: Path, ours_first: bool) -> None:
+    """Settings that only one of them has stay as they are; those of the file count for the rest."""
+    model, other = sized(torch.float32), sized(torch.float32, seed=1)
+    ours, torchs = {"accumulation": "fold", "lr": 0.5}, {"lr": 0.25}
+    optimizer = build("adamw", model, **(ours if ours_first else torchs))
+    other_optimizer = build("adamw", other, **(torchs if ours_first else ours))
+    keys = set(other_optimizer.param_groups[0])
+    update_sized(model, optimizer, 1, 2)
+    path = Checkpointer(tmp_path, 0).save(2, model, optimizer, {})
+    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    assert_same_state(optimizer, other_optimizer)
+    assert set(other_optimizer.param_groups[0]) == keys
+    assert other_optimizer.param_groups[0]["lr"] == (0.5 if ours_first else 0.25)
+    assert other_optimizer.param_groups[0].get("fused", True), "torch's is still the fused one"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_leaves_the_file_for_another_device(tmp_path: Path, fused: bool) -> None:
+    """As for a GPU, with the meta device in its place: tensors go where their parameter is, step counts where they are
+    read, and what parameters share is shared."""
+    model = sized()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    update_sized(model, optimizer, 1, 1)
+    shared = torch.ones(3)
+    for state in optimizer.state.values():
+        state["shared"] = shared
+    path = Checkpointer(tmp_path, 0).save(1, model, optimizer, {})
+    there = sized().to("meta")
+    elsewhere = torch.optim.AdamW(there.parameters())
+    elsewhere.param_groups[0]["fused"] = fused
+    checkpoint._load_optimizer(path / "optimizer.pt", elsewhere)
+    for state in elsewhere.state.values():
+        assert state["exp_avg"].is_meta and state["exp_avg_sq"].dtype == torch.bfloat16
+        assert state["step"].is_meta == fused
+    assert len({id(state["shared"]) for state in elsewhere.state.values()}) == 1
 
 
 def test_wrappers_are_looked_through(tmp_path: Path) -> None:
@@ -196,6 +308,27 @@ def test_keep_last_and_leftovers(tmp_path: Path) -> None:
     assert {p.name for p in folder.glob("step_*")} == {"step_00000017", "step_00000020"}, "never a later one"
     Checkpointer(tmp_path, keep_last=None).save(21, model, optimizer, {})
     assert len(list(folder.glob("step_*"))) == 3
+
+
+def test_every_dtype_of_indices(tmp_path: Path) -> None:
+    """S keeps its positions in the smallest integers that hold them; the largest value tells a signed from an unsigned
+    one."""
+    dtypes = [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64]
+
+    def build_indices(fill: Callable[[torch.dtype], int]) -> nn.Module:
+        model = Net()
+        for dtype in dtypes:
+            model.register_buffer(str(dtype)[6:], torch.tensor([0, fill(dtype)], dtype=dtype))
+        return model
+
+    model, other = build_indices(lambda dtype: torch.iinfo(dtype).max), build_indices(lambda dtype: 0)
+    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    Checkpointer(tmp_path, 0).load(path, other, None)
+    assert_same(model, other)
+    wrong = Net()
+    wrong.register_buffer("uint16", torch.zeros(2, dtype=torch.int16))
+    with pytest.raises(CheckpointError, match=r"uint16: this run expects int16 \(2,\), .* has uint16 \(2,\)"):
+        Checkpointer(tmp_path, 0).load(path, wrong, None)
 
 
 def test_same_step_is_replaced(tmp_path: Path) -> None:

@@ -72,6 +72,33 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(batch: tuple[Ten
     assert (model.table.weight - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_clipping_by_parameter_bounds_each_gradient(batch: tuple[Tensor, Tensor]) -> None:
+    """Against torch's own clipping, one parameter after the other; the norm that is told is the one before."""
+
+    class TwoTables(Bigram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(11))
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(input_ids, labels) + 1e-3 * self.bias.sum()
+
+    torch.manual_seed(0)
+    model = TwoTables()
+    reference = copy.deepcopy(model)
+    count = num_targets(batch[1])
+    result = train_step(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], count, ONE, grad_clip_per_parameter=0.01
+    )
+    (reference(*batch) / count).backward()
+    norms = [torch.nn.utils.clip_grad_norm_(parameter, 0.01) for parameter in reference.parameters()]
+    torch.optim.SGD(reference.parameters(), lr=1.0).step()
+    assert norms[1] > 0.01 > norms[0] > 0
+    assert result.grad_norm == pytest.approx(torch.stack(norms).norm().item(), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_update_that_is_not_finite_is_skipped_and_named(batch: tuple[Tensor, Tensor]) -> None:
     model = Bigram()
     with torch.no_grad():
@@ -87,9 +114,11 @@ def test_update_that_is_not_finite_is_skipped_and_named(batch: tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("path", ["dense", "composed", "factored"])
-@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize(
+    "clip", [{}, {"grad_clip": 0.5}, {"grad_clip_per_parameter": 0.5}], ids=["free", "by norm", "by parameter"]
+)
 def test_an_update_reads_one_pair_of_numbers_from_its_device(
-    grad_clip: float | None, path: str, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    clip: dict[str, float], path: str, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device there are no numbers: whatever asks for one, or for a shape that depends on one, fails. On a
     GPU each would be a wait."""
@@ -103,7 +132,7 @@ def test_an_update_reads_one_pair_of_numbers_from_its_device(
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or [1.0, 1.0])
     micro_batches = [make_micro_batch(ids, labels, meta) for ids, labels in [batch, (batch[0], batch[0])]]
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    train_step(model, optimizer, micro_batches, 50, Ranks(0, 1, meta), grad_clip)
+    train_step(model, optimizer, micro_batches, 50, Ranks(0, 1, meta), **clip)
     assert reads == [(2,)]
     assert all(parameter in optimizer.state for parameter in model.parameters())
 

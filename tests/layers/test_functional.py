@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sltrain.layers import cpu_kernel, functional
+from sltrain.layers import support as support_module
 from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
 from sltrain.layers.support import Support
 
@@ -141,6 +142,34 @@ def test_several_weights_share_one_x(kind):
         found += [*ys, *torch.autograd.grad(loss, tensors, allow_unused=True)]
     for ours, reference in zip(*sums, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if reference is None else reference)
+
+
+@every_path
+@pytest.mark.parametrize("shape", [((6, 48), 64), ((6, 37), 61)], ids=str)
+def test_positions_in_pieces_give_the_same_bits(shape, path, kind, arithmetic, monkeypatch):
+    x, weight = make(*shape, 4, 0.2, dtype=torch.float32, kind=kind)
+    upstream = torch.randn(6, shape[1], generator=torch.Generator().manual_seed(1))
+    whole = run(by(path), x, weight, upstream)
+    monkeypatch.setattr(support_module, "CHUNK_ENTRIES", 13)
+    assert len(list(weight.support.pieces(weight.indices))) > 10
+    assert_same(run(by(path), x, weight, upstream), whole, rtol=0, atol=0)
+
+
+@every_path
+@pytest.mark.parametrize("shape", [((6, 48), 64), ((6, 37), 61)], ids=str)
+def test_nothing_asks_what_was_drawn(shape, path, kind, monkeypatch):
+    """On meta there is nothing to ask: what would make the host wait for a GPU fails here."""
+    monkeypatch.setattr(support_module, "CHUNK_ENTRIES", 200)
+    x, weight = make(*shape, 4, 0.2, dtype=torch.float32, kind=kind)
+    on_meta = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+    on_meta |= {
+        name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+        for name, tensor in on_meta.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    x = x.detach().to("meta").requires_grad_()
+    y, gradients = run(by(path), x, Weight(**on_meta), torch.empty(6, shape[1], device="meta"))
+    assert y.is_meta and all(gradient.is_meta for gradient in gradients)
 
 
 class CountProducts(TorchDispatchMode):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sltrain.layers import linear
 from sltrain.layers.linear import AlignedLinear, LowRankLinear, SLTrainLinear
 from sltrain.layers.support import Support
 
@@ -135,7 +136,57 @@ def test_meta_then_empty_then_reset_is_direct_construction(dtype):
     layer.to_empty(device="cpu").reset_parameters(generator())
     for name, tensor in direct.state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
-        assert tensor.dtype == (torch.int32 if name == "indices" else dtype)
+        assert tensor.dtype == (torch.uint16 if name == "indices" else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [101, 1009, 10**6])  # primes: no piece ends where a row does
+def test_drawing_in_pieces_changes_no_number(at_once, dtype, monkeypatch):
+    monkeypatch.setattr(linear, "DRAWN_AT_ONCE", at_once)
+    layer = LowRankLinear(97, 53, 11, alpha=11, bias=True, generator=generator(), dtype=dtype)
+    source, bound = generator(), 1 / math.sqrt(97)
+    for tensor, b in ((layer.A, bound), (layer.B, math.sqrt(3 / 11)), (layer.bias, bound)):
+        assert torch.equal(tensor, torch.empty(tensor.shape).uniform_(-b, b, generator=source).to(dtype))
+
+
+def kept_for_backward(function):
+    """Storages that autograd keeps, {address: elements}."""
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = function()  # alive, so that no address is used twice
+    assert all(output.requires_grad for output in outputs)
+    return kept
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("path", ["composed", "factored", "together", "low rank", "aligned"])
+def test_projections_of_one_x_keep_it_once_and_no_copy_of_a_parameter(path, support, bias):
+    """q, k, v: beside x and what the layers hold anyway only x A^T is kept, N rows of rank 4."""
+    x = torch.randn(2, 5, 48, requires_grad=True)
+
+    def make(out):
+        if path == "low rank":
+            return LowRankLinear(48, out, 4, 8, bias=bias)
+        if path == "aligned":
+            return AlignedLinear(48, out, bias=bias)
+        way = "composed" if path == "composed" else "factored"
+        return SLTrainLinear(48, out, 4, 0.1, 8, bias=bias, support=support, path=way)
+
+    layers = [make(out) for out in (64, 32, 48)]
+    if path == "together":
+        kept = kept_for_backward(lambda: SLTrainLinear.forward_together(x, layers))
+    else:
+        kept = kept_for_backward(lambda: [layer(x) for layer in layers])
+    held = {t.untyped_storage().data_ptr() for layer in layers for t in (*layer.parameters(), *layer.buffers())}
+    assert kept.pop(x.untyped_storage().data_ptr()) == 2 * 5 * 48
+    hidden = [size for address, size in kept.items() if address not in held]
+    assert sum(hidden) == (0 if path in ("composed", "aligned") else 3 * 2 * 5 * 4)
 
 
 def test_reset_draws_a_new_support():
@@ -151,6 +202,13 @@ def test_the_state_dict_carries_the_support():
     assert set(layer.state_dict()) == {"A", "B", "values", "indices"}
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer.dense_weight(), other.dense_weight())
+
+
+def test_other_dtypes_leave_the_positions_alone():
+    layer = SLTrainLinear(40, 30, 4, 0.1, 8)
+    before = layer.dense_weight()
+    assert layer.bfloat16().float().indices.dtype == torch.uint16
+    assert torch.equal(layer.dense_weight() != 0, before != 0)
 
 
 def test_repr_names_what_a_reader_wants_to_know():

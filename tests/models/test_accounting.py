@@ -9,7 +9,7 @@ from torch import nn
 from sltrain.config import ModelConfig
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
-from sltrain.models.accounting import count_indices, count_parameters
+from sltrain.models.accounting import count_parameters, stored_bytes
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 # arXiv 2406.02214, table 2 and appendix F: hidden, feed-forward, layers, heads, rank, sparsity; then the published
@@ -43,7 +43,9 @@ def test_counts_are_the_papers(size):
     found = [counts[group] / 1e6 for group in ("total", "dense", "low_rank", "sparse")]
     assert found[0] == pytest.approx(millions[0], abs=0.06)
     assert found == pytest.approx(millions, rel=2e-3)
-    assert count_indices(model) == counts["sparse"]
+    # 2 bytes a trained value, and a row start of 4 bytes for each row and one more
+    rows = layers * (3 * hidden + 2 * feed_forward + 2 * hidden + 7)
+    assert stored_bytes(model)["indices"] == 2 * counts["sparse"] + 4 * rows
 
 
 def test_groups_are_counted_exactly():
@@ -56,7 +58,8 @@ def test_groups_are_counted_exactly():
     low_rank, sparse, dense = 2 * (6 + 8) + 3 * (8 + 4), 24, 60 + 8 + 50
     expected = {"total": low_rank + sparse + dense, "dense": dense, "low_rank": low_rank, "sparse": sparse}
     assert count_parameters(model) == expected
-    assert count_indices(model) == 24
+    stored = {"dense_weights": 4 * dense, "low_rank_weights": 4 * low_rank, "sparse_values": 4 * sparse}
+    assert stored_bytes(model) == {**stored, "indices": 2 * sparse + 4 * (8 + 1)}
 
 
 def test_shared_modules_count_once():
@@ -71,4 +74,4 @@ def test_shared_modules_count_once():
 def test_a_dense_model_has_only_dense_parameters():
     model = nn.Linear(4, 10)
     assert count_parameters(model) == {"total": 50, "dense": 50, "low_rank": 0, "sparse": 0}
-    assert count_indices(model) == 0
+    assert stored_bytes(model)["indices"] == 0

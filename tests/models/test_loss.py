@@ -105,7 +105,9 @@ def test_the_smaller_gradient_waits_for_backward(rows, dtype):
     of_logits, of_weight = (rows, VOCABULARY), (VOCABULARY, SIZE)
     expected = of_logits if keeps_logit_gradients(rows, SIZE, hidden.element_size()) else of_weight
     assert [tuple(tensor.shape) for tensor in kept if tensor.shape in (of_logits, of_weight)] == [expected]
-    assert {True: of_logits, False: of_weight}[rows <= FEW_ROWS or (rows == ROWS and dtype == torch.bfloat16)] == expected
+    assert {True: of_logits, False: of_weight}[
+        rows <= FEW_ROWS or (rows == ROWS and dtype == torch.bfloat16)
+    ] == expected
 
 
 @pytest.mark.parametrize("rows", [ROWS, FEW_ROWS, 100])

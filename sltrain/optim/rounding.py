@@ -1,0 +1,107 @@
+"""Stochastic rounding of weights. A bfloat16 number keeps 8 significant bits, and an update below half a unit in the
+last of them is lost, however often it comes.
+
+Rounded to one of its two neighbours at random, the nearer one more often, a number is right on average:
+
+    P(up) = (x - down) / (up - down),   so   E[round(x)] = x
+
+In bits: a float32 is a bfloat16 and 16 bits more. Adding 16 uniform random bits to the pattern carries into the upper
+half with exactly this probability; the lower half is then cut off. (Gupta et al., arXiv 1502.02551; for Adam in
+bfloat16, Zamirai et al., arXiv 2010.06192.)
+
+The random numbers of an update depend on (seed, number of the parameter, updates it has had) and on nothing else: every
+rank draws the same ones, and a resumed run needs none of a generator's state.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sltrain.optim.wrapper import WrappedOptimizer, only
+
+PIECE = 2**22  # elements worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is
+_LOWER_HALF = 2**16  # values that the bits have which a bfloat16 lacks
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values, any shape, as bfloat16, up or down at random so that the mean is right; inf and nan stay."""
+    assert values.dtype == torch.float32, values.dtype
+    noise = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
+    # Without this a nan could become a number: its pattern is not that of a magnitude.
+    return torch.where(values.isnan(), values, rounded).bfloat16()
+
+
+def round_into(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
+    """Write float32 values into a contiguous bfloat16 tensor of the same shape, stochastically rounded."""
+    for to, piece in pieces(target, values):
+        to.copy_(stochastic_round(piece, generator))
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same up to PIECE elements of each of these contiguous tensors of one shape, one tuple after the
+    other."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+
+
+def generator_of_update(device: torch.device, seed: int, parameter_number: int, update: int) -> torch.Generator:
+    """The random numbers of one update of one parameter."""
+    digest = hashlib.blake2b(f"{seed} {parameter_number} {update}".encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest))
+
+
+class StochasticRounding(WrappedOptimizer):
+    """Makes any optimizer here round the weights of its bfloat16 parameters stochastically.
+
+    The inner optimizer updates a float32 copy of one parameter, from a float32 copy of its gradient, and the result is
+    rounded back: two float32 copies of the largest parameter more than without. bitsandbytes' 8-bit moments come out
+    the same (they are computed from the gradient in float32, whatever its dtype). Where torchao's 4-bit AdamW keeps
+    moments in the parameter's dtype, these are float32 here.
+
+    torchao has stochastic rounding of its own, from the global generator: ranks could draw differently, and a resumed
+    run would.
+    """
+
+    def __init__(self, inner: Optimizer, seed: int) -> None:
+        super().__init__(inner)
+        self.seed = seed
+        self._numbers: dict[nn.Parameter, int] = {}
+        self._number_parameters()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._number_parameters()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "evaluate the loss before the step"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        exact = nn.Parameter(parameter.detach().float())  # stands in for the parameter, with its state
+        assert parameter.grad is not None
+        exact.grad = parameter.grad.float()
+        state = self.inner.state
+        if parameter in state:
+            state[exact] = state.pop(parameter)
+        try:
+            with only(self.inner, group, exact):
+                self.inner.step()
+        finally:
+            if exact in state:
+                state[parameter] = state.pop(exact)
+        number, update = self._numbers[parameter], int(state[parameter]["step"])
+        round_into(parameter, exact.detach(), generator_of_update(parameter.device, self.seed, number, update))
+
+    def _number_parameters(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._numbers.setdefault(parameter, len(self._numbers))

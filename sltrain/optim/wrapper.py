@@ -1,0 +1,66 @@
+"""An optimizer that works through another one.
+
+Per-layer update and stochastic rounding change when and how an update is made, not what is remembered between updates.
+So they stand around an ordinary optimizer and have no state of their own: a checkpoint holds the innermost one's, and
+they can be put on and taken off between two runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+class WrappedOptimizer(Optimizer):
+    """The face of `inner`: its groups, its state, its state_dict. A subclass says what `step` does."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner  # Optimizer.__init__ would make groups and a state of its own
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self.inner.register_step_pre_hook(hook)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.inner.add_param_group(param_group)
+
+
+@contextmanager
+def only(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Iterator[None]:
+    """Inside this context the optimizer has one parameter, with the settings of `group`; its state stays whole.
+
+    The cost does not depend on how many parameters there are. torch's optimizers and bitsandbytes' read `param_groups`
+    anew in every step, and keep their state by parameter.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups

@@ -1,0 +1,86 @@
+"""The schema of `sltrain-plan`: the keys it has beside those of `sltrain-train`, and the cards it knows.
+
+Values come from conf/plan.yaml and the command line. Like config.py it imports nothing of ours and no torch.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class PlanConfig:
+    """What is shown of a plan."""
+
+    format: str = MISSING  # table, or json: the last line of stdout is one object
+    cards: list[Any] = MISSING  # cards to fit: names (rtx4090, h100) or sizes (24, 24GB, in GiB)
+    reserve_gb: float = MISSING  # of a card, in 1e9 bytes, for the driver, its libraries and fragments
+    num_processes: int = MISSING  # processes that share an update, one a card
+    paper_convention: bool = MISSING  # count as the SLTrain paper does: bfloat16, int64 positions, no activations
+    measure: bool = MISSING  # run three updates here, on random tokens, and show what they took beside the plan
+
+
+# GiB. Of cards that come in several sizes, the larger ones have it in their name.
+CARDS = {
+    "rtx3060": 12,
+    "rtx4070": 12,
+    "t4": 16,
+    "v100": 16,
+    "rtx4080": 16,
+    "rtx3090": 24,
+    "rtx4090": 24,
+    "a10": 24,
+    "l4": 24,
+    "rtx5090": 32,
+    "v100_32gb": 32,
+    "a100": 40,
+    "a6000": 48,
+    "l40s": 48,
+    "a100_80gb": 80,
+    "h100": 80,
+    "h200": 141,
+    "b200": 180,
+}
+FORMATS = ("table", "json")
+GIB = 2**30
+
+
+def validate(config: PlanConfig) -> None:
+    """Check everything that the values alone decide. Raises ValueError naming the key, its value and what to
+    change."""
+    if config.format not in FORMATS:
+        raise ValueError(f"format={config.format}: choose one of {', '.join(FORMATS)}")
+    if not 0 <= config.reserve_gb < float("inf"):
+        raise ValueError(f"reserve_gb={config.reserve_gb}: must be a number of GB, 0 or more")
+    if config.num_processes < 1:
+        raise ValueError(f"num_processes={config.num_processes}: must be at least 1")
+    if config.measure and config.paper_convention:
+        raise ValueError("measure=true and paper_convention=true: the paper's count cannot be measured; drop one")
+    if config.measure and config.num_processes > 1:
+        raise ValueError("measure=true measures one process; drop num_processes")
+    if not config.cards:
+        raise ValueError("cards=[]: give at least one, such as cards=[24]")
+    for card in config.cards:
+        card_bytes(card)
+
+
+def card_bytes(card: Any) -> int:
+    """The memory of a card: a name of CARDS or a size in GiB. Raises ValueError for anything else."""
+    text = str(card).lower()
+    size: float | None = CARDS.get(text)
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gi?b)?", text)
+    if size is None and number is not None:
+        size = float(number[1])
+    if not size:
+        raise ValueError(
+            f"cards: {card} is unknown; give a size in GiB as in cards=[24], or a name: {', '.join(CARDS)}"
+        )
+    return int(size * GIB)
+
+
+def card_name(card: Any) -> str:
+    """How a card is named in tables and JSON: `24GB` for a size, the name otherwise."""
+    text = str(card).lower()
+    return text if text in CARDS else re.sub(r"(gi?b)?$", "GB", text, count=1)
