@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sltrain.build_memory import plan_run, settings_that_fit
+from sltrain.build_memory import plan_run, settings_that_fit, update_notes
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
@@ -154,12 +154,19 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     tokenizer = build_tokenizer(config, source, ranks, say)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks, say))
+    describe(config, model, source, tokenizer, eval_set, ranks, cadence, say)
+    plan = ranks.everywhere(lambda: guard_memory(config, model, ranks, say))
     plain = dataclasses.asdict(config)
     folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json))
-    describe(config, model, source, tokenizer, eval_set, folder, ranks, cadence, say)
-    plan = ranks.everywhere(lambda: guard_memory(config, model, ranks, say))
+    say(f"run folder {folder.path}")
     trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, plan, say, tell)
     return Run(folder, ranks, config, trainer, cadence)
+
+
+_COMPILING: dict[str, Callable[[TrainConfig], bool]] = {
+    "compile=true": lambda config: config.compile,
+    "optimizer=adam4bit": lambda config: config.optimizer.name == "adam4bit",
+}
 
 
 def check_machine(config: TrainConfig, ranks: Ranks) -> None:
@@ -175,15 +182,18 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
         grad_clip_per_parameter=config.grad_clip_per_parameter,
         stochastic_rounding=config.stochastic_rounding,
     )
-    if config.compile and ranks.device.type == "cpu":
+    compiles = [text for text, does in _COMPILING.items() if does(config)]
+    if compiles and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
         if shutil.which(compiler) is None:
             raise ValueError(
-                f"compile=true on a CPU needs a C++ compiler, and there is no {compiler} on the PATH; install it, name"
-                " another one in CXX, or drop compile=true"
+                f"{compiles[0]} on a CPU needs a C++ compiler, and there is no {compiler} on the PATH; install it, name"
+                f" another one in CXX, or drop {compiles[0]}"
             )
-    elif config.compile and importlib.util.find_spec("triton") is None:
-        raise ValueError("compile=true on a GPU needs Triton, which is not installed; pip install triton, or drop it")
+    elif compiles and importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{compiles[0]} on a GPU needs Triton, which is not installed; pip install triton, or drop {compiles[0]}"
+        )
 
 
 def open_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
@@ -276,7 +286,6 @@ def describe(
     source: Source,
     tokenizer: Tokenizer,
     eval_set: EvalSet,
-    folder: RunFolder,
     ranks: Ranks,
     cadence: Cadence,
     say: Report,
@@ -303,8 +312,7 @@ def describe(
     say(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
     if eval_set.exhausted:
         say(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
-    say(f"run folder {folder.path}")
-    for line in warnings(model):
+    for line in [*warnings(model), *update_notes(config, ranks.world_size)]:
         say(f"note       {line}")
 
 

@@ -5,6 +5,7 @@ The equations are in models/memory_plan.py; here they are told what a configurat
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,38 +63,47 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
     )
 
 
-def settings_that_fit(config: TrainConfig, plan_of: PlanOf, free_bytes: int) -> tuple[str, MemoryPlan] | None:
-    """Overrides with which the run needs no more than `free_bytes`, and its plan then; None if there are none.
-
-    Tried, in this order: smaller micro-batches, activation checkpointing, 8-bit Adam, per-layer updates. What turns out
-    not to be needed is left out.
-    """
-
-    def plan_with(changes: list[Change]) -> MemoryPlan:
-        return plan_of(_apply(config, changes))
-
-    taken: list[Change] = []
-    for change in _changes(config):
-        taken = [other for other in taken if other.keys() != change.keys()] + [change]  # one micro-batch size
-        if plan_with(taken).total_bytes <= free_bytes:
-            break
-    else:
-        return None
-    larger = [change for change in _changes(config) if "micro_batch_size" in change]
-    for change in list(taken):
-        fewer = [other for other in taken if other is not change]
-        milder = [fewer] + [[size, *fewer] for size in larger if "micro_batch_size" in change]
-        taken = next((some for some in milder if plan_with(some).total_bytes <= free_bytes), taken)
-    return _as_typed(taken), plan_with(taken)
+def update_notes(config: TrainConfig, num_processes: int) -> list[str]:
+    """What a user of per-layer updates may not expect, in one line or none."""
+    num_micro_batches = config.global_batch_size // (config.micro_batch_size * num_processes)
+    if not config.per_layer_update or config.accumulation == "fold" or num_micro_batches <= 1:
+        return []
+    return [
+        f"{num_micro_batches} micro-batches an update: gradients wait for the last one, which per_layer_update=true"
+        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}, or with"
+        " accumulation=fold and optimizer=adamw"
+    ]
 
 
 Change = dict[str, Any]  # keys of the configuration with their new values; `optimizer` with a name
 
 
-def _changes(config: TrainConfig) -> list[Change]:
-    """What may save memory, mildest first."""
-    sizes = [size for size in range(1, config.micro_batch_size) if config.micro_batch_size % size == 0]
-    changes: list[Change] = [{"micro_batch_size": size} for size in reversed(sizes)]
+def settings_that_fit(config: TrainConfig, plan_of: PlanOf, free_bytes: int) -> tuple[str, MemoryPlan] | None:
+    """The mildest overrides with which the run needs no more than `free_bytes`, as one would type them, and its plan
+    then; None if there are none.
+
+    Combinations of smaller micro-batches, activation checkpointing, 8-bit Adam and updates inside backward are tried,
+    few before many, and of as many those that come first in this list.
+    """
+    sizes = [size for size in range(config.micro_batch_size, 0, -1) if config.micro_batch_size % size == 0]
+    micro_batches: list[Change] = [{}, *({"micro_batch_size": size} for size in sizes[1:])]
+    others = _switches(config)
+    combinations = [
+        [size, *chosen] if size else list(chosen)
+        for count in range(len(others) + 1)
+        for chosen in itertools.combinations(others, count)
+        for size in micro_batches
+    ]
+    for changes in combinations:
+        plan = plan_of(_apply(config, changes))
+        if plan.total_bytes <= free_bytes:
+            return _as_typed(changes), plan
+    return None
+
+
+def _switches(config: TrainConfig) -> list[Change]:
+    """What may save memory besides smaller micro-batches, mildest first."""
+    changes: list[Change] = []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
     if config.optimizer.name == "adamw" and importlib.util.find_spec("bitsandbytes") is not None:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sltrain.build import allocate, build_model, build_step, build_updates, pick_dtype
-from sltrain.build_memory import optimizer_state_bytes, plan_run, update_shape, update_temporaries
+from sltrain.build_memory import optimizer_state_bytes, plan_run, update_notes, update_shape, update_temporaries
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import held_by, tensor_peak
@@ -172,11 +172,7 @@ def notes(config: TrainConfig, dtype: torch.dtype, num_processes: int) -> list[s
             f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size"
             f"={config.micro_batch_size} x {num_processes}: sltrain-train would refuse it"
         )
-    if num_micro_batches > 1 and config.per_layer_update and config.accumulation == "hold":
-        lines.append(
-            f"{num_micro_batches:.0f} micro-batches an update: gradients wait for the last one; per_layer_update=true"
-            " frees them with global_batch_size=micro_batch_size x processes, or accumulation=fold and adamw"
-        )
+    lines += update_notes(config, num_processes)
     if config.compile:
         lines.append("compile=true: the compiler keeps and fuses what it likes; the plan is for the eager run")
     try:

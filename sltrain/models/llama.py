@@ -28,6 +28,7 @@ from sltrain.config import ModelConfig
 from sltrain.models.fused import rms_norm, swiglu
 from sltrain.models.loss import IGNORE, chunked_cross_entropy_sum
 
+DRAWN_AT_ONCE = 2**22  # random numbers
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -216,8 +217,9 @@ class LlamaForCausalLM(nn.Module):
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Linear | nn.Embedding):
-                drawn = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
-                module.weight.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
+                for piece in module.weight.view(-1).split(DRAWN_AT_ONCE):  # no float32 copy of all
+                    drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
+                    piece.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters(generator)
             else:

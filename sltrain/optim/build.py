@@ -27,6 +27,8 @@ tests/optim/test_build.py ask that of every line of the table.
 """
 
 import importlib
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +82,7 @@ def _adam8bit_bytes(numel: int, element_size: int) -> int:
 def _make_adam4bit(groups: Groups, settings: dict[str, Any], device: torch.device) -> Optimizer:
     from torchao.optim import AdamW4bit
 
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # it is only compiled anew
     return AdamW4bit(groups, **settings)
 
 
@@ -180,12 +183,15 @@ def check_optimizer(name: str) -> None:
     kind = OPTIMIZERS[name]
     if kind.package is not None:
         try:
+            logging.disable(logging.WARNING)  # about kernels that no optimizer here uses
             importlib.import_module(kind.package)  # seconds
         except ImportError as error:
             raise ValueError(
                 f"optimizer={name} needs {kind.package}, which cannot be imported ({error}): "
                 f"run `{kind.install}`, or take optimizer=adamw."
             ) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def check_updates(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sltrain.engine import memory
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, bytes_of, free_bytes, held_by, is_out_of_memory, tensor_peak
 
 MIB = 2**20
 
@@ -48,3 +49,56 @@ def test_cuda_peak() -> None:
     assert peak.peak_bytes() - start == 64 * MIB and reserved >= peak.peak_bytes()
     peak.reset()
     assert peak.peak_bytes() == start
+
+
+CPU = torch.device("cpu")
+
+
+def test_tensor_peak_is_the_most_that_was_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def run() -> str:
+        first = torch.empty(3 * MIB, dtype=torch.uint8)
+        second = torch.empty(2 * MIB, dtype=torch.uint8)
+        del first
+        third = torch.empty(4 * MIB, dtype=torch.uint8)
+        del second, third
+        return "done"
+
+    assert tensor_peak(run, 10, CPU) == ("done", 10 + 6 * MIB)
+    assert capfd.readouterr().err == ""  # the profiler is silent
+
+
+def test_tensor_peak_sees_what_an_operation_takes_for_itself() -> None:
+    """A product of a transposed copy: the result, and the copy that no Python code sees."""
+    x = torch.randn(1000, 500)
+    _, peak = tensor_peak(lambda: x.t().contiguous().sum(), 0, CPU)
+    assert peak >= x.numel() * 4
+
+
+def test_bytes_behind_views_count_once() -> None:
+    block = torch.zeros(100)
+    assert bytes_of([block, block[:10], block.view(10, 10), torch.zeros(3, dtype=torch.uint8)]) == 403
+
+
+def test_held_by_model_and_optimizer() -> None:
+    model = nn.Linear(10, 20)
+    model.register_buffer("indices", torch.zeros(7, dtype=torch.uint8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert held_by(model, optimizer) == 4 * 220 + 7
+    model(torch.ones(10)).sum().backward()
+    optimizer.step()
+    assert held_by(model, optimizer) == 3 * 4 * 220 + 7 + 2 * 4  # two moments, and a step count for each tensor
+
+
+def test_free_memory_is_that_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/proc/meminfo").exists():
+        assert 0 < (free_bytes(CPU) or 0) < 2**50
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+    assert free_bytes(CPU) is None
+
+
+def test_only_errors_about_memory_are_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    assert is_out_of_memory(raised.value) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

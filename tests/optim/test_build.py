@@ -229,8 +229,8 @@ def storages(value: Any) -> dict[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_has_the_bytes_that_the_table_says(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Below and above the size from which states are quantized, and where blocks do not come out even. Several parameters:
-    what they share counts once."""
+    """Below and above the size from which states are quantized, and where blocks do not come out even. What several
+    parameters share counts once."""
     shapes = [shape, (4096,), (4096,)]
     parameters = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
     optimizer = build(name, [(f"{i}.weight", parameter) for i, parameter in enumerate(parameters)])
