@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from sltrain.bench import read_arguments
-from sltrain.compose import check_overrides, register_schema
+from sltrain.build_plan import build_plan
+from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
+from sltrain.plan import PLAN, split_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,11 +34,36 @@ def test_commands_compose(line: str) -> None:
     if "sltrain-bench" in line:
         read_arguments(line.partition(" #")[0].partition("sltrain-bench")[2].split())
         return
+    if "sltrain-plan" in line:
+        own, others = split_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
+        compose_config(own, PLAN)
+        compose_config(others, TRAIN)
+        return
     if not re.search(r"sltrain-train|sltrain\.train|launch/", line):
         pytest.skip("no training command")
     register_schema()
     words = re.split(r"sltrain-train|sltrain\.train|\.sh|\.sbatch", line.partition(" #")[0])[-1].split()
     check_overrides([word.strip("'\"") for word in words if "=" in word], is_sweep=" -m " in line)
+
+
+def test_the_memory_table_is_what_its_commands_print() -> None:
+    """The planned figure of each row, by the command in it. No GPU is needed for a plan."""
+    head = "sltrain-plan optimizer=adam8bit per_layer_update=true"
+    section = README.partition(head)[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "GB" not in line]
+    rows = [row for row in rows if len(row) == 6 and row[1].startswith("**")]
+    assert len(rows) == 6
+    command = ""
+    for _, planned, galore, dense, _, cell in rows:
+        typed = cell.strip("`")
+        command = command + typed.removeprefix("...") if typed.startswith("...") else typed
+        kind = [] if "optimizer=" in command else ["optimizer=adam8bit"]
+        config = compose_config([*command.split(), *kind, "per_layer_update=true"], TRAIN)
+        columns = {
+            column.name.partition(",")[0]: column for column in build_plan(compose_config([], PLAN), config).columns
+        }
+        for figure, name in ((planned.strip("*"), "this run"), (galore, "GaLore"), (dense, "method=full")):
+            assert figure == f"{columns[name].total_bytes / 1e9:.2f}", (command, name)
 
 
 def test_paths_exist() -> None:

@@ -4,10 +4,12 @@ An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint o
 `tokens` (non-pad tokens trained on, all ranks) and `positions` (rows x row length trained on, pads included). Then
 
     train        loss (nats a token), lr, grad_norm (before clipping), tokens_per_second (outside evaluation, saving),
-                 data_wait_fraction, peak_memory_bytes, num_skipped_updates,
+                 data_wait_fraction, num_skipped_updates, with per-layer updates also num_skipped_tensors,
+                 planned_memory_bytes, peak_tensor_bytes (measured, from the second update of a process on),
+                 peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)
-    final        also peak_memory_bytes, peak_memory_measure, wall_seconds, num_parameters, index_bytes
+    final        also the three of memory, peak_memory_measure, wall_seconds, num_parameters, index_bytes
 
 Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
 event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls

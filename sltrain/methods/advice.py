@@ -7,8 +7,8 @@ from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """At most three lines: layers that train no fewer values than a dense matrix, positions of S that outweigh half
-    its values, and a support that leaves W without full rank."""
+    """At most two lines: layers that train no fewer values than a dense matrix, and a support that leaves W without full
+    rank."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     lines = []
 
@@ -21,13 +21,6 @@ def warnings(model: nn.Module) -> list[str]:
         )
 
     sparse = [layer for layer in layers.values() if isinstance(layer, SLTrainLinear)]
-    index_bytes = sum(layer.indices.numel() * layer.indices.element_size() for layer in sparse)
-    value_bytes = sum(layer.values.numel() * layer.values.element_size() for layer in sparse)
-    if 2 * index_bytes > value_bytes:
-        lines.append(
-            f"the positions of S take {index_bytes / 1e6:,.1f} MB beside {value_bytes / 1e6:,.1f} MB of its values: "
-            "count them when you compare memory"
-        )
     columns = [layer for layer in sparse if layer.support.kind == "column"]
     if columns:
         first = columns[0]
