@@ -19,7 +19,7 @@ from sltrain.build import allocate, build_model, build_step, build_updates, pick
 from sltrain.build_memory import optimizer_state_bytes, plan_run, update_notes, update_shape, update_temporaries
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
-from sltrain.engine.memory import held_by, tensor_peak
+from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.accounting import count_parameters
@@ -71,6 +71,8 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = pick_dtype(config.dtype, device)
     columns, phase = run_columns(config, device, dtype, plan.num_processes)
+    if plan.measure:
+        check_free(columns[0].total_bytes, device)
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {phase}"
     measured = measure(config, device, dtype) if plan.measure else None
@@ -195,6 +197,16 @@ def notes(config: TrainConfig, dtype: torch.dtype, num_processes: int) -> list[s
 
 
 # ---- measuring
+
+
+def check_free(planned_bytes: int, device: torch.device) -> None:
+    """Raise ValueError if what is to be measured does not fit into the memory that is free."""
+    free = free_bytes(device)
+    if free is not None and planned_bytes > free:
+        raise ValueError(
+            f"measure=true would need {planned_bytes / 1e9:,.2f} GB on {device}, where {free / 1e9:,.2f} are free;"
+            " make micro_batch_size smaller, and global_batch_size with it"
+        )
 
 
 def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:

@@ -3,13 +3,15 @@
     sltrain-plan model=llama_7b optimizer=adam8bit per_layer_update=true      any run of sltrain-train, in 1e9 bytes
     sltrain-plan model=llama_1b global_batch_size=8 cards=[24,h100]           on these cards
     sltrain-plan model=llama_350m paper_convention=true                       as the SLTrain paper's table 2 counts
-    sltrain-plan model=llama_60m device=cpu batch... measure=true             beside what three updates take here
+    sltrain-plan model=llama_60m global_batch_size=2 micro_batch_size=2 device=cpu measure=true
+                                                                              beside what three updates take here
 
 Arguments are those of sltrain-train and a few of its own. No GPU is touched. A plan is for a CUDA card and bfloat16
 unless device=cpu or dtype=float32 says otherwise. With format=json the last line of stdout is one object.
 """
 
 import json
+import os
 import signal
 import sys
 from dataclasses import fields
@@ -41,6 +43,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = ExitCode.INTERRUPTED
+    except BrokenPipeError:  # nobody reads on
+        sys.stdout = open(os.devnull, "w")
+        code = ExitCode.OK
     sys.exit(code)
 
 
@@ -67,13 +72,15 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides of this command's own keys, and those of `sltrain-train`. Raises ValueError."""
+    """The overrides of this command's own keys, and those of `sltrain-train`, which needs no budget for a plan. Raises
+    ValueError."""
     for argument in arguments:
         if argument.startswith("-"):
             raise ValueError(f"{argument}: sltrain-plan knows KEY=VALUE and --help, no other option, and no sweeps")
-    is_own = [override.key_or_group in KEYS for override in parse_overrides(arguments)]
-    pairs = list(zip(arguments, is_own, strict=True))
-    return [text for text, own in pairs if own], [text for text, own in pairs if not own]
+    keys = [override.key_or_group for override in parse_overrides(arguments)]
+    own = [text for text, key in zip(arguments, keys, strict=True) if key in KEYS]
+    others = [text for text, key in zip(arguments, keys, strict=True) if key not in KEYS]
+    return own, others if {"max_steps", "max_tokens"} & set(keys) else [*others, "max_steps=1"]
 
 
 def as_object(plan: "Plan") -> dict[str, Any]:

@@ -50,8 +50,9 @@ def test_measured_is_what_was_planned(
     code, out, err = sltrain_train(*large, *how, f"run_dir={tmp_path}/run")
     assert code == 0, err
     assert "planned for tensors" in out and "measured for tensors" in out
-    first, *later = [line for line in metrics_of(tmp_path / "run") if line["event"] in ("train", "final")]
-    assert "peak_tensor_bytes" not in first  # the first update still makes the optimizer's state
+    first, second, *later = [line for line in metrics_of(tmp_path / "run") if line["event"] in ("train", "final")]
+    assert "peak_tensor_bytes" not in first | second  # the first update still makes the optimizer's state
+    assert len(later) == 2
     for line in later:
         assert line["peak_tensor_bytes"] == pytest.approx(line["planned_memory_bytes"], rel=0.05)
 
@@ -88,6 +89,7 @@ def test_two_ranks_that_update_inside_backward_train_the_curve_of_one(
     process = start_process(*tiny, "per_layer_update=true", f"run_dir={tmp_path}/two", num_ranks=2)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
+    assert "profiling" not in err  # the profiler's remarks
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/one")[0] == 0
     losses = [
         [line["loss"] for line in metrics_of(tmp_path / name) if line["event"] == "train"] for name in ("two", "one")

@@ -138,6 +138,12 @@ class Ranks:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
+    def bucket_bytes(self, model: nn.Module) -> int:
+        """What DDP holds all the time for the gradients of a model that `wrap` returned."""
+        if not isinstance(model, DistributedDataParallel):
+            return 0
+        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Backward inside this context adds to the local gradients without averaging them over ranks."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

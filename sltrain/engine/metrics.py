@@ -5,7 +5,7 @@ An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint o
 
     train        loss (nats a token), lr, grad_norm (before clipping), tokens_per_second (outside evaluation, saving),
                  data_wait_fraction, num_skipped_updates, with per-layer updates also num_skipped_tensors,
-                 planned_memory_bytes, peak_tensor_bytes (measured, from the second update of a process on),
+                 planned_memory_bytes, peak_tensor_bytes (measured, from the third update of a process on),
                  peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)

@@ -24,6 +24,7 @@ from sltrain.engine.step import StepResult
 from sltrain.engine.stop import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
+MEASURED_UPDATE = 3  # of a process: the first makes the optimizer's state, the second DDP's final buckets
 MAX_PROFILED_MICRO_BATCHES = 4  # of an update whose tensors are measured: each takes tens of thousands of records
 STOP_CHECK_SECONDS = 1.0  # a stream that waits for the network must not keep a signal waiting
 
@@ -157,13 +158,14 @@ class Trainer:
         return result
 
     def _measured(self, run: Callable[[], StepResult], num_micro_batches: int) -> StepResult:
-        """Run an update, and measure its tensors if it is the second one of this process: the first one still makes
-        the optimizer's state. On CUDA the allocator's mark is there anyway."""
-        is_second = self.num_updates_here == 1
-        if self.ranks.device.type == "cuda" or not is_second or num_micro_batches > MAX_PROFILED_MICRO_BATCHES:
+        """Run an update, and measure its tensors if it is the one for that. On CUDA the allocator's mark is there
+        anyway."""
+        is_due = self.num_updates_here + 1 == MEASURED_UPDATE
+        if self.ranks.device.type == "cuda" or not is_due or num_micro_batches > MAX_PROFILED_MICRO_BATCHES:
             return run()
         self.optimizer.zero_grad()  # what was there before must not be freed in between
-        result, self.peak_tensor_bytes = tensor_peak(run, held_by(self.model, self.optimizer), self.ranks.device)
+        held = held_by(self.model, self.optimizer) + self.ranks.bucket_bytes(self.train_model)
+        result, self.peak_tensor_bytes = tensor_peak(run, held, self.ranks.device)
         measured, planned = self.peak_tensor_bytes / 1e9, self.planned_memory_bytes / 1e9
         self._report_once(f"memory     {measured:,.2f} GB measured for tensors, {planned:,.2f} planned")
         return result

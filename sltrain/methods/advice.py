@@ -7,8 +7,8 @@ from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """At most two lines: layers that train no fewer values than a dense matrix, and a support that leaves W without full
-    rank."""
+    """At most two lines: layers that train no fewer values than a dense matrix, and a support that leaves W without
+    full rank."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     lines = []
 

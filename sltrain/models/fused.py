@@ -1,4 +1,4 @@
-"""Two element-wise operations that keep for backward no more than they were given.
+"""Two element-wise operations that keep for backward no more than they were given, and a third of the MLP's memory.
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight     keeps x and one number a row
     swiglu      y = silu(gate) * up                        keeps gate and up
@@ -10,8 +10,12 @@ tokens, and passes over memory more often: backward of the norm takes 1.5 ms her
     dweight = sum over rows of dy * n,      dx = (g - n * mean(g * n)) / sqrt(m)
 
 Differentiable once.
+
+The projection that reads the product of swiglu would keep it, as large as gate and up. `made_again` lets it be computed
+a second time in backward instead, bit for bit, for less than a hundredth of an update's time.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +32,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element-wise."""
     return _SwiGLU.apply(gate, up)
+
+
+def made_again(product: Tensor, gate: Tensor, up: Tensor) -> AbstractContextManager[Any]:
+    """A context in which whatever would keep `product` = swiglu(gate, up) for backward computes it again there."""
+    address, shape, gate, up = product.data_ptr(), product.shape, gate.detach(), up.detach()
+    marker = object()
+
+    def pack(tensor: Tensor) -> Any:
+        return marker if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        return swiglu(gate, up) if kept is marker else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sltrain.config import ModelConfig
-from sltrain.models.fused import rms_norm, swiglu
+from sltrain.models.fused import made_again, rms_norm, swiglu
 from sltrain.models.loss import IGNORE, chunked_cross_entropy_sum
 
 DRAWN_AT_ONCE = 2**22  # random numbers
@@ -126,22 +126,29 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """`keeps_product`: under activation checkpointing, which already computes everything again."""
+
+    def __init__(self, config: ModelConfig, keeps_product: bool) -> None:
         super().__init__()
+        self.keeps_product = keeps_product
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+        product = swiglu(gate, up)
+        if self.keeps_product or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.down_proj(product)
+        with made_again(product, gate, up):
+            return self.down_proj(product)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, keeps_product=activation_checkpointing)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -159,7 +166,9 @@ class LlamaModel(nn.Module):
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, activation_checkpointing) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, rows: Tensor | None = None) -> Tensor:

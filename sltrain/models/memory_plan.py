@@ -4,11 +4,12 @@
     size d, V vocabulary, L layers; "kept": from forward to backward
 
     always           weights, indices of S, optimizer state
-    kept, a layer    e N (6 D + 2 G d + 3 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate,
-                                                up and their product
+    kept, a layer    e N (6 D + 2 G d + 2 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate
+                                                and up
                      4 N (2 + H)                the norms' divisors, the softmax's
                      e N r                      of each factored or low-rank projection (layers/footprint.py)
-                     with activation checkpointing e N D, the layer's input; the rest for one layer at a time
+                     with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
+                     another e N I for the product of gate and up
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
                      Gradients that wait for the next micro-batch, and DDP's buckets, are there all the time.
@@ -117,14 +118,16 @@ class _Parts:
         )
         parts = [footprint(layers, num_rows, self.shape.has_kernel) for layers in together]
         kv_size = attention.num_kv_heads * attention.head_size
-        kept = 6 * self.hidden + 3 * self.wide + 2 * self.element * num_rows * kv_size
+        keeps_product = layer.mlp.keeps_product
+        kept = 6 * self.hidden + (2 + keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
         kept += 4 * num_rows * (2 + attention.num_heads) + sum(part.kept for part in parts)
         _, _, gate_up, down = parts
         # Beside the gradient of the residual stream:
+        product = 0 if keeps_product else self.wide  # made again
         moments = [
-            (self.wide + down.temporary, down.gradients),  # down_proj makes the gradient of the product
-            (2 * self.wide, 0),  # that of the gate, and silu(gate), take shape while the product has gone
-            (self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up have gone too
+            (product + self.wide + down.temporary, down.gradients),  # down_proj makes the gradient of the product
+            (product + 2 * self.wide, 0),  # that of the gate, and silu(gate), take shape while the product has gone
+            (product + self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up have gone too
         ]
         temporary, gradients = max(moments, key=sum)
         return kept, (self.hidden + temporary, gradients)
