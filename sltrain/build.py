@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sltrain.build_memory import plan_run, settings_that_fit, update_notes
+from sltrain.build_memory import plan_model, settings_that_fit, update_notes
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
@@ -126,15 +126,16 @@ class Run:
         """What was planned, what is saved, and what to start again with."""
         assert self.trainer is not None
         c, t = self.config, self.trainer
+        one_pass = c.global_batch_size == c.micro_batch_size * self.ranks.world_size
         options = {
             f"micro_batch_size below {c.micro_batch_size}": c.micro_batch_size > 1,
             "activation_checkpointing=true": not c.activation_checkpointing,
-            "per_layer_update=true": not (c.per_layer_update or c.compile),
+            "per_layer_update=true": one_pass and c.grad_clip is None and not (c.per_layer_update or c.compile),
         }
         smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"
         kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
         return (
-            f"out of memory after step {t.step:,}: {t.planned_memory_bytes / 1e9:,.2f} GB were planned for tensors;"
+            f"out of memory after step {t.step:,}: {_gigabytes(t.planned_memory_bytes)} were planned for tensors;"
             f" {kept}; start the same command with run_dir={self.folder.path} and {smaller}"
         )
 
@@ -155,12 +156,25 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks, say))
     describe(config, model, source, tokenizer, eval_set, ranks, cadence, say)
-    plan = ranks.everywhere(lambda: guard_memory(config, model, ranks, say))
+    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks, say))
     plain = dataclasses.asdict(config)
     folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json))
     say(f"run folder {folder.path}")
     trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, plan, say, tell)
     return Run(folder, ranks, config, trainer, cadence)
+
+
+def check_run(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Whether the ways of updating go together. Raises ValueError."""
+    check_updates(
+        config.optimizer.name,
+        dtype=dtype,
+        per_layer_update=config.per_layer_update,
+        accumulation=config.accumulation,
+        grad_clip=config.grad_clip,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+        stochastic_rounding=config.stochastic_rounding,
+    )
 
 
 _COMPILING: dict[str, Callable[[TrainConfig], bool]] = {
@@ -173,15 +187,7 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
     check_optimizer(config.optimizer.name)
-    check_updates(
-        config.optimizer.name,
-        dtype=pick_dtype(config.dtype, ranks.device),
-        per_layer_update=config.per_layer_update,
-        accumulation=config.accumulation,
-        grad_clip=config.grad_clip,
-        grad_clip_per_parameter=config.grad_clip_per_parameter,
-        stochastic_rounding=config.stochastic_rounding,
-    )
+    check_run(config, pick_dtype(config.dtype, ranks.device))
     compiles = [text for text, does in _COMPILING.items() if does(config)]
     if compiles and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
@@ -316,24 +322,31 @@ def describe(
         say(f"note       {line}")
 
 
-def guard_memory(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks, say: Report) -> MemoryPlan:
-    """Plan the run's memory and say what comes. Raises ValueError if it does not fit and the guard is on."""
-    device = ranks.device
-    vocab_size, dtype = model.lm_head.out_features, model.lm_head.weight.dtype
+def guard_memory(
+    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks, say: Report
+) -> MemoryPlan | None:
+    """Plan the run's memory and say what comes. Raises ValueError if it does not fit, or cannot be planned, and the
+    guard is on."""
+    device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
 
-    def plan_of(config: TrainConfig, model: LlamaForCausalLM | None = None) -> MemoryPlan:
-        model = model or build_model(config, vocab_size, dtype)
-        set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
-        return plan_run(config, model, device, ranks.world_size)
+    def plan_of(changed: TrainConfig) -> MemoryPlan:
+        return plan_model(changed, build_model(changed, vocab_size, dtype), device, ranks.world_size)
 
-    plan = plan_of(config, model)
+    try:
+        plan = plan_of(config)
+    except ValueError as error:
+        if config.memory_guard:
+            raise
+        say(f"memory     cannot be planned: {error}")
+        return None
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
-        free //= ranks.world_size  # they share it
+        free //= ranks.num_on_this_machine  # they share it
     say(f"memory     {_gigabytes(plan.total_bytes)} planned for tensors, {_gigabytes(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
-    found = settings_that_fit(config, plan_of, free)
+    keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
+    found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
     advice = "a smaller model" if found is None else f"{found[0]} ({_gigabytes(found[1].total_bytes)})"
     raise ValueError(
         f"the run needs {_gigabytes(plan.total_bytes)} on {device}, where {_gigabytes(free)} are free; what would fit:"
@@ -395,7 +408,7 @@ def build_trainer(
     stream: TrainStream,
     eval_set: EvalSet,
     ranks: Ranks,
-    plan: MemoryPlan,
+    plan: MemoryPlan | None,
     say: Report,
     tell: Report,
 ) -> Trainer:
@@ -434,7 +447,7 @@ def build_trainer(
         micro_batch_size=config.micro_batch_size,
         seq_len=config.seq_len,
         updates_in_backward=config.per_layer_update,
-        planned_memory_bytes=plan.total_bytes,
+        planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
             "peak_memory_measure": memory.measure,

@@ -6,13 +6,14 @@ The equations are in models/memory_plan.py; here they are told what a configurat
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from sltrain.config import TrainConfig
+from sltrain.layers.cost import set_paths
 from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import MemoryPlan, UpdateShape, plan_memory
@@ -21,8 +22,10 @@ from sltrain.optim.build import OPTIMIZERS, state_bytes, step_bytes
 PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 
-def plan_run(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_processes: int) -> MemoryPlan:
-    """The plan of one process's device for `model`, built from `config` and with its paths set, on any device."""
+def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_processes: int) -> MemoryPlan:
+    """The plan of one process on `device` for `model`, built from `config` on any device. Sets the paths that a run
+    would choose."""
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
     return plan_memory(
         model,
         update_shape(config, device, next(model.parameters()).dtype, num_processes),
@@ -78,23 +81,34 @@ def update_notes(config: TrainConfig, num_processes: int) -> list[str]:
 Change = dict[str, Any]  # keys of the configuration with their new values; `optimizer` with a name
 
 
-def settings_that_fit(config: TrainConfig, plan_of: PlanOf, free_bytes: int) -> tuple[str, MemoryPlan] | None:
+def settings_that_fit(
+    config: TrainConfig,
+    plan_of: PlanOf,
+    free_bytes: int,
+    num_processes: int = 1,
+    keys: Collection[str] | None = None,
+) -> tuple[str, MemoryPlan] | None:
     """The mildest overrides with which the run needs no more than `free_bytes`, as one would type them, and its plan
-    then; None if there are none.
+    then; None if there are none. Only `keys` are changed (None: all).
 
     Combinations of smaller micro-batches, activation checkpointing, 8-bit Adam and updates inside backward are tried,
-    few before many, and of as many those that come first in this list.
+    few before many, and of as many those that come first in this list. At last also a global batch of one micro-batch,
+    without which updates inside backward free little: that changes the recipe.
     """
     sizes = [size for size in range(config.micro_batch_size, 0, -1) if config.micro_batch_size % size == 0]
     micro_batches: list[Change] = [{}, *({"micro_batch_size": size} for size in sizes[1:])]
     others = _switches(config)
+    one_pass: list[Change] = [{"global_batch_size": size * num_processes, "micro_batch_size": size} for size in sizes]
     combinations = [
-        [size, *chosen] if size else list(chosen)
+        [change, *chosen] if change else list(chosen)
+        for batches in (micro_batches, one_pass)
         for count in range(len(others) + 1)
         for chosen in itertools.combinations(others, count)
-        for size in micro_batches
+        for change in batches
     ]
     for changes in combinations:
+        if keys is not None and not all(key in keys for change in changes for key in change):
+            continue
         plan = plan_of(_apply(config, changes))
         if plan.total_bytes <= free_bytes:
             return _as_typed(changes), plan

@@ -6,7 +6,6 @@ updates on random tokens, on the machine it runs on.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.build import allocate, build_model, build_step, build_updates, pick_dtype
-from sltrain.build_memory import optimizer_state_bytes, plan_run, update_notes, update_shape, update_temporaries
+from sltrain.build import allocate, build_model, build_step, build_updates, check_run, pick_dtype
+from sltrain.build_memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
@@ -26,7 +25,7 @@ from sltrain.models.accounting import count_parameters
 from sltrain.models.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import MemoryPlan, plan_memory
-from sltrain.optim.build import check_optimizer, check_updates, state_bytes
+from sltrain.optim.build import check_optimizer, state_bytes
 from sltrain.plan_config import PlanConfig, card_bytes, card_name
 
 Groups = dict[str, int]
@@ -76,7 +75,7 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {phase}"
     measured = measure(config, device, dtype) if plan.measure else None
-    return Plan(columns, cards, headline, notes(config, dtype, plan.num_processes), measured)
+    return Plan(columns, cards, headline, notes(config, device, dtype, plan.num_processes), measured)
 
 
 def _headline(config: TrainConfig, how: str) -> str:
@@ -109,17 +108,20 @@ def run_columns(
 ) -> tuple[list[Column], str]:
     """This run; then dense training, GaLore, and for method=sltrain the published layout, with the same settings; and
     the moment when this run needs most."""
-    model = planned_model(config, device, dtype)
-    dense = model if config.method.name == "full" else planned_model(as_dense(config), device, dtype)
-    own = plan_run(config, model, device, num_processes)
+    assert config.model.vocab_size is not None
+    model = build_model(config, config.model.vocab_size, dtype)
+    own = plan_model(config, model, device, num_processes)
+    dense = build_model(as_dense(config), config.model.vocab_size, dtype)
+    of_dense = plan_model(config, dense, device, num_processes)
     shape = update_shape(config, device, dtype, num_processes)
 
     columns = [_column("this run", model, own)]
-    if dense is not model:
-        columns.append(_column("method=full", dense, plan_run(config, dense, device, num_processes)))
-    galore = galore_state_bytes(dense, config.rank, partial(state_bytes, config.optimizer.name))
-    at_work = update_temporaries(config, dense, device)
-    columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
+    if config.method.name != "full":
+        columns.append(_column("method=full", dense, of_dense))
+    if config.rank > 0:
+        galore = galore_state_bytes(dense, config.rank, partial(state_bytes, config.optimizer.name))
+        at_work = update_temporaries(config, dense, device)
+        columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
     if config.method.name == "sltrain":
         set_paths(model, "composed", shape.num_rows, device)
         stored = published_stored_bytes(model)
@@ -129,29 +131,21 @@ def run_columns(
     return columns, own.phase
 
 
-def planned_model(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model on meta with its paths as a run on `device` would choose them."""
-    assert config.model.vocab_size is not None
-    model = build_model(config, config.model.vocab_size, dtype)
-    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
-    return model
-
-
 def as_dense(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, method=MethodConfig(name="full"))
 
 
 def paper_columns(config: TrainConfig) -> list[Column]:
     """Parameters, positions and moments as the paper's table 2 counts them."""
-    device, dtype = torch.device("meta"), torch.bfloat16
     assert config.model.vocab_size is not None
-    model = build_model(config, config.model.vocab_size, dtype)
-    dense = build_model(as_dense(config), config.model.vocab_size, dtype)
-    assert next(model.parameters()).device == device
+    model = build_model(config, config.model.vocab_size, torch.bfloat16)
+    dense = build_model(as_dense(config), config.model.vocab_size, torch.bfloat16)
     columns = [_paper_column("this run", model, paper_groups(model))]
     if config.method.name != "full":
         columns.append(_paper_column("method=full", dense, paper_groups(dense)))
-    return [*columns, _paper_column(f"GaLore, rank {config.rank}", dense, paper_groups(dense, config.rank))]
+    if config.rank > 0:
+        columns.append(_paper_column(f"GaLore, rank {config.rank}", dense, paper_groups(dense, config.rank)))
+    return columns
 
 
 def _column(name: str, model: LlamaForCausalLM, plan: MemoryPlan) -> Column:
@@ -165,7 +159,7 @@ def _paper_column(name: str, model: LlamaForCausalLM, groups: Groups) -> Column:
 # ---- what a reader should know
 
 
-def notes(config: TrainConfig, dtype: torch.dtype, num_processes: int) -> list[str]:
+def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> list[str]:
     """What the numbers do not say by themselves, and what `sltrain-train` would refuse."""
     lines = []
     num_micro_batches = config.global_batch_size / (config.micro_batch_size * num_processes)
@@ -178,17 +172,11 @@ def notes(config: TrainConfig, dtype: torch.dtype, num_processes: int) -> list[s
     if config.compile:
         lines.append("compile=true: the compiler keeps and fuses what it likes; the plan is for the eager run")
     try:
-        check_updates(
-            config.optimizer.name,
-            dtype=dtype,
-            per_layer_update=config.per_layer_update,
-            accumulation=config.accumulation,
-            grad_clip=config.grad_clip,
-            grad_clip_per_parameter=config.grad_clip_per_parameter,
-            stochastic_rounding=config.stochastic_rounding,
-        )
+        check_run(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
+    if config.optimizer.name == "adam4bit" and device.type == "cuda":
+        lines.append("adam4bit: how much its compiled step takes for itself was measured on a CPU only")
     if config.method.name == "sltrain":
         lines.append("GaLore and published SLTrain: their weights, positions and moments, with our activations")
     else:
@@ -212,8 +200,11 @@ def check_free(planned_bytes: int, device: torch.device) -> None:
 def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The peak of tensor bytes in one update of the real model on random tokens."""
     check_optimizer(config.optimizer.name)
+    check_run(config, dtype)
     ranks = Ranks(0, 1, device)
-    model = planned_model(config, device, dtype)
+    assert config.model.vocab_size is not None
+    model = build_model(config, config.model.vocab_size, dtype)
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
     allocate(model, device)
     model.init_weights(config.seed)
     optimizer = build_updates(config, model, ranks)
@@ -228,9 +219,8 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
         micro_batches = [make_micro_batch(ids, ids, device) for ids in rows]
         return train_step(model, optimizer, micro_batches, sum(ids.numel() for ids in rows), ranks)
 
-    run: Callable[[], Any] = update
     for _ in range(NUM_MEASURED_UPDATES - 1):
-        run()
+        update()
     optimizer.zero_grad()
-    _, peak = tensor_peak(run, held_by(model, optimizer), device)
+    _, peak = tensor_peak(update, held_by(model, optimizer), device)
     return peak

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from sltrain.build import allocate, build_model, build_updates
-from sltrain.build_memory import plan_run, settings_that_fit
+from sltrain.build_memory import plan_model, settings_that_fit
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
-from sltrain.layers.cost import set_paths
 from sltrain.models.memory_plan import MemoryPlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,9 +53,7 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
 
 
 def plan_of(config: TrainConfig) -> MemoryPlan:
-    model = build_model(config, 32_000, torch.bfloat16)
-    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, CUDA)
-    return plan_run(config, model, CUDA, 1)
+    return plan_model(config, build_model(config, 32_000, torch.bfloat16), CUDA, 1)
 
 
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.4])
@@ -78,6 +75,14 @@ def test_advice_fits_and_is_needed(share: float) -> None:
         others = [other for other in typed.split() if other != text]
         if not text.startswith("grad_clip"):  # those go along with per_layer_update
             assert total(others) > free, f"{text} is not needed"
+
+
+def test_the_headline_run_is_found_for_a_small_card() -> None:
+    found = settings_that_fit(composed("model=llama_7b"), plan_of, 16 * 10**9)
+    assert found is not None and "per_layer_update=true" in found[0] and "global_batch_size=" in found[0]
+    assert found[1].total_bytes < 16 * 10**9
+    on_resume = settings_that_fit(composed("model=llama_7b"), plan_of, 16 * 10**9, keys=["micro_batch_size"])
+    assert on_resume is None
 
 
 def test_no_advice_where_nothing_helps() -> None:

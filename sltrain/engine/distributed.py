@@ -68,6 +68,11 @@ class Ranks:
             dist.destroy_process_group()
 
     @property
+    def num_on_this_machine(self) -> int:
+        """How many of the processes share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class PeakMemory:
@@ -105,18 +105,35 @@ def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken: of the GPU, or of the machine; None where the system does not say."""
+    """Memory that can still be taken: of the GPU, or of the machine and the container; None where the system does not
+    say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         available = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(available[1]) * 1024 if available else None
+    of_machine = int(available[1]) * 1024 if available else None
+    limits = [number for number in (of_machine, _free_in_container()) if number is not None]
+    return min(limits, default=None)
+
+
+def _free_in_container() -> int | None:
+    """What a container or a batch system leaves this process, by cgroup v2; None without a limit."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if not limit.isdecimal():  # "max"
+        return None
+    return max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: CUDA's has a type of its own, the CPU's allocator a sentence."""
+    """Whether an exception says that memory ran out. Torch's CUDA allocator has a type for it, its CPU allocator, the
+    driver and cuBLAS have sentences."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -29,6 +29,8 @@ class PerLayerOptimizer(Protocol):
 
     folds: bool  # whether each micro-batch's gradients are used in its own backward, or all in the last one's
 
+    has_begun: bool  # whether the update under way has changed weights or moments
+
     def zero_grad(self) -> None:
         """Drop gradients and an update that was begun."""
 
@@ -73,6 +75,7 @@ def train_step_per_layer(
         if optimizer.folds:
             if not math.isfinite(loss.item()):
                 num_bad += 1
+                del loss  # and all that its graph keeps
                 continue
         elif is_last and not math.isfinite(ranks.sum_(loss_sum).item()):  # from here on the sum of all ranks
             optimizer.zero_grad()

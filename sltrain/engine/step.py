@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from sltrain.engine.distributed import Ranks
 
+NORM_PIECE = 2**22  # elements
+
 
 @dataclass
 class StepResult:
@@ -66,7 +68,10 @@ def train_step(
     gradients = [p.grad for p in parameters if p.grad is not None]
     # In float32: the norm of bfloat16 gradients would itself be rounded to three digits.
     exact = torch.promote_types(loss.dtype, parameters[0].dtype)
-    norms = torch._foreach_norm(gradients, dtype=exact)  # one launch for many on a GPU
+    if ranks.device.type == "cuda" or gradients[0].dtype == exact:
+        norms = torch._foreach_norm(gradients, dtype=exact)  # one launch for many
+    else:
+        norms = tuple(_norm(gradient, exact) for gradient in gradients)
     norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     loss_value, norm_value = torch.stack([ranks.sum_(loss_sum), norm]).tolist()
     result = StepResult(loss_value / max(num_targets, 1), norm_value)
@@ -81,6 +86,12 @@ def train_step(
         torch._foreach_mul_(gradients, coefficients)
     optimizer.step()
     return result
+
+
+def _norm(gradient: Tensor, exact: torch.dtype) -> Tensor:
+    """In pieces, because a CPU makes a copy in `exact` of what it takes the norm of."""
+    pieces = [torch.linalg.vector_norm(piece, dtype=exact) for piece in gradient.reshape(-1).split(NORM_PIECE)]
+    return torch.linalg.vector_norm(torch.stack(pieces))
 
 
 def _first_non_finite(model: nn.Module) -> str:

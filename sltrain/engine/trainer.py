@@ -74,7 +74,7 @@ class Trainer:
     micro_batch_size: int
     seq_len: int
     updates_in_backward: bool  # so that an update that breaks off leaves weights half updated
-    planned_memory_bytes: int  # of tensors, at their peak
+    planned_memory_bytes: int | None  # of tensors, at their peak; None where that is unknown
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
     final_metrics: dict[str, Any]  # what the final line says besides the evaluation
     report: Callable[[str], None]  # one line to the user
@@ -130,7 +130,6 @@ class Trainer:
         """Run one update and advance the counters."""
         next_step = self.step + 1
         self.lr = self.set_learning_rate(next_step)
-        self.is_whole = not self.updates_in_backward
         result = self._measured(
             lambda: self.train_step(
                 self.train_model,
@@ -152,7 +151,18 @@ class Trainer:
         progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
         progress.num_skipped_updates += result.skipped
         progress.num_skipped_tensors += result.num_skipped_tensors
-        progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if result.skipped else 0
+        left_out = [
+            f"{number} {what}"
+            for number, what in (
+                (result.num_skipped_tensors, "gradients"),
+                (result.num_skipped_micro_batches, "micro-batches"),
+            )
+            if number
+        ]
+        if left_out and not result.skipped:
+            self._report_once(f"step {next_step}: {' and '.join(left_out)} were not finite and left out")
+        is_bad = result.skipped or bool(left_out)
+        progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if is_bad else 0
         self.stream_state = update.batch.state
         self.throughput.add(update.num_tokens)
         return result
@@ -166,18 +176,22 @@ class Trainer:
         self.optimizer.zero_grad()  # what was there before must not be freed in between
         held = held_by(self.model, self.optimizer) + self.ranks.bucket_bytes(self.train_model)
         result, self.peak_tensor_bytes = tensor_peak(run, held, self.ranks.device)
-        measured, planned = self.peak_tensor_bytes / 1e9, self.planned_memory_bytes / 1e9
-        self._report_once(f"memory     {measured:,.2f} GB measured for tensors, {planned:,.2f} planned")
+        planned = "" if self.planned_memory_bytes is None else f", {self.planned_memory_bytes / 1e9:,.2f} planned"
+        self._report_once(f"memory     {self.peak_tensor_bytes / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def rescue(self) -> None:
         """After memory ran out: free what an update had begun, and save if the weights are whole. Ranks do not agree on
         running out, so nothing is saved where there are several."""
+        is_whole = self.is_whole and not getattr(self.optimizer, "has_begun", False)
         self.optimizer.zero_grad()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.is_whole and self.step > 0 and self.ranks.world_size == 1:
-            self.save()
+        if is_whole and self.step > 0 and self.ranks.world_size == 1:
+            try:
+                self.save()
+            except (OSError, ValueError, RuntimeError) as error:
+                self._report_once(f"step {self.step} could not be saved: {error}")
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
@@ -239,11 +253,9 @@ class Trainer:
         peak, reserved = self.memory.peak_bytes(), self.memory.reserved_bytes()
         tensors = self.peak_tensor_bytes if reserved is None else peak
         peaks = [max(values) for values in zip(*self.ranks.gather((peak, tensors or 0, reserved or 0)), strict=True)]
-        names = ("peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
-        return {
-            "planned_memory_bytes": self.planned_memory_bytes,
-            **{name: value for name, value in zip(names, peaks, strict=True) if value},
-        }
+        names = ("planned_memory_bytes", "peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
+        values = [self.planned_memory_bytes, *peaks]
+        return {name: value for name, value in zip(names, values, strict=True) if value}
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

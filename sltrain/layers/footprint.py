@@ -6,8 +6,8 @@
                   composed, dense   nothing
     temporary     at most at once inside forward or backward, besides x, y and their gradients:
                   composed   W or dW and what it is made of or taken apart into, (out, in) each; a piece of positions
-                  factored   u = dy B, N r e, and a slice of S made dense, its gradient and a piece of positions, or the
-                             scratch memory of the CPU kernel
+                  factored   u = dy B, N r e, and a slice of S made dense, its gradient and a piece of positions, or
+                             what blocks or columns gather of x, or the scratch memory of the CPU kernel
                   low-rank   u
     gradients     of the parameters of one call, which all come at once
 
@@ -65,15 +65,23 @@ def _alone(layer: nn.Module, num_rows: int, size: int, has_kernel: bool) -> tupl
     raise ValueError(f"no memory is accounted for layers of kind {type(layer).__name__}: add it to layers/footprint.py")
 
 
+def _without_kernel(layer: SLTrainLinear, num_rows: int, size: int) -> int:
+    support = layer.support
+    if support.kind == "block":  # each block row gathers the columns of x that it reads
+        lines = max(support.grid)
+        gathered = num_rows * -(-support.num_indices // min(support.grid)) * min(support.grid) * support.block
+        padded = num_rows * lines * support.block
+        return (2 * gathered + padded + 3 * support.num_indices * support.block**2) * size
+    return 2 * layer.out_features * layer.in_features * size // NUM_SLICES + support.piece_bytes
+
+
 def _factored_temporary(layers: Sequence[SLTrainLinear], num_rows: int, size: int, has_kernel: bool) -> int:
     hidden = num_rows * max(layer.rank for layer in layers) * size
     first = layers[0].support
-    if not has_kernel or first.kind == "column":
-        of_one = [
-            2 * layer.out_features * layer.in_features * size // NUM_SLICES + layer.support.piece_bytes
-            for layer in layers
-        ]
-        return hidden + max(of_one)
+    if first.kind == "column":
+        return hidden + max(layer.support.num_columns for layer in layers) * (num_rows + layers[0].out_features) * size
+    if not has_kernel:
+        return hidden + max(_without_kernel(layer, num_rows, size) for layer in layers)
     block = first.block if first.kind == "block" else 0
     nums = [layer.support.num_indices if block else layer.support.num_nonzero for layer in layers]
     outs = [layer.out_features for layer in layers]

@@ -13,13 +13,11 @@
 `uniform` is the paper's (arXiv 2406.02214, section 3.2). The published code shuffles all out * in positions and keeps
 the first few; here positions are drawn with replacement until enough are distinct, which costs memory and time for the
 kept ones only and has exactly the same distribution. The other kinds are ours. `stratified` looks like it but needs
-half the bytes; from 4,096 entries on it trains a multiple of 128, so that block-wise quantized optimizer states need no
-remainder. (Where strata then begin alike in every row, columns in the shorter ones are trained a little more often: by
-one part in 33 at a sparsity of 0.03.) `block` and `column` trade some freedom of the support for small dense products.
-A regular bipartite graph is a sum of permutations (König), so every block support contains a block permutation matrix,
-and that alone has full rank; blocks thrown at random leave block rows empty and do not. Blocks and columns come in
-whole lines, so their sparsity is the nearest that exists; blocks that stick out of a matrix whose sides they do not
-divide train only what is inside.
+half the bytes. `block` and `column` trade some freedom of the support for small dense products. A regular bipartite
+graph is a sum of permutations (König), so every block support contains a block permutation matrix, and that alone has
+full rank; blocks thrown at random leave block rows empty and do not. Blocks and columns come in whole lines, so their
+sparsity is the nearest that exists; blocks that stick out of a matrix whose sides they do not divide train only what is
+inside.
 
 A uniform support of up to 65,536 columns is one uint16 tensor, 2 bytes an entry and 4 a row:
 
@@ -47,8 +45,6 @@ MAX_ENTRIES = 2**31 - 1  # the largest matrix whose flat positions fit int32
 MAX_COMPACT_COLUMNS = 2**16  # what uint16 can number
 CHUNK_ENTRIES = 2**21  # entries whose flat positions exist at a time
 _PIECE_BYTES = {"uniform": 20, "stratified": 16, "block": 40, "column": 16}  # an entry, while they do
-QUANTIZED_BLOCK = 128  # entries of `stratified` come in multiples of this
-QUANTIZED_FROM = 4096  # and from this many on: bitsandbytes quantizes no smaller states
 SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is the fastest way
 BLOCK_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tried in this order: large blocks make efficient products
 BLOCK_TOLERANCE = 0.1  # a block size is taken if its sparsity is this near, relatively, to the one asked for
@@ -151,10 +147,7 @@ class Support:
             return self.out_features * self.num_columns
         if self.kind == "block":
             return self._num_block_entries()
-        count = int(self.sparsity * self.num_entries)
-        if self.kind == "stratified" and count >= QUANTIZED_FROM:
-            return count // QUANTIZED_BLOCK * QUANTIZED_BLOCK
-        return count
+        return int(self.sparsity * self.num_entries)
 
     @property
     def num_indices(self) -> int:

@@ -13,6 +13,7 @@
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
                      Gradients that wait for the next micro-batch, and DDP's buckets, are there all the time.
+                     What waits is not in the buckets: DDP moves it there in the last backward.
 
 Memory rises and falls within an update; `PHASES` are the moments at which it can be highest, and the plan is the
 highest of them. Not in it: what the driver and the libraries take for themselves, and what an allocator loses by
@@ -30,7 +31,15 @@ GROUPS = (
     "dense_weights low_rank_weights sparse_values indices optimizer_state gradients ddp_buckets activations logits"
     " temporaries"
 ).split()
-PHASES = ("loss", "head backward", "first layer backward", "last layer backward", "embedding backward", "update")
+PHASES = (
+    "loss",
+    "head backward",
+    "head update",  # inside backward, with per-layer updates
+    "first layer backward",
+    "last layer backward",
+    "embedding backward",
+    "update",
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,7 @@ def plan_memory(
     parts = _Parts(model, shape)
     always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}
     phases = {name: parts.phase(name) for name in PHASES}
-    updates = ("head backward", "last layer backward", "embedding backward") if shape.per_layer_update else ("update",)
-    for name in updates:
+    for name in ("head update", "embedding backward") if shape.per_layer_update else ("update",):
         phases[name]["temporaries"] += update_temporaries
     highest = max(PHASES, key=lambda name: sum(phases[name].values()))
     at_peak = {**always, **phases[highest]}
@@ -142,14 +150,15 @@ class _Parts:
         activations, logits, temporaries = {
             "loss": (kept + top, self._loss_forward(), 0),
             "head backward": (kept + top, self._loss_backward(), 0),
+            "head update": (kept + top, self.hidden, 0),
             "first layer backward": (last_kept, 0, self.layer_temporaries),
             "last layer backward": (self.layer_kept, 0, self.layer_temporaries),
             "embedding backward": (self.hidden, 0, 0),
             "update": (0, 0, 0),
         }[name]
-        gradients = self._gradients(name)
         return {
-            "ddp_buckets" if shape.uses_ddp else "gradients": gradients,
+            "ddp_buckets": self.all_gradients if shape.uses_ddp else 0,
+            "gradients": self._gradients(name),
             "activations": activations,
             "logits": logits,
             "temporaries": temporaries,
@@ -179,23 +188,25 @@ class _Parts:
         return self._loss_kept() + self.hidden
 
     def _gradients(self, phase: str) -> int:
-        """Bytes of gradients, those that wait and those that are new."""
+        """Bytes of gradients besides DDP's buckets: those that wait, those that are done, those that are new."""
         shape = self.shape
         new = {
             "loss": 0,
             "head backward": self.head_gradient,
+            "head update": self.head_gradient,
             "first layer backward": self.layer_gradient,
             "last layer backward": self.layer_gradient,
             "embedding backward": self.embedding_gradient,
             "update": 0,
         }[phase]
-        if shape.uses_ddp or (shape.num_micro_batches > 1 and shape.holds_gradients):
+        if shape.num_micro_batches > 1 and shape.holds_gradients:
             return self.all_gradients + new
-        if shape.per_layer_update:
+        if shape.per_layer_update or shape.uses_ddp:
             return new
         done = {
             "loss": 0,
             "head backward": 0,
+            "head update": 0,
             "first layer backward": self.head_gradient,
             "last layer backward": self.all_gradients - self.embedding_gradient - self.layer_gradient,
             "embedding backward": self.all_gradients - self.embedding_gradient,

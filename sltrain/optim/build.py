@@ -13,17 +13,18 @@ adamw     torch.optim.AdamW, its two moments in the parameters' dtype: bfloat16 
           folding and stochastic rounding, adamw.py does.
 adam8bit  bitsandbytes AdamW8bit: both moments as 8-bit codes, one scale a block of 256 (Dettmers et al., arXiv
           2110.02861); float32 moments for parameters of fewer than 4096 elements.
-adam4bit  torchao AdamW4bit: 4-bit codes, one scale a block of 128 (Li et al., arXiv 2309.01507). Parameters of fewer
-          than 4096 elements, and those that 128 does not divide, as most values of S, keep moments in their own
-          dtype. It compiles its step for each shape of parameter in the first update, some seconds each, and on a CPU
-          needs a C++ compiler for that.
+adam4bit  torchao AdamW4bit: 4-bit codes, one scale a block of 128 (Li et al., arXiv 2309.01507); moments in the
+          parameter's dtype for fewer than 4096 elements. It is given parameters in pieces (in_pieces.py). It compiles
+          its step for each size of piece in the first update, some seconds each, and needs a C++ compiler for that on
+          a CPU, Triton on a GPU.
 
-Another optimizer with a small state is one more line in OPTIMIZERS: what makes it, how many bytes its state has, and
-what must be installed. All that is asked of it is torch's protocol: state by parameter in `state`, tensors and plain
-numbers, among them a "step" that counts a parameter's updates; settings in `param_groups`, read anew in every step.
-Then per-layer update, stochastic rounding, checkpoints and the memory plan work with it. To be let in it has to go on
-bit for bit from a checkpoint and to have exactly the bytes it says: tests/engine/test_checkpoint.py and
-tests/optim/test_build.py ask that of every line of the table.
+Another optimizer with a small state is one more line in OPTIMIZERS (what makes it, how many bytes its state has, and
+what must be installed), its name among the CHOICES of config.py, and a file in conf/optimizer/. All that is asked of it
+is torch's protocol: state by parameter in `state`, tensors and plain numbers, among them a "step" that counts a
+parameter's updates; settings in `param_groups`, read anew in every step. Then per-layer update, stochastic rounding,
+checkpoints and the memory plan work with it. To be let in it has to go on bit for bit from a checkpoint and to have
+exactly the bytes it says: tests/engine/test_checkpoint.py and tests/optim/test_build.py ask that of every line of the
+table.
 """
 
 import importlib
@@ -43,7 +44,7 @@ from sltrain.optim.per_layer import ACCUMULATIONS
 from sltrain.optim.rounding import PIECE, StochasticRounding
 
 Groups = list[dict[str, Any]]
-WORKING_COPIES = 6  # float32 copies of a piece that adamw.py makes
+WORKING_COPIES = {False: 0, True: 6}  # float32 copies of a piece that adamw.py makes, of narrower dtypes only
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,14 @@ def state_bytes(name: str, numel: int, element_size: int, stochastic_rounding: b
 
 
 def step_bytes(
-    name: str, sizes: Iterable[tuple[int, int]], device_type: str, *, stochastic_rounding: bool, accumulation: str
+    name: str, sizes: Sequence[tuple[int, int]], device_type: str, *, stochastic_rounding: bool, accumulation: str
 ) -> int:
     """Bytes that a step of `build_optimizer`'s result takes while it works, for parameters of these (numel,
     element_size)."""
     largest = max(numel for numel, _ in sizes)
     if name == "adamw":
-        copies = WORKING_COPIES if stochastic_rounding or accumulation == "fold" else 0
+        rounds = any(element_size < 4 for _, element_size in sizes)
+        copies = WORKING_COPIES[rounds] if stochastic_rounding or accumulation == "fold" else 0
         return 4 * min(largest, PIECE) * copies
     kind = OPTIMIZERS[name]
     copies = kind.copies_on_cuda if device_type == "cuda" else kind.copies_on_cpu

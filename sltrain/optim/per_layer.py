@@ -20,10 +20,10 @@ hold   keeps the gradients until the last micro-batch, in whose backward they go
 fold   each micro-batch's gradient goes into the moments and is freed (adamw.py says what that changes). On several
        ranks the moments of a parameter are summed over them in the last micro-batch.
 
-A GPU waits once a tensor: whether a gradient is finite is read on the host before it is used, because a bad one must
-leave weights and moments as they are, and no optimizer here can be told so on the device. Such a tensor is skipped and
-counted; the others are updated. Clipping by the norm of all gradients would need all of them; that of each parameter's
-own is offered.
+The host waits once a tensor: whether a gradient is finite is read before it is used, because a bad one must leave
+weights and moments as they are, and only one of the optimizers (torch's fused AdamW) could be told so on the device.
+Such a tensor is skipped and counted; the others are updated. Clipping by the norm of all gradients would need all of
+them; that of each parameter's own is offered.
 
 Ranks must all send the same tensor, but autograd promises no order (on one rank rows may be padded, on the other not).
 So there is one order for all, and a gradient that is complete before its turn waits. For the first update the order is
@@ -150,6 +150,7 @@ class PerLayerUpdate(WrappedOptimizer):
     def _begin(self) -> None:
         """Nothing of the next update has been done."""
         self._is_armed = self._is_last = False
+        self.has_begun = False  # whether the update under way has changed weights or moments
         self._squared_norm, self._num_updated, self._num_skipped = 0.0, 0, 0
         self._num_done = 0  # parameters that had their turn, in order
         self._arrived: dict[nn.Parameter, None] = {}  # those whose last gradient has come, as they came
@@ -185,6 +186,7 @@ class PerLayerUpdate(WrappedOptimizer):
         """hold: update one parameter by its gradient, if that is finite, and free it."""
         grad = parameter.grad
         assert grad is not None
+        self.has_begun = True
         if self.reduce_grad is not None and grad.numel():
             self.reduce_grad(grad)
         if (norm := self._count(grad)) is not None:
@@ -199,6 +201,7 @@ class PerLayerUpdate(WrappedOptimizer):
         """fold: put one micro-batch's gradient into the moments, if it is finite, and free it."""
         grad = parameter.grad
         assert grad is not None
+        self.has_begun = True
         if self._count(grad) is not None:
             num_folded = self._num_folded.get(parameter, 0)
             self._inner_adamw.fold(self._group_of(parameter), parameter, grad, None if num_folded else self._share)

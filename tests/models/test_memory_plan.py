@@ -1,7 +1,7 @@
 """The plan against the model: what is kept after a forward pass, and the highest point of a whole update on this CPU.
 
-Second sources: autograd's own record of what it saves; torch's profiler; and, where a CPU makes float32 copies inside
-bfloat16 operations that no GPU makes, the storages that are alive after each operation.
+Second sources: the storages that are alive after each operation, and torch's profiler, which also sees the float32
+copies that a CPU makes inside bfloat16 operations and a GPU does not.
 """
 
 import itertools
@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sltrain import build_plan as build_plan_module
-from sltrain.build import allocate, build_step, build_updates, pick_dtype
-from sltrain.build_memory import plan_run
-from sltrain.build_plan import Plan, build_plan, planned_model
+from sltrain.build import allocate, build_model, build_step, build_updates, pick_dtype
+from sltrain.build_memory import plan_model
+from sltrain.build_plan import Plan, build_plan
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.layers.cost import set_paths
 from sltrain.models import memory_plan
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import GROUPS, PHASES, MemoryPlan, UpdateShape, plan_memory
@@ -51,7 +52,10 @@ def dtype_of(config: TrainConfig) -> torch.dtype:
 
 def model_of(config: TrainConfig, device: torch.device = CPU) -> LlamaForCausalLM:
     """On meta, its paths as on `device`."""
-    return planned_model(config, device, dtype_of(config))
+    assert config.model.vocab_size is not None
+    model = build_model(config, config.model.vocab_size, dtype_of(config))
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
+    return model
 
 
 def real_model_of(config: TrainConfig) -> LlamaForCausalLM:
@@ -68,7 +72,7 @@ def micro_batch_of(config: TrainConfig) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def plan_of(config: TrainConfig, device: torch.device = CPU, num_processes: int = 1) -> MemoryPlan:
-    return plan_run(config, model_of(config, device), device, num_processes)
+    return plan_model(config, model_of(config, device), device, num_processes)
 
 
 def bytes_of(tensors: Any) -> int:
@@ -128,85 +132,83 @@ KEPT = [
 
 def kept_by_plan(config: TrainConfig) -> int:
     """Activations and logits at the beginning of backward, but for the last norm's output and its gradient, which the
-    plan counts there; and the rotary tables, which it leaves out."""
+    plan counts there, and the ids, which are made before; and the rotary tables, which it leaves out."""
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
     model = model_of(config)
     phase = memory_plan._Parts(model, shape).phase("head backward")
     normed = shape.num_rows * config.model.hidden_size * dtype_of(config).itemsize
     tables = 2 * config.seq_len * model.model.head_size * 4
-    return phase["activations"] + phase["logits"] - 2 * normed + tables
+    ids = 32 * shape.num_rows
+    return phase["activations"] + phase["logits"] - 2 * normed - ids + tables
 
 
 @pytest.mark.parametrize("overrides", KEPT)
-def test_forward_keeps_what_the_plan_says(overrides: str) -> None:
-    config = config_of(overrides)
-    model = real_model_of(config)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}  # holding them keeps their addresses distinct
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(*micro_batch_of(config))
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert found == pytest.approx(kept_by_plan(config), rel=2e-3)
-
-
-@pytest.mark.parametrize("method", ["layer_path=factored", "layer_path=composed", "method=low_rank", "method=full"])
-@pytest.mark.parametrize("rest", ["", ODD, "seq_len=256 model.num_hidden_layers=4 dtype=bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_alive_after_forward_is_what_the_plan_says(method: str, rest: str, checkpointing: str) -> None:
-    """Autograd does not tell what a checkpoint keeps, so here storages are counted."""
-    config = config_of(f"{method} {rest} activation_checkpointing={checkpointing}")
+def test_forward_keeps_what_the_plan_says(overrides: str, checkpointing: str) -> None:
+    config = config_of(f"{overrides} activation_checkpointing={checkpointing}")
     model, micro_batch = real_model_of(config), micro_batch_of(config)
     with LiveBytes() as live:
         loss = model(*micro_batch)
         found = live.now
     assert loss.requires_grad
-    assert found == pytest.approx(kept_by_plan(config), rel=3e-3)
+    assert found == pytest.approx(kept_by_plan(config), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_each_layer_keeps_as_much(checkpointing: str) -> None:
+    """Kept bytes rise by the same with every layer, by the plan and in memory."""
+    found, planned = [], []
+    for num_layers in (1, 2, 3):
+        config = config_of(
+            f"layer_path=factored {ODD} model.num_hidden_layers={num_layers} activation_checkpointing={checkpointing}"
+        )
+        model, micro_batch = real_model_of(config), micro_batch_of(config)
+        with LiveBytes() as live:
+            loss = model(*micro_batch)
+            found.append(live.now)
+        assert loss.requires_grad
+        planned.append(kept_by_plan(config))
+    assert found[1] - found[0] == found[2] - found[1] == planned[1] - planned[0] == planned[2] - planned[1] > 0
 
 
 # ---- the highest point of an update
 
 FACTORED, COMPOSED = "layer_path=factored", "layer_path=composed"
 NARROW = "model.vocab_size=500 seq_len=256 model.num_hidden_layers=3"  # so that decoder layers need most
-# (overrides, the moment when most is needed)
 UPDATES = [
-    (FACTORED, "embedding backward"),
-    (f"{FACTORED} seq_len=512", "loss"),
-    (f"{FACTORED} support=stratified {ODD} seq_len=256", "loss"),
-    (f"{FACTORED} support=block seq_len=256 global_batch_size=6", "loss"),
-    (f"{FACTORED} support=column {NARROW}", "first layer backward"),
-    (f"{FACTORED} global_batch_size=6", "head backward"),
-    (f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=5", "last layer backward"),
-    (f"{FACTORED} {NARROW} activation_checkpointing=true global_batch_size=4", "first layer backward"),
-    (f"{FACTORED} {NARROW} per_layer_update=true", "first layer backward"),
-    (f"{FACTORED} per_layer_update=true", "head backward"),
-    (f"{FACTORED} per_layer_update=true global_batch_size=6", "head backward"),
-    (f"{FACTORED} optimizer=adam8bit", "update"),
-    (f"{FACTORED} {NARROW} optimizer=adam8bit", "first layer backward"),
-    (f"{COMPOSED} seq_len=512 activation_checkpointing=true model.vocab_size=8000", "loss"),
-    (f"{COMPOSED} {NARROW} grad_clip=1.0", "first layer backward"),
-    (f"{COMPOSED} optimizer=adam8bit", "update"),
-    ("method=low_rank", "embedding backward"),
-    (f"method=low_rank {NARROW} {ODD} seq_len=512", "first layer backward"),
-    ("method=low_rank seq_len=512 activation_checkpointing=true", "loss"),
-    ("method=full", "embedding backward"),
-    (f"method=full {NARROW} per_layer_update=true", "first layer backward"),
-    (f"method=full {NARROW} activation_checkpointing=true per_layer_update=true", "first layer backward"),
-    ("method=full optimizer=adam8bit", "update"),
+    FACTORED,
+    f"{FACTORED} seq_len=512",
+    f"{FACTORED} support=stratified {ODD} seq_len=256",
+    f"{FACTORED} support=block seq_len=256 global_batch_size=4",
+    f"{FACTORED} support=column {NARROW}",
+    f"{FACTORED} global_batch_size=6",
+    f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=4",
+    f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=2 global_batch_size=4",
+    f"{FACTORED} {NARROW} per_layer_update=true",
+    f"{FACTORED} per_layer_update=true",
+    f"{FACTORED} per_layer_update=true global_batch_size=6",
+    f"{FACTORED} optimizer=adam8bit",
+    f"{FACTORED} optimizer=adam8bit per_layer_update=true",
+    f"{FACTORED} {NARROW} optimizer=adam8bit",
+    f"{COMPOSED} seq_len=256 model.num_hidden_layers=5 activation_checkpointing=true",
+    f"{COMPOSED} {NARROW} grad_clip=1.0",
+    f"{COMPOSED} optimizer=adam8bit",
+    "method=low_rank",
+    f"method=low_rank {NARROW} {ODD} seq_len=512",
+    "method=low_rank seq_len=512 activation_checkpointing=true",
+    "method=full",
+    f"method=full {NARROW} per_layer_update=true",
+    f"method=full {NARROW} activation_checkpointing=true per_layer_update=true",
+    "method=full optimizer=adam8bit",
 ]
 BFLOAT16_UPDATES = [
-    (f"{FACTORED} seq_len=512", "loss"),
-    (f"{FACTORED} {NARROW} seq_len=512", "first layer backward"),
-    (f"{COMPOSED} support=stratified", "last layer backward"),
-    (f"{COMPOSED} {NARROW} {ODD} seq_len=512", "first layer backward"),
-    ("method=low_rank seq_len=512 activation_checkpointing=true", "loss"),
-    ("method=full global_batch_size=6", "head backward"),
-    (f"method=full {NARROW} per_layer_update=true", "first layer backward"),
+    f"{FACTORED} seq_len=512",
+    f"{FACTORED} {NARROW}",
+    f"{COMPOSED} support=stratified",
+    f"{COMPOSED} {NARROW} {ODD}",
+    "method=low_rank seq_len=512 activation_checkpointing=true",
+    "method=full global_batch_size=6",
+    f"method=full {NARROW} per_layer_update=true",
 ]
 
 
@@ -214,34 +216,43 @@ def measured_plan(overrides: str) -> Plan:
     return build_plan(compose_config(["measure=true"], PLAN), config_of(overrides))
 
 
-def check(plan: Plan, phase: str) -> None:
+def check(plan: Plan, at_most: float = 1.05) -> None:
     planned, measured = plan.columns[0].total_bytes, plan.measured_bytes
     assert measured is not None and measured > 10e6
-    assert plan.headline.endswith(f": {phase}"), plan.headline
-    assert 0.99 * measured <= planned <= 1.04 * measured, f"planned {planned / 1e6:.1f}, took {measured / 1e6:.1f} MB"
+    difference = f"planned {planned / 1e6:.1f}, took {measured / 1e6:.1f} MB; {plan.headline}"
+    assert 0.98 * measured <= planned <= at_most * measured, difference
 
 
-@pytest.mark.parametrize(("overrides", "phase"), UPDATES)
-def test_an_update_takes_what_the_plan_says(overrides: str, phase: str) -> None:
+@pytest.mark.parametrize("overrides", UPDATES)
+def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
     if "adam8bit" in overrides:
         pytest.importorskip("bitsandbytes")
-    check(measured_plan(overrides), phase)
+    check(measured_plan(overrides))
 
 
-@pytest.mark.parametrize(("overrides", "phase"), BFLOAT16_UPDATES)
-def test_a_bfloat16_update_takes_what_the_plan_says(
-    overrides: str, phase: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("overrides", BFLOAT16_UPDATES)
+def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
-    check(measured_plan(f"dtype=bfloat16 {overrides}"), phase)
+    check(measured_plan(f"dtype=bfloat16 {overrides}"))
+
+
+def test_folding_takes_what_the_plan_says() -> None:
+    """Moments take a gradient before weights move by them; the plan counts both at once."""
+    check(measured_plan(f"{FACTORED} per_layer_update=true accumulation=fold global_batch_size=6"), at_most=1.16)
+
+
+def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    overrides = f"dtype=bfloat16 {FACTORED} {NARROW} support=block activation_checkpointing=true"
+    check(measured_plan(overrides), at_most=1.08)  # a bound of what blocks gather
 
 
 def test_every_phase_was_the_highest_once() -> None:
     """Otherwise its formula was never compared with anything."""
-    assert {phase for _, phase in UPDATES} == set(PHASES)
+    assert {plan_of(config_of(overrides)).phase for overrides in UPDATES} == set(PHASES)
 
 
-@pytest.mark.parametrize("rest", ["", "seq_len=512"])
+@pytest.mark.parametrize("rest", ["", "seq_len=256"])
 def test_two_ways_to_find_the_peak_agree(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The profiler and the storages that are alive, in float32, where operations hide little."""
     overrides = f"method=full model.num_hidden_layers=1 {rest}"
@@ -324,7 +335,10 @@ def test_a_larger_batch_never_needs_less(method: str, checkpointing: str) -> Non
             plan_memory(model, UpdateShape(batch, 16, per_layer_update=per_layer_update), 0).total_bytes
             for batch in range(1, 120)
         ]
-        assert totals == sorted(totals)
+        # Where the smaller of the head's two gradients changes, up to one (N, D) less may wait.
+        one = 16 * 512 * 4
+        falls = [max(now - next, 0) for now, next in itertools.pairwise(totals)]
+        assert all(fall <= one * batch for batch, fall in enumerate(falls, start=1)) and sum(map(bool, falls)) <= 1
         longer = plan_memory(model, UpdateShape(119, 32, per_layer_update=per_layer_update), 0).total_bytes
         assert longer > totals[-1] > totals[0]
 
@@ -372,14 +386,21 @@ def test_gradients_that_wait_are_all_there(method: str) -> None:
     def gradients(**how: Any) -> dict[str, int]:
         return plan_memory(model, UpdateShape(batch_size=2, seq_len=64, **how), 0).groups
 
-    assert gradients(num_micro_batches=2)["gradients"] >= every
-    assert gradients(num_micro_batches=2, per_layer_update=True)["gradients"] >= every
+    head = bytes_of([model.lm_head.weight])
+    for per_layer_update in (False, True):
+        shape = UpdateShape(1, 64, num_micro_batches=2, per_layer_update=per_layer_update)
+        plan = plan_memory(model, shape, 0)
+        assert plan.phase == "head backward" and plan.groups["gradients"] == every + head
+        assert gradients(num_micro_batches=2, per_layer_update=per_layer_update)["gradients"] >= every
     folded = gradients(num_micro_batches=2, per_layer_update=True, holds_gradients=False)
     assert folded["gradients"] < every / 2
     for batch in (1, 2, 64):
         ddp = plan_memory(model, UpdateShape(batch, 64, uses_ddp=True), 0)
-        assert ddp.groups["gradients"] == 0 and ddp.groups["ddp_buckets"] >= every
+        assert ddp.groups["ddp_buckets"] == every  # all the time; what is new is not in them yet
+        assert ddp.groups["gradients"] < every / 2
         assert ddp.total_bytes >= plan_memory(model, UpdateShape(batch, 64), 0).total_bytes
+        waiting = plan_memory(model, UpdateShape(batch, 64, num_micro_batches=2, uses_ddp=True), 0)
+        assert waiting.groups["ddp_buckets"] == every <= waiting.groups["gradients"]
 
 
 def test_processes_share_the_update() -> None:
@@ -387,10 +408,18 @@ def test_processes_share_the_update() -> None:
     alone = plan_of(config_of("global_batch_size=8"), CUDA)
     ddp = plan_of(config_of("global_batch_size=8"), CUDA, num_processes=4)
     assert alone.groups["gradients"] > 0 and alone.groups["ddp_buckets"] == 0
-    assert ddp.groups["gradients"] == 0 and ddp.groups["ddp_buckets"] >= alone.groups["gradients"] / 2
+    assert ddp.groups["ddp_buckets"] == bytes_of(model_of(config_of("")).parameters()) > 2 * ddp.groups["gradients"]
     per_layer = plan_of(config_of("global_batch_size=8 per_layer_update=true"), CUDA, num_processes=4)
     one_micro_batch = plan_of(config_of("global_batch_size=2 per_layer_update=true"), CUDA)
     assert per_layer == one_micro_batch
+
+
+def test_folding_frees_what_holding_keeps() -> None:
+    held, folded = (
+        plan_of(config_of(f"per_layer_update=true global_batch_size=4 accumulation={accumulation}")).groups
+        for accumulation in ("hold", "fold")
+    )
+    assert held["gradients"] > 2 * folded["gradients"] > 0
 
 
 def test_a_layer_of_unknown_kind_is_named() -> None:
