@@ -6,6 +6,7 @@ updates on random tokens, on the machine it runs on.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from sltrain.models.layouts import galore_state_bytes, paper_groups, paper_milli
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import MemoryPlan, plan_memory
 from sltrain.optim.build import check_optimizer, state_bytes
-from sltrain.plan_config import PlanConfig, card_bytes, card_name
+from sltrain.plan_config import PlanConfig, card_bytes, card_name, chosen_cards
 
 Groups = dict[str, int]
 NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
@@ -60,9 +61,9 @@ class Plan:
         return {card: column.total_bytes <= usable for card, usable in self.cards.items()}
 
 
-def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
-    """The plan. Raises ValueError for what cannot be planned."""
-    cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in plan.cards}
+def build_plan(plan: PlanConfig, config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Plan:
+    """The plan; `say` tells what takes long. Raises ValueError for what cannot be planned."""
+    cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in chosen_cards(plan)}
     config.model.vocab_size = vocab_size(config)
     if plan.paper_convention:
         return Plan(paper_columns(config), cards, _headline(config, "as the SLTrain paper counts"), [])
@@ -72,6 +73,7 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     columns, phase = run_columns(config, device, dtype, plan.num_processes)
     if plan.measure:
         check_free(columns[0].total_bytes, device)
+        say(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {phase}"
     measured = measure(config, device, dtype) if plan.measure else None

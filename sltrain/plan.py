@@ -10,6 +10,7 @@ Arguments are those of sltrain-train and a few of its own. No GPU is touched. A 
 unless device=cpu or dtype=float32 says otherwise. With format=json the last line of stdout is one object.
 """
 
+import difflib
 import json
 import os
 import signal
@@ -59,16 +60,21 @@ def run_command(arguments: list[str]) -> ExitCode:
         settings, config = compose_config(own, PLAN), compose_config(others, TRAIN)
         from sltrain.build_plan import build_plan  # torch and the rest, seconds after the cheap checks
 
-        plan = build_plan(settings, config)
+        plan = build_plan(settings, config, say)
     except Exception as error:
         return report_error(error)
     if settings.format == "json":
         for note in plan.notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
         print(json.dumps(as_object(plan)), flush=True)
     else:
         print(as_table(plan, settings.reserve_gb), flush=True)
     return ExitCode.OK
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -78,6 +84,10 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
         if argument.startswith("-"):
             raise ValueError(f"{argument}: sltrain-plan knows KEY=VALUE and --help, no other option, and no sweeps")
     keys = [override.key_or_group for override in parse_overrides(arguments)]
+    for key in keys:
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
+        if near and key not in KEYS:
+            raise ValueError(f"unknown key {key!r}; did you mean {near[0]}?")
     own = [text for text, key in zip(arguments, keys, strict=True) if key in KEYS]
     others = [text for text, key in zip(arguments, keys, strict=True) if key not in KEYS]
     return own, others if {"max_steps", "max_tokens"} & set(keys) else [*others, "max_steps=1"]

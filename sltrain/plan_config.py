@@ -15,7 +15,7 @@ class PlanConfig:
     """What is shown of a plan."""
 
     format: str = MISSING  # table, or json: the last line of stdout is one object
-    cards: list[Any] = MISSING  # cards to fit: names (rtx4090, h100) or sizes (24, 24GB, in GiB)
+    cards: Any = MISSING  # a card to fit, or a list: names (rtx4090, h100) or sizes (24, 24GB, in GiB)
     reserve_gb: float = MISSING  # of a card, in 1e9 bytes, for the driver, its libraries and fragments
     num_processes: int = MISSING  # processes that share an update, one a card
     paper_convention: bool = MISSING  # count as the SLTrain paper does: bfloat16, int64 positions, no activations
@@ -61,10 +61,15 @@ def validate(config: PlanConfig) -> None:
         raise ValueError("measure=true and paper_convention=true: the paper's count cannot be measured; drop one")
     if config.measure and config.num_processes > 1:
         raise ValueError("measure=true measures one process; drop num_processes")
-    if not config.cards:
+    if not chosen_cards(config):
         raise ValueError("cards=[]: give at least one, such as cards=[24]")
-    for card in config.cards:
+    for card in chosen_cards(config):
         card_bytes(card)
+
+
+def chosen_cards(config: PlanConfig) -> list[Any]:
+    """The cards to fit, as they were typed."""
+    return config.cards if isinstance(config.cards, list) else [config.cards]
 
 
 def card_bytes(card: Any) -> int:

@@ -298,7 +298,6 @@ def test_vocabulary_from_a_tokenizer(planned_object: Callable[..., dict[str, Any
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown card": (["cards=[h1000]"], ["h1000", "h100", "GiB"]),
     "no cards": (["cards=[]"], ["cards=[]", "cards=[24]"]),
-    "a card that is no list": (["cards=h100"], ["cards=h100"]),
     "negative reserve": (["reserve_gb=-1"], ["reserve_gb=-1", "0 or more"]),
     "no processes": (["num_processes=0"], ["num_processes=0", "at least 1"]),
     "unknown key": (["rnk=3"], ["rnk", "rank"]),

@@ -76,7 +76,6 @@ BAD: dict[str, list[str]] = {
     "format=JSON": ["format=JSON", "json"],
     "cards=[]": ["cards=[]", "cards=[24]"],
     "cards=[24,foo]": ["foo", "GiB", "rtx4090"],
-    "cards=h100": ["cards=h100"],
     "reserve_gb=-1": ["reserve_gb=-1", "0 or more"],
     "reserve_gb=inf": ["reserve_gb=inf"],
     "reserve_gb=nan": ["reserve_gb=nan"],

@@ -45,8 +45,11 @@ def paper_groups(model: nn.Module, galore_rank: int | None = None) -> dict[str, 
     rank is given."""
     counts = count_parameters(model)
 
+    is_bfloat16 = all(parameter.element_size() == BFLOAT16 for parameter in model.parameters())
+    assert galore_rank is None or is_bfloat16, "the projections count in the model's own dtype"
+
     def moments(numel: int, element_size: int) -> int:
-        return 2 * element_size * numel
+        return 2 * BFLOAT16 * numel
 
     trained = moments(counts["total"], BFLOAT16)
     return {

@@ -54,7 +54,7 @@ class OptimizerKind:
     make: Callable[[Groups, dict[str, Any], torch.device], Optimizer]  # groups, lr betas eps, where parameters live
     state_bytes: Callable[[int, int], int]  # state of a parameter of so many elements, of so many bytes each
     shared_bytes: int = 0  # state that all parameters share
-    copies_on_cpu: int = 0  # float32 copies of a parameter that its step makes while it works, at most
+    copies_on_cpu: int = 0  # float32 copies of a parameter that its step makes while it works; one more if narrower
     copies_on_cuda: int = 0
     in_pieces: bool = False  # whether it is given parameters in pieces, so that these copies are small
     can_fold: bool = False  # whether its moments can take an update's gradient in parts
@@ -107,7 +107,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "adam4bit": OptimizerKind(
         _make_adam4bit,
         _adam4bit_bytes,
-        copies_on_cpu=7,
+        copies_on_cpu=6,
         copies_on_cuda=7,  # not measured there; the compiler may fuse some away
         in_pieces=True,
         package="torchao",
@@ -168,12 +168,12 @@ def step_bytes(
     """Bytes that a step of `build_optimizer`'s result takes while it works, for parameters of these (numel,
     element_size)."""
     largest = max(numel for numel, _ in sizes)
+    rounds = any(element_size < 4 for _, element_size in sizes)
     if name == "adamw":
-        rounds = any(element_size < 4 for _, element_size in sizes)
         copies = WORKING_COPIES[rounds] if stochastic_rounding or accumulation == "fold" else 0
         return 4 * min(largest, PIECE) * copies
     kind = OPTIMIZERS[name]
-    copies = kind.copies_on_cuda if device_type == "cuda" else kind.copies_on_cpu
+    copies = kind.copies_on_cuda if device_type == "cuda" else kind.copies_on_cpu + rounds
     at_once = min(largest, PIECE) if works_in_pieces(name, stochastic_rounding) else largest
     return 4 * at_once * (copies + 2 * stochastic_rounding)  # weight and gradient in float32
 
