@@ -145,27 +145,27 @@ class Trainer:
         )
         self.is_whole = True
         self.num_updates_here += 1
+        self._count(update, result)
+        self.stream_state = update.batch.state
+        self.throughput.add(update.num_tokens)
+        return result
+
+    def _count(self, update: Update, result: StepResult) -> None:
+        """Advance the counters by one update, and tell what of it was left out."""
         progress = self.progress
-        progress.step = next_step
+        progress.step += 1
         progress.tokens += update.num_tokens
         progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
         progress.num_skipped_updates += result.skipped
         progress.num_skipped_tensors += result.num_skipped_tensors
-        left_out = [
-            f"{number} {what}"
-            for number, what in (
-                (result.num_skipped_tensors, "gradients"),
-                (result.num_skipped_micro_batches, "micro-batches"),
+        num_left_out = result.num_skipped_tensors + result.num_skipped_micro_batches
+        if num_left_out and not result.skipped:
+            self._report_once(
+                f"step {progress.step}: {result.num_skipped_micro_batches} micro-batches and"
+                f" {result.num_skipped_tensors} gradients were not finite and left out"
             )
-            if number
-        ]
-        if left_out and not result.skipped:
-            self._report_once(f"step {next_step}: {' and '.join(left_out)} were not finite and left out")
-        is_bad = result.skipped or bool(left_out)
+        is_bad = result.skipped or num_left_out > 0
         progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if is_bad else 0
-        self.stream_state = update.batch.state
-        self.throughput.add(update.num_tokens)
-        return result
 
     def _measured(self, run: Callable[[], StepResult], num_micro_batches: int) -> StepResult:
         """Run an update, and measure its tensors if it is the one for that. On CUDA the allocator's mark is there
