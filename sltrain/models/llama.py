@@ -165,7 +165,9 @@ class LlamaModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        # As nn.Embedding fills itself, but on meta that would import the compiler, a second.
+        drawn = torch.randn(vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, activation_checkpointing) for _ in range(config.num_hidden_layers)
         )

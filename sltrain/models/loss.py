@@ -45,7 +45,9 @@ def keeps_logit_gradients(num_rows: int, hidden_size: int, element_size: int) ->
     return num_rows * element_size <= hidden_size * (element_size + accumulated)
 
 
-@torch.compiler.disable  # tracing would unroll the loop over chunks, anew for every number of rows
+# Tracing would unroll the loop over chunks, anew for every number of rows. This is torch.compiler.disable, but imports
+# the compiler (a second) when it is first called instead of here.
+@torch._disable_dynamo
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Sum over rows of cross-entropy(hidden weight^T, labels), 0-d float32, in nats.
 
