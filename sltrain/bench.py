@@ -9,14 +9,13 @@ The table goes to stdout, or with format=json one object as its last line; progr
 """
 
 import json
-import signal
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from sltrain.bench_config import CANDIDATES, BenchConfig, check_scope, validate
 from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error
+from sltrain.errors import ExitCode, report_error, run_as_process
 
 BENCH = Schema(
     "bench",
@@ -30,13 +29,7 @@ BENCH = Schema(
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = run_command(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
-    sys.exit(code)
+    run_as_process(run_command)
 
 
 def run_command(arguments: list[str]) -> ExitCode:

@@ -5,9 +5,12 @@ wrong and what to change; anything else is a fault of ours and shows its traceba
 """
 
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitCode(IntEnum):
@@ -19,6 +22,21 @@ class ExitCode(IntEnum):
     INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
     DATA_LOST = 4  # the network is gone; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
+
+
+def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:
+    """Run a command on the arguments that were typed, and end the process with its code. `interrupted` is said where
+    SIGTERM or Ctrl-C end it and the command does not say so itself."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = run_command(sys.argv[1:])
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:  # nobody reads on
+        sys.stdout = open(os.devnull, "w")
+        code = ExitCode.OK
+    sys.exit(code)
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

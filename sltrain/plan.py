@@ -12,18 +12,16 @@ unless device=cpu or dtype=float32 says otherwise. With format=json the last lin
 
 import difflib
 import json
-import os
-import signal
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error
+from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.plan_config import PlanConfig, validate
 
 if TYPE_CHECKING:
-    from sltrain.build_plan import Plan
+    from sltrain.build_plan import Column, Plan
 
 PLAN = Schema(
     "plan",
@@ -38,16 +36,7 @@ KEYS = {item.name for item in fields(PlanConfig)}
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = run_command(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
-    except BrokenPipeError:  # nobody reads on
-        sys.stdout = open(os.devnull, "w")
-        code = ExitCode.OK
-    sys.exit(code)
+    run_as_process(run_command)
 
 
 def run_command(arguments: list[str]) -> ExitCode:
@@ -96,22 +85,20 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def as_object(plan: "Plan") -> dict[str, Any]:
     """What format=json prints: the run itself, and the others under `compared`."""
     own, *others = plan.columns
+
+    def describe(column: "Column") -> dict[str, Any]:
+        return {
+            "total_bytes": column.total_bytes,
+            "groups": column.groups,
+            "num_parameters": column.num_parameters,
+            "fits": plan.fits(column),
+        }
+
     return {
-        "total_bytes": own.total_bytes,
-        "groups": own.groups,
-        "num_parameters": own.num_parameters,
-        "fits": plan.fits(own),
+        **describe(own),
         **({} if own.paper_millions is None else {"paper_millions": float(own.paper_millions)}),
         **({} if plan.measured_bytes is None else {"measured_bytes": plan.measured_bytes}),
-        "compared": {
-            column.name: {
-                "total_bytes": column.total_bytes,
-                "groups": column.groups,
-                "num_parameters": column.num_parameters,
-                "fits": plan.fits(column),
-            }
-            for column in others
-        },
+        "compared": {column.name: describe(column) for column in others},
     }
 
 

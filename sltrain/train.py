@@ -8,7 +8,6 @@ Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra 
 line and a second.
 """
 
-import signal
 import sys
 
 import hydra
@@ -16,19 +15,13 @@ from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg an
 from omegaconf import DictConfig
 
 from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
-from sltrain.errors import ExitCode, report_error
+from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.sweep import Sweep
 
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training begins and takes over
-    try:
-        code = run_command(sys.argv[1:])
-    except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
-        print("interrupted; what the last checkpoint holds is safe", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
-    sys.exit(code)
+    run_as_process(run_command, "interrupted; what the last checkpoint holds is safe")
 
 
 def run_command(arguments: list[str]) -> ExitCode:

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sltrain.optim.rounding import generator_of_update, pieces, round_into
+from sltrain.optim.wrapper import with_gradients
 
 
 class AdamW(Optimizer):
@@ -75,10 +76,8 @@ class AdamW(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert closure is None, "evaluate the loss before the step"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter, parameter.grad)
+        for group, parameter in with_gradients(self):
+            self._update(group, parameter, parameter.grad)
 
     @torch.no_grad()
     def fold(self, group: dict[str, Any], parameter: nn.Parameter, grad: Tensor | None, share: float | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sltrain.optim.rounding import PIECE
-from sltrain.optim.wrapper import WrappedOptimizer, only
+from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
 BLOCK = 256  # the block sizes of the quantized optimizers, 128 and 256, divide it
 
@@ -63,9 +63,6 @@ class InPieces(WrappedOptimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._groups = groups
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise NotImplementedError("the parameters of an optimizer in pieces are given at the start")
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self._pieces:
             parameter.grad = None
@@ -74,17 +71,15 @@ class InPieces(WrappedOptimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, a piece at a time."""
         assert closure is None, "evaluate the loss before the step"
-        for group in self._groups:
-            settings = {key: value for key, value in group.items() if key != "params"}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    for piece, grad in zip(self._pieces[parameter], _cut(parameter.grad), strict=True):
-                        self._update(settings, piece, grad)
+        for group, parameter in with_gradients(self):
+            assert parameter.grad is not None
+            for piece, grad in zip(self._pieces[parameter], _cut(parameter.grad), strict=True):
+                self._update(group, piece, grad)
 
-    def _update(self, settings: dict[str, Any], piece: nn.Parameter, grad: Tensor) -> None:
+    def _update(self, group: dict[str, Any], piece: nn.Parameter, grad: Tensor) -> None:
         piece.grad = grad
         try:
-            with only(self.inner, settings, piece):
+            with only(self.inner, group, piece):
                 self.inner.step()
         finally:
             piece.grad = None

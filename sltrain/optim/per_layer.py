@@ -103,11 +103,6 @@ class PerLayerUpdate(WrappedOptimizer):
         super().zero_grad(set_to_none)
         self._begin()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._hook_group(len(self.param_groups) - 1)
-        self._order_is_learned = False
-
     # ---- the face towards the training step
 
     def before_backward(self, is_last: bool) -> None:

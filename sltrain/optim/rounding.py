@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sltrain.optim.wrapper import WrappedOptimizer, only
+from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
 PIECE = 2**22  # elements worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is
 _LOWER_HALF = 2**16  # values that the bits have which a bfloat16 lacks
@@ -69,21 +69,15 @@ class StochasticRounding(WrappedOptimizer):
     def __init__(self, inner: Optimizer, seed: int) -> None:
         super().__init__(inner)
         self.seed = seed
-        self._numbers: dict[nn.Parameter, int] = {}
-        self._number_parameters()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._number_parameters()
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert closure is None, "evaluate the loss before the step"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter)
+        for group, parameter in with_gradients(self):
+            self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
         exact = nn.Parameter(parameter.detach().float())  # stands in for the parameter, with its state
@@ -100,8 +94,3 @@ class StochasticRounding(WrappedOptimizer):
                 state[parameter] = state.pop(exact)
         number, update = self._numbers[parameter], int(state[parameter]["step"])
         round_into(parameter, exact.detach(), generator_of_update(parameter.device, self.seed, number, update))
-
-    def _number_parameters(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._numbers.setdefault(parameter, len(self._numbers))

@@ -48,7 +48,18 @@ class WrappedOptimizer(Optimizer):
         return self.inner.register_step_pre_hook(hook)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.inner.add_param_group(param_group)
+        """Refused: hooks, numbers and pieces are made for the parameters given at the start."""
+        raise TypeError(
+            f"{type(self).__name__} has all its parameters from the start; give them to the inner optimizer"
+        )
+
+
+def with_gradients(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    """(its group, parameter) for every parameter that has a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield group, parameter
 
 
 @contextmanager
