@@ -1,7 +1,7 @@
-"""Config -> objects: the one file that sees every room, and the only one commands import from.
+"""Config -> objects: the one file that sees every room, and what `sltrain-train` imports.
 
-Read from top to bottom it is the start of a run: the folder, the corpus and its tokenizer, the model on the meta
-device, the streams of text, what the user should know before step 1, then real memory, optimizer, and what a
+Read from top to bottom it is the start of a run: the folder, the corpus, its tokenizer and the streams of text (all
+three in build_data.py), the model on the meta device, what the user should know before step 1, then real memory, optimizer, and what a
 checkpoint remembers of them. Until the folder is claimed nothing is written, so bad input leaves nothing behind.
 Checks that need more than one room are here.
 """
@@ -23,12 +23,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sltrain.build_data import build_data, build_sources, build_tokenizer
 from sltrain.build_memory import plan_model, settings_that_fit, update_notes
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
+from sltrain.data.sources import Source
 from sltrain.data.stream import TrainStream
-from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
@@ -216,50 +217,6 @@ def open_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
     return folder, ranks.on_main(check)
 
 
-def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
-    """The training corpus, and the validation corpus if it is one of its own."""
-    data = config.data
-    validation: Source | None = None
-    if data.name == "c4":
-        source: Source = _hub_files(config, data.train_file, data.num_train_shards, report)
-        validation = _hub_files(config, data.validation_file, data.num_validation_shards, report)
-    elif data.name == "local":
-        source = LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
-    else:
-        source = StandardLibrary()
-    if config.validation_path:
-        validation = LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
-    return source, validation
-
-
-def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Report) -> HubFiles:
-    data = config.data
-    if not (data.repo and data.revision and template and num_shards):
-        raise ValueError(
-            "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation"
-        )
-    return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
-
-
-def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Report) -> Tokenizer:
-    """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
-
-    def load() -> Tokenizer:
-        return load_tokenizer(
-            config.tokenizer,
-            vocab_size=config.model.vocab_size,
-            source=source,
-            holdout_every=config.data.holdout_every,
-            cache_dir=cache,
-            report=say,
-        )
-
-    loaded: list[Tokenizer] = []
-    ranks.on_main(lambda: loaded.append(load()))
-    return loaded[0] if loaded else load()
-
-
 def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> LlamaForCausalLM:
     """The model with the method's layers in place, on the meta device: shapes without memory."""
     shape = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -360,44 +317,6 @@ def _gigabytes(num_bytes: int | None) -> str:
 
 def _short(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number else "0"
-
-
-def build_data(
-    config: TrainConfig,
-    source: Source,
-    validation: Source | None,
-    tokenizer: Tokenizer,
-    ranks: Ranks,
-    say: Report,
-) -> tuple[TrainStream, EvalSet]:
-    """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
-    cannot be had must not end a run in its middle."""
-    holdout_every = config.data.holdout_every if validation is None else 0
-    shape: dict[str, Any] = {"seq_len": config.seq_len, "padding": config.padding, "holdout_every": holdout_every}
-    stream = TrainStream(
-        source,
-        tokenizer,
-        **shape,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_streams=config.data.num_streams,
-        shuffle_block=config.data.shuffle_block,
-        on_event=say,
-        prefetch=2,
-    )
-    eval_set = EvalSet(
-        validation or source,
-        tokenizer,
-        **shape,
-        eval_tokens=config.eval_tokens,
-        batch_size=config.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    eval_set.read()
-    return stream, eval_set
 
 
 def build_trainer(

@@ -38,10 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": set(),  # what is measured comes as arguments
     "bench_config": set(),
     "plan_config": set(),
-    "build": {*ROOMS, "build_memory", "config", "errors"},
+    "build": {*ROOMS, "build_data", "build_memory", "config", "errors"},
+    "build_data": {"config", "data", "engine"},
     "build_memory": {*ROOMS, "config"},
     "build_plan": {*ROOMS, "build", "build_memory", "config", "plan_config"},
-    "build_bench": {*ROOMS, "benchmarks", "bench_config", "build", "config"},
+    "build_bench": {*ROOMS, "benchmarks", "bench_config", "build", "build_data", "config"},
     **dict.fromkeys(COMMANDS, {"build", "config", *HELPERS}),
     "bench": {"build_bench", "bench_config", *HELPERS},
     "plan": {"build_plan", "plan_config", *HELPERS},

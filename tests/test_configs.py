@@ -117,7 +117,7 @@ def test_overrides_of_single_layers_reach_the_model() -> None:
 
 def test_every_key_of_the_schema_is_read_somewhere() -> None:
     package = Path(__file__).resolve().parents[1] / "sltrain"
-    build = (package / "build.py").read_text()
+    build = "".join((package / name).read_text() for name in ("build.py", "build_data.py"))
     shape = (package / "models" / "llama.py").read_text()
     keys = [item.name for item in fields(TrainConfig) if item.name not in ("experiment",)]
     keys += [f"{group}.{item.name}" for group in ("optimizer", "data", "tracker") for item in fields(GROUPS[group])]

@@ -1,0 +1,97 @@
+"""Configuration -> where text comes from, its tokenizer, the stream of training rows and the rows of evaluations."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sltrain.config import TrainConfig
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
+from sltrain.data.stream import TrainStream
+from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.engine.distributed import Ranks
+
+Report = Callable[[str], None]
+
+
+def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
+    """The training corpus, and the validation corpus if it is one of its own."""
+    data = config.data
+    validation: Source | None = None
+    if data.name == "c4":
+        source: Source = _hub_files(config, data.train_file, data.num_train_shards, report)
+        validation = _hub_files(config, data.validation_file, data.num_validation_shards, report)
+    elif data.name == "local":
+        source = LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
+    else:
+        source = StandardLibrary()
+    if config.validation_path:
+        validation = LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
+    return source, validation
+
+
+def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Report) -> HubFiles:
+    data = config.data
+    if not (data.repo and data.revision and template and num_shards):
+        raise ValueError(
+            "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation"
+        )
+    return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
+
+
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Report) -> Tokenizer:
+    """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
+
+    def load() -> Tokenizer:
+        return load_tokenizer(
+            config.tokenizer,
+            vocab_size=config.model.vocab_size,
+            source=source,
+            holdout_every=config.data.holdout_every,
+            cache_dir=cache,
+            report=say,
+        )
+
+    loaded: list[Tokenizer] = []
+    ranks.on_main(lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
+def build_data(
+    config: TrainConfig,
+    source: Source,
+    validation: Source | None,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    say: Report,
+) -> tuple[TrainStream, EvalSet]:
+    """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
+    cannot be had must not end a run in its middle."""
+    holdout_every = config.data.holdout_every if validation is None else 0
+    shape: dict[str, Any] = {"seq_len": config.seq_len, "padding": config.padding, "holdout_every": holdout_every}
+    stream = TrainStream(
+        source,
+        tokenizer,
+        **shape,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_streams=config.data.num_streams,
+        shuffle_block=config.data.shuffle_block,
+        on_event=say,
+        prefetch=2,
+    )
+    eval_set = EvalSet(
+        validation or source,
+        tokenizer,
+        **shape,
+        eval_tokens=config.eval_tokens,
+        batch_size=config.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    eval_set.read()
+    return stream, eval_set
