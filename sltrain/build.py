@@ -1,9 +1,9 @@
 """Config -> objects: the one file that sees every room, and what `sltrain-train` imports.
 
 Read from top to bottom it is the start of a run: the folder, the corpus, its tokenizer and the streams of text (all
-three in build_data.py), the model on the meta device, what the user should know before step 1, then real memory, optimizer, and what a
-checkpoint remembers of them. Until the folder is claimed nothing is written, so bad input leaves nothing behind.
-Checks that need more than one room are here.
+three in build_data.py), the model on the meta device, what the user should know before step 1, then real memory,
+optimizer, and what a checkpoint remembers of them. Until the folder is claimed nothing is written, so bad input leaves
+nothing behind. Checks that need more than one room are here.
 """
 
 import dataclasses
@@ -73,7 +73,9 @@ class Run:
         assert self.trainer is not None
         with self.trainer.stop:
             outcome = run_loop(self.trainer, self.cadence)
-        if outcome is Outcome.FINISHED and self.ranks.is_main:
+        if outcome is not Outcome.FINISHED:
+            self.trainer.note_stop(outcome.value)
+        elif self.ranks.is_main:
             assert self.trainer.final is not None
             self.folder.finish(self.trainer.final)
         return outcome

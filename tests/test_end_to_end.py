@@ -307,7 +307,8 @@ def test_diverging_run_stops_with_advice(
     code, out, _ = sltrain_train(*tiny, "max_steps=40", "lr=1e30", "warmup_steps=0", f"run_dir={tmp_path}/run")
     assert code == 5
     assert "not finite" in out and "grad_clip=1.0" in out
-    assert metrics_of(tmp_path / "run")[-1]["num_skipped_updates"] == 10
+    last, stopped = metrics_of(tmp_path / "run")[-2:]
+    assert last["num_skipped_updates"] == 10 and stopped["outcome"] == "diverged"
 
 
 def test_tracker_wandb_records_offline(
@@ -375,8 +376,9 @@ def test_data_that_breaks_in_the_middle_saves_what_was_trained(
     assert "sltrain/" not in err, err  # no traceback through our files
     if num_ranks == 1:
         assert process.returncode == 2
-    assert metrics_of(tmp_path / "run")[-1]["event"] == "checkpoint"
-    assert metrics_of(tmp_path / "run")[-1]["step"] > 0
+    saved, stopped = metrics_of(tmp_path / "run")[-2:]
+    assert saved["event"] == "checkpoint" and saved["step"] == stopped["step"] > 0
+    assert stopped["outcome"] == "data lost"
 
 
 def test_run_whose_checkpoints_are_all_damaged_does_not_start_over(

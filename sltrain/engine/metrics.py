@@ -1,7 +1,8 @@
 """Results -> numbers with units -> metrics.jsonl, the progress bar, W&B.
 
-An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint or final), `step` (updates done),
-`tokens` (non-pad tokens trained on, all ranks) and `positions` (rows x row length trained on, pads included). Then
+An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint, final or stopped), `step` (updates
+done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row length trained on, pads included) and
+`wall_seconds` (of all processes that worked on the run, evaluations included). Then
 
     train        loss (nats a token), lr, grad_norm (before clipping; of accumulation=fold see per_layer_step.py),
                  tokens_per_second (outside evaluation, saving),
@@ -10,7 +11,8 @@ An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint o
                  peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)
-    final        also the three of memory, peak_memory_measure, wall_seconds, num_parameters, index_bytes
+    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes
+    stopped      outcome, in words: why the run ended before its budget
 
 Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
 event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls
@@ -125,7 +127,7 @@ class JsonlSink:
 
     def log(self, event: Event) -> None:
         self._file.write(f"{to_strict_json(event)}\n".encode())
-        if event["event"] in ("checkpoint", "final"):
+        if event["event"] in ("checkpoint", "final", "stopped"):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -135,8 +137,8 @@ class JsonlSink:
 def rewrite_until(path: Path, step: int) -> int:
     """Keep the complete lines of events up to `step`, byte for byte and in order; return the number of lines dropped.
 
-    Dropped are later ones, damaged ones, and `final` ones, since the run goes on. The file is replaced atomically; a
-    missing file is left missing.
+    Dropped are later ones, damaged ones, and `final` and `stopped` ones, since the run goes on. The file is replaced
+    atomically; a missing file is left missing.
     """
     path = Path(path)
     if not path.exists():
@@ -159,7 +161,7 @@ def _belongs(line: bytes, step: int) -> bool:
         return False
     if not isinstance(event, dict) or not isinstance(event.get("step"), int):
         return False
-    return event["step"] <= step and event.get("event") != "final"
+    return event["step"] <= step and event.get("event") not in ("final", "stopped")
 
 
 # ---- progress on the terminal

@@ -5,6 +5,7 @@ of the data stream after the last finished update. The stream itself runs ahead 
 carries the position that follows it.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -220,10 +221,13 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            wall = time.monotonic() - self.started
-            cost = {**self._peak_memory(), "wall_seconds": round(wall, 3)}
-            self.final = self._write(event, {**numbers, **cost, **self.final_metrics})
+            self.final = self._write(event, {**numbers, **self._peak_memory(), **self.final_metrics})
             return True
+
+    def note_stop(self, outcome: str) -> None:
+        """Write why the run ended before its budget: whoever reads the log later cannot ask."""
+        with contextlib.suppress(OSError):  # the disk may be why
+            self._write("stopped", {"outcome": outcome})
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless this step has one."""
@@ -259,7 +263,9 @@ class Trainer:
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress
-        line = {"event": event, "step": p.step, "tokens": p.tokens, "positions": p.positions, **numbers}
+        wall = round(time.monotonic() - self.started, 3)
+        counters = {"step": p.step, "tokens": p.tokens, "positions": p.positions, "wall_seconds": wall}
+        line = {"event": event, **counters, **numbers}
         for sink in self.sinks:
             sink.log(line)
         return line

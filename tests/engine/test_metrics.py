@@ -128,7 +128,7 @@ def test_jsonl_sink_appends_one_line_an_event_at_once(tmp_path: Path, monkeypatc
 lines = st.one_of(
     st.builds(
         lambda kind, step, loss: json.dumps({"event": kind, "step": step, "loss": loss}).encode(),
-        st.sampled_from(["train", "eval", "checkpoint", "final"]),
+        st.sampled_from(["train", "eval", "checkpoint", "final", "stopped"]),
         st.integers(0, 20),
         st.floats(allow_nan=False),
     ),
@@ -152,7 +152,7 @@ def test_rewrite_keeps_exactly_the_complete_lines_up_to_the_step(
     for line in content:
         if line.endswith(b"}") and b'"step"' in line:
             event = json.loads(line)
-            if event["step"] <= step and event["event"] != "final":
+            if event["step"] <= step and event["event"] not in ("final", "stopped"):
                 expected.append(line)
     dropped = rewrite_until(path, step)
     assert path.read_bytes() == b"".join(line + b"\n" for line in expected)
