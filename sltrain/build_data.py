@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
@@ -69,12 +68,12 @@ def build_data(
 ) -> tuple[TrainStream, EvalSet]:
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""
-    holdout_every = config.data.holdout_every if validation is None else 0
-    shape: dict[str, Any] = {"seq_len": config.seq_len, "padding": config.padding, "holdout_every": holdout_every}
     stream = TrainStream(
         source,
         tokenizer,
-        **shape,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        holdout_every=config.data.holdout_every if validation is None else 0,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         rank=ranks.rank,
@@ -84,14 +83,23 @@ def build_data(
         on_event=say,
         prefetch=2,
     )
-    eval_set = EvalSet(
+    eval_set = build_eval_set(config, source, validation, tokenizer, ranks)
+    eval_set.read()
+    return stream, eval_set
+
+
+def build_eval_set(
+    config: TrainConfig, source: Source, validation: Source | None, tokenizer: Tokenizer, ranks: Ranks
+) -> EvalSet:
+    """The rows that evaluations of a run read; the text is read at the first use."""
+    return EvalSet(
         validation or source,
         tokenizer,
-        **shape,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        holdout_every=config.data.holdout_every if validation is None else 0,
         eval_tokens=config.eval_tokens,
         batch_size=config.micro_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    eval_set.read()
-    return stream, eval_set

@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sltrain.config import TrainConfig, validate
 
@@ -92,6 +93,24 @@ def to_train_config(config: DictConfig) -> TrainConfig:
     return to_config(config, TRAIN)
 
 
+def read_config(path: Path) -> TrainConfig:
+    """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
+    the run was made with: the default of conf/train.yaml. Raises ValueError."""
+    schema = OmegaConf.structured(TrainConfig)
+    for key in TRAIN.open_mappings:
+        OmegaConf.set_struct(schema[key], False)
+    names = {key.name for key in fields(TrainConfig)}
+    defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
+    try:
+        config = OmegaConf.merge(schema, defaults, OmegaConf.load(path))
+        assert isinstance(config, DictConfig)
+        result = to_train_config(config)
+        validate(result)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {str(error).splitlines()[0]}") from error
+    return result
+
+
 def compose_config(texts: list[str], schema: Schema) -> Any:
     """The checked configuration of a command for these overrides, an object of the schema's type. Raises ValueError."""
     if schema is TRAIN:
@@ -155,6 +174,8 @@ def sweep_values(override: Override) -> list[str]:
 
 def _check_form(overrides: list[Override], is_sweep: bool, schema: Schema) -> None:
     for override in overrides:
+        if override.key_or_group == "hydra/launcher" and not is_sweep:
+            raise ValueError(f"{override.input_line} is for sweeps; add -m, or drop it")
         if override.is_delete():
             raise ValueError(f"{override.input_line!r}: keys cannot be removed; set another value")
         if override.is_sweep_override() and not is_sweep:
@@ -183,6 +204,8 @@ def _merge(overrides: list[str], schema: Schema) -> DictConfig:
 
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if option.startswith("submitit_"):
+        return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install '.[sweep]'"
     options = error.options or []
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'{group}={name}' for name in near)}? " if near else ""
@@ -223,7 +246,7 @@ def _groups(schema: Schema) -> dict[str, list[str]]:
     """A command's config groups and their options, as files lie in conf/."""
     if not schema.has_groups:
         return {}
-    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 

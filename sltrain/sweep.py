@@ -1,16 +1,17 @@
-"""A sweep: the same command over a grid of values, one run after the other, each in a process and a folder of its own.
+"""A sweep: the same command over a grid of values, each run in a process and a folder of its own.
 
     sltrain-train -m model=llama_60m rank=64,128 sparsity=0.01,0.03 run_dir=outputs/sweep
 
     outputs/sweep/rank-64_sparsity-0.01/ ...      named by what varies; each is an ordinary run folder
 
-Hydra expands the grid and calls `run_job` for each point. A process a job makes peak memory the job's own, lets a
-crash or an out-of-memory kill cost one job, and needs no second way to train: a job is the plain command with its
-run_dir. Started again with the same run_dir, the sweep finds finished jobs finished and continues the others.
+Hydra expands the grid, and its launcher calls `run_job` for each point: one after the other here, or with
+hydra/launcher=slurm on the nodes of a cluster. A process a job makes peak memory the job's own, lets a crash or an
+out-of-memory kill cost one job, and needs no second way to train: a job is the plain command with its run_dir. Started
+again with the same run_dir, the sweep finds finished jobs finished and continues the others. What became of them is
+read from their folders, wherever they ran.
 """
 
-import json
-import math
+import itertools
 import os
 import re
 import signal
@@ -20,12 +21,12 @@ import time
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
 from sltrain.compose import parse_overrides, sweep_values
+from sltrain.engine.run_record import read_run
 from sltrain.errors import ExitCode
 
 MAX_PART = 60  # characters of a folder's name for one swept key
@@ -33,14 +34,12 @@ MAX_PART = 60  # characters of a folder's name for one swept key
 
 @dataclass
 class Sweep:
-    """The plan of a sweep and, as its jobs end, their results."""
+    """The plan of a sweep and, for jobs that ran here, how they ended."""
 
     folder: Path
     swept_keys: list[str]
-    num_jobs: int
-    results: list[tuple[str, ExitCode | int, dict[str, Any]]] = field(
-        default_factory=list
-    )  # (name, exit code, final line)
+    names: list[str]  # of the jobs, and of their folders
+    codes: dict[str, int] = field(default_factory=dict)  # exit codes
 
     @classmethod
     def plan(cls, overrides: list[str]) -> "Sweep":
@@ -60,8 +59,9 @@ class Sweep:
             raise ValueError(f"run_dir={folder} is a file; name a folder for the sweep")
         if re.search(r'["\\$]', str(folder)):
             raise ValueError(f"run_dir={folder}: the folder of a sweep must do without quotes, backslashes and $")
-        num_jobs = math.prod(len(sweep_values(override)) for override in swept)
-        return cls(folder, [override.key_or_group for override in swept], num_jobs)
+        keys = [override.key_or_group for override in swept]
+        points = itertools.product(*(sweep_values(override) for override in swept))
+        return cls(folder, keys, [job_name(parse_overrides(list(point)), keys) for point in points])
 
     @property
     def hydra_overrides(self) -> list[str]:
@@ -69,31 +69,45 @@ class Sweep:
         return [f'hydra.sweep.dir="{self.folder}"']
 
     def run_job(self) -> None:
-        """Run the job that Hydra has just composed, in a process of its own, and say how it went. A signal, to this
-        process or to the job, ends the sweep."""
-        overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith("run_dir=")]
+        """Run the job that Hydra has just composed, in a process of its own, and say how it went. Here a signal, to
+        this process or to the job, ends the sweep; on a cluster every job is on its own."""
+        hydra = HydraConfig.get()
+        overrides = [text for text in hydra.overrides.task if not text.startswith("run_dir=")]
         name = job_name(parse_overrides(overrides), self.swept_keys)
-        folder = self.folder / name
-        place = f"[{len(self.results) + 1}/{self.num_jobs}] {name}"
+        place = f"[{self.names.index(name) + 1}/{len(self.names)}] {name}"
         print(f"\n{place}", flush=True)
-        command = [sys.executable, "-m", "sltrain.train", *overrides, f'run_dir="{folder}"']
-        code, is_stopped = _run_process(command)
-        self.results.append((name, code, _read_summary(folder) if code == ExitCode.OK else {}))
-        print(f"{place}: {_result(*self.results[-1][1:])}", flush=True)
-        if is_stopped:
+        num_gpus = hydra.launcher.get("gpus_per_node") or 1
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}", "-m"]
+        module = ["-m", *(torchrun if num_gpus > 1 else []), "sltrain.train"]
+        code, is_stopped = _run_process([sys.executable, *module, *overrides, f'run_dir="{self.folder / name}"'])
+        self.codes[name] = code
+        print(f"{place}: {in_words(code)}", flush=True)
+        if is_stopped and hydra.launcher._target_.endswith("BasicLauncher"):
             raise SystemExit(ExitCode.INTERRUPTED)
 
     def finish(self) -> ExitCode:
         """Print the table of all jobs; FAILED if one failed or never ran, INTERRUPTED if the sweep was cut short."""
-        width = max((len(name) for name, _, _ in self.results), default=0)
+        from sltrain.build_report import read_rows
+        from sltrain.reporting.table import text_table
+
+        folders = {name: self.folder / name for name in self.names}
+        rows, notes = read_rows([folder for folder in folders.values() if folder.is_dir()])
         print(f"\nsweep {self.folder}")
-        for name, code, final in self.results:
-            print(f"  {name:{width}}  {_result(code, final)}")
-        codes, num_missing = {code for _, code, _ in self.results}, self.num_jobs - len(self.results)
-        if num_missing and codes <= {ExitCode.OK, ExitCode.INTERRUPTED} or ExitCode.INTERRUPTED in codes:
-            print(f"interrupted with {num_missing} jobs to go; the same command with run_dir={self.folder} continues")
+        print("\n".join([text_table(rows), *notes]) if rows else "no job has begun")
+        ends = {name: read_run(folder).status for name, folder in folders.items() if folder.is_dir()}
+        ends |= {name: in_words(code) for name, code in self.codes.items()}
+        left = {name: ends.get(name, "not started") for name in self.names if ends.get(name) != "finished"}
+        for name, how in left.items():
+            print(f"{name}: {how}")
+        if left and (self.folder / ".submitit").is_dir():
+            print(f"what the jobs printed is in {self.folder}/.submitit")
+        if not left:
+            print(f"sltrain-report {self.folder} makes a page of it")
+            return ExitCode.OK
+        if ExitCode.INTERRUPTED in self.codes.values():
+            print(f"interrupted with {len(left)} jobs to go; the same command with run_dir={self.folder} continues")
             return ExitCode.INTERRUPTED
-        return ExitCode.OK if codes <= {ExitCode.OK} and not num_missing else ExitCode.FAILED
+        return ExitCode.FAILED
 
 
 def job_name(overrides: list[Override], swept_keys: list[str]) -> str:
@@ -133,26 +147,21 @@ def _run_process(command: list[str]) -> tuple[int, bool]:
             code = ExitCode.INTERRUPTED
         return code, bool(received) or code == ExitCode.INTERRUPTED
     finally:
+        if process is not None and process.poll() is None:  # what ended this process did not ask the job
+            process.terminate()
+            process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _result(code: int, final: dict[str, Any]) -> str:
-    """A job's outcome in one line."""
-    if code != ExitCode.OK:
-        known = {ExitCode.INTERRUPTED: "interrupted", ExitCode.DIVERGED: "diverged", ExitCode.BAD_INPUT: "refused"}
-        return f"{known.get(ExitCode(code), 'failed') if code in set(ExitCode) else 'failed'} (exit code {code})"
-    if not final:
-        return "finished, but its summary.json cannot be read"
-    perplexity = math.inf if final["perplexity"] is None else final["perplexity"]
-    return (
-        f"perplexity {perplexity:.2f}  {final['num_parameters']['total'] / 1e6:.1f}M parameters"
-        f"  peak {final['peak_memory_bytes'] / 1e9:.2f} GB  {final['wall_seconds']:.0f} s"
-    )
+def in_words(code: int) -> str:
+    """How a job ended, by its exit code."""
+    known = {
+        ExitCode.OK: "finished",
+        ExitCode.BAD_INPUT: "refused",
+        ExitCode.INTERRUPTED: "interrupted",
+        ExitCode.DATA_LOST: "data lost",
+        ExitCode.DIVERGED: "diverged",
+    }
+    word = next((words for known_code, words in known.items() if known_code == code), "failed")
+    return word if code == ExitCode.OK else f"{word} (exit code {code})"

@@ -50,8 +50,8 @@ def run_command(arguments: list[str]) -> ExitCode:
     sys.argv[1:] = [*(sweep.hydra_overrides if sweep else []), *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
-    except SystemExit as error:  # an interrupted job ends the sweep
-        if sweep is None or error.code != ExitCode.INTERRUPTED:
+    except SystemExit:  # an interrupted job ends the sweep; so does a cluster that refuses it, and Hydra has said why
+        if sweep is None:
             raise
     if sweep is not None:
         return sweep.finish()

@@ -257,7 +257,8 @@ def test_sweep(tiny: list[str], tmp_path: Path, start_process: Start, metrics_of
     """Deterministic folders, a failed job that costs only itself, and a second start that skips what is finished."""
     command = ["-m", *tiny, "max_steps=2", "warmup_steps=0", "rank=4,33", "sparsity=0.01", f"run_dir={tmp_path}/sweep"]
     out, err = start_process(*command).communicate(timeout=240)
-    assert "rank-4: perplexity" in out and "rank-33: refused (exit code 2)" in out, out + err
+    assert "[1/2] rank-4: finished" in out and "rank-33: refused (exit code 2)" in out, out + err
+    assert "perplexity" in out.partition(f"sweep {tmp_path}/sweep")[2]  # the report's table
     assert "error: " in err
     first = (tmp_path / "sweep" / "rank-4" / "metrics.jsonl").read_bytes()
     assert metrics_of(tmp_path / "sweep" / "rank-4")[-1]["event"] == "final"
@@ -266,7 +267,7 @@ def test_sweep(tiny: list[str], tmp_path: Path, start_process: Start, metrics_of
     again = start_process(*[text.replace("rank=4,33", "rank=4,8") for text in command])
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
-    assert "rank-4 is finished" in out and "rank-8: perplexity" in out
+    assert "rank-4 is finished" in out and "rank-8: finished" in out
     assert (tmp_path / "sweep" / "rank-4" / "metrics.jsonl").read_bytes() == first
 
 

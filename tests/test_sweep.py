@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sltrain.compose import parse_overrides
-from sltrain.sweep import Sweep, _result, _run_process, job_name
+from sltrain.sweep import Sweep, _run_process, in_words, job_name
 
 
 @pytest.mark.parametrize(
@@ -26,17 +26,14 @@ def test_job_name(overrides: list[str], swept: list[str], name: str) -> None:
 
 def test_plan() -> None:
     sweep = Sweep.plan(["model=llama_60m", "rank=64,128", "sparsity=choice(0.01,0.03,0.1)", "run_dir=outputs/a"])
-    assert (sweep.num_jobs, sweep.swept_keys, str(sweep.folder)) == (6, ["rank", "sparsity"], "outputs/a")
+    assert (sweep.swept_keys, str(sweep.folder)) == (["rank", "sparsity"], "outputs/a")
+    assert sweep.names == [f"rank-{rank}_sparsity-{sparsity}" for rank in (64, 128) for sparsity in (0.01, 0.03, 0.1)]
     assert str(Sweep.plan(["rank=1,2"]).folder).startswith("outputs/sweep_")
 
 
-def test_results_in_words() -> None:
-    final = {"perplexity": 12.345, "num_parameters": {"total": 1_000_000}, "peak_memory_bytes": 5e8, "wall_seconds": 3}
-    assert _result(0, final) == "perplexity 12.35  1.0M parameters  peak 0.50 GB  3 s"
-    assert "perplexity inf" in _result(0, {**final, "perplexity": None})
-    assert _result(0, {}) == "finished, but its summary.json cannot be read"
-    assert _result(-9, {}) == "failed (exit code -9)"
-    assert _result(5, {}) == "diverged (exit code 5)"
+def test_exit_codes_in_words() -> None:
+    words = {0: "finished", -9: "failed (exit code -9)", 5: "diverged (exit code 5)", 2: "refused (exit code 2)"}
+    assert {code: in_words(code) for code in words} == words
 
 
 @pytest.mark.parametrize(

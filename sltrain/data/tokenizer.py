@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+from tokenizers.decoders import DecodeStream
 
 from sltrain.data.bpe import trained_bpe
 from sltrain.data.cut_rule import words_are_independent
@@ -125,6 +126,32 @@ class Tokenizer:
             sizes = _bytes_between(text, ends)
             result.append((ids, [0] * len(self._prefix) + sizes + [0] if ids else []))
         return result
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that is to go on: as in training, but without eos. Raises ValueError for one without tokens."""
+        ids = self.encode_batch([text])[0]
+        if not len(ids):
+            raise ValueError("the prompt holds no text; write at least a word")
+        return ids[:-1].tolist()
+
+    def text_stream(self) -> Callable[[int], str]:
+        """A function that takes ids one after the other and returns the text that each adds, without special tokens;
+        nothing while a character is incomplete."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token) or ""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def special_ids(self) -> dict[str, int]:
+        """Ids by Hugging Face's names, bos_token to unk_token, as far as there are any."""
+        ids = {"bos_token": next(iter(self._prefix), None), "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: i for name, i in {**ids, "unk_token": self.unk_id}.items() if i is not None}
+
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of `special_ids`."""
+        return {name: str(self._tokenizer.id_to_token(i)) for name, i in self.special_ids().items()}
 
     def _encode(
         self, encode_batch: Callable[..., list[tokenizers.Encoding]], texts: list[str], max_len: int | None

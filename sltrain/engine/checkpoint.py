@@ -127,6 +127,17 @@ class Checkpointer:
             )
         return None
 
+    def find(self, step: int) -> Path:
+        """The checkpoint of `step`. Raises CheckpointError if there is none, or if it does not match its manifest."""
+        paths = dict(self._list())  # of two with the same step the replacement comes last
+        if step not in paths:
+            steps = ", ".join(str(known) for known in paths) or "none at all"
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are: {steps}")
+        problem = _find_damage(paths[step])
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {paths[step]} is damaged ({problem}); choose another step")
+        return paths[step]
+
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
         """Fill the model, and the optimizer unless None, from the folder `path`; return the saved state and "step".
 

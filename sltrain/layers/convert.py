@@ -10,7 +10,7 @@ a constructor over the same. A module that hangs in several places of the model 
 module in all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,36 @@ def merge_to_dense(model: nn.Module) -> list[str]:
         return isinstance(module, FactoredLinear)
 
     return _replace(model, matches, _dense_linear)
+
+
+def layer_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{name: settings} of every SLTrainLinear and LowRankLinear: plain data, from which `restore_layers` makes them."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactoredLinear):
+            settings[name] = {"rank": layer.rank, "alpha": layer.alpha}
+        if isinstance(layer, SLTrainLinear):
+            s = layer.support
+            block = s.block if s.kind == "block" else None
+            settings[name] |= {"sparsity": s.sparsity, "support": s.kind, "block_size": block}
+    return settings
+
+
+def restore_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace in place each named linear by the layer that its settings (`layer_settings`) describe; those with a
+    sparsity by an SLTrainLinear. Raises ValueError for a name without a linear and for settings no layer can have."""
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        kind: type[FactoredLinear] = SLTrainLinear if "sparsity" in settings[name] else LowRankLinear
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        try:
+            return kind(linear.in_features, linear.out_features, bias=linear.bias is not None, **settings[name], **like)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    missing = settings.keys() - set(replace_linears(model, lambda name, linear: name in settings, make))
+    if missing:
+        raise ValueError(f"the model has no linear called {min(missing)}")
 
 
 def _replace(

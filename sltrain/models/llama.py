@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sltrain.config import ModelConfig
+from sltrain.models.cache import KeyValueCache
 from sltrain.models.fused import made_again, rms_norm, swiglu
 from sltrain.models.loss import IGNORE, chunked_cross_entropy_sum
 
@@ -59,6 +60,7 @@ class Grid:
     rows: Tensor | None  # (N,) int64, the position b T + t of each row, ascending; None: all B T positions
     cos: Tensor  # (T, 1, d), see rotary_tables
     sin: Tensor
+    cache: KeyValueCache | None = None  # of the positions before these
 
     def spread(self, x: Tensor, head_size: int) -> Tensor:
         """x (N, heads * d) -> (B, T, heads, d), zero at the positions that x lacks."""
@@ -77,15 +79,19 @@ def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def rotary_tables(num_positions: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, 1, d) float32: position t turns the pair (i, i + d/2) by the angle t / theta^(2i/d).
-    The sines of the first half, which meet the pair's other number in `rotate`, are negative.
+def rotary_tables(
+    num_positions: int, head_size: int, theta: float, device: torch.device, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, 1, d) float32, of the positions from `first` on: position t turns the pair
+    (i, i + d/2) by the angle t / theta^(2i/d). The sines of the first half, which meet the pair's other number in
+    `rotate`, are negative.
 
     Made anew in every forward pass, once for all layers: T x d numbers cost nothing, and a buffer of them would be
     garbage after `to_empty` and limit T.
     """
     inverse_frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * inverse_frequency
+    positions = torch.arange(first, first + num_positions, device=device, dtype=torch.float32)
+    angles = positions[:, None] * inverse_frequency
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
 
@@ -120,8 +126,11 @@ class Attention(nn.Module):
         q, k, v = (grid.spread(y, self.head_size) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # q (B, H, T, d); k, v (B, G, T, d)
+        if grid.cache is not None:
+            k, v = grid.cache.extend(self, k, v)
         shares_kv = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_kv)  # (B, H, T, d)
+        is_causal = k.shape[2] == q.shape[2]  # otherwise one new position, which sees all before it
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=shares_kv)  # (B, H, T, d)
         return self.o_proj(grid.collect(y.transpose(1, 2)))
 
 
@@ -158,7 +167,8 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T."""
+    """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T. With a cache the ids go on where it
+    ends, one at a time after the first pass."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, activation_checkpointing: bool) -> None:
         super().__init__()
@@ -173,15 +183,19 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, rows: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         B, T = input_ids.shape
-        grid = Grid(B, T, rows, *rotary_tables(T, self.head_size, self.rope_theta, input_ids.device))
+        first = 0 if cache is None else cache.num_positions
+        assert first == 0 or T == 1, "a cache is filled in one pass, then extended by one position at a time"
+        grid = Grid(B, T, rows, *rotary_tables(T, self.head_size, self.rope_theta, input_ids.device, first), cache)
         x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, grid, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, grid)
+        if cache is not None:
+            cache.num_positions += T
         return self.norm(x)
 
 

@@ -1,0 +1,76 @@
+"""A saved model and a corpus -> its loss there, exactly as a run evaluates itself.
+
+Rows are cut as in training. A run without a corpus of its own choosing is measured on its validation text, and the
+numbers are those of its own evaluation at that step.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sltrain.build_data import build_eval_set, build_sources
+from sltrain.build_saved import Report, Saved, open_saved
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.sources import LocalFiles
+from sltrain.engine.distributed import Ranks, pick_device
+from sltrain.engine.evaluate import evaluate
+
+BATCH_SIZE = 16  # sequences, where no run says otherwise
+
+
+def evaluate_saved(
+    path: str | Path,
+    globs: Sequence[str] | None = None,
+    *,
+    step: int | None = None,
+    eval_tokens: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    report: Report = print,
+) -> dict[str, Any]:
+    """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
+    text) up to `eval_tokens` predicted tokens. `batch_size` (None: the run's micro_batch_size) changes
+    perplexity_galore_protocol alone. Raises ValueError or OSError."""
+    for name, number in {"eval-tokens": eval_tokens, "batch-size": batch_size}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number}: must be at least 1")
+    saved = open_saved(path, step, report)
+    ranks = Ranks(0, 1, pick_device(device))
+    eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks, report)
+    eval_set.read()
+    report(f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name}")
+    model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
+    numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
+    assert numbers is not None
+    return {**numbers, "step": saved.step}
+
+
+def _eval_set(
+    saved: Saved,
+    globs: Sequence[str] | None,
+    eval_tokens: int | None,
+    batch_size: int | None,
+    ranks: Ranks,
+    report: Report,
+) -> EvalSet:
+    """The rows of the files, or of the run's own validation text. Raises ValueError."""
+    config = saved.config
+    if globs:
+        return EvalSet(
+            LocalFiles(list(globs), on_bad_data="skip", report=report),
+            saved.tokenizer,
+            seq_len=saved.seq_len,
+            padding=saved.padding,
+            eval_tokens=eval_tokens or sys.maxsize,
+            batch_size=batch_size or (BATCH_SIZE if config is None else config.micro_batch_size),
+        )
+    if config is None:
+        raise ValueError(f"{saved.path} is an export and knows no corpus; add --path GLOB")
+    config.eval_tokens, config.micro_batch_size = (
+        eval_tokens or config.eval_tokens,
+        batch_size or config.micro_batch_size,
+    )
+    return build_eval_set(config, *build_sources(config, report), saved.tokenizer, ranks)

@@ -1,0 +1,162 @@
+"""Run folders -> the rows of a table, its figures and a page.
+
+    rows, notes = read_rows([Path("outputs")])
+    print(text_table(rows))                                   # sltrain.reporting.table
+
+    report = read_report([Path("outputs")])
+    write_report(report, Path("outputs/report"), command)     # report.html, table.md, table.csv, *.png
+
+Only a run that is not finished needs torch: its parameters are counted on a model without memory.
+"""
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sltrain.config import CHANGEABLE_ON_RESUME
+from sltrain.engine.metrics import to_strict_json
+from sltrain.engine.run_folder import write_atomically
+from sltrain.engine.run_record import RunRecord, find_runs, read_run
+from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
+from sltrain.reporting.table import csv_table, markdown_table, text_table
+
+__all__ = ["Report", "as_json", "read_report", "read_rows", "text_table", "write_report"]
+
+PAGE = "report.html"
+OUR_PICTURES = re.compile(r"(loss_tokens|loss_time|memory|heat_map_\d+)\.png")
+
+
+@dataclass
+class Report:
+    """What was found below some paths: rows in the order of the table, the curve of each by its name, and what to
+    know about the folders."""
+
+    rows: list[Row]
+    curves: dict[str, Curve]
+    notes: list[str]
+    first: Path | None  # of the paths, the first with a run
+
+
+def read_rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
+    """The rows of every run at or below `paths`, in the order of the table, and what to know about them."""
+    report = read_report(paths)
+    return report.rows, report.notes
+
+
+def read_report(paths: Sequence[Path]) -> Report:
+    """Read every run at or below `paths`. A path that is not there or holds no run becomes a note."""
+    roots: dict[str, tuple[Path, Path]] = {}  # real path of a run -> path it was found by, and its folder
+    notes = []
+    for path in paths:
+        found = find_runs([path])
+        if not found:
+            notes.append(_nothing_at(path))
+        for folder in found:
+            roots.setdefault(os.path.realpath(folder), (path, folder))
+    rows, curves = [], {}
+    for name, (_, folder) in zip(_names(list(roots.values())), roots.values(), strict=True):
+        record = read_run(folder)
+        row = _row(name, record)
+        rows.append(row)
+        curves[row.name] = make_curve(record.train, record.evals, record.final)
+        notes += [f"{row.name}: {note}" for note in record.notes]
+    first = next((root for root, _ in roots.values()), None)
+    return Report(arrange(rows), curves, [printable(note) for note in notes], first)
+
+
+def _nothing_at(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist"
+    if not path.is_dir():
+        return f"{path} is a file; name the folder of a run, or one with run folders below it"
+    return f"{path} holds no run; name the folder of a run, or one with run folders below it"
+
+
+def _names(found: list[tuple[Path, Path]]) -> list[str]:
+    """A name for each run: its folder relative to its root; if that does not tell all apart, with the root's name; if
+    that does not either, the whole path."""
+    short = [str(run.relative_to(root)) if run != root else Path(os.path.realpath(run)).name for root, run in found]
+    longer = [str(Path(os.path.realpath(root)).name / run.relative_to(root)) for root, run in found]
+    whole = [os.path.realpath(run) for _, run in found]
+    return next((names for names in (short, longer) if len({printable(name) for name in names}) == len(names)), whole)
+
+
+def _row(name: str, record: RunRecord) -> Row:
+    """The row of a run. Adds to the record's notes if its parameters cannot be counted."""
+    counted = (record.final or {}).get("num_parameters")
+    num_parameters = counted.get("total") if isinstance(counted, dict) else None
+    if not isinstance(num_parameters, int):
+        num_parameters = None
+        try:
+            num_parameters = count_parameters_of(record.path)
+        except (OSError, ValueError) as error:
+            record.notes.append(f"its parameters cannot be counted: {str(error).splitlines()[0]}")
+    return make_row(
+        name,
+        record.status,
+        record.config,
+        record.train,
+        record.evals[-1] if record.evals else None,
+        record.final,
+        record.last,
+        record.tokenizer_hash,
+        num_parameters,
+        not_recipe=CHANGEABLE_ON_RESUME,
+    )
+
+
+def count_parameters_of(run: Path) -> int:
+    """How many values the run in this folder trains, counted on its model, built without memory. Raises OSError or
+    ValueError if its configuration cannot be read or is of another version."""
+    from sltrain.compose import read_config  # seconds, with torch; a finished run has its number in its last line
+
+    config = read_config(run / "config.yaml")
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        from tokenizers import Tokenizer
+
+        text = (run / "tokenizer.json").read_text()
+        try:
+            vocab_size = Tokenizer.from_str(text).get_vocab_size()
+        except Exception as error:  # it has no type of its own
+            raise ValueError("tokenizer.json is damaged") from error
+    import torch
+
+    from sltrain.build import build_model
+    from sltrain.models.accounting import count_parameters
+
+    return count_parameters(build_model(config, vocab_size, torch.float32))["total"]
+
+
+def write_report(report: Report, output: Path, command: str = "") -> Path:
+    """Write page, table and figures into the folder `output`, and return the page's path. Raises ValueError if there is
+    no run, or if nothing can be written there."""
+    if not report.rows:
+        raise ValueError("; ".join(report.notes) or "no run was found; name the folder of a run")
+    from sltrain.reporting.figures import draw_all  # with matplotlib
+    from sltrain.reporting.page import render_page
+
+    pictures = draw_all(report.rows, report.curves)
+    made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
+    page = render_page(report.rows, report.notes, pictures, made, command)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for old in output.iterdir():
+            if OUR_PICTURES.fullmatch(old.name):
+                old.unlink()
+        for picture in pictures:
+            (output / picture.file_name).write_bytes(picture.png)
+        write_atomically(output / "table.md", markdown_table(report.rows))
+        write_atomically(output / "table.csv", csv_table(report.rows))
+        write_atomically(output / PAGE, page)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written ({error.strerror}); name a folder with --output DIR") from error
+    return output / PAGE
+
+
+def as_json(rows: list[Row]) -> str:
+    """The rows as one JSON list, strict: a number that is not finite is null."""
+    return "[" + ",\n ".join(to_strict_json(asdict(row)) for row in rows) + "]"

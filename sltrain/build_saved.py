@@ -1,0 +1,121 @@
+"""What was trained, opened again: a run's checkpoint, or an exported folder -> the model, its tokenizer, its history.
+
+Opening reads no weights: the model is on the meta device, its layers in place, and the files are checked to hold
+exactly its tensors. `Saved.load` then gives the model with its weights; an export takes them layer by layer.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sltrain.build import allocate, build_model
+from sltrain.compose import read_config
+from sltrain.config import ModelConfig, TrainConfig
+from sltrain.data.tokenizer import Tokenizer
+from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
+from sltrain.engine.run_folder import RunFolder
+from sltrain.formats.folder import COMPRESSED, DENSE, FORMAT_VERSION, read_json
+from sltrain.formats.weights import WeightFiles
+from sltrain.layers.convert import restore_layers
+from sltrain.layers.cost import set_paths
+from sltrain.models.llama import LlamaForCausalLM
+
+Report = Callable[[str], None]
+HEAD = "lm_head.weight"
+
+
+@dataclass
+class Saved:
+    """A trained model on the disk."""
+
+    path: Path
+    files: WeightFiles
+    model: LlamaForCausalLM  # on the meta device, in the dtype of the files
+    tokenizer: Tokenizer
+    seq_len: int  # tokens a row, as it was trained
+    padding: str
+    step: int  # updates
+    config: TrainConfig | None  # of a run; an export has none
+    progress: dict[str, Any]  # of a run: its counters, see engine/trainer.py
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def context(self) -> int:
+        """Positions that the model reads at most."""
+        return self.model.config.max_position_embeddings
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype | None = None, layer_path: str = "auto", num_rows: int = 1
+    ) -> LlamaForCausalLM:
+        """The model with its weights, once. Each W x is computed by `layer_path`, auto: by what is cheaper for
+        `num_rows` rows of x at a time. Raises ValueError if it does not fit into memory."""
+        self.model.to(dtype or self.dtype)
+        allocate(self.model, device)
+        self.files.fill(self.model)
+        set_paths(self.model, layer_path, num_rows, device)
+        return self.model
+
+
+def open_saved(path: str | Path, step: int | None = None, report: Report = print) -> Saved:
+    """Open a run folder (at its newest intact checkpoint, or at `step`) or an exported folder. Raises ValueError or
+    OSError for what is neither, damaged, or of another version."""
+    path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        if step is not None:
+            raise ValueError(f"{path} is an export, which holds one step; leave the step out, or name the run folder")
+        return open_export(path, report)
+    if RunFolder(path).config_file.is_file():
+        return open_run(path, step, report)
+    what = "holds neither a run (config.yaml, checkpoints/) nor an export (config.json)"
+    raise ValueError(f"{path} {what if path.exists() else 'does not exist'}; name a run folder or an exported one")
+
+
+def open_run(path: Path, step: int | None, report: Report) -> Saved:
+    """Open a run folder at one of its checkpoints."""
+    folder = RunFolder(path)
+    config = read_config(folder.config_file)
+    checkpointer = Checkpointer(path, config.keep_last)
+    checkpoint = checkpointer.find_latest(report) if step is None else checkpointer.find(step)
+    if checkpoint is None:
+        raise ValueError(f"{path} has no checkpoint yet; a run saves every checkpoint_every updates, and at its end")
+    files = WeightFiles(checkpoint)
+    vocab_size = files.shape(HEAD)[0]
+    model = build_model(config, vocab_size, files.dtype(HEAD))
+    files.check(model)
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    tokenizer = Tokenizer(folder.tokenizer_file.read_text(), str(folder.tokenizer_file), vocab_size, report)
+    return Saved(
+        path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
+    )
+
+
+def open_export(path: Path, report: Report) -> Saved:
+    """Open what `sltrain-export` wrote, of either format."""
+    content = read_json(path / "config.json")
+    own, kind = content.get("sltrain"), content.get("model_type")
+    if not isinstance(own, dict) or kind not in (DENSE, COMPRESSED):
+        raise ValueError(f"{path} was not exported by sltrain; name a run folder or a folder that sltrain-export wrote")
+    if own.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {FORMAT_VERSION}")
+    files = WeightFiles(path)
+    try:
+        shape = {field.name: content[field.name] for field in fields(ModelConfig) if field.name != "name"}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(ModelConfig(name=own["model"], **shape))
+        model.to(files.dtype(HEAD))
+        if kind == COMPRESSED:
+            restore_layers(model, own["layers"])
+        known = {"seq_len": own["seq_len"], "padding": own["padding"], "step": own["step"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'config.json'} is damaged: {error!r}; export the run again") from error
+    files.check(model)
+    json_text = (path / "tokenizer.json").read_text()
+    tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), content["vocab_size"], report)
+    return Saved(path, files, model, tokenizer, **known, config=None, progress={})

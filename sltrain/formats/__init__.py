@@ -1,0 +1,1 @@
+"""Models as files for the rest of the world."""

@@ -1,0 +1,81 @@
+"""What lies beside the weights in an exported folder: configuration, tokenizer, generation settings, model card.
+
+    config.json              transformers' LlamaConfig; what sltrain knows besides under the key "sltrain"
+    generation_config.json   greedy, and where a text ends
+    tokenizer.json           the run's, byte for byte
+    tokenizer_config.json    how transformers reads it
+    README.md                the model card: what was trained, how, and what came out
+
+Everything is plain JSON and text. A compressed folder names its own model_type, because transformers' LLaMA would open
+it and fill the missing matrices with noise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DENSE, COMPRESSED = "llama", "sltrain_llama"  # model_type
+FORMAT_VERSION = 1  # of the compressed layout
+CARD = Path(__file__).with_name("model_card.md.j2")
+
+
+def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json of a dense model. `shape` holds the fields of config.ModelConfig, `ids` bos, eos and pad token ids,
+    as far as there are any."""
+    heads = shape["num_attention_heads"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": DENSE,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": shape["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "hidden_size": shape["hidden_size"],
+        "initializer_range": shape["initializer_range"],
+        "intermediate_size": shape["intermediate_size"],
+        "max_position_embeddings": shape["max_position_embeddings"],
+        "mlp_bias": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": shape["num_hidden_layers"],
+        "num_key_value_heads": shape["num_key_value_heads"] or heads,
+        "rms_norm_eps": shape["rms_norm_eps"],
+        "rope_theta": shape["rope_theta"],
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "vocab_size": vocab_size,
+        "bos_token_id": None,
+        **ids,
+    }
+
+
+def tokenizer_config(max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
+    """tokenizer_config.json; `tokens` names eos_token, pad_token, unk_token, bos_token, as far as there are any."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises ValueError, or OSError if it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it should hold one object")
+    return content
+
+
+def model_card(**facts: Any) -> str:
+    """README.md of an exported folder. The facts are what the template names; a missing one is an error."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return environment.from_string(CARD.read_text()).render(**facts)

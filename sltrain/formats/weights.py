@@ -1,0 +1,123 @@
+"""Weights in safetensors files, one tensor at a time: a model of many gigabytes passes through little memory.
+
+Up to 5 GB a folder holds one file, model.safetensors; above, numbered shards and model.safetensors.index.json, which
+says where each tensor lies. That is Hugging Face's layout, and a checkpoint's model.safetensors is a case of it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MAX_SHARD_BYTES = 5_000_000_000
+SINGLE, PATTERN, INDEX = "model.safetensors", "model{suffix}.safetensors", "model.safetensors.index.json"
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write the tensors called `make(name)` into `folder`, never holding more than one shard of them; return their
+    bytes. `shapes` are tensors of the same shape and dtype by name, in the order to write them; meta ones will do.
+
+    Raises OSError when the disk refuses.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(shapes),
+        get_storage_size=_num_bytes,
+        filename_pattern=PATTERN,
+        get_storage_id=lambda tensor: None,  # nothing is shared
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        with _readable_errors(folder / file):
+            save_file({name: make(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library makes it readable to its owner only
+    total = sum(_num_bytes(tensor) for tensor in shapes.values())
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return total
+
+
+class WeightFiles:
+    """The tensors of a folder by name, read when asked for. Raises ValueError if its files are missing or no
+    safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if index.exists():
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged: it should map tensors to files") from error
+        else:
+            files = [SINGLE]
+        self._files: dict[str, safe_open] = {}
+        for file in files:
+            with _readable_errors(folder / file):
+                opened = safe_open(folder / file, framework="pt")
+                self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, on the CPU. Raises ValueError if there is none."""
+        if name not in self._files:
+            raise ValueError(f"{self.folder} holds no tensor {name}")
+        return self._files[name].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        if name not in self._files:
+            raise ValueError(f"{self.folder} holds no tensor {name}")
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype. An empty slice says it in torch's words."""
+        return self._files[name].get_slice(name)[:0].dtype
+
+    def fill(self, module: nn.Module, prefix: str = "") -> None:
+        """Copy into every parameter and buffer of `module` the tensor of its name behind `prefix`, cast to its dtype.
+
+        Raises ValueError if one is missing or has another shape.
+        """
+        with torch.no_grad():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                self._check(f"{prefix}{name}", tensor)
+                tensor.copy_(self.read(f"{prefix}{name}"))
+
+    def check(self, model: nn.Module) -> None:
+        """Whether these are exactly the tensors of `model`, by name and shape. Raises ValueError."""
+        expected = model.state_dict(keep_vars=True)
+        for name, tensor in expected.items():
+            self._check(name, tensor)
+        if more := self._files.keys() - expected.keys():
+            raise ValueError(f"{self.folder} holds {min(more)}, which the model does not have")
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if self.shape(name) != tuple(tensor.shape):
+            raise ValueError(f"{self.folder}: {name} is {self.shape(name)}, the model needs {tuple(tensor.shape)}")
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    """The library's errors with the file they are about, as an error of the system."""
+    try:
+        yield
+    except (SafetensorError, FileNotFoundError) as error:
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error

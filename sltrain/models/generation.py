@@ -1,0 +1,75 @@
+"""Text that goes on: a model reads the prompt once, then one token after the other is picked and read.
+
+    logits (V,) of the last position  ->  temperature, the k likeliest, the likeliest with together p  ->  one id
+
+in transformers' order and meaning. Temperature 0 is greedy: the likeliest id, with no chance in it. Ids are drawn on
+the CPU in float32, so that a seed gives the same text wherever the logits are the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sltrain.models.cache import KeyValueCache
+from sltrain.models.llama import LlamaForCausalLM
+
+
+@dataclass
+class Sampling:
+    """How the next id is picked. Raises ValueError for values that pick nothing."""
+
+    temperature: float = 0.0  # 0: greedy; 1: as the model says; above: more surprising
+    top_k: int | None = None  # only the k likeliest
+    top_p: float | None = None  # only the likeliest that together have at least this probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature:g}: must be at least 0 (0 is greedy, 1 as trained)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k {self.top_k}: must be at least 1, the number of ids to choose from")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p:g}: must be above 0 and at most 1, a probability")
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise ValueError("top-k and top-p narrow a random choice, and temperature 0 leaves none; set temperature 1")
+
+
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One id from logits (V,). Raises ValueError if they are not finite."""
+    scores = logits.float().cpu()
+    if not scores.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights diverged; take an earlier step")
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
+    probabilities = scores.softmax(0)
+    if sampling.top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # of all that are likelier
+        probabilities = probabilities.index_fill(0, order[before >= sampling.top_p], 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(
+    model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, eos_id: int, sampling: Sampling
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids after `prompt`; the last one is `eos_id` if the text ended by itself.
+
+    The caller sees to it that both together fit the model's context.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = KeyValueCache()
+    device = model.lm_head.weight.device
+    ids = torch.tensor([prompt], device=device)
+    for _ in range(max_new_tokens):
+        hidden = model.model(ids, cache=cache)  # (T, D)
+        token = pick(model.lm_head(hidden[-1]), sampling, generator)
+        yield token
+        if token == eos_id:
+            return
+        ids = torch.tensor([[token]], device=device)

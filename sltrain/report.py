@@ -1,0 +1,63 @@
+"""`sltrain-report`: runs side by side, as a table, figures and one page to read, send or print.
+
+    sltrain-report outputs                      every run below outputs/; the page is outputs/report/report.html
+    sltrain-report outputs/a /mnt/cluster/b     from several places; the page is in the first
+    sltrain-report outputs --output /tmp/look   page, figures, table.md and table.csv go there
+    sltrain-report outputs --json               the rows on stdout, as one JSON list
+
+Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
+What is missing or damaged is named, and the rest reported. The answer is 2 only where there is no run at all.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.flags import make_parser
+
+PROG = "sltrain-report"
+
+
+def main() -> None:
+    """The command. Ends the process with one of the codes in errors.py."""
+    run_as_process(run_command)
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-report` with these arguments and return its exit code."""
+    parser = make_parser(PROG, __doc__)
+    parser.add_argument("paths", nargs="+", metavar="PATH", type=Path, help="a run folder, or one with runs below it")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="where to write (default: report, in the first PATH)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as a JSON list instead of the table")
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help(), end="")
+        return ExitCode.OK
+    try:
+        typed = parser.parse_args(arguments)
+        from sltrain.build_report import as_json, read_report, text_table, write_report
+
+        report = read_report(typed.paths)
+        output = typed.output or (report.first or typed.paths[0]) / "report"
+        if report.rows:
+            for note in report.notes:
+                say(f"note: {note}")
+            print(as_json(report.rows) if typed.json else text_table(report.rows), flush=True)
+        command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
+        page = write_report(report, output, command)
+        print(f"page: {page}", file=sys.stderr if typed.json else sys.stdout, flush=True)
+    except (ValueError, OSError) as error:
+        return report_error(error)
+    return ExitCode.OK
+
+
+def say(line: str) -> None:
+    """A line for the person, beside the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
