@@ -27,7 +27,7 @@ from sltrain.formats.folder import (
     tokenizer_config,
     write_json,
 )
-from sltrain.formats.weights import MAX_SHARD_BYTES, write_weights
+from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
 from sltrain.layers.convert import layer_settings
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.accounting import count_parameters
@@ -110,8 +110,8 @@ def _write(
     (folder / "tokenizer.json").write_text(tokenizer.json)
     (folder / "README.md").write_text(_card(saved, config, format, dtype))
     if format == "compressed":
-        shapes = {name: _cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
-        return write_weights(folder, shapes, lambda name: _cast(saved.files.read(name), dtype), max_shard_bytes)
+        shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
+        return write_weights(folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes)
     with torch.device("meta"):
         dense = LlamaForCausalLM(saved.model.config).to(dtype)
     return write_weights(folder, dense.state_dict(), lambda name: _dense(saved, name).to(dtype), max_shard_bytes)
@@ -123,8 +123,8 @@ def _dense(saved: Saved, name: str) -> Tensor:
     layer = saved.model.get_submodule(module_name)
     if leaf != "weight" or not isinstance(layer, SLTrainLinear | LowRankLinear):
         return saved.files.read(name)
-    own = deepcopy(layer).to(torch.float32).to_empty(device="cpu")
-    saved.files.fill(own, f"{module_name}.")
+    own = deepcopy(layer)
+    saved.files.fill(own, f"{module_name}.", dtype=torch.float32)
     return own.dense_weight()
 
 
@@ -147,11 +147,6 @@ def compare_logits(saved: Saved, folder: Path, dtype: torch.dtype) -> Agreement:
     exported = logits_of(open_export(folder, lambda line: None), dtype)
     same = int((trained.argmax(-1) == exported.argmax(-1)).sum())
     return Agreement(float((trained - exported).abs().max()), float(trained.abs().max()), same, ids.numel())
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in `dtype`; positions stay as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from sltrain.build import allocate, build_model
+from sltrain.build import build_model
 from sltrain.compose import read_config
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
+from sltrain.engine.memory import is_out_of_memory
 from sltrain.engine.run_folder import RunFolder
 from sltrain.formats.folder import COMPRESSED, DENSE, FORMAT_VERSION, read_json
 from sltrain.formats.weights import WeightFiles
@@ -56,9 +57,12 @@ class Saved:
     ) -> LlamaForCausalLM:
         """The model with its weights, once. Each W x is computed by `layer_path`, auto: by what is cheaper for
         `num_rows` rows of x at a time. Raises ValueError if it does not fit into memory."""
-        self.model.to(dtype or self.dtype)
-        allocate(self.model, device)
-        self.files.fill(self.model)
+        try:
+            self.files.fill(self.model, device=device, dtype=dtype)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"the model does not fit into the memory of {device}; use another device") from error
         set_paths(self.model, layer_path, num_rows, device)
         return self.model
 

@@ -161,8 +161,8 @@ def _examine(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> _Foun
 
 def _read_layer(saved: Saved, name: str) -> nn.Module:
     """The layer called `name` with its weights, in float64."""
-    layer = deepcopy(saved.model.get_submodule(name)).to(torch.float64).to_empty(device="cpu")
-    saved.files.fill(layer, f"{name}.")
+    layer = deepcopy(saved.model.get_submodule(name))  # the model's own stays without memory
+    saved.files.fill(layer, f"{name}.", dtype=torch.float64)
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         raise ValueError(f"{name} holds weights that are not finite at step {saved.step}; choose an earlier step")
     return layer
@@ -243,8 +243,8 @@ def _summary(found: Sequence[_Found]) -> str:
             )
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     padded = [
-        [cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(zip(l, widths))]
-        for l in lines
+        [cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
     ]
     return "\n".join("  ".join(cells) for cells in padded)
 

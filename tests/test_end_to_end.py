@@ -276,6 +276,8 @@ def test_sweep_refusals(tiny: list[str], sltrain_train: Run, monkeypatch: pytest
     assert code == 2 and "rank=x" in err
     code, _, err = sltrain_train("-m", *tiny, "run_dir=a,b")
     assert code == 2 and "run_dir" in err
+    code, _, err = sltrain_train(*tiny, "hydra/launcher=slurm")
+    assert code == 2 and "add -m" in err
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = sltrain_train("-m", *tiny, "rank=4,8")
     assert code == 2 and "torchrun" in err

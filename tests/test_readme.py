@@ -1,15 +1,23 @@
 """README's commands are the ones that CI runs, and everything it shows exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from sltrain import evaluate, export, generate, report
 from sltrain.bench import read_arguments
 from sltrain.build_plan import build_plan
 from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
 from sltrain.plan import PLAN, split_arguments
 
+FLAGS = {
+    "report": report.arguments_parser,
+    "export": export.arguments_parser,
+    "eval": evaluate.arguments_parser,
+    "generate": generate.arguments_parser,
+}
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +46,10 @@ def test_commands_compose(line: str) -> None:
         own, others = split_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
         compose_config(own, PLAN)
         compose_config(others, TRAIN)
+        return
+    if flags := re.search(r"sltrain-(report|export|eval|generate) (.*)", line.partition(" #")[0]):
+        typed = FLAGS[flags[1]]().parse_args(shlex.split(flags[2]))
+        assert typed
         return
     if not re.search(r"sltrain-train|sltrain\.train|launch/", line):
         pytest.skip("no training command")

@@ -1,10 +1,14 @@
-"""Names of sweep jobs are deterministic and can be typed back."""
+"""Names of sweep jobs are deterministic and can be typed back; what became of jobs is known wherever they ran."""
 
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from sltrain.compose import parse_overrides
+from sltrain.compose import conf_dir, parse_overrides, register_schema
 from sltrain.sweep import Sweep, _run_process, in_words, job_name
 
 
@@ -48,3 +52,33 @@ def test_exit_codes_in_words() -> None:
 )
 def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected: tuple[int, bool]) -> None:
     assert _run_process([sys.executable, "-c", code]) == expected
+
+
+def test_sweep_by_a_cluster_launcher(
+    tiny: list[str], tmp_path: Path, start_process: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    """Jobs run in processes that another program starts: the table knows of them by their folders alone."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = ["-m", "hydra/launcher=submitit_local", *tiny, "max_steps=2", "warmup_steps=0"]
+    process = start_process(*command, "rank=4,33", f"run_dir={tmp_path}/sweep")
+    out, err = process.communicate(timeout=240)
+    table = out.partition(f"sweep {tmp_path}/sweep")[2]
+    assert process.returncode == 1 and "perplexity" in table and "rank-33: not started" in table, out + err
+    assert "what the jobs printed is in" in table
+    printed = [file.read_text() for file in (tmp_path / "sweep" / ".submitit").rglob("*.err")]
+    assert any("error: " in text and "rank" in text for text in printed)
+
+    process = start_process(*command, "rank=4", f"run_dir={tmp_path}/sweep")  # one point: the folder is called job
+    process.communicate(timeout=240)
+    assert process.returncode == 0 and (tmp_path / "sweep" / "job" / "summary.json").exists()
+
+
+def test_the_slurm_launcher_composes() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    register_schema()
+    overrides = ["model=llama_60m", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.sweep.dir=/a"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        launcher = compose("train", overrides, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node, launcher.tasks_per_node) == ("gpu", 1, 1)
+    assert str(launcher.submitit_folder).startswith("/a/.submitit")

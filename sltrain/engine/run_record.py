@@ -37,9 +37,9 @@ RECENT_SECONDS = 600.0
 OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
 SKIPPED = "report"  # where reports are written
 
-# What must be a number wherever a line has it; a loss that was not finite was written as null.
+# What must be a number wherever a line has it. A loss that was not finite is null; it was NaN in early folders.
 LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
-NUMBERS = (*LOSSES, *"tokens wall_seconds tokens_per_second eval_tokens peak_memory_bytes peak_tensor_bytes".split())
+NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens peak_memory_bytes peak_tensor_bytes".split()
 
 
 @dataclass
@@ -180,12 +180,14 @@ def _parse(line: bytes) -> Event:
         raise ValueError("no event")
     if not isinstance(event.get("step"), int) or not _is_number(event["step"]):
         raise ValueError("no step")
-    for key in NUMBERS:
-        if event.get(key) is not None and not _is_number(event[key]):
-            raise ValueError(f"{key} is no number")
     for key in LOSSES:
         if key in event and event[key] is None:
             event[key] = math.nan
+    for key in (*LOSSES, *NUMBERS):
+        value = event.get(key)
+        is_nan = isinstance(value, float) and math.isnan(value) and key in LOSSES
+        if not (value is None or is_nan or _is_number(value)):
+            raise ValueError(f"{key} is no number")
     return event
 
 

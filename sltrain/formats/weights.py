@@ -87,15 +87,19 @@ class WeightFiles:
         """Its dtype. An empty slice says it in torch's words."""
         return self._files[name].get_slice(name)[:0].dtype
 
-    def fill(self, module: nn.Module, prefix: str = "") -> None:
-        """Copy into every parameter and buffer of `module` the tensor of its name behind `prefix`, cast to its dtype.
+    def fill(
+        self, module: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """Give every parameter and buffer of `module`, which may be on the meta device, the tensor of its name behind
+        `prefix`, on `device`; those that are not positions in `dtype` (None: as they are).
 
-        Raises ValueError if one is missing or has another shape.
+        What needs neither move nor cast is not copied: it stays mapped from the file until it is written to, and the
+        file is never changed. Raises ValueError if one is missing or has another shape.
         """
-        with torch.no_grad():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                self._check(f"{prefix}{name}", tensor)
-                tensor.copy_(self.read(f"{prefix}{name}"))
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            self._check(f"{prefix}{name}", tensor)
+        values = {name: self.read(f"{prefix}{name}") for name in module.state_dict()}
+        module.load_state_dict({name: cast(value, dtype).to(device) for name, value in values.items()}, assign=True)
 
     def check(self, model: nn.Module) -> None:
         """Whether these are exactly the tensors of `model`, by name and shape. Raises ValueError."""
@@ -108,6 +112,11 @@ class WeightFiles:
     def _check(self, name: str, tensor: Tensor) -> None:
         if self.shape(name) != tuple(tensor.shape):
             raise ValueError(f"{self.folder}: {name} is {self.shape(name)}, the model needs {tuple(tensor.shape)}")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Values in `dtype`, unless that is None; positions stay as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -205,7 +205,8 @@ def _cut_loss_axis(axes: "Axes", lines: list[list[tuple[float, float]]]) -> str:
 
 
 def draw_memory(rows: list[Row]) -> Picture | None:
-    """Peak memory beside perplexity, or bits per byte where perplexities do not compare; area = parameters."""
+    """Peak memory beside perplexity, or bits per byte where perplexities do not compare; area = parameters. The memory
+    is that of tensors if all runs have measured it: a small model's is lost in that of a process."""
     colours = colours_of(rows)
     key = "bits_per_byte" if any(row.group for row in rows) else "perplexity"
     quality = key.replace("_", " ")
@@ -213,7 +214,8 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     if not rows:
         return None
     figure, axes = _figure(WIDTH, 4.6)
-    x = [(row.peak_memory_bytes or 0) / 1e9 for row in rows]
+    is_of_tensors = all(row.peak_tensor_bytes for row in rows)
+    x = [((row.peak_tensor_bytes if is_of_tensors else row.peak_memory_bytes) or 0) / 1e9 for row in rows]
     y = [float(getattr(row, key)) for row in rows]
     largest = max(row.num_parameters or 0 for row in rows)
     area = [_area(row.num_parameters, largest) for row in rows]
@@ -223,8 +225,8 @@ def draw_memory(rows: list[Row]) -> Picture | None:
         axes.scatter(x[i], y[i], s=area[i], marker=marker, facecolor=face, edgecolor=colour, alpha=0.55, linewidth=1.2)
         axes.scatter(x[i], y[i], s=6, color=colour, zorder=3)
     _scale_memory_axes(axes, is_log=key == "perplexity" and max(y) > 5 * min(y))
-    measures = {row.peak_memory_measure for row in rows}
-    words = {"process": "of the process (CPU)", "tensors": "of tensors (CUDA)"}
+    measures = {"tensors" if is_of_tensors else row.peak_memory_measure for row in rows}
+    words = {"process": "of the process (CPU)", "tensors": "of tensors"}
     axes.set_xlabel("peak memory, GB, " + ", ".join(words[name] for name in words if name in measures))
     axes.set_ylabel(quality)
     _bubble_legend(axes, rows, largest)
@@ -239,7 +241,7 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     )
     alt = (
         f"Peak memory and {quality} of {len(rows)} run{'s' * (len(rows) > 1)}; the best, {rows[0].name}, has"
-        f" {perplexity(y[0])} at {gigabytes(rows[0].peak_memory_bytes or 0)}."
+        f" {perplexity(y[0])} at {gigabytes(x[0] * 1e9)}."
     )
     return _picture(figure, "memory.png", f"Memory and {quality}", caption, alt)
 
@@ -279,6 +281,7 @@ def _bubble_legend(axes: "Axes", rows: list[Row], largest: int) -> None:
     _legend_below(axes, handles, labels, ncols=min(len(handles), 5), columnspacing=1.6, handlelength=2)
 
 
+ANGLES = (0, 330, 30, 300, 60, 270, 90, 180, 210, 150, 240, 120)  # where a name is looked for first, in degrees
 Box = tuple[float, float, float, float]  # left, low, right, high, in pixels
 
 
@@ -295,7 +298,7 @@ def _label_points(
     radii = [math.sqrt(size) / 2 * scale for size in area]
     bubbles = [_around(centre, radius, radius) for centre, radius in zip(centres, radii, strict=True)]
     middles = [_around(centre, 5 * scale, 5 * scale) for centre in centres]
-    places = list(itertools.product((bubbles, middles), (4, 14, 28, 46, 70, 100), range(0, 360, 30)))
+    places = list(itertools.product((bubbles, middles), (4, 14, 28, 46, 70, 100), ANGLES))
     names: list[Box] = []
     lines: list[Box] = []  # as small boxes along them
     for i in named:

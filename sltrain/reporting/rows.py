@@ -19,6 +19,8 @@ Event = Mapping[str, Any]
 USED = {"full": (), "low_rank": ("rank", "alpha")}
 ALL_USED = ("rank", "sparsity", "alpha")
 
+MAX_EXPLAINED = 4  # groups; more would bury the sentence about them
+
 # What makes perplexities comparable: the field of a row, and its name in a sentence.
 PROTOCOL = {
     "tokenizer_hash": "the tokenizer",
@@ -253,7 +255,7 @@ def comparison(rows: list[Row]) -> str:
         order += " (but do on the text)"
     return (
         f"Perplexities compare only between runs with the same letter. What differs: {listed}"
-        f"{f' ({each})' if differing else ''}. The rows are in the order of {order}."
+        f"{f' ({each})' if differing and len(letters) <= MAX_EXPLAINED else ''}. The rows are in the order of {order}."
     )
 
 

@@ -18,6 +18,7 @@ from sltrain.reporting.figures import COLOURS, DPI, MARKERS, STYLE, WIDTH, Pictu
 from sltrain.reporting.spectrum import Spectrum
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Place = tuple[str, int]  # kind of projection, and the number of the decoder layer it is in
@@ -54,11 +55,11 @@ def _explain(spectra: Sequence[Spectrum]) -> str:
     if all(spectrum.low_rank is None for spectrum in spectra):
         text = "Singular values of each W against their index."
     elif all(spectrum.sparse is None for spectrum in spectra):
-        text = "Singular values of each W, which are those of the low-rank product; behind its rank all are 0."
+        text = "Singular values of each W, which are those of the low-rank product; behind its rank (dotted) all are 0."
     else:
         text = (
-            "Singular values of each W and of its two parts. In a trained layer W follows the low-rank product up to the"
-            " rank (dotted) and S behind it; the drop between is the cliff."
+            "Singular values of each W and of its two parts. In a well trained layer W follows the low-rank product up"
+            " to the rank (dotted) and S behind it; the drop between is the cliff."
         )
     is_cut = any(0 < value < _limits(spectra)[0] for values in _parts(spectra) for value in values.tolist())
     return f"{text} All panels have the same axes" + ("; the lowest values are below them." if is_cut else ".")
@@ -66,44 +67,37 @@ def _explain(spectra: Sequence[Spectrum]) -> str:
 
 def spectrum_figure(spectra: Mapping[Place, Spectrum]) -> "Figure":
     """Panels of singular values against their index."""
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     num_depths = len({depth for _, depth in spectra})
     num_columns = min(num_depths if num_depths > 1 else len(spectra), MAX_COLUMNS)
-    num_rows = math.ceil(len(spectra) / num_columns)
-    height = 0.9 + (1.4 if num_columns > 2 else 1.8) * num_rows if num_rows > 1 else 3.4
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, (place, spectrum) in zip(grid, spectra.items(), strict=False):
+    figure, grid = _panels(len(spectra), num_columns, row_height=1.4 if num_columns > 2 else 1.8)
+    for axes, (place, spectrum) in zip(grid, spectra.items(), strict=True):
         axes.set_title(_name(place), fontsize=9.5)
         for part, style in LINES.items():
             values = getattr(spectrum, part)
             if values is not None:
                 axes.plot(range(1, len(values) + 1), _positive(values), **style)
-        if spectrum.rank and spectrum.sparse is not None:
+        if spectrum.rank:
             axes.axvline(spectrum.rank, **RANK_LINE)
-    for axes in grid[len(spectra) :]:
-        axes.remove()
-    for axes in grid[max(0, len(spectra) - num_columns) : len(spectra)]:
-        axes.tick_params(labelbottom=True)  # also above a place that stays empty
 
     low, high = _limits(list(spectra.values()))
     grid[0].set_yscale("log")
     grid[0].set_ylim(low, high)
-    grid[0].set_xlim(left=0)
+    longest = max(len(spectrum.whole) for spectrum in spectra.values())
+    grid[0].set_xlim(-0.03 * longest, 1.03 * longest)
     steps = (1.0,) if high / low > 30 else (1.0, 2.0, 5.0)
     grid[0].yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     grid[0].yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-    grid[0].yaxis.set_minor_formatter(NullFormatter())
-    grid[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    grid[0].yaxis.set_minor_locator(NullLocator())
+    grid[0].xaxis.set_major_locator(MaxNLocator(6 - num_columns if num_columns > 2 else 5, integer=True))
     figure.supxlabel("index", fontsize=10)
     figure.supylabel("singular value", fontsize=10)
 
     used = [part for part in LINES if any(getattr(spectrum, part) is not None for spectrum in spectra.values())]
     handles = [Line2D([], [], **LINES[part]) for part in used]
-    ranks = {spectrum.rank for spectrum in spectra.values() if spectrum.rank and spectrum.sparse is not None}
+    ranks = {spectrum.rank for spectrum in spectra.values() if spectrum.rank}
     if ranks:
         label = f"rank {min(ranks)}" if len(ranks) == 1 else "rank"
         handles.append(Line2D([], [], label=label, **RANK_LINE))
@@ -148,30 +142,44 @@ def draw_energy(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]])
 
 def energy_figure(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> "Figure":
     """A panel a step, a line a kind of projection."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    num_columns = min(len(shares), 3)
-    num_rows = math.ceil(len(shares) / num_columns)
-    height = 0.9 + (2.9 if num_columns < 3 else 2.2) * num_rows
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, (step, by_kind) in zip(grid, shares.items(), strict=False):
+    figure, grid = _panels(len(shares), min(len(shares), 2), row_height=2.2)
+    for axes, (step, by_kind) in zip(grid, shares.items(), strict=True):
         axes.set_title(f"step {step}", fontsize=9.5)
         for (kind, points), colour, marker in zip(by_kind.items(), COLOURS, MARKERS, strict=False):
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markeredgecolor="white", label=kind)
-    for axes in grid[len(shares) :]:
-        axes.remove()
-    for axes in grid[max(0, len(shares) - num_columns) : len(shares)]:
-        axes.tick_params(labelbottom=True)
-    largest = max(share for by_kind in shares.values() for points in by_kind.values() for _, share in points)
-    grid[0].set_ylim(0, min(1.06 * largest, 1.04) if largest > 0 else 1)
+            style: dict[str, Any] = {
+                "color": colour,
+                "marker": marker,
+                "markersize": 5,
+                "markeredgecolor": "white",
+                "label": kind,
+            }
+            axes.plot(*zip(*points, strict=True), linewidth=1.2, **style)
+    known = [share for by_kind in shares.values() for points in by_kind.values() for _, share in points if share > 0]
+    grid[0].set_ylim(0, min(1.06 * max(known, default=1), 1.04))
     grid[0].yaxis.set_major_formatter(PercentFormatter(1))
     grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("decoder layer", fontsize=10)
     figure.supylabel("share of S in the energy", fontsize=10)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure with this many panels, row by row, all with the same axes; a single row is higher."""
+    from matplotlib.figure import Figure
+
+    num_rows = math.ceil(num_panels / num_columns)
+    height = 0.9 + max(num_rows * row_height, 2.8)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.07)
+    grid = list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten())
+    for axes in grid[num_panels:]:
+        axes.remove()
+    for axes in grid[max(0, num_panels - num_columns) : num_panels]:
+        axes.tick_params(labelbottom=True)  # also above a place that stays empty
+    return figure, grid[:num_panels]
 
 
 def _png(draw: Any) -> bytes:
@@ -183,5 +191,5 @@ def _png(draw: Any) -> bytes:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         out = io.BytesIO()
-        draw().savefig(out, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+        draw().savefig(out, format="png", metadata={"Software": None})
         return out.getvalue()

@@ -93,6 +93,7 @@ COLUMNS = (
     Column("num_parameters", "parameters", short, drop=1),
     Column("group", "set", str, is_text=True),
     Column("perplexity", "perplexity", perplexity, add=at_step),
+    Column("perplexity_galore_protocol", "published convention", perplexity, drop=15),
     Column("bits_per_byte", "bits/byte", four_digits, drop=2),
     Column("peak_memory_bytes", "peak memory", gigabytes, drop=1),
     Column("peak_memory_measure", "memory of", str, drop=1, is_text=True, is_setting=True),
@@ -100,7 +101,6 @@ COLUMNS = (
     Column("step", "step", whole, drop=4, add=lambda row: "" if row.max_steps is None else f"/{whole(row.max_steps)}"),
     Column("wall_seconds", "time", duration, drop=11),
     Column("tokens", "tokens", short, drop=12),
-    Column("perplexity_galore_protocol", "published convention", perplexity, drop=15),
     Column("loss", "loss", four_digits, drop=14),
     Column("peak_tensor_bytes", "peak of tensors", gigabytes, drop=13),
 )

@@ -254,3 +254,105 @@ def test_missing_and_invalid_files_are_refused_in_one_line(tmp_path):
     (tmp_path / "b.json").write_bytes(os.urandom(50) + b"\xff")
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         load_tokenizer(f"{tmp_path}/b.json")
+
+
+def with_bos(**kind):
+    """The small tokenizer with a <s> that its post-processor puts first."""
+    raw = unigram(**kind)
+    raw.add_special_tokens(["<s>"])
+    bos = raw.token_to_id("<s>")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return raw, bos
+
+
+BYTES = tokenizers.Tokenizer.from_str(BPE)
+BYTE_LEVEL = Tokenizer(BPE, "test")
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("ab cde \n\t\u00a0é漢🙂!?'s 12"), min_size=1, max_size=60))
+def test_a_prompt_is_a_document_without_its_end(text):
+    assert BYTE_LEVEL.encode_prompt(text) == BYTES.encode(text, add_special_tokens=False).ids
+    assert BYTE_LEVEL.encode_prompt(text) == encode(BYTE_LEVEL, [text])[0][:-1]
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode_prompt(text)) == text
+
+
+def test_a_prompt_of_other_tokenizers():
+    tokenizer = Tokenizer(unigram().to_str(), "test")
+    assert tokenizer.encode_prompt("a b") == unigram(post_process=False).encode("a b").ids  # no </s>
+    raw, bos = with_bos()
+    assert Tokenizer(raw.to_str(), "test").encode_prompt("a b") == raw.encode("a b").ids
+    assert raw.encode("a b").ids[0] == bos
+    for empty in (tokenizer, BYTE_LEVEL, Tokenizer(raw.to_str(), "test")):
+        with pytest.raises(ValueError, match="prompt holds no text"):
+            empty.encode_prompt("")
+    small = Tokenizer(unigram(num_sentinels=3).to_str(), "test", vocab_size=32, report=lambda line: None)
+    assert 2 in small.encode_prompt("a <extra_id_0> b") and max(small.encode_prompt("a <extra_id_0> b")) < 32
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
+def test_a_text_comes_in_pieces_that_never_change(ids):
+    """Random ids: most make no whole characters. What came is a beginning of the text, and the rest is short."""
+    text_of, told = BYTE_LEVEL.text_stream(), ""
+    for i, token in enumerate(ids):
+        told += text_of(token)
+        whole = BYTES.decode(ids[: i + 1], skip_special_tokens=True)
+        assert whole.startswith(told)
+    assert BYTE_LEVEL.decode(ids) == BYTES.decode(ids, skip_special_tokens=True)
+    rest = BYTE_LEVEL.decode(ids)[len(told) :]
+    assert set(rest) <= {"\ufffd"}
+
+
+def metaspace():
+    """The small tokenizer as T5's file is: its pieces become text with spaces again."""
+    raw = unigram()
+    raw.decoder = tokenizers.decoders.Metaspace()
+    return raw
+
+
+@pytest.mark.parametrize("text", ["héllo 漢字 🙂🙂 end", "a</s>b c d", "  two  spaces "])
+def test_a_character_comes_whole(text):
+    ids = BYTE_LEVEL.encode_prompt(text)
+    text_of = BYTE_LEVEL.text_stream()
+    pieces = [text_of(token) for token in ids]
+    assert "".join(pieces) == BYTE_LEVEL.decode(ids) == text.replace("</s>", "")
+    assert sum(piece != "" for piece in pieces) > 3 and "\ufffd" not in "".join(pieces)
+
+
+def test_each_stream_has_its_own_memory():
+    one, two = BYTE_LEVEL.text_stream(), BYTE_LEVEL.text_stream()
+    first, *others = BYTE_LEVEL.encode_prompt("漢")
+    assert one(first) == "" and two(BYTE_LEVEL.encode_prompt("a")[0]) == "a"
+    assert "".join(one(token) for token in others) == "漢"
+
+
+def test_special_tokens_are_not_text():
+    tokenizer = Tokenizer(metaspace().to_str(), "test")
+    ids = tokenizer.encode_prompt("ab a b")
+    assert tokenizer.decode([0, *ids, 1, 0]) == tokenizer.decode(ids) == "ab a b"
+    text_of = tokenizer.text_stream()
+    assert "".join(text_of(token) for token in [0, *ids, 1]) == "ab a b"
+
+
+def test_special_ids_by_hugging_faces_names():
+    plain = Tokenizer(unigram().to_str(), "test")
+    assert plain.special_ids() == {"eos_token": 1, "pad_token": 0, "unk_token": 2}
+    assert plain.special_tokens() == {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    raw, bos = with_bos()
+    assert Tokenizer(raw.to_str(), "test").special_ids()["bos_token"] == bos
+    assert Tokenizer(raw.to_str(), "test").special_tokens()["bos_token"] == "<s>"
+    few = tokenizers.ByteLevelBPETokenizer()
+    few.train_from_iterator([words(1)], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    ids = Tokenizer(few.to_str(), "test").special_ids()
+    assert ids == {"eos_token": 0, "pad_token": 0}  # as training pads
+
+
+@needs_t5
+def test_t5s_text_comes_back_in_pieces():
+    tokenizer, raw = Tokenizer(T5.read_text(), "t5", 32000), tokenizers.Tokenizer.from_file(str(T5))
+    text = "The history of Rome, good or bad, began 2,700 years ago."
+    ids = tokenizer.encode_prompt(text)
+    assert ids == raw.encode(text, add_special_tokens=False).ids and ids[-1] != 1
+    text_of = tokenizer.text_stream()
+    assert "".join(text_of(token) for token in ids) == raw.decode(ids) == text

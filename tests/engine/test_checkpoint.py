@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -589,3 +590,58 @@ def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], N
         assert all(bool((p == newest).all()) for p in model.parameters())
         assert all(bool((tensor == newest).all()) for tensor in flat_state(optimizer).values())
     assert num_mid_save >= 3, "most kills are meant to hit a save"
+
+
+def saved_steps(folder: Path, *steps: int) -> Checkpointer:
+    keeper = Checkpointer(folder, 0)
+    for step in steps:
+        keeper.save(step, *constant_net(step), {"value": step})
+    return keeper
+
+
+def test_find_gives_the_step_that_was_asked_for(tmp_path: Path) -> None:
+    keeper = saved_steps(tmp_path, 5, 40, 300)
+    for step in (40, 5, 300):
+        path = keeper.find(step)
+        assert path.parent == keeper.folder and path.name == f"step_{step:08d}"
+        assert json.loads((path / "state.json").read_text())["value"] == step
+
+
+def test_find_lists_what_there_is(tmp_path: Path) -> None:
+    keeper = saved_steps(tmp_path, 5, 40, 300)
+    shutil.copytree(keeper.find(300), keeper.folder / "step_00000400.tmp")  # half a save is none
+    for step in (4, 400, -1):
+        with pytest.raises(CheckpointError, match=f"no checkpoint of step {step}; there are: 5, 40, 300$"):
+            keeper.find(step)
+    for folder in (tmp_path / "nothing", tmp_path / "empty"):
+        (tmp_path / "empty" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(CheckpointError, match="no checkpoint of step 5; there are: none at all"):
+            Checkpointer(folder, 0).find(5)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+def test_find_refuses_a_damaged_step_and_no_other(file: str, tmp_path: Path) -> None:
+    keeper = saved_steps(tmp_path, 1, 2)
+    damaged = keeper.find(2) / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content if file != "manifest.json" else b"{")
+    with pytest.raises(CheckpointError, match=rf"step_00000002 is damaged \({file}.*choose another step"):
+        keeper.find(2)
+    assert keeper.find(1).name == "step_00000001"
+    damaged.unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
+        keeper.find(2)
+
+
+def test_find_takes_the_replacement_or_what_was_replaced(tmp_path: Path) -> None:
+    """A save of the same step leaves `.old` if it is killed between its two renames, or before it cleans up."""
+    keeper = saved_steps(tmp_path, 1)
+    path = keeper.find(1)
+    old = path.with_name(f"{path.name}.old")
+    shutil.copytree(path, old)
+    (old / "manifest.json").unlink()
+    assert keeper.find(1) == path
+    shutil.rmtree(old)
+    path.rename(old)
+    assert keeper.find(1) == old

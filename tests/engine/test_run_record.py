@@ -35,8 +35,12 @@ def make_run(folder: Path, *events: dict[str, Any], config: Any = CONFIG, tokeni
         (folder / "tokenizer.json").write_text(tokenizer)
     if events:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        os.utime(folder / "metrics.jsonl", (LONG_AGO, LONG_AGO))
+        written_long_ago(folder)
     return folder
+
+
+def written_long_ago(run: Path) -> None:
+    os.utime(run / "metrics.jsonl", (LONG_AGO, LONG_AGO))
 
 
 def written_just_now(run: Path) -> None:
@@ -97,7 +101,8 @@ def test_everything_in_the_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_was_not_finite_is_nan(tmp_path: Path) -> None:
-    record = read_run(make_run(tmp_path / "run", {**TRAIN, "loss": None}, {**EVAL, "perplexity": None}))
+    record = read_run(make_run(tmp_path / "run", {**TRAIN, "loss": math.nan}, {**EVAL, "perplexity": None}))
+    assert record.notes == []
     assert math.isnan(record.train[0]["loss"]) and math.isnan(record.evals[0]["perplexity"])
 
 
@@ -131,6 +136,7 @@ def test_a_line_that_holds_no_event_is_damaged(tmp_path: Path, line: str) -> Non
     run = make_run(tmp_path / "run", TRAIN)
     with open(run / "metrics.jsonl", "a") as file:
         file.write(f"{line}\n{json.dumps(EVAL)}\n")
+    written_long_ago(run)
     record = read_run(run)
     assert record.notes == ["metrics.jsonl: line 2 is damaged and left out"]
     assert record.train == [TRAIN] and record.evals == [EVAL]
@@ -143,6 +149,7 @@ def test_a_log_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int
     text = "".join(json.dumps(event) + "\n" for event in events)[:cut]
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text(text)
+    written_long_ago(run)
     record = read_run(run)
     whole, rest = text.count("\n"), text.rpartition("\n")[2]
     whole += rest.endswith("}")  # all but the line's end
@@ -161,6 +168,7 @@ def test_junk_between_lines_costs_no_line(tmp_path: Path, junk: list[tuple[int, 
         lines.insert(place, text.replace(b"\n", b"?"))
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    written_long_ago(run)
     record = read_run(run)
     assert record.train == events
     num_junk = sum(bool(text.replace(b"\n", b"?").strip()) for _, text in junk)
@@ -222,7 +230,7 @@ def test_what_has_no_end_crashed_and_what_has_no_line_never_began(tmp_path: Path
     assert read_run(make_run(tmp_path / "b")).status == "not started"
     run = make_run(tmp_path / "c")
     (run / "metrics.jsonl").write_text('{"event": "tr')
-    os.utime(run / "metrics.jsonl", (LONG_AGO, LONG_AGO))
+    written_long_ago(run)
     assert read_run(run).status == "crashed"
 
 

@@ -1,5 +1,6 @@
 """Replacing linears inside models of any kind, and merging them back."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from sltrain.layers.convert import merge_to_dense, replace_linears
+from sltrain.layers.convert import layer_settings, merge_to_dense, replace_linears, restore_layers
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 
 
@@ -126,3 +127,70 @@ def test_the_predicate_sees_name_and_module():
 def test_replacing_nothing_is_refused(model, found):
     with pytest.raises(ValueError, match=f"no linear layer of Sequential was chosen for replacement; {found}"):
         replace_linears(model, lambda name, linear: False, sltrain_layer)
+
+
+def two_linears(bias=True, **like):
+    return nn.Sequential(nn.Linear(12, 20, bias=bias, **like), nn.GELU(), nn.Linear(20, 12, bias=bias, **like))
+
+
+KINDS = {
+    "uniform": partial(sltrain_layer, support="uniform"),
+    "stratified": partial(sltrain_layer, support="stratified"),
+    "block": partial(sltrain_layer, support="block", block_size=3),
+    "block of its own size": partial(sltrain_layer, support="block"),
+    "column": partial(sltrain_layer, support="column"),
+    "low rank": low_rank_layer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_come_back_from_their_settings(kind, bias):
+    torch.manual_seed(0)
+    model = two_linears(bias)
+    replace_linears(model, everything, KINDS[kind])
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.B)
+    settings = json.loads(json.dumps(layer_settings(model)))  # as a file gives them back
+    assert list(settings) == ["0", "2"]
+    restored = two_linears(bias, device="meta", dtype=torch.bfloat16)
+    restore_layers(restored, settings)
+    assert all(tensor.is_meta for tensor in restored.state_dict().values())
+    assert type(restored[0]) is type(model[0]) and repr(restored) == repr(model)
+    for ours, theirs in zip(restored.state_dict().items(), model.state_dict().items(), strict=True):
+        assert ours[0] == theirs[0] and ours[1].shape == theirs[1].shape
+        assert ours[1].dtype == (torch.bfloat16 if theirs[1].is_floating_point() else theirs[1].dtype)
+    restored.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(3, 12)
+    assert torch.equal(restored(x), model(x))
+
+
+def test_settings_name_every_layer_by_itself():
+    model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 6))
+    replace_linears(model, lambda name, linear: name == "0", low_rank_layer)
+    replace_linears(model, lambda name, linear: name == "1", partial(sltrain_layer, support="column"))
+    settings = layer_settings(model)
+    assert settings["0"] == {"rank": 4, "alpha": 8}
+    assert settings["1"] == {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "column", "block_size": None}
+    assert settings.keys() == {"0", "1"} and layer_settings(two_linears()) == {}
+    restored = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 6))
+    restore_layers(restored, settings)
+    assert [type(layer) for layer in restored] == [LowRankLinear, SLTrainLinear, nn.Linear]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"0": {"rank": 4, "alpha": 8}, "5": {"rank": 4, "alpha": 8}}, "no linear called 5"),
+        ({"0": {"rank": 4, "alpha": 8}, "1": {"rank": 4, "alpha": 8}}, "no linear called 1"),  # GELU
+        ({"0": {"rank": 13, "alpha": 8}}, "0: rank must be between 0 and 12"),
+        ({"0": {"rank": 4}}, "0: .*alpha"),
+        ({"0": {"rank": 4, "alpha": 8, "sparsity": 2.0}}, "0: sparsity"),
+        ({"0": {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "odd"}}, "0: unknown support"),
+        ({"0": {"rank": 4, "alpha": 8, "colour": 1}}, "0: .*colour"),
+        ({}, "no linear layer"),
+    ],
+)
+def test_settings_that_no_layer_has_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        restore_layers(two_linears(), settings)

@@ -1,0 +1,167 @@
+"""A run's lines become one row; rows are compared only where perplexities compare."""
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+
+from sltrain.reporting.rows import Row, arrange, comparison, make_curve, make_row, printable
+
+CONFIG: dict[str, Any] = {
+    "model": {"name": "llama_tiny"},
+    "method": {"name": "sltrain"},
+    "data": {"name": "local"},
+    "rank": 16,
+    "sparsity": 0.05,
+    "alpha": 8.0,
+    "lr": 0.003,
+    "padding": "pack",
+    "seq_len": 32,
+    "global_batch_size": 4,
+    "max_steps": 300,
+    "max_tokens": None,
+    "validation_path": "/data/wiki/val.*.gz",
+    "run_dir": "/outputs/a",
+}
+TRAIN = [
+    {"event": "train", "step": step, "tokens": 128 * step, "loss": 9.0 - step, "tokens_per_second": speed}
+    for step, speed in ((1, 10.0), (2, 500.0), (3, 700.0), (4, 400.0))
+]
+EVAL = {"event": "eval", "step": 3, "loss": 3.5, "perplexity": 33.1, "bits_per_byte": 1.6, "eval_tokens": 999}
+FINAL = {**EVAL, "event": "final", "step": 4, "perplexity": 30.0, "peak_memory_bytes": 5, "wall_seconds": 7.5}
+
+
+def row_of(config: dict[str, Any] = CONFIG, **given: Any) -> Row:
+    arguments: dict[str, Any] = {"train": TRAIN, "newest_eval": EVAL, "final": None, "last": TRAIN[-1]}
+    arguments |= {"tokenizer_hash": "t", "num_parameters": 7, "not_recipe": ["run_dir"], **given}
+    return make_row("run", "crashed", config, **arguments)
+
+
+def rows_of(**perplexities: float | None) -> list[Row]:
+    return [
+        Row(name, "finished", perplexity=value, loss=value, bits_per_byte=value, tokenizer_hash="t")
+        for name, value in perplexities.items()
+    ]
+
+
+def test_an_unfinished_run_is_told_by_its_newest_lines() -> None:
+    row = row_of(last={"event": "stopped", "step": 5, "tokens": 640, "wall_seconds": 9.0})
+    assert (row.step, row.tokens, row.wall_seconds, row.max_steps) == (5, 640, 9.0, 300)
+    assert (row.perplexity, row.evaluated_step, row.eval_tokens) == (33.1, 3, 999)
+    assert row.tokens_per_second == statistics.median([500.0, 700.0, 400.0])
+    assert (row.size, row.method, row.lr, row.num_parameters) == ("llama_tiny", "sltrain", 0.003, 7)
+
+
+def test_a_final_line_goes_before_the_newest_evaluation() -> None:
+    row = row_of(final=FINAL, last=FINAL)
+    assert (row.perplexity, row.evaluated_step, row.wall_seconds, row.peak_memory_bytes) == (30.0, 4, 7.5, 5)
+
+
+@pytest.mark.parametrize(
+    ("method", "used"),
+    [("full", (None, None, None)), ("low_rank", (16, None, 8.0)), ("sltrain", (16, 0.05, 8.0))],
+)
+def test_a_method_shows_only_what_it_uses(method: str, used: tuple[Any, ...]) -> None:
+    row = row_of({**CONFIG, "method": {"name": method}})
+    assert (row.rank, row.sparsity, row.alpha) == used
+
+
+@pytest.mark.parametrize(
+    ("line", "measure"),
+    [
+        ({"peak_memory_bytes": 5, "peak_memory_measure": "peak resident size"}, "process"),
+        ({"peak_memory_bytes": 5, "peak_memory_measure": "cuda max_memory_allocated"}, "tensors"),
+        ({"peak_memory_bytes": 5, "peak_memory_reserved_bytes": 6}, "tensors"),
+        ({"peak_memory_bytes": 5, "peak_memory_reserved_bytes": None}, "process"),
+        ({}, None),
+    ],
+)
+def test_whose_peak_the_memory_is(line: dict[str, Any], measure: str | None) -> None:
+    assert row_of(final={**EVAL, **line}).peak_memory_measure == measure
+
+
+def test_a_budget_in_positions_is_counted_in_updates_rounded_up() -> None:
+    assert row_of({**CONFIG, "max_steps": None, "max_tokens": 4 * 32 * 10 + 1}).max_steps == 11
+
+
+@pytest.mark.parametrize("damaged", [{}, {"model": 3, "method": [], "rank": "x", "lr": math.nan}, {"rank": 10**400}])
+def test_a_configuration_of_anything_is_no_error(damaged: dict[str, Any]) -> None:
+    row = row_of(damaged, train=[], newest_eval=None, last=None)
+    assert row.method is None and row.rank is None and row.lr is None and row.step is None
+
+
+def test_the_recipe_is_everything_but_rank_sparsity_and_the_machine() -> None:
+    assert row_of().recipe == row_of({**CONFIG, "rank": 1, "sparsity": 0.5, "run_dir": "/b"}).recipe
+    assert row_of().recipe != row_of({**CONFIG, "alpha": 16.0}).recipe
+
+
+def test_old_lines_without_a_clock_still_draw_against_tokens() -> None:
+    curve = make_curve(TRAIN, [EVAL], {**FINAL, "tokens": 512})
+    assert [(point.tokens, point.wall_seconds, point.loss) for point in curve.train][-1] == (512, None, 5.0)
+    assert [point.tokens for point in curve.evals] == [512]  # the other has no tokens
+
+
+def test_printable_keeps_one_line_that_can_be_written() -> None:
+    assert printable("a\nb\x1b[31m\udcffé") == "a?b?[31m?é"
+    printable("\udcff\n").encode()
+
+
+# ---- between runs
+
+
+def test_one_group_is_sorted_by_perplexity_and_has_no_letters() -> None:
+    rows = arrange(rows_of(none=None, b=20.0, nan=math.nan, a=10.0))
+    assert [row.name for row in rows] == ["a", "b", "nan", "none"]
+    assert {row.group for row in rows} == {""} and comparison(rows) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("tokenizer_hash", "0123456789", "tokenizer 01234567"),
+        ("padding", "truncate_pad", "padding truncate_pad"),
+        ("seq_len", 512, "seq_len 512"),
+        ("eval_tokens", 40_035, "40,035"),
+        ("eval_text", "wiki.gz", "(but do on the text)"),
+    ],
+)
+def test_what_keeps_perplexities_apart(field: str, value: Any, words: str) -> None:
+    rows = rows_of(a=10.0, b=20.0, c=30.0, none=None)
+    rows[0].bits_per_byte = 25.0  # its perplexity is the lowest, but of other tokens
+    setattr(rows[0], field, value)
+    arranged = arrange(rows)
+    assert [(row.name, row.group) for row in arranged] == [("b", "a"), ("a", "b"), ("c", "a"), ("none", "")]
+    assert words in comparison(arranged)
+    others = {"tokenizer ", "padding ", "seq_len "} - {words.partition(" ")[0] + " "}
+    assert not any(other in comparison(arranged).partition("(")[2].partition(")")[0] for other in others)
+
+
+def test_an_unknown_tokenizer_is_like_no_other() -> None:
+    rows = rows_of(a=10.0, b=20.0)
+    for row in rows:
+        row.tokenizer_hash = None
+    arranged = arrange(rows)
+    assert [row.group for row in arranged] == ["a", "b"] and "unknown" in comparison(arranged)
+
+
+def test_runs_without_an_evaluation_make_no_group() -> None:
+    rows = rows_of(a=10.0, b=20.0, none=None)
+    rows[2].padding = "other"
+    assert comparison(arrange(rows)) == ""
+
+
+def test_there_are_letters_for_any_number_of_groups() -> None:
+    rows = rows_of(**{f"run{i}": float(i) for i in range(60)})
+    for i, row in enumerate(rows):
+        row.eval_tokens = i
+    letters = [row.group for row in arrange(rows)]
+    assert len(comparison(arrange(rows))) < 300
+    assert letters[:2] == ["a", "b"] and letters[25:28] == ["z", "aa", "ab"] and len(set(letters)) == 60
+
+
+def test_one_text_in_two_folders_is_one_text_and_a_part_of_it_another() -> None:
+    here, there = row_of(), row_of({**CONFIG, "validation_path": ["/elsewhere/val.*.gz"]})
+    assert here.eval_text == there.eval_text == "val.*.gz"
+    assert row_of({**CONFIG, "validation_path": None, "path": "/x/val.*.gz"}).eval_text == "a part of val.*.gz"
+    assert row_of({**CONFIG, "validation_path": None, "data": {"name": "c4"}}).eval_text == "c4"

@@ -1,0 +1,116 @@
+"""The table for people is rounded and fits; CSV is raw and reads back to the rows."""
+
+import csv
+import io
+import math
+from dataclasses import fields
+
+import pytest
+
+from sltrain.reporting.rows import Row, arrange, comparison
+from sltrain.reporting.table import COLUMNS, csv_table, duration, elide, markdown_table, short, shown, text_table
+
+ROWS = [
+    Row(
+        'rank-16, "quoted" | and <b>bold</b>',
+        "finished",
+        method="sltrain",
+        size="llama_tiny",
+        rank=16,
+        sparsity=0.05,
+        lr=0.006,
+        num_parameters=1_248_000,
+        perplexity=492.9123456789,
+        loss=6.2,
+        evaluated_step=150,
+        peak_memory_bytes=860_000_000,
+        peak_memory_measure="process",
+        step=150,
+        max_steps=150,
+        wall_seconds=84.2,
+    ),
+    Row("died", "crashed", method="full", size="llama_tiny", lr=0.006, perplexity=1e9, loss=9.0, evaluated_step=100),
+    Row("blew_up", "diverged", method="full", size="llama_tiny", lr=0.006, perplexity=math.nan, loss=math.nan),
+]
+
+
+def test_csv_reads_back_to_the_rows() -> None:
+    read = list(csv.DictReader(io.StringIO(csv_table(ROWS))))
+    assert len(read) == len(ROWS)
+    for line, row in zip(read, ROWS, strict=True):
+        for item in fields(Row):
+            value = getattr(row, item.name)
+            if isinstance(value, float):
+                number = float(line[item.name])
+                assert number == value or math.isnan(number) and math.isnan(value)
+            else:
+                assert line[item.name] == ("" if value is None else str(value))
+
+
+def test_every_column_shows_a_field() -> None:
+    assert {column.key for column in COLUMNS} <= {item.name for item in fields(Row)}
+
+
+def test_people_see_units_and_when_a_number_is_not_the_last() -> None:
+    text = text_table(ROWS, width=400)
+    for cell in ("492.91", "1.248M", "0.86 GB", "process", "84 s", "150/150", "1e+09 @100", "nan"):
+        assert cell in text, cell
+    assert "492.91 @" not in text
+
+
+def test_columns_without_a_value_are_left_out_and_shared_settings_said_once() -> None:
+    headings = [column.heading for column in shown(ROWS)]
+    assert "tokens/s" not in headings and "set" not in headings and "method" in headings
+    assert "model" not in headings and "In all runs: model llama_tiny, lr 0.006." in text_table(ROWS, width=400)
+    assert "model" in [column.heading for column in shown(ROWS[:1])]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_text_fits_and_is_aligned(width: int) -> None:
+    rows = [Row(f"rank-{n}", "finished", rank=n) for n in (8, 128)]
+    for row, perplexity in zip(rows, (10.0, 200.0), strict=True):
+        row.perplexity = row.loss = row.bits_per_byte = perplexity
+        row.method, row.tokens_per_second, row.peak_memory_bytes = "sltrain", 100.0, 10**9
+        row.eval_tokens = row.rank
+    rows = arrange(rows)
+    lines = text_table(rows, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split()[:2] == ["run", "status"]  # equal in all rows, but no setting
+    end = lines[0].index("perplexity") + len("perplexity")
+    assert lines[1][:end].endswith(" 10.00") and lines[2][:end].endswith(" 200.00")
+    assert " ".join(lines[3:]).endswith(comparison(rows)) and comparison(rows)
+
+
+def test_a_narrow_terminal_keeps_run_status_and_perplexity() -> None:
+    head = text_table(ROWS, width=10).splitlines()[0].split()
+    assert head == ["run", "status", "perplexity"]
+
+
+def test_markdown_has_as_many_cells_in_each_line_and_escapes_names() -> None:
+    lines = [line for line in markdown_table(ROWS).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(ROWS)
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+    assert r"\| and \<b\>bold" in lines[2]
+
+
+def test_the_sentence_on_what_compares_is_in_every_table_for_people() -> None:
+    rows = arrange([Row(str(n), "finished", perplexity=n, loss=n, seq_len=int(n)) for n in (1.0, 2.0)])
+    assert comparison(rows) in " ".join(text_table(rows, 400).split()) and comparison(rows) in markdown_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (8059, "8,059"), (43_500, "43.5K"), (1_248_000, "1.248M"), (6_738_400_000, "6.738B")]
+)
+def test_short_numbers(number: float, text: str) -> None:
+    assert short(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(84, "84 s"), (180, "3.0 min"), (7200, "2.0 h"), (200_000, "2.3 days")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_long_name_keeps_both_ends() -> None:
+    assert elide("x" * 44, 44) == "x" * 44
+    short_name = elide("begin" + "-" * 100 + "end", 20)
+    assert len(short_name) == 20 and short_name.startswith("begin") and short_name.endswith("end")
