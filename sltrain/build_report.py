@@ -20,6 +20,7 @@ from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.engine.run_folder import write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
+from sltrain.reporting.page import Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table, text_table
 
@@ -131,17 +132,16 @@ def count_parameters_of(run: Path) -> int:
     return count_parameters(build_model(config, vocab_size, torch.float32))["total"]
 
 
-def write_report(report: Report, output: Path, command: str = "") -> Path:
-    """Write page, table and figures into the folder `output`, and return the page's path. Raises ValueError if there is
-    no run, or if nothing can be written there."""
+def write_report(report: Report, output: Path, command: str = "", more: Section | None = None) -> Path:
+    """Write page, table and figures into the folder `output`, and return the page's path. The page also shows
+    `more`. Raises ValueError if there is no run, or if nothing can be written there."""
     if not report.rows:
         raise ValueError("; ".join(report.notes) or "no run was found; name the folder of a run")
     from sltrain.reporting.figures import draw_all  # with matplotlib
-    from sltrain.reporting.page import render_page
 
     pictures = draw_all(report.rows, report.curves)
     made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
-    page = render_page(report.rows, report.notes, pictures, made, command)
+    page = render_page(report.rows, report.notes, pictures, made, command, more)
     try:
         output.mkdir(parents=True, exist_ok=True)
         for old in output.iterdir():

@@ -28,6 +28,7 @@ from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 from sltrain.methods.settings import pattern_fits
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.figures import Picture
+from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values
 from sltrain.reporting.spectrum_figures import Place, draw_energy, draw_spectra
 
@@ -41,16 +42,11 @@ LEGEND = (
 
 
 @dataclass
-class SpectrumReport:
-    """What was written, and what a page or a terminal shows of it."""
+class SpectrumReport(Section):
+    """What was written, and what a page or a terminal shows of it: a row is a chosen layer at a step."""
 
-    title: str
-    pictures: list[Picture]  # with captions
-    figures: list[Path]  # the same, as files
+    figures: list[Path]  # the pictures, as files
     files: list[Path]  # tables
-    headings: list[str]
-    rows: list[list[str]]  # a chosen layer at a step
-    legend: str  # what the headings mean
     summary: str  # an aligned table, one line a kind of projection
 
 
@@ -97,7 +93,7 @@ def write_spectrum(
     texts = {name: text for name, text in texts.items() if text}
     _write(output, pictures, texts)
     figures, files = [output / picture.file_name for picture in pictures], [output / name for name in texts]
-    return SpectrumReport(title, pictures, figures, files, HEADINGS, rows, LEGEND, _summary(found))
+    return SpectrumReport(title, pictures, HEADINGS, rows, LEGEND, figures, files, _summary(found))
 
 
 def _write(output: Path, pictures: Sequence[Picture], texts: dict[str, str]) -> None:
@@ -156,6 +152,7 @@ def _examine(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> _Foun
             found.energies[name] = Energy(float(layer.low_rank_norm()) ** 2, float(layer.sparse_norm()) ** 2)
         if name in chosen:
             found.spectra[name] = _spectrum(layer)
+        del layer  # before the next is read
     return found
 
 

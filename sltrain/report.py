@@ -4,11 +4,13 @@
     sltrain-report outputs/a /mnt/cluster/b     from several places; the page is in the first
     sltrain-report outputs --output /tmp/look   page, figures, table.md and table.csv go there
     sltrain-report outputs --json               the rows on stdout, as one JSON list
+    sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
 
 Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
 What is missing or damaged is named, and the rest reported. The answer is 2 only where there is no run at all.
 """
 
+import argparse
 import os
 import shlex
 import sys
@@ -25,19 +27,35 @@ def main() -> None:
     run_as_process(run_command)
 
 
-def run_command(arguments: list[str]) -> ExitCode:
-    """Run `sltrain-report` with these arguments and return its exit code."""
-    parser = make_parser(PROG, __doc__)
+def arguments_parser() -> argparse.ArgumentParser:
+    """What can be typed."""
+    parser = make_parser(PROG, __doc__ or "")
     parser.add_argument("paths", nargs="+", metavar="PATH", type=Path, help="a run folder, or one with runs below it")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="where to write (default: report, in the first PATH)"
+        "--output", metavar="DIR", type=Path, help="where to write; by default report, in the first PATH"
     )
     parser.add_argument("--json", action="store_true", help="print the rows as a JSON list instead of the table")
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help(), end="")
-        return ExitCode.OK
+    parser.add_argument("--spectrum", action="store_true", help="of one run: look inside its layers")
+    parser.add_argument(
+        "--layers",
+        metavar="PATTERN",
+        nargs="+",
+        help="of the spectrum, as in rank_overrides; by default the first, the middle and the last decoder layer",
+    )
+    parser.add_argument(
+        "--steps", metavar="N", type=int, nargs="+", help="of the spectrum; by default the newest checkpoint"
+    )
+    return parser
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-report` with these arguments and return its exit code."""
     try:
-        typed = parser.parse_args(arguments)
+        typed = arguments_parser().parse_args(arguments)
+        if (typed.layers or typed.steps) and not typed.spectrum:
+            raise ValueError("--layers and --steps say of what to draw the spectrum; add --spectrum")
+        if typed.spectrum and len(typed.paths) > 1:
+            raise ValueError("--spectrum looks into one run; name one run folder")
         from sltrain.build_report import as_json, read_report, text_table, write_report
 
         report = read_report(typed.paths)
@@ -46,8 +64,14 @@ def run_command(arguments: list[str]) -> ExitCode:
             for note in report.notes:
                 say(f"note: {note}")
             print(as_json(report.rows) if typed.json else text_table(report.rows), flush=True)
+        spectrum = None
+        if typed.spectrum:
+            from sltrain.build_spectrum import write_spectrum
+
+            spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)
+            print(f"\n{spectrum.summary}\n", file=sys.stderr if typed.json else sys.stdout, flush=True)
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
-        page = write_report(report, output, command)
+        page = write_report(report, output, command, spectrum)
         print(f"page: {page}", file=sys.stderr if typed.json else sys.stdout, flush=True)
     except (ValueError, OSError) as error:
         return report_error(error)

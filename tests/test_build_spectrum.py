@@ -169,6 +169,8 @@ def test_a_sparse_part_alone_and_none(sltrain_train: Train, tiny: list[str], tmp
     assert {line["matrix"] for line in lines if line["layer"] == product_alone} == {"W", "BA"}
     shares = {row[1]: row[-1] for row in report.rows}
     assert shares[sparse_alone] == "100.0 %" and shares[product_alone] == "0.0 %"
+    alone = write_spectrum(run, tmp_path / "alone", layers=["q_proj"], report=lambda line: None)
+    assert "low-rank" not in alone.pictures[0].caption
 
 
 # ---- what is chosen, and what is refused
@@ -237,7 +239,7 @@ def test_one_layer_is_in_memory_at_a_time(
     read = build_spectrum._read_layer
 
     def watched(*arguments: object) -> torch.nn.Module:
-        assert all(reference() is None for reference in alive[:-1])
+        assert all(reference() is None for reference in alive)
         layer = read(*arguments)  # type: ignore[arg-type]
         alive.append(weakref.ref(layer))
         return layer

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -45,6 +46,7 @@ RUNS = {
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "full": ["method=full"],
     "bfloat16": ["dtype=bfloat16"],
+    "begin": ["tokenizer={begin}"],
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank"]
@@ -59,14 +61,21 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(tiny: list[str], tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The finished run of a name in RUNS."""
     folders: dict[str, Path] = {}
+    begin = tmp_path_factory.mktemp("begin") / "tokenizer.json"
+    raw = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    raw.add_special_tokens(["<s>"])
+    first = ("<s>", raw.token_to_id("<s>"))
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[first])
+    raw.save(str(begin))
 
     def run(name: str) -> Path:
         if name not in folders:
             folder = tmp_path_factory.mktemp("runs") / name
-            arguments = [*tiny, "max_steps=3", *SHAPE, *RUNS[name], f"run_dir={folder}"]
+            more = [override.replace("{begin}", str(begin)) for override in RUNS[name]]
+            arguments = [*tiny, "max_steps=3", *SHAPE, *more, f"run_dir={folder}"]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", ["sltrain-train", *arguments])
                 assert train(arguments) == 0
@@ -255,7 +264,9 @@ def test_an_earlier_step_and_its_own_evaluation(
             assert not numbers and "This step was not evaluated." in card
             continue
         names = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
-        assert [[float(number) for number in row] for row in numbers] == [[evaluations[step][key] for key in names]]
+        (row,) = numbers
+        for number, key in zip(row, names, strict=True):
+            assert abs(float(number) - evaluations[step][key]) < (6e-3 if "perplexity" in key else 6e-5), key
         assert f"On {evaluations[step]['eval_tokens']} validation tokens" in card and "not evaluated" not in card
 
 
@@ -332,19 +343,31 @@ def test_the_card_has_the_runs_facts(name: str, format: str, exported: Callable[
     assert rows["rows"] == "32 tokens, truncate_pad" and rows["seed"] == "42"
     assert rows["optimizer"] == "adamw, lr 0.05, weight decay 0"
     assert rows["weights here"] == f"{format}, float32"
-    assert f"| {summary['loss']} | {summary['perplexity']} |" in card
+    assert f"| {summary['loss']:.4f} | {summary['perplexity']:.2f} |" in card
     assert "{{" not in card and "None" not in card and "Undefined" not in card
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "uniform",
+        # BUG, unmended: add_special_tokens=False also leaves out the <s> that every row of the training began with.
+        "begin",
+    ],
+)
 def test_the_python_of_the_dense_card_runs(
+    name: str,
     exported: Callable[[str, str], tuple[Path, Path]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, folder = exported("uniform", "dense")
+    run, folder = exported(name, "dense")
     monkeypatch.chdir(folder)
-    exec(card_code(folder), {})
+    names: dict = {}
+    capsys.readouterr()
+    exec(card_code(folder), names)
     assert capsys.readouterr().out.startswith("The history of")
+    assert names["prompt"]["input_ids"][0].tolist() == open_saved(run).tokenizer.encode_prompt("The history of")
 
 
 def test_the_python_of_the_compressed_card_runs(
@@ -499,6 +522,17 @@ def test_transformers_refuses_a_compressed_folder(exported: Callable[[str, str],
 # ---- shards
 
 
+def test_a_card_of_a_run_whose_perplexity_is_no_number(
+    trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run
+) -> None:
+    """Beyond float64 it is null in summary.json."""
+    run = shutil.copytree(trained("full"), tmp_path / "run", symlinks=True)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "perplexity": None}))
+    code, _, err = sltrain_export(run, "--output", tmp_path / "model")
+    assert code == 0 and f"| {summary['loss']:.4f} |" in (tmp_path / "model" / "README.md").read_text(), err
+
+
 @pytest.mark.parametrize("format", ["dense", "compressed"])
 def test_a_large_model_is_written_in_shards(
     format: str, exported: Callable[[str, str], tuple[Path, Path]], tmp_path: Path
@@ -595,6 +629,29 @@ def test_what_a_killed_export_left_is_no_obstacle(
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
 
 
+def test_a_folder_of_somebody_else_is_not_deleted(
+    trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run
+) -> None:
+    """BUG, unmended: whatever is called OUTPUT.partial is deleted unasked."""
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "thesis.tex").write_text("years of work")
+    sltrain_export(trained("full"), "--output", tmp_path / "model")
+    assert (tmp_path / "model.partial" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("output", [".", ""])
+def test_the_folder_one_stands_in(
+    output: str, trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BUG, unmended: `error: PosixPath('.') has an empty name`. An empty folder is taken, or refused in words."""
+    run = trained("full")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = sltrain_export(run, "--output", output)
+    assert "PosixPath" not in err
+    if code:
+        assert_refused(code, err, "name")
+
+
 def stop_midway(error: BaseException) -> Callable[..., int]:
     """A write_weights that ends after its first tensors."""
 
@@ -633,6 +690,7 @@ def test_an_interrupted_export_leaves_nothing(
     monkeypatch.setattr(build_export, "write_weights", stop_midway(KeyboardInterrupt()))
     monkeypatch.setattr(errors.signal, "signal", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["sltrain-export", str(trained("full")), "--output", str(tmp_path / "model")])
+    capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 3
@@ -652,7 +710,7 @@ def wrong_merge(kind: str) -> Callable[[SLTrainLinear], torch.Tensor]:
             elif kind == "nan":
                 W[0, 0] = torch.nan
             else:
-                W += 0.001 * W.abs().max()
+                W += 0.0001 * W.abs().max()
         return W
 
     return dense_weight

@@ -130,6 +130,22 @@ def test_pieces_come_one_by_one_and_make_the_text(model: dict[str, Path], theirs
         assert sum(piece != "" for piece in pieces) > len(ids) / 2
 
 
+def test_a_last_character_that_is_not_whole(model: dict[str, Path], theirs: tuple) -> None:
+    """Its bytes are shown as transformers shows them, though the stream was still waiting for the rest."""
+    tokenizer, _ = theirs
+    found = 0
+    for prompt in PROMPTS:
+        ids, _ = greedy(theirs, prompt, 20)
+        length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        for count in range(1, 21):
+            text = tokenizer.decode(ids[: length + count], skip_special_tokens=True)
+            if text.endswith("\ufffd") and found < 4:
+                found += 1
+                pieces = continue_text(model["dense"], prompt, max_new_tokens=count, report=lambda line: None)
+                assert "".join(pieces) == text
+    assert found >= 2
+
+
 def test_end_of_text_ends_it(model: dict[str, Path], theirs: tuple, tmp_path: Path, sltrain_generate: Run) -> None:
     """Of an export whose end-of-text token is one that it writes: the eleventh."""
     tokenizer, _ = theirs

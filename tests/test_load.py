@@ -116,7 +116,7 @@ def test_it_is_an_ordinary_module(kind: str, model: Path) -> None:
         loss.backward()
         assert all(parameter.grad is not None for parameter in made.parameters())
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[2] < losses[0]
     assert torch.equal(logits_of(other), before)
     assert files and all(path.read_bytes() == content for path, content in files.items())

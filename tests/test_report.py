@@ -158,9 +158,12 @@ def test_a_mistake_in_the_arguments_is_one_line(report: Report, arguments: list[
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and "sltrain-report --help" in err
 
 
-def test_help_shows_examples_and_every_argument(report: Report) -> None:
-    code, out, _ = report("--help")
-    assert code == 0 and "sltrain-report outputs/a /mnt/cluster/b" in out and "--output DIR" in out and "--json" in out
+def test_help_shows_examples_and_every_argument(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(["--help"])
+    out = capfd.readouterr().out
+    assert ended.value.code == 0 and "sltrain-report outputs/a /mnt/cluster/b" in out
+    assert all(flag in out for flag in ("--output DIR", "--json", "--spectrum", "--layers", "--steps"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -255,3 +258,24 @@ def test_a_parser_raises_instead_of_printing(capsys: pytest.CaptureFixture[str])
     assert parser.parse_args(["--number", "3"]).number == 3
     assert capsys.readouterr() == ("", "")
     assert "    sltrain-thing x    an example" in parser.format_help()
+
+
+def test_the_spectrum_of_a_run_is_on_its_page(
+    tiny: list[str], tmp_path: Path, sltrain_train: Callable[..., tuple[int, str, str]], report: Report
+) -> None:
+    assert sltrain_train(*tiny, "max_steps=2", "warmup_steps=0", f"run_dir={tmp_path}/run")[0] == 0
+    code, out, err = report(tmp_path / "run", "--spectrum", "--layers", "q_proj")
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert code == 0 and "energy in S" in out, err
+    assert "Spectrum of run" in page and "model.layers.1.self_attn.q_proj" in page and "up_proj" not in page
+    assert page.count("<img ") == len(list((tmp_path / "run" / "report").glob("*.png"))) > 2
+    code, _, err = report(tmp_path / "run", "--spectrum", "--steps", "7")
+    assert code == 2 and "no checkpoint of step 7; there are: 2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(("--layers", "q_proj"), "add --spectrum"), (("b", "--spectrum"), "name one run folder")]
+)
+def test_what_the_spectrum_is_of(tmp_path: Path, report: Report, arguments: tuple[str, ...], said: str) -> None:
+    code, _, err = report(make_run(tmp_path / "a"), *arguments)
+    assert code == 2 and said in err

@@ -7,6 +7,7 @@ run folder is escaped by the template engine.
 import base64
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sltrain.reporting.figures import DPI, Picture
@@ -14,7 +15,25 @@ from sltrain.reporting.rows import Row, comparison
 from sltrain.reporting.table import shared, shown
 
 
-def render_page(rows: list[Row], notes: list[str], pictures: Sequence[Picture], made: str, command: str) -> str:
+@dataclass
+class Section:
+    """What a page shows besides the runs: pictures, and a table of text with what its headings mean."""
+
+    title: str
+    pictures: list[Picture]
+    headings: list[str]
+    rows: list[list[str]]
+    legend: str
+
+
+def render_page(
+    rows: list[Row],
+    notes: list[str],
+    pictures: Sequence[Picture],
+    made: str,
+    command: str,
+    more: Section | None = None,
+) -> str:
     """The page as HTML: arranged `rows`, what to know about their folders, figures, when it was made, and how."""
     import jinja2
 
@@ -34,7 +53,9 @@ def render_page(rows: list[Row], notes: list[str], pictures: Sequence[Picture], 
         shared=shared(rows),
         comparison=comparison(rows),
         notes=notes,
-        pictures=[(picture, _pixels(picture.png), base64.b64encode(picture.png).decode()) for picture in pictures],
+        pictures=_embedded(pictures),
+        more=more,
+        more_pictures=_embedded(more.pictures if more else []),
         made=made,
         command=command,
     )
@@ -43,6 +64,10 @@ def render_page(rows: list[Row], notes: list[str], pictures: Sequence[Picture], 
 def status_class(status: str) -> str:
     """Which of the page's three colours a status has."""
     return {"finished": "good", "running": "live", "not started": "live"}.get(status, "bad")
+
+
+def _embedded(pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int], str]]:
+    return [(picture, _pixels(picture.png), base64.b64encode(picture.png).decode()) for picture in pictures]
 
 
 def _pixels(png: bytes) -> tuple[int, int]:
