@@ -5,13 +5,13 @@ Layer after layer is read from the checkpoint, merged in float32 and rounded onc
 the trained model: an export that is there is whole, and right.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from sltrain.engine.run_record import read_run
 from sltrain.formats.folder import (
     COMPRESSED,
     FORMAT_VERSION,
+    STEMS,
+    Facts,
     llama_config,
     model_card,
     tokenizer_config,
@@ -63,19 +65,21 @@ def export(
         raise ValueError(f"{saved.path} is an export already; name the run folder it came from")
     if format == "compressed" and saved.config.method.name == "full":
         raise ValueError(f"{saved.path} was trained with method=full: there is nothing to compress; use --format dense")
+    output = output.resolve()  # a link's target, and a name where there was a dot
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty; name another folder")
     dtype = dtype or saved.dtype
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         num_bytes = _write(saved, saved.config, partial, format, dtype, max_shard_bytes)
         report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {_name(dtype)}")
         agreement = compare_logits(saved, partial, dtype)
-        report(f"verified   {describe(agreement)}")
-        if agreement.difference > TOLERANCE[dtype] * max(1.0, agreement.largest):
+        if not math.isfinite(agreement.largest):
+            raise ValueError(f"{saved.path}: the logits of step {saved.step} are not finite; export an earlier step")
+        if not agreement.difference <= TOLERANCE[dtype] * max(1.0, agreement.largest):  # also of what is no number
             raise AssertionError(f"the exported model differs from the trained one: {describe(agreement)}")
+        report(f"verified   {describe(agreement)}")
         output.mkdir(exist_ok=True)
         os.replace(partial, output)
     except BaseException:
@@ -98,20 +102,23 @@ def _write(
     """Fill `folder`; return the bytes of its weights."""
     tokenizer, shape = saved.tokenizer, asdict(saved.model.config)
     ids = {f"{name}_id": number for name, number in tokenizer.special_ids().items() if name != "unk_token"}
-    own: dict[str, Any] = {"format": format, "format_version": FORMAT_VERSION, "model": config.model.name}
-    own |= {"method": config.method.name, "seq_len": saved.seq_len, "padding": saved.padding, "step": saved.step}
+    facts = Facts(
+        FORMAT_VERSION, format, config.model.name, config.method.name, saved.seq_len, saved.padding, saved.step
+    )
     content = llama_config(shape, saved.model.lm_head.out_features, _name(dtype), ids)
     if format == "compressed":
         content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}
-        own["layers"] = layer_settings(saved.model)
-    write_json(folder / "config.json", {**content, "sltrain": own})
+        facts.layers = layer_settings(saved.model)
+    write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
     (folder / "tokenizer.json").write_text(tokenizer.json)
     (folder / "README.md").write_text(_card(saved, config, format, dtype))
     if format == "compressed":
         shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
-        return write_weights(folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes)
+        return write_weights(
+            folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes, STEMS[COMPRESSED]
+        )
     with torch.device("meta"):
         dense = LlamaForCausalLM(saved.model.config).to(dtype)
     return write_weights(folder, dense.state_dict(), lambda name: _dense(saved, name).to(dtype), max_shard_bytes)

@@ -6,20 +6,20 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sltrain.build import build_model
-from sltrain.compose import read_config
+from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.engine.run_folder import RunFolder
-from sltrain.formats.folder import COMPRESSED, DENSE, FORMAT_VERSION, read_json
+from sltrain.formats.folder import FORMAT_VERSION, STEMS, Facts, read_json
 from sltrain.formats.weights import WeightFiles
 from sltrain.layers.convert import restore_layers
 from sltrain.layers.cost import set_paths
@@ -104,22 +104,22 @@ def open_export(path: Path, report: Report) -> Saved:
     """Open what `sltrain-export` wrote, of either format."""
     content = read_json(path / "config.json")
     own, kind = content.get("sltrain"), content.get("model_type")
-    if not isinstance(own, dict) or kind not in (DENSE, COMPRESSED):
+    if not isinstance(own, dict) or kind not in STEMS:
         raise ValueError(f"{path} was not exported by sltrain; name a run folder or a folder that sltrain-export wrote")
     if own.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {FORMAT_VERSION}")
-    files = WeightFiles(path)
+    files = WeightFiles(path, STEMS[kind])
+    dtype = files.dtype(HEAD)
     try:
-        shape = {field.name: content[field.name] for field in fields(ModelConfig) if field.name != "name"}
+        facts = read_plain(Facts, own)
+        shape = read_plain(ModelConfig, {**content, "name": facts.model})
         with torch.device("meta"):
-            model = LlamaForCausalLM(ModelConfig(name=own["model"], **shape))
-        model.to(files.dtype(HEAD))
-        if kind == COMPRESSED:
-            restore_layers(model, own["layers"])
-        known = {"seq_len": own["seq_len"], "padding": own["padding"], "step": own["step"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'config.json'} is damaged: {error!r}; export the run again") from error
+            model = LlamaForCausalLM(shape).to(dtype)
+        restore_layers(model, facts.layers)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path / 'config.json'} is damaged ({reason}); export the run again") from error
     files.check(model)
     json_text = (path / "tokenizer.json").read_text()
-    tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), content["vocab_size"], report)
-    return Saved(path, files, model, tokenizer, **known, config=None, progress={})
+    tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), shape.vocab_size, report)
+    return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})

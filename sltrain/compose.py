@@ -9,11 +9,12 @@ options read the same grammar and their file of conf/ without Hydra.
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,7 +22,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from sltrain.config import TrainConfig, validate
 
@@ -101,14 +101,29 @@ def read_config(path: Path) -> TrainConfig:
         OmegaConf.set_struct(schema[key], False)
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
+    text = path.read_bytes()
     try:
-        config = OmegaConf.merge(schema, defaults, OmegaConf.load(path))
+        saved = yaml.safe_load(text)
+        if not isinstance(saved, dict):
+            raise ValueError("it should map keys to values")
+        config = OmegaConf.merge(schema, defaults, saved)
         assert isinstance(config, DictConfig)
         result = to_train_config(config)
         validate(result)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or of another version: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        reason = _composition_error(error, []) if isinstance(error, OmegaConfBaseException) else _first_line(error)
+        raise ValueError(f"{path} is damaged, or of another version: {reason}") from error
     return result
+
+
+def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:
+    """An object of this plain dataclass from the fields that `content` has, each of the type it should have. Raises
+    ValueError for one that is missing or of another type."""
+    known = {item.name: content[item.name] for item in fields(kind) if item.name in content}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+    except OmegaConfBaseException as error:
+        raise ValueError(_composition_error(error, [])) from error
 
 
 def compose_config(texts: list[str], schema: Schema) -> Any:
@@ -225,6 +240,10 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
         message += " (write whole numbers out: 1_000_000)"
     typed = next((o for o in reversed(overrides) if key and o.lstrip("+~").partition("=")[0] == key), None)
     return f"{typed or key}: {message}" if (typed or key) else message
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_key(override: Override, schema: Schema) -> None:

@@ -49,6 +49,8 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
 
     Under torchrun an error that all ranks have (`common`), or that another rank reports, is printed once.
     """
+    if isinstance(error, BrokenPipeError):  # no error: nobody reads on, see run_as_process
+        raise error
     rank = int(os.environ.get("RANK", "0"))
     code = exit_code_of(error)
     if getattr(error, "told_by_another_rank", False) or (common and rank):

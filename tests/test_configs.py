@@ -181,7 +181,6 @@ def test_a_key_without_a_default_is_missed(tmp_path: Path) -> None:
         ({"max_tokens": 5}, "max_tokens"),
         ({"model": {"name": "x", "wings": 2}}, "wings"),
         ({"data": None}, "data"),
-        # BUG, unmended: only the first line of omegaconf's words is kept, and the second has the key.
         ({"rank": "many"}, "rank"),
         ({"lr": [1]}, "lr"),
     ],

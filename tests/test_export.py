@@ -303,13 +303,15 @@ def test_files_are_data_and_readable_as_the_umask_says(
         code, _, _ = sltrain_export(trained("uniform"), "--output", tmp_path / "model", "--format", format)
     finally:
         os.umask(before)
-    assert code == 0 and {path.name for path in (tmp_path / "model").iterdir()} == FILES
+    weights = {"dense": "model.safetensors", "compressed": "sltrain.safetensors"}[format]
+    assert code == 0
+    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES - {"model.safetensors"} | {weights}
     for path in (tmp_path / "model").iterdir():
         assert path.stat().st_mode & 0o777 == 0o640, path
         start = path.read_bytes()[:8]
         assert not start.startswith((b"PK", b"\x80")), path  # torch.save, pickle
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
-    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "model" / weights, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
@@ -351,7 +353,6 @@ def test_the_card_has_the_runs_facts(name: str, format: str, exported: Callable[
     "name",
     [
         "uniform",
-        # BUG, unmended: add_special_tokens=False also leaves out the <s> that every row of the training began with.
         "begin",
     ],
 )
@@ -367,7 +368,7 @@ def test_the_python_of_the_dense_card_runs(
     capsys.readouterr()
     exec(card_code(folder), names)
     assert capsys.readouterr().out.startswith("The history of")
-    assert names["prompt"]["input_ids"][0].tolist() == open_saved(run).tokenizer.encode_prompt("The history of")
+    assert names["ids"][0].tolist() == open_saved(run).tokenizer.encode_prompt("The history of")
 
 
 def test_the_python_of_the_compressed_card_runs(
@@ -435,7 +436,7 @@ def test_the_words_of_the_card_rebuild_every_matrix(
 ) -> None:
     run, folder = exported(name, "compressed")
     settings = json.loads((folder / "config.json").read_text())["sltrain"]["layers"]
-    weights = {key: value.numpy() for key, value in load_file(folder / "model.safetensors").items()}
+    weights = {key: value.numpy() for key, value in load_file(folder / "sltrain.safetensors").items()}
     wanted = dense_by_hand(run)
     assert len(settings) == 14
     for key, own in settings.items():
@@ -491,9 +492,10 @@ def test_the_compressed_model_computes_the_same_bits_and_is_smaller(
     ids = some_ids(50)
     with torch.no_grad():
         assert torch.equal(sltrain.load(small)(ids), sltrain.load(run)(ids))
-    ours, checkpoint = load_file(small / "model.safetensors"), load_file(newest(run) / "model.safetensors")
+    ours, checkpoint = load_file(small / "sltrain.safetensors"), load_file(newest(run) / "model.safetensors")
     assert ours.keys() == checkpoint.keys() and all(torch.equal(ours[key], checkpoint[key]) for key in ours)
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, dense)]
+    files = (small / "sltrain.safetensors", dense / "model.safetensors")
+    sizes = [file.stat().st_size for file in files]
     if name != "block":  # 20 % of small matrices beside a rank of a quarter: nothing is saved
         assert sizes[0] < sizes[1], sizes
 
@@ -504,7 +506,7 @@ def test_compressed_in_bfloat16_rounds_values_and_keeps_positions(
     run = trained("uniform")
     code, _, _ = sltrain_export(run, "--output", tmp_path / "small", "--format", "compressed", "--dtype", "bfloat16")
     assert code == 0
-    ours, checkpoint = load_file(tmp_path / "small/model.safetensors"), load_file(newest(run) / "model.safetensors")
+    ours, checkpoint = load_file(tmp_path / "small/sltrain.safetensors"), load_file(newest(run) / "model.safetensors")
     for key, value in checkpoint.items():
         wanted = value.to(torch.bfloat16) if value.is_floating_point() else value
         assert ours[key].dtype == wanted.dtype and torch.equal(ours[key], wanted), key
@@ -542,8 +544,9 @@ def test_a_large_model_is_written_in_shards(
     build_export.export(open_saved(run), folder, format, None, lambda line: None, max_shard_bytes=50_000)
     names = {path.name for path in folder.iterdir()} - FILES
     count = len(names) - 1
-    assert count >= 3 and names == {"model.safetensors.index.json"} | {
-        f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+    stem = {"dense": "model", "compressed": "sltrain"}[format]
+    assert count >= 3 and names == {f"{stem}.safetensors.index.json"} | {
+        f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
     }
     ids = some_ids(20)
     with torch.no_grad():
@@ -611,7 +614,7 @@ def test_an_empty_folder_is_taken(trained: Callable[[str], Path], tmp_path: Path
     code, _, err = sltrain_export(trained("full"), "--output", tmp_path)
     assert code == 0, err
     assert {path.name for path in tmp_path.iterdir()} == FILES
-    assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.partial*"))
 
 
 def test_what_a_killed_export_left_is_no_obstacle(
@@ -622,17 +625,17 @@ def test_what_a_killed_export_left_is_no_obstacle(
         patch.setattr(build_export, "write_weights", stop_midway(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             sltrain_export(trained("full"), "--output", tmp_path / "model")
-    assert list(tmp_path.iterdir()), "the kill was meant to leave something"
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr("os.getpid", lambda: 1)  # another process
     code, _, err = sltrain_export(trained("full"), "--output", tmp_path / "model")
     assert code == 0, err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert set(tmp_path.iterdir()) == {tmp_path / "model", left}
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
 
 
 def test_a_folder_of_somebody_else_is_not_deleted(
     trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run
 ) -> None:
-    """BUG, unmended: whatever is called OUTPUT.partial is deleted unasked."""
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "thesis.tex").write_text("years of work")
     sltrain_export(trained("full"), "--output", tmp_path / "model")
@@ -643,7 +646,7 @@ def test_a_folder_of_somebody_else_is_not_deleted(
 def test_the_folder_one_stands_in(
     output: str, trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BUG, unmended: `error: PosixPath('.') has an empty name`. An empty folder is taken, or refused in words."""
+    """An empty folder is taken, or refused in words."""
     run = trained("full")
     monkeypatch.chdir(tmp_path)
     code, _, err = sltrain_export(run, "--output", output)
@@ -655,7 +658,7 @@ def test_the_folder_one_stands_in(
 def stop_midway(error: BaseException) -> Callable[..., int]:
     """A write_weights that ends after its first tensors."""
 
-    def write_weights(folder: Path, shapes: dict, make: Callable[[str], torch.Tensor], max_shard_bytes: int) -> int:
+    def write_weights(folder: Path, shapes: dict, make: Callable[[str], torch.Tensor], *args: object) -> int:
         (folder / "model.safetensors").write_bytes(make("lm_head.weight").numpy().tobytes())
         raise error
 
@@ -721,7 +724,6 @@ def wrong_merge(kind: str) -> Callable[[SLTrainLinear], torch.Tensor]:
     [
         ("little", "float32"),
         ("zero", "float32"),
-        # BUG, unmended: a NaN compares as "not greater than the tolerance", so the check passes.
         ("nan", "float32"),
         ("nan", "bfloat16"),
     ],

@@ -191,7 +191,6 @@ def test_seeds(model: dict[str, Path], sltrain_generate: Run) -> None:
 
 @pytest.mark.parametrize("temperature", ["1e-39", "1e-50"])
 def test_a_temperature_near_0(temperature: str, model: dict[str, Path], sltrain_generate: Run) -> None:
-    """BUG, unmended, at 1e-50: a traceback out of torch.multinomial."""
     flags = ["--prompt", "a", "--max-new-tokens", 10]
     code, out, err = sltrain_generate(model["run"], *flags, "--temperature", temperature)
     assert code == 0 and out == sltrain_generate(model["run"], *flags)[1], err
@@ -207,8 +206,7 @@ class ClosedPipe(io.StringIO):
 def test_a_reader_that_leaves_early_is_no_error(
     model: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """BUG, unmended: `| head -c 5` gives `error: [Errno 32] Broken pipe` and code 2, because report_error gets the
-    BrokenPipeError that errors.run_as_process is there for."""
+    """As `| head -c 5` does."""
     monkeypatch.setattr(errors.signal, "signal", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["sltrain-generate", str(model["dense"]), "--prompt", "a"])
     monkeypatch.setattr("sys.stdout", ClosedPipe())
@@ -269,12 +267,10 @@ def test_no_cuda(model: dict[str, Path], sltrain_generate: Run, monkeypatch: pyt
 
 @pytest.mark.parametrize("seed", [str(2**64), "-99999999999999999999"])
 def test_a_seed_that_torch_does_not_take_is_named(seed: str, model: dict[str, Path], sltrain_generate: Run) -> None:
-    """BUG, unmended: `error: Overflow when unpacking long long`, after the prompt was written."""
     result = sltrain_generate(model["run"], "--prompt", "a", "--temperature", 1, f"--seed={seed}")
     assert_refused(*result, "seed")
 
 
 def test_a_prompt_that_is_no_text_is_named(model: dict[str, Path], sltrain_generate: Run) -> None:
-    """BUG, unmended: `error: 'utf-8' codec can't encode character '\\udcff'...`. This is what Python makes of a byte
-    on the command line that is no UTF-8."""
+    """What Python makes of a byte on the command line that is no UTF-8."""
     assert_refused(*sltrain_generate(model["run"], "--prompt", "caf\udcff"), "prompt")

@@ -104,7 +104,7 @@ def test_another_dtype(kind: str, model: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_an_ordinary_module(kind: str, model: Path) -> None:
     """It trains on, and neither the files nor a model that was loaded from them before change."""
-    files = {path: path.read_bytes() for path in (model / kind).rglob("model.safetensors")}
+    files = {path: path.read_bytes() for path in (model / kind).rglob("*.safetensors")}
     other, made = sltrain.load(model / kind), sltrain.load(model / kind)
     before = logits_of(other)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
@@ -234,7 +234,6 @@ CONFIGS = {
     "empty": "",
     "list": "- 1\n- 2\n",
     "text": "hello",
-    # BUG, unmended: `error: Invalid loaded object type: int`, which names no file.
     "number": "5",
     "not yaml": "a: [1",
     "not text": b"\xff\xfe\x00",
@@ -254,7 +253,6 @@ def test_a_damaged_config_yaml(case: str, model: Path, tmp_path: Path, commands:
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
-        # BUG, unmended: `Value 'eight' of type 'str' could not be converted to Integer` does not name the key.
         ("rank: 8", "rank: eight", "rank"),
         ("rank: 8", "rank: 8\nyounger_key: 1", "younger_key"),
         ("support: uniform", "support: diagonal", "diagonal"),
@@ -302,7 +300,7 @@ CHANGES = {
     "no rows": ("sltrain/seq_len", ..., ["damaged", "seq_len"]),
     "no size": ("hidden_size", ..., ["damaged", "hidden_size"]),
     "another size": ("hidden_size", 64, ["embed_tokens"]),
-    "size is text": ("num_hidden_layers", "2", ["damaged"]),
+    "size is text": ("num_hidden_layers", "two", ["damaged"]),
     "more layers": ("num_hidden_layers", 3, ["model.layers.2."]),
     "fewer layers": ("num_hidden_layers", 1, ["model.layers.1."]),
     "layers are a list": ("sltrain/layers", [1], ["damaged"]),
@@ -312,7 +310,6 @@ CHANGES = {
     "rank above the matrix": (f"{LAYER}/rank", 99, ["model.layers.0.self_attn.q_proj", "99"]),
     "unknown support": (f"{LAYER}/support", "diagonal", ["model.layers.0.self_attn.q_proj", "diagonal"]),
     "unknown setting": (f"{LAYER}/colour", 1, ["model.layers.0.self_attn.q_proj", "colour"]),
-    # BUGS, unmended: each ends in a traceback (ZeroDivisionError, RuntimeError, RuntimeError, TypeErrors).
     "no heads": ("num_attention_heads", 0, ["damaged"]),
     "negative size": ("hidden_size", -32, ["damaged"]),
     "negative heads": ("num_key_value_heads", -1, ["damaged"]),
@@ -341,9 +338,16 @@ def test_a_damaged_config_json(content: bytes, model: Path, tmp_path: Path, comm
     assert_refused(commands(folder), str(folder / "config.json"), "damaged")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("harm", ["gone", "empty", "half"])
-@pytest.mark.parametrize("kind", ["dense", "compressed"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("dense", "model.safetensors"),
+        ("dense", "tokenizer.json"),
+        ("compressed", "sltrain.safetensors"),
+        ("compressed", "tokenizer.json"),
+    ],
+)
 def test_files_of_an_export(
     name: str, harm: str, kind: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,7 +368,6 @@ def test_weights_of_another_model(model: Path, tmp_path: Path, capfd: pytest.Cap
     for change, words in {
         "more": ["extra.weight", "does not have"],
         "norm": ["model.norm.weight"],
-        # BUG, unmended: `config.json is damaged: KeyError('lm_head.weight')` blames the wrong file.
         "lm_head": ["holds no tensor lm_head.weight"],
     }.items():
         folder = shutil.copytree(model / "dense", tmp_path / change)

@@ -128,7 +128,12 @@ class Tokenizer:
         return result
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that is to go on: as in training, but without eos. Raises ValueError for one without tokens."""
+        """Ids of a text that is to go on: as in training, but without eos. Raises ValueError for one without tokens,
+        and for what is no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the prompt holds bytes that are no UTF-8 text") from None
         ids = self.encode_batch([text])[0]
         if not len(ids):
             raise ValueError("the prompt holds no text; write at least a word")

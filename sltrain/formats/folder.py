@@ -6,17 +6,33 @@
     tokenizer_config.json    how transformers reads it
     README.md                the model card: what was trained, how, and what came out
 
-Everything is plain JSON and text. A compressed folder names its own model_type, because transformers' LLaMA would open
-it and fill the missing matrices with noise.
+Everything is plain JSON and text. A compressed folder has a model_type and names of weight files of its own, because
+transformers' LLaMA would open it and fill the missing matrices with noise.
 """
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DENSE, COMPRESSED = "llama", "sltrain_llama"  # model_type
+STEMS = {DENSE: "model", COMPRESSED: "sltrain"}  # of the weight files' names
 FORMAT_VERSION = 1  # of the compressed layout
 CARD = Path(__file__).with_name("model_card.md.j2")
+
+
+@dataclass
+class Facts:
+    """What config.json says under the key "sltrain"."""
+
+    format_version: int
+    format: str  # dense or compressed
+    model: str  # its name
+    method: str
+    seq_len: int  # tokens a row, as it was trained
+    padding: str
+    step: int  # updates
+    layers: dict[str, Any] = field(default_factory=dict)  # compressed: what `restore_layers` makes each layer from
 
 
 def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[str, int]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Weights in safetensors files, one tensor at a time: a model of many gigabytes passes through little memory.
 
-Up to 5 GB a folder holds one file, model.safetensors; above, numbered shards and model.safetensors.index.json, which
-says where each tensor lies. That is Hugging Face's layout, and a checkpoint's model.safetensors is a case of it.
+Up to 5 GB a folder holds one file, STEM.safetensors; above, numbered shards and STEM.safetensors.index.json, which says
+where each tensor lies. With the stem `model` that is Hugging Face's layout, and a checkpoint's file is a case of it.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MAX_SHARD_BYTES = 5_000_000_000
-SINGLE, PATTERN, INDEX = "model.safetensors", "model{suffix}.safetensors", "model.safetensors.index.json"
+STEM = "model"  # of the names of files whose tensors are those of a LLaMA, or of a checkpoint
 
 
 def write_weights(
@@ -24,6 +24,7 @@ def write_weights(
     shapes: Mapping[str, Tensor],
     make: Callable[[str], Tensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = STEM,
 ) -> int:
     """Write the tensors called `make(name)` into `folder`, never holding more than one shard of them; return their
     bytes. `shapes` are tensors of the same shape and dtype by name, in the order to write them; meta ones will do.
@@ -33,7 +34,7 @@ def write_weights(
     split = split_state_dict_into_shards_factory(
         dict(shapes),
         get_storage_size=_num_bytes,
-        filename_pattern=PATTERN,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         get_storage_id=lambda tensor: None,  # nothing is shared
         max_shard_size=max_shard_bytes,
     )
@@ -44,7 +45,7 @@ def write_weights(
     total = sum(_num_bytes(tensor) for tensor in shapes.values())
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _index(folder, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
 
 
@@ -52,16 +53,15 @@ class WeightFiles:
     """The tensors of a folder by name, read when asked for. Raises ValueError if its files are missing or no
     safetensors."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stem: str = STEM) -> None:
         self.folder = folder
-        index = folder / INDEX
+        index = _index(folder, stem)
+        files = [f"{stem}.safetensors"]
         if index.exists():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                files = sorted({str(Path(file)) for file in json.loads(index.read_text())["weight_map"].values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged: it should map tensors to files") from error
-        else:
-            files = [SINGLE]
         self._files: dict[str, safe_open] = {}
         for file in files:
             with _readable_errors(folder / file):
@@ -73,19 +73,15 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, on the CPU. Raises ValueError if there is none."""
-        if name not in self._files:
-            raise ValueError(f"{self.folder} holds no tensor {name}")
-        return self._files[name].get_tensor(name)
+        return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
-        if name not in self._files:
-            raise ValueError(f"{self.folder} holds no tensor {name}")
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._file(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """Its dtype. An empty slice says it in torch's words."""
-        return self._files[name].get_slice(name)[:0].dtype
+        return self._file(name).get_slice(name)[:0].dtype
 
     def fill(
         self, module: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -109,6 +105,11 @@ class WeightFiles:
         if more := self._files.keys() - expected.keys():
             raise ValueError(f"{self.folder} holds {min(more)}, which the model does not have")
 
+    def _file(self, name: str) -> safe_open:
+        if name not in self._files:
+            raise ValueError(f"{self.folder} holds no tensor {name}")
+        return self._files[name]
+
     def _check(self, name: str, tensor: Tensor) -> None:
         if self.shape(name) != tuple(tensor.shape):
             raise ValueError(f"{self.folder}: {name} is {self.shape(name)}, the model needs {tuple(tensor.shape)}")
@@ -117,6 +118,10 @@ class WeightFiles:
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Values in `dtype`, unless that is None; positions stay as they are."""
     return tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
+
+
+def _index(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.safetensors.index.json"
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -75,6 +75,8 @@ def restore_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
 
+    if not settings:
+        return
     missing = settings.keys() - set(replace_linears(model, lambda name, linear: name in settings, make))
     if missing:
         raise ValueError(f"the model has no linear called {min(missing)}")

@@ -3,7 +3,7 @@
     logits (V,) of the last position  ->  temperature, the k likeliest, the likeliest with together p  ->  one id
 
 in transformers' order and meaning. Temperature 0 is greedy: the likeliest id, with no chance in it. Ids are drawn on
-the CPU in float32, so that a seed gives the same text wherever the logits are the same.
+the CPU, so that a seed gives the same text wherever the logits are the same.
 """
 
 from collections.abc import Iterator
@@ -32,13 +32,15 @@ class Sampling:
             raise ValueError(f"top-k {self.top_k}: must be at least 1, the number of ids to choose from")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top-p {self.top_p:g}: must be above 0 and at most 1, a probability")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: must be between 0 and 2^63 - 1")
         if self.temperature == 0 and (self.top_k or self.top_p):
             raise ValueError("top-k and top-p narrow a random choice, and temperature 0 leaves none; set temperature 1")
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One id from logits (V,). Raises ValueError if they are not finite."""
-    scores = logits.float().cpu()
+    scores = logits.cpu().double()  # a float32 has no room for very small temperatures
     if not scores.isfinite().all():
         raise ValueError("the model's logits are not finite: its weights diverged; take an earlier step")
     if sampling.temperature == 0:
@@ -47,7 +49,7 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     if sampling.top_k is not None and sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
     probabilities = scores.softmax(0)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(0) - ordered  # of all that are likelier
         probabilities = probabilities.index_fill(0, order[before >= sampling.top_p], 0.0)

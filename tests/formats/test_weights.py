@@ -218,7 +218,6 @@ def test_check_wants_exactly_the_models_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "index",
     ["", "{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": ["a"]}',
-     # BUG, unmended: a TypeError of `folder / 1`, which a command shows with a traceback.
      '{"weight_map": {"a": 1}}'],
 )  # fmt: skip
 def test_a_damaged_index(index: str, tmp_path: Path) -> None:

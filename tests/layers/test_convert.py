@@ -188,7 +188,7 @@ def test_settings_name_every_layer_by_itself():
         ({"0": {"rank": 4, "alpha": 8, "sparsity": 2.0}}, "0: sparsity"),
         ({"0": {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "odd"}}, "0: unknown support"),
         ({"0": {"rank": 4, "alpha": 8, "colour": 1}}, "0: .*colour"),
-        ({}, "no linear layer"),
+        ({"": {"rank": 4, "alpha": 8}}, "no linear"),
     ],
 )
 def test_settings_that_no_layer_has_are_refused(settings, words):
