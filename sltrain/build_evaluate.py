@@ -6,6 +6,7 @@ numbers are those of its own evaluation at that step.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def _eval_set(
         )
     if config is None:
         raise ValueError(f"{saved.path} is an export and knows no corpus; add --path GLOB")
-    config.eval_tokens, config.micro_batch_size = (
-        eval_tokens or config.eval_tokens,
-        batch_size or config.micro_batch_size,
+    config = replace(
+        config,
+        eval_tokens=eval_tokens or config.eval_tokens,
+        micro_batch_size=batch_size or config.micro_batch_size,
     )
     return build_eval_set(config, *build_sources(config, report), saved.tokenizer, ranks)

@@ -35,7 +35,6 @@ from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.accounting import count_parameters
 from sltrain.models.llama import LlamaForCausalLM
 
-FORMATS = ("dense", "compressed")
 CHECKED_SHAPE = (2, 64)  # sequences and positions whose logits are compared
 # Largest difference of logits, over the largest logit: of two orders of summation; of weights rounded to 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}

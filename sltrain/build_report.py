@@ -20,6 +20,7 @@ from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.engine.run_folder import write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
+from sltrain.reporting.figures import Picture
 from sltrain.reporting.page import Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table, text_table
@@ -142,19 +143,25 @@ def write_report(report: Report, output: Path, command: str = "", more: Section 
     pictures = draw_all(report.rows, report.curves)
     made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
     page = render_page(report.rows, report.notes, pictures, made, command, more)
+    texts = {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows), PAGE: page}
+    write_files(output, pictures, texts, OUR_PICTURES)
+    return output / PAGE
+
+
+def write_files(output: Path, pictures: Sequence[Picture], texts: dict[str, str], ours: re.Pattern[str]) -> None:
+    """Put pictures, and texts by file name, into the folder `output`, in place of the files there whose names are
+    `ours`. Raises ValueError if that cannot be done."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for old in output.iterdir():
-            if OUR_PICTURES.fullmatch(old.name):
+            if ours.fullmatch(old.name):
                 old.unlink()
         for picture in pictures:
             (output / picture.file_name).write_bytes(picture.png)
-        write_atomically(output / "table.md", markdown_table(report.rows))
-        write_atomically(output / "table.csv", csv_table(report.rows))
-        write_atomically(output / PAGE, page)
+        for name, text in texts.items():
+            write_atomically(output / name, text)
     except OSError as error:
         raise ValueError(f"{output} cannot be written ({error.strerror}); name a folder with --output DIR") from error
-    return output / PAGE
 
 
 def as_json(rows: list[Row]) -> str:

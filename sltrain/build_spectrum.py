@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltrain.build_report import write_files
 from sltrain.build_saved import Saved, open_saved
-from sltrain.engine.run_folder import write_atomically
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 from sltrain.methods.settings import pattern_fits
 from sltrain.models.llama import PROJECTIONS
-from sltrain.reporting.figures import Picture
 from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values
 from sltrain.reporting.spectrum_figures import Place, draw_energy, draw_spectra
@@ -91,24 +90,9 @@ def write_spectrum(
         "spectrum.md": f"# {title}\n\n{_markdown(HEADINGS, rows)}\n{LEGEND}\n",
     }
     texts = {name: text for name, text in texts.items() if text}
-    _write(output, pictures, texts)
+    write_files(output, pictures, texts, OUR_FILES)
     figures, files = [output / picture.file_name for picture in pictures], [output / name for name in texts]
     return SpectrumReport(title, pictures, HEADINGS, rows, LEGEND, figures, files, _summary(found))
-
-
-def _write(output: Path, pictures: Sequence[Picture], texts: dict[str, str]) -> None:
-    """Put these files into the folder `output`, in place of those of an earlier call."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for old in output.iterdir():
-            if OUR_FILES.fullmatch(old.name):
-                old.unlink()
-        for picture in pictures:
-            (output / picture.file_name).write_bytes(picture.png)
-        for name, text in texts.items():
-            write_atomically(output / name, text)
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written ({error.strerror}); name another folder") from error
 
 
 # ---- layers
