@@ -42,7 +42,10 @@ def evaluate_saved(
     ranks = Ranks(0, 1, pick_device(device))
     eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks, report)
     eval_set.read()
-    report(f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name}")
+    rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
+    report(
+        f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
+    )
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
     numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
     assert numbers is not None

@@ -23,9 +23,7 @@ from sltrain.engine.run_record import RunRecord, find_runs, read_run
 from sltrain.reporting.figures import Picture
 from sltrain.reporting.page import Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
-from sltrain.reporting.table import csv_table, markdown_table, text_table
-
-__all__ = ["Report", "as_json", "read_report", "read_rows", "text_table", "write_report"]
+from sltrain.reporting.table import csv_table, markdown_table
 
 PAGE = "report.html"
 OUR_PICTURES = re.compile(r"(loss_tokens|loss_time|memory|heat_map_\d+)\.png")
@@ -120,7 +118,7 @@ def count_parameters_of(run: Path) -> int:
     if vocab_size is None:
         from tokenizers import Tokenizer
 
-        text = (run / "tokenizer.json").read_text()
+        text = (run / "tokenizer.json").read_bytes().decode()
         try:
             vocab_size = Tokenizer.from_str(text).get_vocab_size()
         except Exception as error:  # it has no type of its own

@@ -94,7 +94,7 @@ def open_run(path: Path, step: int | None, report: Report) -> Saved:
     model = build_model(config, vocab_size, files.dtype(HEAD))
     files.check(model)
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    tokenizer = Tokenizer(folder.tokenizer_file.read_text(), str(folder.tokenizer_file), vocab_size, report)
+    tokenizer = Tokenizer(folder.tokenizer_file.read_bytes().decode(), str(folder.tokenizer_file), vocab_size, report)
     return Saved(
         path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
     )
@@ -120,6 +120,6 @@ def open_export(path: Path, report: Report) -> Saved:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path / 'config.json'} is damaged ({reason}); export the run again") from error
     files.check(model)
-    json_text = (path / "tokenizer.json").read_text()
+    json_text = (path / "tokenizer.json").read_bytes().decode()
     tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), shape.vocab_size, report)
     return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})

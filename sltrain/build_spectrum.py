@@ -72,7 +72,7 @@ def write_spectrum(
     one). Raises ValueError or OSError for a run that cannot be opened, a step it does not have, a pattern that fits no
     layer, weights that are not finite, and a folder that cannot be written.
     """
-    opened = [open_saved(path, step, report) for step in sorted(set(steps or []))] or [open_saved(path, None, report)]
+    opened = _open_steps(path, steps, report)
     names = _projections(opened[0].model)
     chosen = choose_layers(names, layers)
     found = []
@@ -93,6 +93,24 @@ def write_spectrum(
     write_files(output, pictures, texts, OUR_FILES)
     figures, files = [output / picture.file_name for picture in pictures], [output / name for name in texts]
     return SpectrumReport(title, pictures, HEADINGS, rows, LEGEND, figures, files, _summary(found))
+
+
+def _open_steps(path: str | Path, steps: list[int] | None, report: Callable[[str], None]) -> list[Saved]:
+    """The run at each of these steps, or at the newest. A step that cannot be had is named to `report` as long as there
+    is another one."""
+    if not steps:
+        return [open_saved(path, None, report)]
+    opened, errors = [], []
+    for step in sorted(set(steps)):
+        try:
+            opened.append(open_saved(path, step, report))
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if not opened:
+        raise errors[0]
+    for problem in errors:
+        report(f"note: {problem}")
+    return opened
 
 
 # ---- layers
@@ -203,8 +221,8 @@ def _row(found: _Found, name: str) -> list[str]:
 
 
 def _summary(found: Sequence[_Found]) -> str:
-    """One line a kind of projection and step: medians over its layers."""
-    lines = [["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S"]]
+    """One line a kind of projection and step: medians over its chosen layers, and of the energy over all."""
+    lines = [["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S, all layers"]]
     for at in found:
         for kind in dict.fromkeys(_place(name)[0] for name in at.spectra):
             spectra = [spectrum for name, spectrum in at.spectra.items() if _place(name)[0] == kind]

@@ -4,7 +4,8 @@
     sltrain-eval outputs/my_run --path '/data/*.json.gz' --json        on other files, as one JSON object
     sltrain-eval my_model --path notes.txt --eval-tokens 100000        an exported model, the first 100,000 tokens
 
-Text is cut into rows as it was in training. perplexity is exp(sum of token losses / tokens); perplexity_galore_protocol
+Text is cut into rows as it was in training: with padding=truncate_pad, of a longer document only the first row is read.
+perplexity is exp(sum of token losses / tokens); perplexity_galore_protocol
 is the number of the harness behind published tables, for comparison; bits_per_byte does not depend on the tokenizer.
 """
 

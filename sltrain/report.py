@@ -15,9 +15,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.flags import make_parser
+
+if TYPE_CHECKING:
+    from sltrain.reporting.page import Section
 
 PROG = "sltrain-report"
 
@@ -43,7 +47,13 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="of the spectrum, as in rank_overrides; by default the first, the middle and the last decoder layer",
     )
     parser.add_argument(
-        "--steps", metavar="N", type=int, nargs="+", help="of the spectrum; by default the newest checkpoint"
+        "--step",
+        "--steps",
+        dest="steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="of the spectrum; by default the newest checkpoint",
     )
     return parser
 
@@ -53,29 +63,38 @@ def run_command(arguments: list[str]) -> ExitCode:
     try:
         typed = arguments_parser().parse_args(arguments)
         if (typed.layers or typed.steps) and not typed.spectrum:
-            raise ValueError("--layers and --steps say of what to draw the spectrum; add --spectrum")
+            raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
-        from sltrain.build_report import as_json, read_report, text_table, write_report
+        from sltrain.build_report import as_json, read_report, write_report
+        from sltrain.reporting.table import text_table
 
         report = read_report(typed.paths)
+        if not report.rows:
+            raise ValueError("; ".join(report.notes))
+        for note in report.notes:
+            say(f"note: {note}")
+        print(as_json(report.rows) if typed.json else text_table(report.rows), flush=True)
         output = typed.output or (report.first or typed.paths[0]) / "report"
-        if report.rows:
-            for note in report.notes:
-                say(f"note: {note}")
-            print(as_json(report.rows) if typed.json else text_table(report.rows), flush=True)
-        spectrum = None
-        if typed.spectrum:
-            from sltrain.build_spectrum import write_spectrum
-
-            spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)
-            print(f"\n{spectrum.summary}\n", file=sys.stderr if typed.json else sys.stdout, flush=True)
+        spectrum, code = look_inside(typed, output) if typed.spectrum else (None, ExitCode.OK)
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
         print(f"page: {page}", file=sys.stderr if typed.json else sys.stdout, flush=True)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         return report_error(error)
-    return ExitCode.OK
+    return code
+
+
+def look_inside(typed: argparse.Namespace, output: Path) -> "tuple[Section | None, ExitCode]":
+    """Write the spectrum of the one run, and print its summary. A mistake in it costs the spectrum, not the report."""
+    from sltrain.build_spectrum import write_spectrum
+
+    try:
+        spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)
+    except (ValueError, OSError) as error:
+        return None, report_error(error)
+    print(f"\n{spectrum.summary}\n", file=sys.stderr if typed.json else sys.stdout, flush=True)
+    return spectrum, ExitCode.OK
 
 
 def say(line: str) -> None:

@@ -14,6 +14,7 @@ read from their folders, wherever they ran.
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
 from sltrain.compose import parse_overrides, sweep_values
-from sltrain.engine.run_record import read_run
 from sltrain.errors import ExitCode
 
 MAX_PART = 60  # characters of a folder's name for one swept key
@@ -43,12 +43,18 @@ class Sweep:
 
     @classmethod
     def plan(cls, overrides: list[str]) -> "Sweep":
-        """Read the grid from the overrides. Raises ValueError under torchrun and for a swept run_dir."""
+        """Read the grid from the overrides. Raises ValueError under torchrun, for a swept run_dir, and for
+        SLURM where there is none."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 "-m does not run under torchrun; start one torchrun a run, or the sweep on one process without torchrun"
             )
         parsed = parse_overrides(overrides)
+        launchers = [override.value() for override in parsed if override.key_or_group == "hydra/launcher"]
+        if launchers and "slurm" in str(launchers[-1]) and shutil.which("srun") is None:
+            raise ValueError(
+                f"hydra/launcher={launchers[-1]}, but there is no srun on the PATH: start the sweep where SLURM is"
+            )
         swept = [override for override in parsed if override.is_sweep_override()]
         if any(override.key_or_group == "run_dir" for override in swept):
             raise ValueError("run_dir cannot be swept; it names the sweep's folder, each job has a folder in it")
@@ -94,7 +100,7 @@ class Sweep:
         rows, notes = read_rows([folder for folder in folders.values() if folder.is_dir()])
         print(f"\nsweep {self.folder}")
         print("\n".join([text_table(rows), *notes]) if rows else "no job has begun")
-        ends = {name: read_run(folder).status for name, folder in folders.items() if folder.is_dir()}
+        ends = {row.name: row.status for row in rows}
         ends |= {name: in_words(code) for name, code in self.codes.items()}
         left = {name: ends.get(name, "not started") for name in self.names if ends.get(name) != "finished"}
         for name, how in left.items():

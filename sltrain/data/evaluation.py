@@ -117,7 +117,7 @@ class EvalSet:
         if number == 0:
             part = "held-out " if self.holdout_every else ""
             raise DataError(
-                f"no {part}validation documents in {self.source.name}; set validation_path to text of your own"
+                f"no {part}validation documents in {self.source.name}; name other text (validation_path in training)"
             )
         return batches
 

@@ -240,7 +240,7 @@ def load_tokenizer(
     if not path.exists() and not _looks_like_path(spec):
         path = _fetch_from_hub(spec)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # line ends as they are: the run keeps the file unmodified
     except UnicodeDecodeError:
         raise ValueError(f"tokenizer={spec} is no tokenizer.json: {path} is not text") from None
     except OSError as error:

@@ -53,7 +53,7 @@ def evaluate(
     if num_stopped:
         return None
     if num_targets == 0:
-        raise ValueError("the validation data holds no token to predict; set validation_path to other text")
+        raise ValueError("the validation data holds no token to predict; name other text (validation_path in training)")
     loss = loss_sum / num_targets
     return {
         "loss": loss,

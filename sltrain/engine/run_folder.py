@@ -126,7 +126,7 @@ class RunFolder:
         if self.is_finished:
             raise ValueError(f"the run in {self.path} was finished by another process just now; nothing to do")
         if self.has_checkpoint:
-            if not self.tokenizer_file.exists() or self.tokenizer_file.read_text() != tokenizer_json:
+            if not self.tokenizer_file.exists() or self.tokenizer_file.read_bytes() != tokenizer_json.encode():
                 raise ValueError(
                     f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
                     " name that file: tokenizer=PATH"
@@ -175,7 +175,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:  # as it is, in every locale
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sltrain.reporting.figures import DPI, Picture
-from sltrain.reporting.rows import Row, comparison
+from sltrain.reporting.rows import Row, batches, comparison
 from sltrain.reporting.table import shared, shown
 
 
@@ -52,6 +52,7 @@ def render_page(
         summary=_summary(rows),
         shared=shared(rows),
         comparison=comparison(rows),
+        batches=batches(rows),
         notes=notes,
         pictures=_embedded(pictures),
         more=more,

@@ -27,7 +27,7 @@ PROTOCOL = {
     "padding": "padding",
     "seq_len": "seq_len",
     "eval_tokens": "the number of evaluated tokens",
-    "eval_text": "the validation text",
+    "eval_bytes": "the validation text",
 }
 
 
@@ -63,7 +63,8 @@ class Row:
     padding: str | None = None
     seq_len: int | None = None
     eval_tokens: int | None = None
-    eval_text: str | None = None
+    eval_bytes: int | None = None  # of the evaluated text: tells two texts apart, wherever they lie
+    micro_batch_size: int | None = None
     recipe: str = ""  # equal for runs that differ in rank and sparsity alone
 
     @property
@@ -150,7 +151,8 @@ def make_row(
         padding=_text(config, "padding"),
         seq_len=_number(config, "seq_len"),
         eval_tokens=result.get("eval_tokens"),
-        eval_text=_eval_text(config),
+        eval_bytes=_eval_bytes(result),
+        micro_batch_size=_number(config, "micro_batch_size"),
         recipe=_recipe(config, {"rank", "sparsity", *not_recipe}),
     )
 
@@ -206,16 +208,12 @@ def _measure(event: Event) -> str | None:
     return "tensors" if is_cuda else "process"
 
 
-def _eval_text(config: Mapping[str, Any]) -> str | None:
-    """What is evaluated on, by name: folders differ from machine to machine."""
-    own = _get(config, "validation_path")
-    globs = own or _get(config, "path")
-    names = [
-        glob.rpartition("/")[2] for glob in (globs if isinstance(globs, list) else [globs]) if isinstance(glob, str)
-    ]
-    if not names:
-        return _text(config, "data", "name")
-    return printable(("" if own else "a part of ") + ", ".join(names))
+def _eval_bytes(event: Event) -> int | None:
+    """The bytes that the evaluated tokens stand for: loss * tokens nats are bits_per_byte * bytes bits."""
+    loss, tokens, bits = (event.get(key) for key in ("loss", "eval_tokens", "bits_per_byte"))
+    if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):
+        return None
+    return round(loss * tokens / (math.log(2) * bits))
 
 
 def _recipe(config: Mapping[str, Any], without: Collection[str]) -> str:
@@ -251,12 +249,23 @@ def comparison(rows: list[Row]) -> str:
     listed = ", ".join(what)
     each = "; ".join(f"{letter}: {', '.join(_say(first_of[letter], differing))}" for letter in letters)
     order = "bits per byte, which do not depend on the tokenizer"
-    if "eval_text" in differing:
+    if "eval_bytes" in differing:
         order += " (but do on the text)"
     return (
         f"Perplexities compare only between runs with the same letter. What differs: {listed}"
         f"{f' ({each})' if differing and len(letters) <= MAX_EXPLAINED else ''}. The rows are in the order of {order}."
     )
+
+
+def batches(rows: list[Row]) -> str:
+    """A warning where the published convention does not compare although perplexities do; else empty."""
+    sizes: dict[str, set[int | None]] = {}
+    for row in rows:
+        if row.is_evaluated:
+            sizes.setdefault(row.group, set()).add(row.micro_batch_size)
+    if all(len(found) < 2 for found in sizes.values()):
+        return ""
+    return "The published convention depends on the batch, and micro_batch_size differs here: it does not compare."
 
 
 def _protocol(row: Row) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sltrain.reporting.rows import Row, comparison
+from sltrain.reporting.rows import Row, batches, comparison
 
 MAX_NAME = 44  # characters of a name on a terminal
 WIDTH = 160  # of text that goes to no terminal
@@ -87,16 +87,16 @@ COLUMNS = (
     Column("method", "method", str, drop=5, is_text=True, is_setting=True),
     Column("size", "model", str, drop=9, is_text=True, is_setting=True),
     Column("rank", "rank", plain, drop=6, is_setting=True),
-    Column("sparsity", "sparsity", plain, drop=7, is_setting=True),
+    Column("sparsity", "sparsity", plain, drop=6, is_setting=True),
     Column("alpha", "alpha", plain, drop=10, is_setting=True),
     Column("lr", "lr", plain, drop=8, is_setting=True),
     Column("num_parameters", "parameters", short, drop=1),
     Column("group", "set", str, is_text=True),
     Column("perplexity", "perplexity", perplexity, add=at_step),
-    Column("perplexity_galore_protocol", "published convention", perplexity, drop=15),
+    Column("perplexity_galore_protocol", "published convention", perplexity, drop=7),
     Column("bits_per_byte", "bits/byte", four_digits, drop=2),
     Column("peak_memory_bytes", "peak memory", gigabytes, drop=1),
-    Column("peak_memory_measure", "memory of", str, drop=1, is_text=True, is_setting=True),
+    Column("peak_memory_measure", "peak memory of", str, drop=1, is_text=True, is_setting=True),
     Column("tokens_per_second", "tokens/s", short, drop=3),
     Column("step", "step", whole, drop=4, add=lambda row: "" if row.max_steps is None else f"/{whole(row.max_steps)}"),
     Column("wall_seconds", "time", duration, drop=11),
@@ -121,7 +121,7 @@ def shared(rows: list[Row]) -> str:
 
 def sentences(rows: list[Row]) -> list[str]:
     """What a reader of the table must know: shared settings, and what compares."""
-    return [sentence for sentence in (shared(rows), comparison(rows)) if sentence]
+    return [sentence for sentence in (shared(rows), comparison(rows), batches(rows)) if sentence]
 
 
 def _is_shared(column: Column, rows: list[Row]) -> bool:

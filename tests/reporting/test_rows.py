@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sltrain.reporting.rows import Row, arrange, comparison, make_curve, make_row, printable
+from sltrain.reporting.rows import Row, arrange, batches, comparison, make_curve, make_row, printable
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "llama_tiny"},
@@ -123,7 +123,7 @@ def test_one_group_is_sorted_by_perplexity_and_has_no_letters() -> None:
         ("padding", "truncate_pad", "padding truncate_pad"),
         ("seq_len", 512, "seq_len 512"),
         ("eval_tokens", 40_035, "40,035"),
-        ("eval_text", "wiki.gz", "(but do on the text)"),
+        ("eval_bytes", 12345, "(but do on the text)"),
     ],
 )
 def test_what_keeps_perplexities_apart(field: str, value: Any, words: str) -> None:
@@ -160,8 +160,19 @@ def test_there_are_letters_for_any_number_of_groups() -> None:
     assert letters[:2] == ["a", "b"] and letters[25:28] == ["z", "aa", "ab"] and len(set(letters)) == 60
 
 
-def test_one_text_in_two_folders_is_one_text_and_a_part_of_it_another() -> None:
-    here, there = row_of(), row_of({**CONFIG, "validation_path": ["/elsewhere/val.*.gz"]})
-    assert here.eval_text == there.eval_text == "val.*.gz"
-    assert row_of({**CONFIG, "validation_path": None, "path": "/x/val.*.gz"}).eval_text == "a part of val.*.gz"
-    assert row_of({**CONFIG, "validation_path": None, "data": {"name": "c4"}}).eval_text == "c4"
+def test_the_bytes_of_the_evaluated_text_are_found_again() -> None:
+    num_bytes, tokens, loss = 138_221, 40_005, 4.8505229204
+    bits = loss * tokens / math.log(2) / num_bytes
+    row = row_of(final={**FINAL, "loss": loss, "eval_tokens": tokens, "bits_per_byte": bits})
+    assert row.eval_bytes == num_bytes
+    assert row_of(final={**FINAL, "loss": math.nan}).eval_bytes is None
+
+
+def test_the_published_convention_compares_only_between_equal_batches() -> None:
+    rows = rows_of(a=10.0, b=20.0, none=None)
+    rows[2].micro_batch_size = 3  # not evaluated
+    assert batches(arrange(rows)) == ""
+    rows[0].micro_batch_size = 4
+    assert "micro_batch_size differs" in batches(arrange(rows))
+    rows[0].padding = "another"  # another letter, so nobody compares them
+    assert batches(arrange(rows)) == ""
