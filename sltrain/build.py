@@ -40,6 +40,7 @@ from sltrain.engine.run_folder import RunFolder
 from sltrain.engine.step import StepResult, train_step
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Progress, Trainer
+from sltrain.errors import tell
 from sltrain.layers import cpu_kernel
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods import METHODS
@@ -491,11 +492,5 @@ def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: in
 
 
 def print_line(line: str) -> None:
-    """Print a line above the progress bar. A run does not end because nobody reads its output any more."""
-    if sys.stdout is None:
-        return
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+    """Print a line above the progress bar."""
+    tell(line, tqdm.write)

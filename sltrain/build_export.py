@@ -5,6 +5,7 @@ Layer after layer is read from the checkpoint, merged in float32 and rounded onc
 export that is there is whole, and right.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -51,20 +52,27 @@ def export(
     if format == "compressed" and saved.config.method.name == "full":
         raise ValueError(f"{saved.path} was trained with method=full: there is nothing to compress; use --format dense")
     output = output.resolve()  # a link's target, and a name where there was a dot
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty; name another folder")
+    _check_free(output)
     dtype = dtype or saved.dtype
+    for left in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
+        report(f"note       {left} is of an export that still runs, or was killed; then delete it")
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         num_bytes = _write(saved, saved.config, partial, format, dtype, max_shard_bytes)
         report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {_name(dtype)}")
         report(f"verified   {verify(saved, partial, dtype)}")
+        _check_free(output)  # another one may have been faster
         output.mkdir(exist_ok=True)
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; name another folder")
 
 
 def _write(

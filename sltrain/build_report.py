@@ -18,10 +18,10 @@ from pathlib import Path
 
 from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
-from sltrain.engine.run_folder import write_atomically
+from sltrain.engine.run_folder import RunFolder, write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
 from sltrain.reporting.figures import Picture
-from sltrain.reporting.page import Section, render_page
+from sltrain.reporting.page import GENERATOR, Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table
 
@@ -141,9 +141,21 @@ def write_report(report: Report, output: Path, command: str = "", more: Section 
     pictures = draw_all(report.rows, report.curves)
     made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
     page = render_page(report.rows, report.notes, pictures, made, command, more)
+    _check_output(output)
     texts = {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows), PAGE: page}
     write_files(output, pictures, texts, OUR_PICTURES)
     return output / PAGE
+
+
+def _check_output(output: Path) -> None:
+    """Refuse (ValueError) to write over what no report wrote, and among the files of a run."""
+    if RunFolder(output).config_file.exists():
+        raise ValueError(f"{output} is a run folder; name another with --output, such as {output / 'report'}")
+    page = output / PAGE
+    is_ours = page.is_file() and GENERATOR in page.read_text(errors="replace")
+    for name in (PAGE, "table.md", "table.csv"):
+        if (output / name).exists() and not is_ours:
+            raise ValueError(f"{output / name} is there, and no report wrote it; name another folder with --output")
 
 
 def write_files(output: Path, pictures: Sequence[Picture], texts: dict[str, str], ours: re.Pattern[str]) -> None:

@@ -85,7 +85,7 @@ def open_run(path: Path, step: int | None, report: Report) -> Saved:
     """Open a run folder at one of its checkpoints."""
     folder = RunFolder(path)
     config = read_config(folder.config_file)
-    checkpointer = Checkpointer(path, config.keep_last)
+    checkpointer = Checkpointer(path, config.keep_last, to_train=False)
     checkpoint = checkpointer.find_latest(report) if step is None else checkpointer.find(step)
     if checkpoint is None:
         raise ValueError(f"{path} has no checkpoint yet; a run saves every checkpoint_every updates, and at its end")

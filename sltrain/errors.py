@@ -1,4 +1,5 @@
-"""What a command answers when it cannot go on: one exit code and one or two lines, never a traceback.
+"""What a command answers: lines while it works, and when it cannot go on one exit code and one or two lines, never a
+traceback.
 
 Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is
 wrong and what to change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
@@ -10,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class ExitCode(IntEnum):
@@ -37,6 +38,17 @@ def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: st
         sys.stdout = open(os.devnull, "w")
         code = ExitCode.OK
     sys.exit(code)
+
+
+def tell(text: str, write: Callable[[str], Any] = print) -> None:
+    """Print to standard output. Work does not end because nobody reads on, as behind `| head`."""
+    if sys.stdout is None:
+        return
+    try:
+        write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

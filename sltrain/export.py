@@ -11,7 +11,7 @@ name once the logits computed from its files are those of the trained model.
 import argparse
 from pathlib import Path
 
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, tell
 from sltrain.flags import make_parser
 
 
@@ -39,21 +39,16 @@ def run_command(arguments: list[str]) -> ExitCode:
         from sltrain.build_export import export
         from sltrain.build_saved import open_saved
 
-        saved = open_saved(typed.run, typed.step, say)
-        say(f"exporting  {typed.run}, step {saved.step:,}")
-        export(saved, typed.output.expanduser(), typed.format, DTYPES.get(typed.dtype), say)
+        saved = open_saved(typed.run, typed.step, tell)
+        tell(f"exporting  {typed.run}, step {saved.step:,}")
+        export(saved, typed.output.expanduser(), typed.format, DTYPES.get(typed.dtype), tell)
     except Exception as error:
         return report_error(error)
     if typed.format == "dense":
-        say(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(typed.output)!r})")
+        tell(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(typed.output)!r})")
     else:
-        say(f"done       sltrain.load({str(typed.output)!r})")
+        tell(f"done       sltrain.load({str(typed.output)!r})")
     return ExitCode.OK
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

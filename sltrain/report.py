@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, tell
 from sltrain.flags import make_parser
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("; ".join(report.notes))
         for note in report.notes:
             say(f"note: {note}")
-        print(as_json(report.rows) if typed.json else text_table(report.rows), flush=True)
+        tell(as_json(report.rows) if typed.json else text_table(report.rows))
         output = typed.output or (report.first or typed.paths[0]) / "report"
         spectrum, code = look_inside(typed, output) if typed.spectrum else (None, ExitCode.OK)
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
-        print(f"page: {page}", file=sys.stderr if typed.json else sys.stdout, flush=True)
+        (say if typed.json else tell)(f"page: {page}")
     except Exception as error:
         return report_error(error)
     return code
@@ -93,7 +93,7 @@ def look_inside(typed: argparse.Namespace, output: Path) -> "tuple[Section | Non
         spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)
     except (ValueError, OSError) as error:
         return None, report_error(error)
-    print(f"\n{spectrum.summary}\n", file=sys.stderr if typed.json else sys.stdout, flush=True)
+    (say if typed.json else tell)(f"\n{spectrum.summary}\n")
     return spectrum, ExitCode.OK
 
 

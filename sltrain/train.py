@@ -50,6 +50,11 @@ def run_command(arguments: list[str]) -> ExitCode:
     sys.argv[1:] = [*(sweep.hydra_overrides if sweep else []), *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
+    except KeyboardInterrupt:
+        if sweep is None:
+            raise
+        print(f"interrupted; jobs that have begun elsewhere go on; later, run_dir={sweep.folder} continues the others")
+        return ExitCode.INTERRUPTED
     except SystemExit:  # an interrupted job ends the sweep; so does a cluster that refuses it, and Hydra has said why
         if sweep is None:
             raise

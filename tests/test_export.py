@@ -2,6 +2,7 @@
 words of the model card is W. What goes wrong leaves nothing behind."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -653,6 +654,18 @@ def test_the_folder_one_stands_in(
     assert "PosixPath" not in err
     if code:
         assert_refused(code, err, "name")
+
+
+def test_nobody_reads_and_the_model_is_exported(
+    trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ClosedPipe(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", ClosedPipe())
+    assert command.run_command([str(trained("full")), "--output", str(tmp_path / "model")]) == 0
+    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
 
 
 def stop_midway(error: BaseException) -> Callable[..., int]:

@@ -201,7 +201,15 @@ def test_a_run_without_a_checkpoint(model: Path, tmp_path: Path, commands: Call)
     assert_refused(commands(run, "--step", "2"), "no checkpoint of step 2", "none at all")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+def test_reading_needs_no_optimizer(model: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(model / "run", tmp_path / "run", symlinks=True)
+    for path in run.rglob("optimizer.pt"):
+        path.unlink()
+    assert torch.equal(sltrain.load(run).lm_head.weight, sltrain.load(model / "run").lm_head.weight)
+    assert torch.equal(sltrain.load(run, step=2).lm_head.weight, sltrain.load(model / "run", step=2).lm_head.weight)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
 def test_damaged_checkpoints(
     file: str, model: Path, tmp_path: Path, commands: Call, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +229,7 @@ def test_damaged_checkpoints(
     assert said.strip() in err and "damaged" not in out
     assert_refused(commands(run, "--step", "4"), str(damaged), file, "damaged", "another step")
     (checkpoint(run, 2) / "state.json").unlink()
-    with pytest.raises(ValueError, match="no checkpoint in .* is intact"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact; restore one from a copy\.$"):
         sltrain.load(run)
 
 

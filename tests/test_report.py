@@ -279,3 +279,28 @@ def test_the_spectrum_of_a_run_is_on_its_page(
 def test_what_the_spectrum_is_of(tmp_path: Path, report: Report, arguments: tuple[str, ...], said: str) -> None:
     code, _, err = report(make_run(tmp_path / "a"), *arguments)
     assert code == 2 and said in err
+
+
+def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) -> None:
+    run, mine = make_run(tmp_path / "run"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "table.csv").write_text("mine")
+    code, out, err = report(run, "--output", mine)
+    assert code == 2 and "148.40" in out and str(mine / "table.csv") in err
+    assert [path.name for path in mine.iterdir()] == ["table.csv"] and (mine / "table.csv").read_text() == "mine"
+    before = sorted(path.name for path in run.iterdir())
+    code, _, err = report(run, "--output", run)
+    assert code == 2 and "is a run folder" in err and sorted(path.name for path in run.iterdir()) == before
+    (mine / "table.csv").unlink()
+    assert report(run, "--output", mine)[0] == report(run, "--output", mine)[0] == 0  # its own it may
+
+
+def test_nobody_reads_the_table_and_the_page_is_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sltrain.report", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `| true`
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (run / "report" / "report.html").exists()

@@ -82,3 +82,10 @@ def test_the_slurm_launcher_composes() -> None:
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.partition, launcher.gpus_per_node, launcher.tasks_per_node) == ("gpu", 1, 1)
     assert str(launcher.submitit_folder).startswith("/a/.submitit")
+
+
+def test_slurm_needs_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="hydra/launcher=slurm, but there is no srun"):
+        Sweep.plan(["hydra/launcher=slurm", "rank=4,8"])
+    Sweep.plan(["hydra/launcher=submitit_local", "rank=4,8"])

@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,13 @@ class Checkpointer:
     Args:
         run_dir: the run's folder; made when the first checkpoint is saved.
         keep_last: how many checkpoints stay after a save; 0 or None keeps all.
+        to_train: False if only the model is read, so that the optimizer's file need not be there.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int | None) -> None:
+    def __init__(self, run_dir: Path, keep_last: int | None, to_train: bool = True) -> None:
         self.folder = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last or 0
+        self._needed = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE) if to_train else (MODEL_FILE, STATE_FILE)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step` (updates done) and return its folder.
@@ -116,15 +118,13 @@ class Checkpointer:
         over them unasked."""
         candidates = self._list()
         for _, path in reversed(candidates):
-            problem = _find_damage(path)
+            problem = _find_damage(path, self._needed)
             if problem is None:
                 return path
             report(f"checkpoint {path} is damaged ({problem}): looking for the one before it.")
         if candidates:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is intact; restore one from a copy, "
-                "or delete that folder to start anew."
-            )
+            anew = ", or delete that folder to start anew" if OPTIMIZER_FILE in self._needed else ""
+            raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{anew}.")
         return None
 
     def find(self, step: int) -> Path:
@@ -133,7 +133,7 @@ class Checkpointer:
         if step not in paths:
             steps = ", ".join(str(known) for known in paths) or "none at all"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are: {steps}")
-        problem = _find_damage(paths[step])
+        problem = _find_damage(paths[step], self._needed)
         if problem is not None:
             raise CheckpointError(f"checkpoint {paths[step]} is damaged ({problem}); choose another step")
         return paths[step]
@@ -290,11 +290,12 @@ def _disk_reason(error: BaseException) -> str | None:
 # ---- reading
 
 
-def _find_damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint folder `path` in a few words; None if every file matches the manifest."""
+def _find_damage(path: Path, names: Sequence[str]) -> str | None:
+    """What is wrong with these files of the checkpoint folder `path` in a few words; None if each matches the
+    manifest."""
     try:
         files = json.loads((path / MANIFEST_FILE).read_text())["files"]
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        for name in names:
             if not (path / name).is_file():
                 return f"{name} is missing"
             size = (path / name).stat().st_size

@@ -27,7 +27,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature:g}: must be at least 0 (0 is greedy, 1 as trained)")
+            raise ValueError(
+                f"temperature {self.temperature:g}: must be a finite number, at least 0 (0 is greedy, 1 as trained)"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k {self.top_k}: must be at least 1, the number of ids to choose from")
         if self.top_p is not None and not 0 < self.top_p <= 1:

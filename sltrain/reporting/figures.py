@@ -219,7 +219,8 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     y = [float(getattr(row, key)) for row in rows]
     largest = max(row.num_parameters or 0 for row in rows)
     area = [_area(row.num_parameters, largest) for row in rows]
-    for i, row in sorted(enumerate(rows), key=lambda pair: -area[pair[0]]):  # small ones on top
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].name in colours, -area[i]))  # named and small ones on top
+    for i, row in ((i, rows[i]) for i in order):
         colour, marker = colours.get(row.name, GREY), _method_style(row.method)[1]
         face = colour if row.is_complete else "none"
         axes.scatter(x[i], y[i], s=area[i], marker=marker, facecolor=face, edgecolor=colour, alpha=0.55, linewidth=1.2)
@@ -263,6 +264,7 @@ def _scale_memory_axes(axes: "Axes", is_log: bool) -> None:
     axes.yaxis.set_major_formatter(_tick_labels(plain))
     axes.xaxis.set_major_formatter(_tick_labels(plain))
     axes.margins(0.22, 0.18)  # room for names
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
 
 
 def _bubble_legend(axes: "Axes", rows: list[Row], largest: int) -> None:

@@ -14,6 +14,8 @@ from sltrain.reporting.figures import DPI, Picture
 from sltrain.reporting.rows import Row, batches, comparison
 from sltrain.reporting.table import shared, shown
 
+GENERATOR = '<meta name="generator" content="sltrain-report">'  # the mark of a page that may be written over
+
 
 @dataclass
 class Section:
@@ -36,6 +38,7 @@ def render_page(
 ) -> str:
     """The page as HTML: arranged `rows`, what to know about their folders, figures, when it was made, and how."""
     import jinja2
+    import markupsafe
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -58,6 +61,7 @@ def render_page(
         more=more,
         more_pictures=_embedded(more.pictures if more else []),
         made=made,
+        generator=markupsafe.Markup(GENERATOR),
         command=command,
     )
 

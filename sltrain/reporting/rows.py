@@ -44,6 +44,10 @@ class Row:
     sparsity: float | None = None
     alpha: float | None = None
     lr: float | None = None
+    support: str | None = None
+    optimizer: str | None = None
+    dtype: str | None = None
+    seed: int | None = None
     num_parameters: int | None = None
     group: str = ""  # a letter, if perplexities do not compare between all rows
     perplexity: float | None = None
@@ -69,8 +73,8 @@ class Row:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether there is an evaluation, be its numbers finite or not."""
-        return self.loss is not None or self.perplexity is not None
+        """Whether there is an evaluation that compares: a number."""
+        return math.isfinite(math.nan if self.perplexity is None else self.perplexity)
 
     @property
     def is_complete(self) -> bool:
@@ -121,8 +125,8 @@ def make_row(
     used = USED.get(method or "", ALL_USED)
     result = final or newest_eval or {}
     newest_train = train[-1] if train else {}
-    memory = final or newest_train
-    end = last or {}
+    measured = [*train, *([final] if final else [])]
+    end = final or last or {}
     speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
     return Row(
         name=printable(name),
@@ -133,15 +137,19 @@ def make_row(
         sparsity=_number(config, "sparsity") if "sparsity" in used else None,
         alpha=_number(config, "alpha") if "alpha" in used else None,
         lr=_number(config, "lr"),
+        support=_text(config, "support") if "sparsity" in used else None,
+        optimizer=_text(config, "optimizer", "name"),
+        dtype=_text(config, "dtype"),
+        seed=_number(config, "seed"),
         num_parameters=num_parameters,
         perplexity=result.get("perplexity"),
         perplexity_galore_protocol=result.get("perplexity_galore_protocol"),
         bits_per_byte=result.get("bits_per_byte"),
         loss=result.get("loss"),
         evaluated_step=result.get("step"),
-        peak_memory_bytes=memory.get("peak_memory_bytes"),
-        peak_memory_measure=_measure(memory),
-        peak_tensor_bytes=memory.get("peak_tensor_bytes"),
+        peak_memory_bytes=_highest(measured, "peak_memory_bytes"),
+        peak_memory_measure=_measure(final or newest_train),
+        peak_tensor_bytes=_highest(measured, "peak_tensor_bytes"),
         tokens_per_second=statistics.median(speeds) if speeds else None,
         tokens=end.get("tokens"),
         step=end.get("step"),
@@ -188,7 +196,9 @@ def _text(config: Any, *keys: str) -> str | None:
 
 def _number(config: Any, *keys: str) -> Any:
     value = _get(config, *keys)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63 else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 def _max_steps(config: Mapping[str, Any]) -> int | None:
@@ -198,6 +208,11 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
     if steps is None and positions and rows and seq_len:
         steps = math.ceil(positions / (rows * seq_len))
     return steps
+
+
+def _highest(events: Sequence[Event], key: str) -> int | None:
+    """Of all processes that worked on the run: each knows its own peak."""
+    return max((event[key] for event in events if event.get(key) is not None), default=None)
 
 
 def _measure(event: Event) -> str | None:

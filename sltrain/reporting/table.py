@@ -32,6 +32,7 @@ class Column:
     drop: int = 0
     is_text: bool = False
     is_setting: bool = False
+    is_detail: bool = False  # shown only where it differs
     add: Callable[[Row], str] = lambda row: ""  # what else a cell says, after the value
 
     def cell(self, row: Row) -> str:
@@ -90,6 +91,10 @@ COLUMNS = (
     Column("sparsity", "sparsity", plain, drop=6, is_setting=True),
     Column("alpha", "alpha", plain, drop=10, is_setting=True),
     Column("lr", "lr", plain, drop=8, is_setting=True),
+    Column("support", "support", str, drop=6, is_text=True, is_detail=True),
+    Column("optimizer", "optimizer", str, drop=8, is_text=True, is_detail=True),
+    Column("dtype", "dtype", str, drop=8, is_text=True, is_detail=True),
+    Column("seed", "seed", str, drop=8, is_detail=True),
     Column("num_parameters", "parameters", short, drop=1),
     Column("group", "set", str, is_text=True),
     Column("perplexity", "perplexity", perplexity, add=at_step),
@@ -108,9 +113,8 @@ COLUMNS = (
 
 def shown(rows: list[Row]) -> list[Column]:
     """The columns in which some row has a value, without those that `shared` says."""
-    return [
-        column for column in COLUMNS if any(column.cell(row) != "-" for row in rows) and not _is_shared(column, rows)
-    ]
+    least = {False: 1, True: 2}  # different values
+    return [c for c in COLUMNS if not _is_shared(c, rows) and _num_values(c, rows) >= least[c.is_detail]]
 
 
 def shared(rows: list[Row]) -> str:
@@ -122,6 +126,11 @@ def shared(rows: list[Row]) -> str:
 def sentences(rows: list[Row]) -> list[str]:
     """What a reader of the table must know: shared settings, and what compares."""
     return [sentence for sentence in (shared(rows), comparison(rows), batches(rows)) if sentence]
+
+
+def _num_values(column: Column, rows: list[Row]) -> int:
+    """How many different values there are."""
+    return len({column.cell(row) for row in rows} - {"-"})
 
 
 def _is_shared(column: Column, rows: list[Row]) -> bool:
@@ -136,7 +145,7 @@ def text_table(rows: list[Row], width: int | None = None) -> str:
     """Aligned lines for a terminal of `width` columns (default: the one that this process prints to), and the
     sentences that belong to it."""
     if width is None:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
     columns = shown(rows)
     while sum(_width(column, rows) + 2 for column in columns) - 2 > width and any(column.drop for column in columns):
         columns.remove(max(reversed(columns), key=lambda column: column.drop))

@@ -176,3 +176,26 @@ def test_the_published_convention_compares_only_between_equal_batches() -> None:
     assert "micro_batch_size differs" in batches(arrange(rows))
     rows[0].padding = "another"  # another letter, so nobody compares them
     assert batches(arrange(rows)) == ""
+
+
+def test_a_peak_is_that_of_all_processes_of_a_run() -> None:
+    train = [{**TRAIN[0], "peak_memory_bytes": 9, "peak_tensor_bytes": 4}, {**TRAIN[1], "peak_memory_bytes": 7}]
+    row = row_of(train=train, final=FINAL)  # the last process saw 5
+    assert (row.peak_memory_bytes, row.peak_tensor_bytes) == (9, 4)
+
+
+def test_a_finished_run_is_as_far_as_its_summary_says() -> None:
+    row = row_of(final={**FINAL, "tokens": 512}, last=TRAIN[1])  # a log that was cut
+    assert (row.step, row.tokens, row.wall_seconds) == (4, 512, 7.5)
+
+
+def test_any_learning_rate_is_shown() -> None:
+    assert row_of({**CONFIG, "lr": 1e30}).lr == 1e30
+    assert row_of({**CONFIG, "lr": math.inf}).lr is None
+
+
+def test_a_run_without_numbers_makes_no_group() -> None:
+    rows = rows_of(a=10.0, b=20.0, nan=math.nan)
+    rows[2].eval_bytes = None  # nothing to reckon it from
+    rows[0].eval_bytes = rows[1].eval_bytes = 5
+    assert {row.group for row in arrange(rows)} == {""} and comparison(arrange(rows)) == ""

@@ -114,3 +114,12 @@ def test_a_long_name_keeps_both_ends() -> None:
     assert elide("x" * 44, 44) == "x" * 44
     short_name = elide("begin" + "-" * 100 + "end", 20)
     assert len(short_name) == 20 and short_name.startswith("begin") and short_name.endswith("end")
+
+
+def test_details_are_shown_where_they_differ() -> None:
+    rows = [Row("a", "finished", support="uniform", seed=1), Row("b", "finished", support=None, seed=2)]
+    headings = [column.heading for column in shown(rows)]
+    assert "seed" in headings and "support" not in headings
+    rows[1].support, rows[1].seed = "block", 1
+    headings = [column.heading for column in shown(rows)]
+    assert "support" in headings and "seed" not in headings and "seed" not in text_table(rows, 400)
