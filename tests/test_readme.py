@@ -79,7 +79,7 @@ def test_the_memory_table_is_what_its_commands_print() -> None:
 
 
 def test_paths_exist() -> None:
-    for path in re.findall(r"`((?:sltrain|conf|launch|tests)/[\w/.]*\w)`", README):
+    for path in re.findall(r"(?:`|\]\()((?:sltrain|conf|launch|tests|outputs/example)/[\w/.]*\w)(?:`|\))", README):
         assert (ROOT / path).exists(), path
 
 
