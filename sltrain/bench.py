@@ -9,13 +9,12 @@ The table goes to stdout, or with format=json one object as its last line; progr
 """
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from sltrain.bench_config import CANDIDATES, BenchConfig, check_scope, validate
 from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, say
 
 BENCH = Schema(
     "bench",
@@ -73,11 +72,6 @@ def train_overrides(config: BenchConfig) -> list[str]:
         overrides += [f"global_batch_size={config.batch}", f"micro_batch_size={config.batch}"]
     values = {"layer_path": config.layer_path, "rank": config.rank, "sparsity": config.sparsity}
     return overrides + [f"{key}={value}" for key, value in values.items() if value is not None]
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import glob
 import os
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,7 +58,8 @@ def export(
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        num_bytes = _write(saved, saved.config, partial, format, dtype, max_shard_bytes)
+        _write_texts(saved, saved.config, partial, format, dtype)
+        num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
         report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {_name(dtype)}")
         report(f"verified   {verify(saved, partial, dtype)}")
         _check_free(output)  # another one may have been faster
@@ -75,10 +75,8 @@ def _check_free(output: Path) -> None:
         raise ValueError(f"{output} exists and is not empty; name another folder")
 
 
-def _write(
-    saved: Saved, config: TrainConfig, folder: Path, format: str, dtype: torch.dtype, max_shard_bytes: int
-) -> int:
-    """Fill `folder`; return the bytes of its weights."""
+def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, dtype: torch.dtype) -> None:
+    """Everything but the weights: see formats/folder.py."""
     tokenizer, shape = saved.tokenizer, asdict(saved.model.config)
     ids = {f"{name}_id": number for name, number in tokenizer.special_ids().items() if name != "unk_token"}
     facts = Facts(
@@ -93,6 +91,10 @@ def _write(
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
     (folder / "tokenizer.json").write_bytes(tokenizer.json.encode())
     (folder / "README.md").write_text(_card(saved, config, format, dtype), encoding="utf-8")
+
+
+def _write_weights(saved: Saved, folder: Path, format: str, dtype: torch.dtype, max_shard_bytes: int) -> int:
+    """The weights, layer by layer; return their bytes."""
     if format == "compressed":
         shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
         return write_weights(
@@ -109,9 +111,7 @@ def _dense(saved: Saved, name: str) -> Tensor:
     layer = saved.model.get_submodule(module_name)
     if leaf != "weight" or not isinstance(layer, SLTrainLinear | LowRankLinear):
         return saved.files.read(name)
-    own = deepcopy(layer)
-    saved.files.fill(own, f"{module_name}.", dtype=torch.float32)
-    return own.dense_weight()
+    return saved.read_layer(module_name, torch.float32).dense_weight()
 
 
 def _name(dtype: torch.dtype) -> str:

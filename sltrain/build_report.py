@@ -133,21 +133,18 @@ def count_parameters_of(run: Path) -> int:
 
 def write_report(report: Report, output: Path, command: str = "", more: Section | None = None) -> Path:
     """Write page, table and figures into the folder `output`, and return the page's path. The page also shows
-    `more`. Raises ValueError if there is no run, or if nothing can be written there."""
-    if not report.rows:
-        raise ValueError("; ".join(report.notes) or "no run was found; name the folder of a run")
+    `more`. Raises ValueError if nothing can be written there."""
     from sltrain.reporting.figures import draw_all  # with matplotlib
 
     pictures = draw_all(report.rows, report.curves)
     made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
     page = render_page(report.rows, report.notes, pictures, made, command, more)
-    _check_output(output)
     texts = {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows), PAGE: page}
     write_files(output, pictures, texts, OUR_PICTURES)
     return output / PAGE
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuse (ValueError) to write over what no report wrote, and among the files of a run."""
     if RunFolder(output).config_file.exists():
         raise ValueError(f"{output} is a run folder; name another with --output, such as {output / 'report'}")

@@ -6,6 +6,7 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.engine.run_folder import RunFolder
+from sltrain.errors import first_line
 from sltrain.formats.folder import FORMAT_VERSION, STEMS, Facts, read_json
 from sltrain.formats.weights import WeightFiles
 from sltrain.layers.convert import restore_layers
@@ -52,19 +54,23 @@ class Saved:
         """Positions that the model reads at most."""
         return self.model.config.max_position_embeddings
 
-    def load(
-        self, device: torch.device, dtype: torch.dtype | None = None, layer_path: str = "auto", num_rows: int = 1
-    ) -> LlamaForCausalLM:
-        """The model with its weights, once. Each W x is computed by `layer_path`, auto: by what is cheaper for
-        `num_rows` rows of x at a time. Raises ValueError if it does not fit into memory."""
+    def load(self, device: torch.device, dtype: torch.dtype | None = None, num_rows: int = 1) -> LlamaForCausalLM:
+        """The model with its weights, once. Each W x is computed by what is cheaper for `num_rows` rows of x at a time.
+        Raises ValueError if it does not fit into memory."""
         try:
             self.files.fill(self.model, device=device, dtype=dtype)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise ValueError(f"the model does not fit into the memory of {device}; use another device") from error
-        set_paths(self.model, layer_path, num_rows, device)
+        set_paths(self.model, "auto", num_rows, device)
         return self.model
+
+    def read_layer(self, name: str, dtype: torch.dtype) -> Any:
+        """A copy of the module called `name` with its weights, in `dtype`; the model's own stays without memory."""
+        layer = deepcopy(self.model.get_submodule(name))
+        self.files.fill(layer, f"{name}.", dtype=dtype)
+        return layer
 
 
 def open_saved(path: str | Path, step: int | None = None, report: Report = print) -> Saved:
@@ -117,8 +123,7 @@ def open_export(path: Path, report: Report) -> Saved:
             model = LlamaForCausalLM(shape).to(dtype)
         restore_layers(model, facts.layers)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path / 'config.json'} is damaged ({reason}); export the run again") from error
+        raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
     files.check(model)
     json_text = (path / "tokenizer.json").read_bytes().decode()
     tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), shape.vocab_size, report)

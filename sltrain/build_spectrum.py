@@ -10,7 +10,6 @@ middle and the last decoder layer, or what name patterns fit. One layer is in me
 
 import re
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,8 +142,7 @@ def _examine(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> Found
 
 def _read_layer(saved: Saved, name: str) -> nn.Module:
     """The layer called `name` with its weights, in float64."""
-    layer = deepcopy(saved.model.get_submodule(name))  # the model's own stays without memory
-    saved.files.fill(layer, f"{name}.", dtype=torch.float64)
+    layer: nn.Module = saved.read_layer(name, torch.float64)
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         raise ValueError(f"{name} holds weights that are not finite at step {saved.step}; choose an earlier step")
     return layer

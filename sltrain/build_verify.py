@@ -9,7 +9,6 @@ logits    In float32 arithmetic, of random ids. Where W was not rounded they are
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +64,19 @@ def compare_tensors(saved: Saved, exported: Saved, dtype: torch.dtype) -> float 
             if not torch.equal(found, cast(saved.files.read(name), dtype)):
                 raise AssertionError(f"the exported {name} is another one")
             continue
-        errors.append(product_error(_read_layer(saved, name.removesuffix(".weight")), found))
+        errors.append(product_error(saved.read_layer(name.removesuffix(".weight"), torch.float32), found))
         if not errors[-1] <= MAX_PRODUCT_ERROR[dtype]:
             raise AssertionError(f"the exported {name} is another one: W x differs by {errors[-1]:.1e} of its norm")
     return max(errors, default=None)
 
 
 def product_error(layer: nn.Module, weight: Tensor) -> float:
-    """|x W^T - layer(x)| / |layer(x)| for random rows x, in float32."""
+    """|x W^T - layer(x)| / |layer(x)| for random rows x, in float32, layer(x) through A, B and S."""
     assert isinstance(layer, FactoredLinear)
+    set_paths(layer, "factored", NUM_ROWS, torch.device("cpu"))
     x = torch.randn(NUM_ROWS, layer.in_features, generator=torch.Generator().manual_seed(1))
     y = layer(x)
     return float((x @ weight.float().t() - y).norm() / y.norm().clamp(min=1e-30))
-
-
-def _read_layer(saved: Saved, name: str) -> nn.Module:
-    layer = deepcopy(saved.model.get_submodule(name))
-    saved.files.fill(layer, f"{name}.", dtype=torch.float32)
-    set_paths(layer, "factored", NUM_ROWS, torch.device("cpu"))
-    return layer
 
 
 @torch.no_grad()

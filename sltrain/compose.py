@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.config import TrainConfig, validate
+from sltrain.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_config(path: Path) -> TrainConfig:
         result = to_train_config(config)
         validate(result)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        reason = _composition_error(error, []) if isinstance(error, OmegaConfBaseException) else _first_line(error)
+        reason = _composition_error(error, []) if isinstance(error, OmegaConfBaseException) else first_line(error)
         raise ValueError(f"{path} is damaged, or of another version: {reason}") from error
     return result
 
@@ -240,10 +241,6 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
         message += " (write whole numbers out: 1_000_000)"
     typed = next((o for o in reversed(overrides) if key and o.lstrip("+~").partition("=")[0] == key), None)
     return f"{typed or key}: {message}" if (typed or key) else message
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_key(override: Override, schema: Schema) -> None:

@@ -51,6 +51,16 @@ def tell(text: str, write: Callable[[str], Any] = print) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def say(line: str) -> None:
+    """A line of progress, on standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the page that follows."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def exit_code_of(error: BaseException) -> ExitCode:
     """The exit code for an exception that ended a command."""
     return ExitCode.BAD_INPUT if isinstance(error, ValueError | OSError) else ExitCode.FAILED

@@ -10,9 +10,8 @@ is the number of the harness behind published tables, for comparison; bits_per_b
 """
 
 import argparse
-import sys
 
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, say
 from sltrain.flags import make_parser
 
 
@@ -52,7 +51,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             eval_tokens=typed.eval_tokens,
             batch_size=typed.batch_size,
             device=typed.device,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=say,
         )
         print(to_strict_json(numbers) if typed.json else as_text(numbers), flush=True)
     except Exception as error:

@@ -7,9 +7,8 @@ The text comes token by token on standard output, prompt included. What is not t
 """
 
 import argparse
-import sys
 
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, say
 from sltrain.flags import make_parser
 
 
@@ -51,7 +50,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             top_k=typed.top_k,
             top_p=typed.top_p,
             seed=typed.seed,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=say,
         ):
             print(text, end="", flush=True)
         print(flush=True)

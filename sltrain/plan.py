@@ -12,12 +12,11 @@ unless device=cpu or dtype=float32 says otherwise. With format=json the last lin
 
 import difflib
 import json
-import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.errors import ExitCode, report_error, run_as_process, say
 from sltrain.plan_config import PlanConfig, validate
 
 if TYPE_CHECKING:
@@ -59,11 +58,6 @@ def run_command(arguments: list[str]) -> ExitCode:
     else:
         print(as_table(plan, settings.reserve_gb), flush=True)
     return ExitCode.OK
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -13,11 +13,10 @@ What is missing or damaged is named, and the rest reported. The answer is 2 only
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sltrain.errors import ExitCode, report_error, run_as_process, tell
+from sltrain.errors import ExitCode, report_error, run_as_process, say, tell
 from sltrain.flags import make_parser
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
-        from sltrain.build_report import as_json, read_report, write_report
+        from sltrain.build_report import as_json, check_output, read_report, write_report
         from sltrain.reporting.table import text_table
 
         report = read_report(typed.paths)
@@ -76,6 +75,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             say(f"note: {note}")
         tell(as_json(report.rows) if typed.json else text_table(report.rows))
         output = typed.output or (report.first or typed.paths[0]) / "report"
+        check_output(output)
         spectrum, code = look_inside(typed, output) if typed.spectrum else (None, ExitCode.OK)
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
@@ -95,11 +95,6 @@ def look_inside(typed: argparse.Namespace, output: Path) -> "tuple[Section | Non
         return None, report_error(error)
     (say if typed.json else tell)(f"\n{spectrum.summary}\n")
     return spectrum, ExitCode.OK
-
-
-def say(line: str) -> None:
-    """A line for the person, beside the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "build_data": {"config", "data", "engine"},
     "build_memory": {*ROOMS, "config"},
     "build_plan": {*ROOMS, "build", "build_memory", "config", "plan_config"},
-    "build_saved": {*ROOMS, "formats", "build", "compose", "config"},
+    "build_saved": {*ROOMS, "formats", "build", "compose", "config", "errors"},
     "build_export": {"engine", "formats", "layers", "models", "build_saved", "build_verify", "config"},
     "build_verify": {"formats", "layers", "build_saved"},
     "build_generate": {"engine", "models", "build_saved"},

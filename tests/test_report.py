@@ -289,7 +289,7 @@ def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) ->
     assert code == 2 and "148.40" in out and str(mine / "table.csv") in err
     assert [path.name for path in mine.iterdir()] == ["table.csv"] and (mine / "table.csv").read_text() == "mine"
     before = sorted(path.name for path in run.iterdir())
-    code, _, err = report(run, "--output", run)
+    code, _, err = report(run, "--output", run, "--spectrum")
     assert code == 2 and "is a run folder" in err and sorted(path.name for path in run.iterdir()) == before
     (mine / "table.csv").unlink()
     assert report(run, "--output", mine)[0] == report(run, "--output", mine)[0] == 0  # its own it may

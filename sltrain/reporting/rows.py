@@ -121,48 +121,55 @@ def make_row(
         last: the newest event of any kind.
         not_recipe: keys of the configuration that do not change what is computed.
     """
-    method = _text(config, "method", "name")
-    used = USED.get(method or "", ALL_USED)
-    result = final or newest_eval or {}
-    newest_train = train[-1] if train else {}
-    measured = [*train, *([final] if final else [])]
-    end = final or last or {}
-    speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
     return Row(
         name=printable(name),
         status=printable(status),
-        method=method,
-        size=_text(config, "model", "name"),
-        rank=_number(config, "rank") if "rank" in used else None,
-        sparsity=_number(config, "sparsity") if "sparsity" in used else None,
-        alpha=_number(config, "alpha") if "alpha" in used else None,
-        lr=_number(config, "lr"),
-        support=_text(config, "support") if "sparsity" in used else None,
-        optimizer=_text(config, "optimizer", "name"),
-        dtype=_text(config, "dtype"),
-        seed=_number(config, "seed"),
         num_parameters=num_parameters,
-        perplexity=result.get("perplexity"),
-        perplexity_galore_protocol=result.get("perplexity_galore_protocol"),
-        bits_per_byte=result.get("bits_per_byte"),
-        loss=result.get("loss"),
-        evaluated_step=result.get("step"),
-        peak_memory_bytes=_highest(measured, "peak_memory_bytes"),
-        peak_memory_measure=_measure(final or newest_train),
-        peak_tensor_bytes=_highest(measured, "peak_tensor_bytes"),
-        tokens_per_second=statistics.median(speeds) if speeds else None,
-        tokens=end.get("tokens"),
-        step=end.get("step"),
-        max_steps=_max_steps(config),
-        wall_seconds=end.get("wall_seconds"),
         tokenizer_hash=tokenizer_hash,
-        padding=_text(config, "padding"),
-        seq_len=_number(config, "seq_len"),
-        eval_tokens=result.get("eval_tokens"),
-        eval_bytes=_eval_bytes(result),
-        micro_batch_size=_number(config, "micro_batch_size"),
         recipe=_recipe(config, {"rank", "sparsity", *not_recipe}),
+        **_settings(config),
+        **_results(train, newest_eval, final, last),
     )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the configuration decides. What the method does not use is None."""
+    method = _text(config, "method", "name")
+    used = USED.get(method or "", ALL_USED)
+    return {
+        "method": method,
+        "size": _text(config, "model", "name"),
+        **{key: _number(config, key) for key in used},
+        "lr": _number(config, "lr"),
+        "support": _text(config, "support") if "sparsity" in used else None,
+        "optimizer": _text(config, "optimizer", "name"),
+        "dtype": _text(config, "dtype"),
+        "seed": _number(config, "seed"),
+        "max_steps": _max_steps(config),
+        "padding": _text(config, "padding"),
+        "seq_len": _number(config, "seq_len"),
+        "micro_batch_size": _number(config, "micro_batch_size"),
+    }
+
+
+def _results(
+    train: Sequence[Event], newest_eval: Event | None, final: Event | None, last: Event | None
+) -> dict[str, Any]:
+    """The fields that the log decides."""
+    result, end = final or newest_eval or {}, final or last or {}
+    measured = [*train, *([final] if final else [])]
+    speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
+    names = ("perplexity", "perplexity_galore_protocol", "bits_per_byte", "loss", "eval_tokens")
+    return {
+        **{key: result.get(key) for key in names},
+        "evaluated_step": result.get("step"),
+        "eval_bytes": _eval_bytes(result),
+        "peak_memory_bytes": _highest(measured, "peak_memory_bytes"),
+        "peak_memory_measure": _measure(measured[-1]) if measured else None,
+        "peak_tensor_bytes": _highest(measured, "peak_tensor_bytes"),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        **{key: end.get(key) for key in ("tokens", "step", "wall_seconds")},
+    }
 
 
 def make_curve(train: Sequence[Event], evals: Sequence[Event], final: Event | None) -> Curve:
