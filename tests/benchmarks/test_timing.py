@@ -1,11 +1,14 @@
 """Candidates are timed in turns, equally often, and each round begins with another one."""
 
 import math
-import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import sltrain.benchmarks.timing as timing_module
 from sltrain.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Task, Timing, fitting_repeats, geometric_mean, in_turns
 
 CPU = torch.device("cpu")
@@ -19,16 +22,17 @@ def test_rounds_rotate_after_one_warm_up() -> None:
     assert all(len(timing.samples) == 4 for timing in timings.values())
 
 
-def test_only_run_is_timed() -> None:
+def test_only_run_is_timed(clock_of: Callable[[ModuleType], Any]) -> None:
+    clock = clock_of(timing_module)
     order: list[str] = []
     task = Task(
-        lambda: order.append("run"),
-        before=lambda: (order.append("before"), time.sleep(0.1)),
-        after=lambda: (order.append("after"), time.sleep(0.1)),
+        lambda: (order.append("run"), clock.work(2.0)),
+        before=lambda: (order.append("before"), clock.work(10.0)),
+        after=lambda: (order.append("after"), clock.work(20.0)),
     )
     timing = in_turns({"a": task}, CPU, repeats=1, deadline=0, say=lambda line: None)["a"]
     assert order == ["before", "run", "after"] * 2
-    assert timing.median < 0.1
+    assert timing.median == 2.0
 
 
 def test_a_warm_up_of_its_own_stands_in_for_the_first_call() -> None:

@@ -1,7 +1,5 @@
 """Parameter counts: the paper's, exactly on small models, and without allocating anything."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -26,7 +24,6 @@ PAPER = {
 @pytest.mark.parametrize("size", PAPER)
 def test_counts_are_the_papers(size):
     hidden, feed_forward, layers, heads, rank, sparsity, *millions = PAPER[size]
-    start = time.perf_counter()
     with torch.device("meta"):
         model = LlamaForCausalLM(ModelConfig(size, hidden, feed_forward, layers, heads, vocab_size=32_000))
     replaced = replace_linears(
@@ -37,8 +34,7 @@ def test_counts_are_the_papers(size):
         ),
     )
     counts = count_parameters(model)
-    assert time.perf_counter() - start < 10  # 0.1 s; filling 7B would take minutes
-    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), "filling 7B would take minutes"
     assert len(replaced) == 7 * layers
     found = [counts[group] / 1e6 for group in ("total", "dense", "low_rank", "sparse")]
     assert found[0] == pytest.approx(millions[0], abs=0.06)
