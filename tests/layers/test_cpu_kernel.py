@@ -308,7 +308,9 @@ def test_a_compiler_that_hangs_is_ended(tmp_path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ sleep 300 & echo $! > {tmp_path}/pid; wait; }}\n')
     compiler.chmod(0o755)
-    code = CHECK.replace("\nprint", "\ncpu_kernel.COMPILE_SECONDS = 1\nprint", 1)
+    code = CHECK.replace(
+        "\nprint", "\nfrom sltrain.layers import compile_cpp\ncompile_cpp.COMPILE_SECONDS = 1\nprint", 1
+    )
     assert "took more than 1 s" in finish(start(tmp_path / "cache", code, CXX=str(compiler)))
     child = Path("/proc") / (tmp_path / "pid").read_text().strip()
     if Path("/proc/self").exists():
@@ -319,7 +321,9 @@ def test_a_wrong_result_is_noticed(tmp_path) -> None:
     """A library that answers, and computes nothing."""
     names = [f"sltrain_{kind}_{direction}" for kind in ("sparse", "block") for direction in ("forward", "backward")]
     source = "".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in [*names, "sltrain_has_threads"])
-    code = CHECK.replace("\nprint", f"\ncpu_kernel._SOURCE = {source!r}\nprint", 1)
+    (tmp_path / "empty.cpp").write_text(source)
+    path = repr(str(tmp_path / "empty.cpp"))
+    code = CHECK.replace("\nprint", f"\nimport pathlib\ncpu_kernel.SOURCE = pathlib.Path({path})\nprint", 1)
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     assert finish(start(tmp_path, code)) == "the compiled kernel gives wrong results on this machine"
@@ -330,8 +334,8 @@ def test_builds_once_repairs_damage_and_shares_torchs_threads(tmp_path) -> None:
     """In one test, since each build takes seconds: two processes build at once; a third finds their file damaged; a
     fourth uses the third's without a compiler run."""
     quick = (
-        "from sltrain.layers import cpu_kernel\ncpu_kernel.FLAGS = ('-O0', *cpu_kernel.FLAGS[2:], '-std=c++17')\n"
-        + CHECK
+        "from sltrain.layers import compile_cpp\n"
+        "compile_cpp.FLAGS = ('-O0', *compile_cpp.FLAGS[2:], '-std=c++17')\n" + CHECK
     )
     both = [start(tmp_path, quick) for _ in range(2)]
     assert [finish(process) for process in both] == ["None", "None"]
@@ -342,7 +346,7 @@ def test_builds_once_repairs_damage_and_shares_torchs_threads(tmp_path) -> None:
     assert finish(start(tmp_path, quick)) == "None"
     assert [f.read_bytes() for f in folder.iterdir()] == [whole]
 
-    no_compiling = "from sltrain.layers import cpu_kernel\ncpu_kernel._compile = None\n"
+    no_compiling = "from sltrain.layers import compile_cpp\ncompile_cpp._compile = None\n"
     no_second_pool = """
 torch.set_num_threads(2)
 cpu_kernel.sparse_forward(torch.ones(500, 4), [torch.ones(1)], [torch.zeros(1, dtype=torch.int32)], [3])
