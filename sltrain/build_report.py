@@ -20,7 +20,7 @@ from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.engine.run_folder import RunFolder, write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
-from sltrain.reporting.figures import Picture
+from sltrain.reporting.drawing import Picture
 from sltrain.reporting.page import GENERATOR, Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table

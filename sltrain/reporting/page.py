@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sltrain.reporting.figures import DPI, Picture
+from sltrain.reporting.drawing import DPI, Picture
 from sltrain.reporting.rows import Row, batches, comparison
 from sltrain.reporting.table import shared, shown
 

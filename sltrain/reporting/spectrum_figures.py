@@ -8,13 +8,13 @@ that fall, or it would show little else.
 
 import io
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sltrain.reporting.figures import COLOURS, DPI, MARKERS, STYLE, WIDTH, Picture
+from sltrain.reporting.drawing import COLOURS, DPI, MARKERS, WIDTH, Picture, our_style
 from sltrain.reporting.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def draw_spectra(step: int, spectra: Mapping[Place, Spectrum]) -> list[Picture]:
     pages = [places[first : first + MAX_PANELS] for first in range(0, len(places), MAX_PANELS)]
     pictures = []
     for number, page in enumerate(pages, 1):
-        png = _png(lambda page=page: spectrum_figure({place: spectra[place] for place in page}))
+        png = _png(partial(spectrum_figure, {place: spectra[place] for place in page}))
         several = f", part {number} of {len(pages)}" if len(pages) > 1 else ""
         name = f"spectrum_{step}.png" if number == 1 else f"spectrum_{step}_{number}.png"
         alt = f"Singular values of {len(page)} layers at step {step}, {_name(page[0])} to {_name(page[-1])}."
@@ -137,7 +137,7 @@ def draw_energy(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]])
         " kind of projection and depth."
     )
     alt = f"Share of S in the energy of every projection against depth, at {when}."
-    return Picture("energy.png", "Share of S in the energy", caption, alt, _png(lambda: energy_figure(shares)))
+    return Picture("energy.png", "Share of S in the energy", caption, alt, _png(partial(energy_figure, shares)))
 
 
 def energy_figure(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> "Figure":
@@ -182,14 +182,8 @@ def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figu
     return figure, grid[:num_panels]
 
 
-def _png(draw: Any) -> bytes:
-    """What `draw` draws, in our style and not in the user's."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+def _png(draw: Callable[[], "Figure"]) -> bytes:
+    with our_style():
         out = io.BytesIO()
         draw().savefig(out, format="png", metadata={"Software": None})
         return out.getvalue()

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sltrain.reporting import figures
-from sltrain.reporting.figures import FEW, NUM_BEST, draw_all, draw_heat_maps, draw_loss, draw_memory, smooth
+from sltrain.reporting import figures, memory_figure
+from sltrain.reporting.drawing import FEW, NUM_BEST
+from sltrain.reporting.figures import draw_all, draw_heat_maps, draw_loss, smooth
+from sltrain.reporting.memory_figure import draw_memory
 from sltrain.reporting.rows import Curve, Point, Row, arrange
 
 
@@ -42,13 +44,14 @@ def curve(num_lines: int, clock: bool = True, diverges: bool = False) -> Curve:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures behind the pictures."""
     kept: list[Any] = []
-    make = figures._figure
+    make = figures.new_figure
 
     def keep(*size: float) -> Any:
         kept.append(make(*size))
         return kept[-1]
 
-    monkeypatch.setattr(figures, "_figure", keep)
+    monkeypatch.setattr(figures, "new_figure", keep)
+    monkeypatch.setattr(memory_figure, "new_figure", keep)
     return kept
 
 

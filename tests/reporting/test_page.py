@@ -3,7 +3,8 @@
 import base64
 from html.parser import HTMLParser
 
-from sltrain.reporting.figures import Picture, draw_all
+from sltrain.reporting.drawing import Picture
+from sltrain.reporting.figures import draw_all
 from sltrain.reporting.page import render_page
 from sltrain.reporting.rows import Row, arrange, comparison
 from sltrain.reporting.table import shown

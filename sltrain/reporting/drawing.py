@@ -1,0 +1,107 @@
+"""What all figures share: their style, colours for the runs, and the way to a PNG.
+
+Figures are for paper as for screens, and for eyes that tell few colours apart: colours are those of Okabe and Ito, a
+method has a line style and a marker. Up to `FEW` runs each have a colour and a name; of more, the best, and the others
+are grey.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sltrain.reporting.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+FEW = 7  # runs with a colour and a name
+NUM_BEST = 5  # runs that have one if there are more
+MAX_LABEL = 30  # characters
+DPI = 160
+WIDTH = 7.2  # inches; on a phone that leaves letters large enough to read
+
+# Okabe and Ito's; their yellow is invisible on white.
+BLUE, VERMILLION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+ORANGE, PURPLE, SKY_BLUE = "#E69F00", "#CC79A7", "#56B4E9"
+COLOURS = (BLUE, VERMILLION, GREEN, BLACK, ORANGE, PURPLE, SKY_BLUE)
+GREY = "#9a9a9a"
+MARKERS = ("o", "s", "^", "D", "v", "<", ">")
+METHODS = {"sltrain": ("-", "o"), "low_rank": ("--", "s"), "full": ("-.", "^")}
+OTHER_METHOD = (":", "D")
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,  # a name may hold a $
+}
+
+
+@dataclass
+class Picture:
+    """One figure: file name, what it says, and the PNG itself."""
+
+    file_name: str
+    title: str
+    caption: str
+    alt: str  # for who cannot see it
+    png: bytes
+
+
+@contextmanager
+def our_style() -> Iterator[None]:
+    """Drawing in our style and not in the user's."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def colours_of(rows: list[Row]) -> dict[str, str]:
+    """The colours of the named runs, the same in all figures. The others are grey."""
+    num_named = len(rows) if len(rows) <= FEW else NUM_BEST
+    return {row.name: colour for row, colour in zip(rows[:num_named], COLOURS, strict=False)}
+
+
+def method_style(method: str | None) -> tuple[Any, str]:
+    """Line style and marker of a method."""
+    return METHODS.get(method or "", OTHER_METHOD)
+
+
+def tick_labels(write: Callable[[float], str]) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, position: write(value))
+
+
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def legend_below(axes: "Axes", handles: "list[Line2D]", labels: list[str], **style: Any) -> None:
+    """A legend below the plot and its labels, where it covers nothing."""
+    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0, **style)
+
+
+def to_picture(figure: "Figure", file_name: str, title: str, caption: str, alt: str) -> Picture:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+    return Picture(file_name, title, caption, alt, out.getvalue())
