@@ -38,8 +38,8 @@ from sltrain.benchmarks.step import (
     those_that_fit,
 )
 from sltrain.benchmarks.timing import product_task, run_once, stopwatch
-from sltrain.build import allocate, build_model, pick_dtype
 from sltrain.build_data import build_sources, build_tokenizer
+from sltrain.build_model import allocate, build_model, pick_dtype
 from sltrain.config import MethodConfig, ModelConfig, TrainConfig
 from sltrain.data.sources import Source
 from sltrain.data.stream import TrainStream

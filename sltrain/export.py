@@ -35,8 +35,8 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-export` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.build import DTYPES
         from sltrain.build_export import export
+        from sltrain.build_model import DTYPES
         from sltrain.build_saved import open_saved
 
         saved = open_saved(typed.run, typed.step, tell)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import sltrain
 from sltrain import build_export, errors
 from sltrain import export as command
-from sltrain.build import build_model
+from sltrain.build_model import build_model
 from sltrain.build_saved import open_saved
 from sltrain.compose import read_config
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear

@@ -1,0 +1,50 @@
+"""Config -> model: LLaMA with the method's layers, on meta memory, and then on a device."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from sltrain.config import TrainConfig
+from sltrain.methods import METHODS
+from sltrain.methods.settings import MethodSettings
+from sltrain.models.llama import LlamaForCausalLM, is_projection
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model with the method's layers in place, on the meta device: shapes without memory."""
+    shape = dataclasses.replace(config.model, vocab_size=vocab_size)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
+    model.to(dtype)
+    settings = MethodSettings(
+        rank=config.rank,
+        sparsity=config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        block_size=config.block_size,
+        rank_overrides=config.rank_overrides,
+        sparsity_overrides=config.sparsity_overrides,
+    )
+    METHODS[config.method.name].replace(model, settings, is_projection)
+    return model
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA, float32 on the CPU, where bfloat16 products are many times slower."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give a model on meta memory on its device. Raises ValueError if there is not enough."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # torch's allocators, out of memory
+        raise ValueError(
+            f"the model's {num_bytes / 1e9:,.1f} GB do not fit on {device}; choose a smaller one"
+        ) from error
