@@ -61,4 +61,5 @@ def evaluate(
         "perplexity_galore_protocol": safe_exp(galore_losses / num_ranks),
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "eval_tokens": int(num_targets),
+        "eval_processes": int(num_ranks),
     }

@@ -10,7 +10,8 @@ done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row 
                  planned_memory_bytes, peak_tensor_bytes (measured, from the third update of a process on),
                  peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
-    eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens (see evaluate.py)
+    eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens,
+                 eval_processes (those that had a part of the text; see evaluate.py)
     final        also the three of memory, peak_memory_measure, num_parameters, index_bytes
     stopped      outcome, in words: why the run ended before its budget
 

@@ -9,10 +9,10 @@ The status is told by the first of these that holds:
     running       a live process of this machine holds `.lock`
     interrupted, diverged, out of memory, data lost
                   the last line of metrics.jsonl is a `stopped` line with this outcome
-    running       metrics.jsonl was written to within ten minutes, and `.lock` does not deny it: a lock is not seen
-                  across machines, so a free one counts only if its owner ran on this one
-    crashed       there is a line, but nothing says how the run ended
-    not started   there is none
+    not started   there is no line in metrics.jsonl, and `.lock` names no process that ever held it
+    running       metrics.jsonl (config.yaml before it) was written within ten minutes, and `.lock` does not deny it: a
+                  lock is not seen across machines, so a free one counts only if its owner ran on this one
+    crashed       nothing says how the run ended
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SKIPPED = "report"  # where reports are written
 
 # What must be a number wherever a line has it. A loss that was not finite is null; it was NaN in early folders.
 LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
-NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens peak_memory_bytes peak_tensor_bytes".split()
+NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens eval_processes peak_memory_bytes peak_tensor_bytes".split()
 
 
 @dataclass
@@ -209,10 +209,11 @@ def _status(run: RunFolder, events: list[Event], num_lines: int, notes: list[str
     outcome = events[-1].get("outcome") if events and events[-1]["event"] == "stopped" else None
     if isinstance(outcome, str) and outcome:
         return outcome
-    if not num_lines:
+    if not num_lines and owner is None:
         return "not started"
-    if owner != socket.gethostname() and _age_seconds(run.metrics_file) < RECENT_SECONDS:
-        notes.append("taken to be running: metrics.jsonl is minutes old, and from here its lock cannot be seen")
+    newest = run.metrics_file if num_lines else run.config_file
+    if owner != socket.gethostname() and _age_seconds(newest) < RECENT_SECONDS:
+        notes.append(f"taken to be running: {newest.name} is minutes old, and from here its lock cannot be seen")
         return "running"
     return "crashed"
 

@@ -7,6 +7,7 @@ the tokenizer.
 """
 
 import hashlib
+import itertools
 import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ class Row:
     eval_tokens: int | None = None
     eval_bytes: int | None = None  # of the evaluated text: tells two texts apart, wherever they lie
     micro_batch_size: int | None = None
+    eval_processes: int | None = None  # that shared the evaluation
     recipe: str = ""  # equal for runs that differ in rank and sparsity alone
 
     @property
@@ -159,7 +161,7 @@ def _results(
     result, end = final or newest_eval or {}, final or last or {}
     measured = [*train, *([final] if final else [])]
     speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
-    names = ("perplexity", "perplexity_galore_protocol", "bits_per_byte", "loss", "eval_tokens")
+    names = ("perplexity", "perplexity_galore_protocol", "bits_per_byte", "loss", "eval_tokens", "eval_processes")
     return {
         **{key: result.get(key) for key in names},
         "evaluated_step": result.get("step"),
@@ -281,13 +283,16 @@ def comparison(rows: list[Row]) -> str:
 
 def batches(rows: list[Row]) -> str:
     """A warning where the published convention does not compare although perplexities do; else empty."""
-    sizes: dict[str, set[int | None]] = {}
-    for row in rows:
-        if row.is_evaluated:
-            sizes.setdefault(row.group, set()).add(row.micro_batch_size)
-    if all(len(found) < 2 for found in sizes.values()):
+    names = {"micro_batch_size": "micro_batch_size", "eval_processes": "the number of processes"}
+    found: dict[tuple[str, str], set[int]] = {}  # what is unknown is not said to differ
+    for row, key in itertools.product(rows, names):
+        if row.is_evaluated and getattr(row, key) is not None:
+            found.setdefault((row.group, key), set()).add(getattr(row, key))
+    differing = [name for key, name in names.items() if any(k == key and len(v) > 1 for (_, k), v in found.items())]
+    if not differing:
         return ""
-    return "The published convention depends on the batch, and micro_batch_size differs here: it does not compare."
+    what = f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+    return f"The published convention depends on the batches, and {what} here: it does not compare."
 
 
 def _protocol(row: Row) -> tuple[Any, ...]:

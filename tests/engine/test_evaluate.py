@@ -42,7 +42,7 @@ BATCHES = [rows((8, 1), (2, 3)), rows((3, 2)), rows((1, 7))]  # token losses: 7 
 def test_numbers() -> None:
     numbers = evaluate(CostsItsIds(), BATCHES, ONE)
     assert numbers is not None
-    assert numbers["eval_tokens"] == 10
+    assert (numbers["eval_tokens"], numbers["eval_processes"]) == (10, 1)
     assert numbers["loss"] == pytest.approx(14 / 10)
     assert numbers["perplexity"] == pytest.approx(math.exp(1.4))
     assert numbers["bits_per_byte"] == pytest.approx(14 / math.log(2) / 15)
@@ -76,7 +76,7 @@ def test_two_ranks_with_the_same_batches_agree_with_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(two, "sum_", lambda totals: 2 * totals)
     both = evaluate(CostsItsIds(), BATCHES, two)
     assert alone is not None and both is not None
-    assert both["eval_tokens"] == 2 * alone["eval_tokens"]
+    assert both["eval_tokens"] == 2 * alone["eval_tokens"] and both["eval_processes"] == 2
     for key in ("perplexity", "perplexity_galore_protocol", "bits_per_byte"):
         assert both[key] == pytest.approx(alone[key])
     monkeypatch.setattr(two, "sum_", lambda totals: totals)

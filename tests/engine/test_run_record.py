@@ -228,6 +228,12 @@ def test_only_the_last_line_counts_as_an_end(tmp_path: Path) -> None:
 def test_what_has_no_end_crashed_and_what_has_no_line_never_began(tmp_path: Path) -> None:
     assert read_run(make_run(tmp_path / "a", TRAIN, EVAL)).status == "crashed"
     assert read_run(make_run(tmp_path / "b")).status == "not started"
+    RunLock(tmp_path / "b").release()  # a process was there, and died before its first line
+    assert read_run(tmp_path / "b").status == "crashed"
+    (tmp_path / "b" / ".lock").write_text("process 1 on elsewhere\n")
+    assert read_run(tmp_path / "b").status == "running", "nobody can know yet"
+    os.utime(tmp_path / "b" / "config.yaml", (LONG_AGO, LONG_AGO))
+    assert read_run(tmp_path / "b").status == "crashed"
     run = make_run(tmp_path / "c")
     (run / "metrics.jsonl").write_text('{"event": "tr')
     written_long_ago(run)

@@ -172,8 +172,14 @@ def test_the_published_convention_compares_only_between_equal_batches() -> None:
     rows = rows_of(a=10.0, b=20.0, none=None)
     rows[2].micro_batch_size = 3  # not evaluated
     assert batches(arrange(rows)) == ""
-    rows[0].micro_batch_size = 4
+    rows[0].micro_batch_size, rows[1].micro_batch_size = None, 4
+    assert batches(arrange(rows)) == "", "one is unknown"
+    rows[0].micro_batch_size = 8
     assert "micro_batch_size differs" in batches(arrange(rows))
+    rows[0].eval_processes, rows[1].eval_processes = 1, 2
+    assert "micro_batch_size and the number of processes differ" in batches(arrange(rows))
+    rows[0].micro_batch_size = 4
+    assert "the number of processes differs" in batches(arrange(rows))
     rows[0].padding = "another"  # another letter, so nobody compares them
     assert batches(arrange(rows)) == ""
 
