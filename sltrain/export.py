@@ -35,9 +35,9 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-export` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.build_export import export
-        from sltrain.build_model import DTYPES
-        from sltrain.build_saved import open_saved
+        from sltrain.build.export import export
+        from sltrain.build.model import DTYPES
+        from sltrain.build.saved import open_saved
 
         saved = open_saved(typed.run, typed.step, tell)
         tell(f"exporting  {typed.run}, step {saved.step:,}")

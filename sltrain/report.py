@@ -65,7 +65,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
-        from sltrain.build_report import as_json, check_output, read_report, write_report
+        from sltrain.build.report import as_json, check_output, read_report, write_report
         from sltrain.reporting.table import text_table
 
         report = read_report(typed.paths)
@@ -87,7 +87,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 def look_inside(typed: argparse.Namespace, output: Path) -> "tuple[Section | None, ExitCode]":
     """Write the spectrum of the one run, and print its summary. A mistake in it costs the spectrum, not the report."""
-    from sltrain.build_spectrum import write_spectrum
+    from sltrain.build.spectrum import write_spectrum
 
     try:
         spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)

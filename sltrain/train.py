@@ -66,7 +66,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 def train(composed: DictConfig) -> ExitCode:
     """Run one training run to its end and say how it ended."""
     config = to_train_config(composed)
-    from sltrain.build import Outcome, build_run, print_line  # torch and the rest, seconds after the cheap checks
+    from sltrain.build.run import Outcome, build_run, print_line  # torch and the rest, seconds after the cheap checks
 
     run = None
     try:

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sltrain
-from sltrain import build_export, errors
+from sltrain import errors
 from sltrain import export as command
-from sltrain.build_model import build_model
-from sltrain.build_saved import open_saved
+from sltrain.build import export as build_export
+from sltrain.build.model import build_model
+from sltrain.build.saved import open_saved
 from sltrain.compose import read_config
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.train import run_command as train

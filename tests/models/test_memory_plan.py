@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sltrain import build_plan as build_plan_module
-from sltrain.build_memory import plan_model
-from sltrain.build_model import allocate, build_model, pick_dtype
-from sltrain.build_plan import Plan, build_plan
-from sltrain.build_trainer import build_step, build_updates
+from sltrain.build.memory import plan_model
+from sltrain.build.model import allocate, build_model, pick_dtype
+from sltrain.build.plan import Plan, build_plan
+from sltrain.build.trainer import build_step, build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks

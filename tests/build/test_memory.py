@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain.build_memory import plan_model, settings_that_fit
-from sltrain.build_model import allocate, build_model
-from sltrain.build_trainer import build_updates
+from sltrain.build.memory import plan_model, settings_that_fit
+from sltrain.build.model import allocate, build_model
+from sltrain.build.trainer import build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.checkpoint import Checkpointer

@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sltrain.build_data import build_eval_set, build_sources
-from sltrain.build_saved import Report, Saved, open_saved
+from sltrain.build.data import build_eval_set, build_sources
+from sltrain.build.saved import Report, Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.build import check_run
-from sltrain.build_memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
-from sltrain.build_model import allocate, build_model, pick_dtype
-from sltrain.build_trainer import build_step, build_updates
+from sltrain.build.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
+from sltrain.build.model import allocate, build_model, pick_dtype
+from sltrain.build.run import check_run
+from sltrain.build.trainer import build_step, build_updates
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak

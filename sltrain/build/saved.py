@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sltrain.build_model import build_model
+from sltrain.build.model import build_model
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltrain.build_model import allocate
+from sltrain.build.model import allocate
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream

@@ -1,5 +1,5 @@
 """Config -> `Bench`: what every benchmark of `sltrain-bench` is given. What each measures in the rooms is in
-build_bench_layer.py, build_bench_step.py and build_bench_data.py."""
+bench_layer.py, bench_step.py and bench_data.py."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import nn
 
 from sltrain.bench_config import BenchConfig
 from sltrain.benchmarks.machine import describe_machine, machine_line
-from sltrain.build_model import pick_dtype
+from sltrain.build.model import pick_dtype
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
 from sltrain.layers import cpu_kernel

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sltrain.build_saved import Report, open_saved
+from sltrain.build.saved import Report, open_saved
 from sltrain.engine.distributed import pick_device
 from sltrain.models.generation import Sampling, generate
 

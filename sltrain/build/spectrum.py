@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltrain.build_report import write_files
-from sltrain.build_saved import Saved, open_saved
+from sltrain.build.report import write_files
+from sltrain.build.saved import Saved, open_saved
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 from sltrain.methods.settings import pattern_fits
 from sltrain.models.llama import PROJECTIONS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sltrain import build_spectrum
-from sltrain.build_saved import open_saved
-from sltrain.build_spectrum import choose_layers, write_spectrum
+from sltrain.build import spectrum as build_spectrum
+from sltrain.build.saved import open_saved
+from sltrain.build.spectrum import choose_layers, write_spectrum
 from sltrain.layers.support import Support
 from sltrain.models.llama import PROJECTIONS
 

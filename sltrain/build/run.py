@@ -1,8 +1,8 @@
 """Config -> run: what `sltrain-train` imports.
 
 Read from top to bottom it is the start of a run: the folder, the corpus, its tokenizer and the streams of text (all
-three in build_data.py), the model on the meta device (build_model.py), what the user should know before step 1, then
-real memory, optimizer, and what a checkpoint remembers of them (build_trainer.py). Until the folder is claimed nothing
+three in data.py), the model on the meta device (model.py), what the user should know before step 1, then
+real memory, optimizer, and what a checkpoint remembers of them (trainer.py). Until the folder is claimed nothing
 is written, so bad input leaves nothing behind. Checks that need more than one room are here.
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sltrain.build_data import build_data, build_sources, build_tokenizer
-from sltrain.build_memory import plan_model, settings_that_fit, update_notes
-from sltrain.build_model import build_model, pick_dtype
-from sltrain.build_trainer import build_trainer
+from sltrain.build.data import build_data, build_sources, build_tokenizer
+from sltrain.build.memory import plan_model, settings_that_fit, update_notes
+from sltrain.build.model import build_model, pick_dtype
+from sltrain.build.trainer import build_trainer
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import Source
