@@ -35,7 +35,6 @@ from sltrain.engine.run_folder import RunFolder
 
 RECENT_SECONDS = 600.0
 OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
-SKIPPED = "report"  # where reports are written
 
 # What must be a number wherever a line has it. A loss that was not finite is null; it was NaN in early folders.
 LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
@@ -63,8 +62,7 @@ class RunRecord:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders among `paths` and below them, each once, in the order of paths and names.
 
-    Below a run folder, in hidden folders and in folders named `report` nothing is looked for; symbolic links are
-    followed.
+    Below a run folder and in hidden folders nothing is looked for; symbolic links are followed.
     """
     seen: set[str] = set()
     return [run for path in paths for run in _walk(Path(path), seen)]
@@ -80,7 +78,7 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
         return
     with contextlib.suppress(OSError):  # a folder that we may not look into
         for entry in sorted(folder.iterdir()):
-            if not entry.name.startswith(".") and entry.name != SKIPPED:
+            if not entry.name.startswith("."):
                 yield from _walk(entry, seen)
 
 

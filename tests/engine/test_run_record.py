@@ -51,17 +51,16 @@ def written_just_now(run: Path) -> None:
 
 
 def test_runs_are_found_below_a_path_and_each_once(tmp_path: Path) -> None:
-    names = ["b", "a/deep/run", "c"]
+    names = ["b", "a/deep/run", "c", "report"]
     runs = [make_run(tmp_path / name, TRAIN) for name in names]
     make_run(tmp_path / "b" / "inside_a_run", TRAIN)
     make_run(tmp_path / ".hidden" / "run", TRAIN)
-    make_run(tmp_path / "report" / "run", TRAIN)
     make_run(tmp_path / "other_program", config={"model": "x"})
     (tmp_path / "file.txt").write_text("")
     (tmp_path / "link_to_b").symlink_to(tmp_path / "b")
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     assert find_runs([tmp_path]) == sorted(runs)
-    assert find_runs([tmp_path / "c", tmp_path, tmp_path / "c"]) == [runs[2], runs[1], runs[0]]
+    assert find_runs([tmp_path / "c", tmp_path, tmp_path / "c"]) == [runs[2], runs[1], runs[0], runs[3]]
 
 
 def test_a_path_may_be_a_run_or_a_hidden_folder_or_a_link(tmp_path: Path) -> None:

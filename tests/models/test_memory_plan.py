@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sltrain import build_plan as build_plan_module
+from sltrain.build import plan as build_plan_module
 from sltrain.build.memory import plan_model
 from sltrain.build.model import allocate, build_model, pick_dtype
 from sltrain.build.plan import Plan, build_plan
