@@ -7,7 +7,8 @@
     sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
 
 Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
-What is missing or damaged is named, and the rest reported. The answer is 2 only where there is no run at all.
+What is missing or damaged is named, and the rest reported. The answer is 2 where there is no run, the page cannot be
+written, or the spectrum cannot be had.
 """
 
 import argparse
@@ -68,15 +69,15 @@ def run_command(arguments: list[str]) -> ExitCode:
         from sltrain.build.report import as_json, check_output, read_report, write_report
         from sltrain.reporting.table import text_table
 
-        report = read_report(typed.paths)
+        report = read_report([path.expanduser() for path in typed.paths])
         if not report.rows:
             raise ValueError("; ".join(report.notes))
         for note in report.notes:
             say(f"note: {note}")
         tell(as_json(report.rows) if typed.json else text_table(report.rows))
-        output = typed.output or (report.first or typed.paths[0]) / "report"
+        output = typed.output.expanduser() if typed.output else (report.first or typed.paths[0]) / "report"
         check_output(output)
-        spectrum, code = look_inside(typed, output) if typed.spectrum else (None, ExitCode.OK)
+        spectrum, code = spectrum_of(typed) if typed.spectrum else (None, ExitCode.OK)
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
         (say if typed.json else tell)(f"page: {page}")
@@ -85,15 +86,17 @@ def run_command(arguments: list[str]) -> ExitCode:
     return code
 
 
-def look_inside(typed: argparse.Namespace, output: Path) -> "tuple[Section | None, ExitCode]":
-    """Write the spectrum of the one run, and print its summary. A mistake in it costs the spectrum, not the report."""
-    from sltrain.build.spectrum import write_spectrum
+def spectrum_of(typed: argparse.Namespace) -> "tuple[Section | None, ExitCode]":
+    """Look inside the one run, and print what there is by kind of projection. A mistake costs the spectrum, not the
+    report."""
+    from sltrain.build.spectrum import look_inside
+    from sltrain.reporting.spectrum_table import aligned
 
     try:
-        spectrum = write_spectrum(typed.paths[0], output, layers=typed.layers, steps=typed.steps, report=say)
+        spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
     except (ValueError, OSError) as error:
         return None, report_error(error)
-    (say if typed.json else tell)(f"\n{spectrum.summary}\n")
+    (say if typed.json else tell)(f"\n{aligned(spectrum.tables[0])}\n")
     return spectrum, ExitCode.OK
 
 

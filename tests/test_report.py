@@ -268,6 +268,7 @@ def test_the_spectrum_of_a_run_is_on_its_page(
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     assert code == 0 and "energy in S" in out, err
     assert "Spectrum of run" in page and "model.layers.1.self_attn.q_proj" in page and "up_proj" not in page
+    assert "energy in S, all" in page, "the table by kind"
     assert page.count("<img ") == len(list((tmp_path / "run" / "report").glob("*.png"))) > 2
     code, _, err = report(tmp_path / "run", "--spectrum", "--steps", "7")
     assert code == 2 and "no checkpoint of step 7; there are: 2" in err
@@ -284,15 +285,18 @@ def test_what_the_spectrum_is_of(tmp_path: Path, report: Report, arguments: tupl
 def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) -> None:
     run, mine = make_run(tmp_path / "run"), tmp_path / "mine"
     mine.mkdir()
-    (mine / "table.csv").write_text("mine")
-    code, out, err = report(run, "--output", mine)
-    assert code == 2 and "148.40" in out and str(mine / "table.csv") in err
-    assert [path.name for path in mine.iterdir()] == ["table.csv"] and (mine / "table.csv").read_text() == "mine"
+    for name in ("table.csv", "memory.png", "energy.csv", "spectrum_12_2.png", "heat_map_7.png", "report.html"):
+        (mine / name).write_text("mine")
+        code, out, err = report(run, "--output", mine)
+        assert code == 2 and "148.40" in out and str(mine / name) in err
+        assert [path.name for path in mine.iterdir()] == [name] and (mine / name).read_text() == "mine"
+        (mine / name).unlink()
     before = sorted(path.name for path in run.iterdir())
     code, _, err = report(run, "--output", run, "--spectrum")
     assert code == 2 and "is a run folder" in err and sorted(path.name for path in run.iterdir()) == before
-    (mine / "table.csv").unlink()
+    (mine / "notes.csv").write_text("mine")
     assert report(run, "--output", mine)[0] == report(run, "--output", mine)[0] == 0  # its own it may
+    assert (mine / "notes.csv").read_text() == "mine"
 
 
 def test_nobody_reads_the_table_and_the_page_is_written(tmp_path: Path) -> None:

@@ -20,13 +20,15 @@ from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.engine.run_folder import RunFolder, write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
-from sltrain.reporting.drawing import Picture
 from sltrain.reporting.page import GENERATOR, Section, render_page
 from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table
 
 PAGE = "report.html"
-OUR_PICTURES = re.compile(r"(loss_tokens|loss_time|memory|heat_map_\d+)\.png")
+OURS = re.compile(
+    r"report\.html|(table|spectrum)\.md|(table|spectrum|energy)\.csv"
+    r"|(loss_tokens|loss_time|memory|heat_map_\d+|spectrum_\d+(_\d+)?|energy)\.png"
+)  # every file that a report writes
 
 
 @dataclass
@@ -132,15 +134,26 @@ def count_parameters_of(run: Path) -> int:
 
 
 def write_report(report: Report, output: Path, command: str = "", more: Section | None = None) -> Path:
-    """Write page, table and figures into the folder `output`, and return the page's path. The page also shows
-    `more`. Raises ValueError if nothing can be written there."""
+    """Write page, table and figures into the folder `output`, with what `more` brings, in place of an earlier report's,
+    and return the page's path. Raises ValueError if nothing can be written there."""
     from sltrain.reporting.figures import draw_all  # with matplotlib
 
     pictures = draw_all(report.rows, report.curves)
     made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
     page = render_page(report.rows, report.notes, pictures, made, command, more)
-    texts = {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows), PAGE: page}
-    write_files(output, pictures, texts, OUR_PICTURES)
+    files: dict[str, str | bytes] = {PAGE: page}  # first: it marks the others as a report's
+    files |= {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows)}
+    files |= more.texts if more else {}
+    files |= {picture.file_name: picture.png for picture in [*pictures, *(more.pictures if more else [])]}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(output / name, content)
+        for old in output.iterdir():
+            if OURS.fullmatch(old.name) and old.name not in files:
+                old.unlink()
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written ({error.strerror}); name a folder with --output DIR") from error
     return output / PAGE
 
 
@@ -149,26 +162,11 @@ def check_output(output: Path) -> None:
     if RunFolder(output).config_file.exists():
         raise ValueError(f"{output} is a run folder; name another with --output, such as {output / 'report'}")
     page = output / PAGE
-    is_ours = page.is_file() and GENERATOR in page.read_text(errors="replace")
-    for name in (PAGE, "table.md", "table.csv"):
-        if (output / name).exists() and not is_ours:
-            raise ValueError(f"{output / name} is there, and no report wrote it; name another folder with --output")
-
-
-def write_files(output: Path, pictures: Sequence[Picture], texts: dict[str, str], ours: re.Pattern[str]) -> None:
-    """Put pictures, and texts by file name, into the folder `output`, in place of the files there whose names are
-    `ours`. Raises ValueError if that cannot be done."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for old in output.iterdir():
-            if ours.fullmatch(old.name):
-                old.unlink()
-        for picture in pictures:
-            (output / picture.file_name).write_bytes(picture.png)
-        for name, text in texts.items():
-            write_atomically(output / name, text)
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written ({error.strerror}); name a folder with --output DIR") from error
+    if not output.is_dir() or (page.is_file() and GENERATOR in page.read_text(errors="replace")):
+        return
+    for file in sorted(output.iterdir()):
+        if OURS.fullmatch(file.name):
+            raise ValueError(f"{file} is there, and no report wrote it; name another folder with --output")
 
 
 def as_json(rows: list[Row]) -> str:

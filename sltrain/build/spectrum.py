@@ -1,23 +1,20 @@
 """A run's checkpoints -> the singular values of its layers, and how much of each W is in S.
 
-    report = write_spectrum(Path("outputs/run"), Path("outputs/run/report"), layers=["q_proj"], steps=[1000, 11000])
-    print(report.summary)
+    section = look_inside(Path("outputs/run"), layers=["q_proj"], steps=[10000, 11000])
+    write_report(report, output, more=section)                # build/report.py: on the page, and files beside it
 
 What is computed and why: reporting/spectrum.py. Of every projection the energies of its parts are read off its factors;
 singular values, which cost a decomposition, are those of the chosen layers: every kind of projection in the first, the
 middle and the last decoder layer, or what name patterns fit. One layer is in memory at a time.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltrain.build.report import write_files
 from sltrain.build.saved import Saved, open_saved
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 from sltrain.methods.settings import pattern_fits
@@ -25,41 +22,21 @@ from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values
 from sltrain.reporting.spectrum_figures import draw_energy, draw_spectra
-from sltrain.reporting.spectrum_table import (
-    HEADINGS,
-    LEGEND,
-    Found,
-    energy_csv,
-    markdown,
-    place,
-    row,
-    spectrum_csv,
-    summary,
-)
-
-OUR_FILES = re.compile(r"spectrum_\d+(_\d+)?\.png|energy\.(png|csv)")
+from sltrain.reporting.spectrum_table import Found, by_kind, by_layer, energy_csv, markdown, place, spectrum_csv
 
 
-@dataclass
-class SpectrumReport(Section):
-    """What a page or a terminal shows of what was found: a row is a chosen layer at a step."""
-
-    summary: str  # an aligned table, one line a kind of projection
-
-
-def write_spectrum(
+def look_inside(
     path: str | Path,
-    output: Path,
     *,
     layers: list[str] | None = None,
     steps: list[int] | None = None,
     report: Callable[[str], None] = print,
-) -> SpectrumReport:
-    """Write figures and tables of the run at `path` into the folder `output`.
+) -> Section:
+    """Figures and tables of the run at `path`: by kind of projection, by chosen layer, and every number as CSV.
 
     `layers` are name patterns as in `rank_overrides`, `steps` updates with a checkpoint (default: the newest intact
     one). Raises ValueError or OSError for a run that cannot be opened, a step it does not have, a pattern that fits no
-    layer, weights that are not finite, and a folder that cannot be written.
+    layer, and weights that are not finite.
     """
     opened = _open_steps(path, steps, report)
     names = _projections(opened[0].model)
@@ -72,15 +49,13 @@ def write_spectrum(
     if any(at.energies for at in found):
         pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
     title = f"Spectrum of {Path(path).expanduser().resolve().name}"
-    rows = [row(at, name) for at in found for name in at.spectra]
+    tables = [by_kind(found), by_layer(found)]
     texts = {
         "spectrum.csv": spectrum_csv(found),
         "energy.csv": energy_csv(found),
-        "spectrum.md": f"# {title}\n\n{markdown(HEADINGS, rows)}\n{LEGEND}\n",
+        "spectrum.md": "\n".join([f"# {title}\n", *map(markdown, tables)]),
     }
-    texts = {name: text for name, text in texts.items() if text}
-    write_files(output, pictures, texts, OUR_FILES)
-    return SpectrumReport(title, pictures, HEADINGS, rows, LEGEND, summary(found))
+    return Section(title, pictures, tables, {name: text for name, text in texts.items() if text})
 
 
 def _open_steps(path: str | Path, steps: list[int] | None, report: Callable[[str], None]) -> list[Saved]:

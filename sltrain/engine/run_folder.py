@@ -171,12 +171,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, or nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:  # as it is, in every locale
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

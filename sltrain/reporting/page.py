@@ -18,14 +18,22 @@ GENERATOR = '<meta name="generator" content="sltrain-report">'  # the mark of a 
 
 
 @dataclass
-class Section:
-    """What a page shows besides the runs: pictures, and a table of text with what its headings mean."""
+class Table:
+    """Cells as text, and what the headings mean."""
 
-    title: str
-    pictures: list[Picture]
     headings: list[str]
     rows: list[list[str]]
     legend: str
+
+
+@dataclass
+class Section:
+    """What a report shows besides the runs, and files that are to lie beside its page, by name."""
+
+    title: str
+    pictures: list[Picture]
+    tables: list[Table]
+    texts: dict[str, str]
 
 
 def render_page(

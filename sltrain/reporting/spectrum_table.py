@@ -1,4 +1,4 @@
-"""Spectra as text: a row a chosen layer, a summary for a terminal, and every number as CSV."""
+"""Spectra as text: a row a kind of projection, a row a chosen layer, and every number as CSV."""
 
 import csv
 import io
@@ -7,14 +7,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sltrain.reporting.page import Table
 from sltrain.reporting.spectrum import Energy, Spectrum
 
-HEADINGS = ["step", "layer", "rank", "largest", "cliff", "effective rank", "numerical rank", "of", "energy in S"]
-LEGEND = (
+LAYER_HEADINGS = ["step", "layer", "rank", "largest", "cliff", "effective rank", "numerical rank", "of", "energy in S"]
+KIND_HEADINGS = ["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S, all"]
+LAYER_LEGEND = (
     "Of each W: its largest singular value; the cliff, the singular value at the rank over the next one; its effective"
     " rank, exp of the entropy of its singular values; its numerical rank, of how many; and the share of S in the"
     " energy, |S|^2 / (|L|^2 + |S|^2) with L = (alpha / rank) BA."
 )
+TEXT = ("layer", "projection")  # columns that are no numbers
 
 
 @dataclass
@@ -44,8 +47,12 @@ def place(name: str) -> tuple[str, int]:
     return kind, int(depth)
 
 
-def row(found: Found, name: str) -> list[str]:
-    """The cells under HEADINGS."""
+def by_layer(found: Sequence[Found]) -> Table:
+    """One row a chosen layer and step."""
+    return Table(LAYER_HEADINGS, [_row(at, name) for at in found for name in at.spectra], LAYER_LEGEND)
+
+
+def _row(found: Found, name: str) -> list[str]:
     spectrum = found.spectra[name]
     return [
         str(found.step),
@@ -60,9 +67,9 @@ def row(found: Found, name: str) -> list[str]:
     ]
 
 
-def summary(found: Sequence[Found]) -> str:
-    """One line a kind of projection and step: medians over its chosen layers, and of the energy over all."""
-    lines = [["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S, all layers"]]
+def by_kind(found: Sequence[Found]) -> Table:
+    """One row a kind of projection and step."""
+    lines = []
     for at in found:
         for kind in dict.fromkeys(place(name)[0] for name in at.spectra):
             spectra = [spectrum for name, spectrum in at.spectra.items() if place(name)[0] == kind]
@@ -80,10 +87,19 @@ def summary(found: Sequence[Found]) -> str:
                     _percent(_median(shares)),
                 ]
             )
+    return Table(KIND_HEADINGS, lines, "Medians over the chosen layers of a kind, and of the energy over all of them.")
+
+
+def aligned(table: Table) -> str:
+    """For a terminal."""
+    lines = [table.headings, *table.rows]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     padded = [
-        [cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(line, widths, strict=True) for line in lines)
+        [
+            cell.ljust(width) if heading in TEXT else cell.rjust(width)
+            for heading, cell, width in zip(table.headings, line, widths, strict=True)
+        ]
+        for line in lines
     ]
     return "\n".join("  ".join(cells) for cells in padded)
 
@@ -105,9 +121,11 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if heading == "layer" else "---:" for heading in headings]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [headings, rule, *rows])
+def markdown(table: Table) -> str:
+    """With its legend below."""
+    rule = ["---" if heading in TEXT else "---:" for heading in table.headings]
+    lines = [f"| {' | '.join(cells)} |\n" for cells in [table.headings, rule, *table.rows]]
+    return f"{''.join(lines)}\n{table.legend}\n"
 
 
 def spectrum_csv(found: Sequence[Found]) -> str:

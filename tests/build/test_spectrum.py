@@ -1,6 +1,7 @@
-"""What is written of a real run, against NumPy on matrices put together from its checkpoint by hand."""
+"""What is found in a real run, against NumPy on matrices put together from its checkpoint by hand."""
 
 import csv
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sltrain.build import spectrum as build_spectrum
+from sltrain.build.report import read_report, write_report
 from sltrain.build.saved import open_saved
-from sltrain.build.spectrum import choose_layers, write_spectrum
+from sltrain.build.spectrum import choose_layers, look_inside
 from sltrain.layers.support import Support
 from sltrain.models.llama import PROJECTIONS
+from sltrain.reporting.spectrum_table import aligned
 
 Train = Callable[..., tuple[int, str, str]]
 RANK, ALPHA = 8, 16.0
@@ -31,9 +34,8 @@ def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def read_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def values_in(lines: list[dict[str, str]], step: int, layer: str, matrix: str) -> list[float]:
@@ -51,14 +53,15 @@ def numpy_values(matrix: np.ndarray) -> np.ndarray:
 def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = train(sltrain_train, tiny, tmp_path / "run", f"support={support}", "rank_overrides={k_proj: 4}")
     heard: list[str] = []
-    report = write_spectrum(run, tmp_path / "out", report=heard.append)
+    section = look_inside(run, report=heard.append)
     assert len(heard) == 1 and "14 of 14" in heard[0]
 
-    tensors, singular = tensors_of(run, 6), read_csv(tmp_path / "out" / "spectrum.csv")
-    energies = {line["layer"]: line for line in read_csv(tmp_path / "out" / "energy.csv")}
+    tensors, singular = tensors_of(run, 6), read_csv(section.texts["spectrum.csv"])
+    energies = {line["layer"]: line for line in read_csv(section.texts["energy.csv"])}
+    table = section.tables[1]
     names = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
     assert sorted(energies) == sorted(names) and len(names) == 14  # in two layers first, middle and last are all
-    assert len(report.rows) == 14 and {line["layer"] for line in singular} == set(names)
+    assert len(table.rows) == 14 and {line["layer"] for line in singular} == set(names)
     for name in names:
         B, A = (tensors[f"{name}.{leaf}"].double().numpy() for leaf in "BA")
         own_rank = 4 if name.endswith("k_proj") else RANK
@@ -80,7 +83,7 @@ def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: 
         assert float(line["sparse_share"]) == pytest.approx(rest / (dense + rest), rel=1e-4)
         assert (line["projection"], line["depth"]) == (name.split(".")[4], name.split(".")[2])
 
-        row = dict(zip(report.headings, next(row for row in report.rows if row[1] == name), strict=True))
+        row = dict(zip(table.headings, next(row for row in table.rows if row[1] == name), strict=True))
         assert row["rank"] == str(own_rank) and row["of"] == "32"
         assert float(row["largest"]) == pytest.approx(whole[0], rel=6e-3)
         assert float(row["cliff"]) == pytest.approx(whole[own_rank - 1] / whole[own_rank], rel=6e-3)
@@ -91,55 +94,47 @@ def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: 
         assert float(row["energy in S"].removesuffix(" %")) == pytest.approx(100 * rest / (dense + rest), abs=0.06)
 
 
-def test_what_is_written(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
+def test_what_lies_beside_the_page(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = train(sltrain_train, tiny, tmp_path / "a run", "checkpoint_every=2", "keep_last=9")
-    out = tmp_path / "out"
-    report = write_spectrum(run, out, steps=[6, 2, 6], layers=["v_proj"], report=lambda line: None)
-    written = {file.name for file in out.iterdir()}
-    assert written == {
-        "spectrum_2.png",
-        "spectrum_6.png",
-        "energy.png",
-        "spectrum.csv",
-        "energy.csv",
-        "spectrum.md",
-    }
-    for path, picture in ((out / picture.file_name, picture) for picture in report.pictures):
-        assert path.read_bytes() == picture.png and path.name == picture.file_name and picture.caption and picture.alt
-    assert report.title == "Spectrum of a run"
-    summary = [line.split() for line in report.summary.splitlines()]
-    assert [line[:4] for line in summary[1:]] == [["2", "v_proj", "2", "8"], ["6", "v_proj", "2", "8"]]
+    section, out = look_inside(run, steps=[6, 2, 6], layers=["v_proj"], report=lambda line: None), tmp_path / "out"
+    write_report(read_report([run]), out, more=section)
+    ours = {"spectrum_2.png", "spectrum_6.png", "energy.png", "spectrum.csv", "energy.csv", "spectrum.md"}
+    assert {file.name for file in out.iterdir()} > ours
+    for picture in section.pictures:
+        assert (out / picture.file_name).read_bytes() == picture.png and picture.caption and picture.alt
+    assert section.title == "Spectrum of a run"
+
+    kinds, layers = section.tables
+    assert [row[:4] for row in kinds.rows] == [["2", "v_proj", "2", "8"], ["6", "v_proj", "2", "8"]]
     shares = [
         float(line["sparse_share"])
-        for line in read_csv(out / "energy.csv")
+        for line in read_csv((out / "energy.csv").read_text())
         if line["step"] == "6" and line["projection"] == "v_proj"
     ]
-    assert float(summary[2][-2]) == pytest.approx(100 * sum(shares) / 2, abs=0.06)  # the median of two
-    assert len({len(line) for line in report.summary.splitlines()}) == 1  # aligned
+    assert float(kinds.rows[1][-1].removesuffix(" %")) == pytest.approx(100 * sum(shares) / 2, abs=0.06)  # of two
+    assert len({len(line) for line in aligned(kinds).splitlines()}) == 1
 
-    table = [line for line in (out / "spectrum.md").read_text().splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == report.headings and cells[2:] == report.rows
-    assert {row[0] for row in report.rows} == {"2", "6"} and len(report.rows) == 4
+    lines = [line for line in (out / "spectrum.md").read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == kinds.headings and cells[2:4] == kinds.rows
+    assert cells[4] == layers.headings and cells[6:] == layers.rows
+    assert {row[0] for row in layers.rows} == {"2", "6"} and len(layers.rows) == 4
 
-    lines = read_csv(out / "spectrum.csv")
-    first, last = (values_in(lines, step, "model.layers.1.self_attn.v_proj", "BA") for step in (2, 6))
+    values = read_csv((out / "spectrum.csv").read_text())
+    first, last = (values_in(values, step, "model.layers.1.self_attn.v_proj", "BA") for step in (2, 6))
     assert 0 < first[0] < last[0]  # B starts at zero and has begun to grow
 
-    write_spectrum(run, out, report=lambda line: None)  # the newest alone: what was of step 2 goes
-    assert sorted(file.name for file in out.glob("*.png")) == ["energy.png", "spectrum_6.png"]
+    write_report(read_report([run]), out)  # what an earlier report brought goes with it
+    assert not {file.name for file in out.iterdir()} & ours
 
 
 @pytest.mark.parametrize("method", ["low_rank", "full"])
 def test_methods_without_a_sparse_part(method: str, sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = train(sltrain_train, tiny, tmp_path / "run", f"method={method}")
-    report = write_spectrum(run, tmp_path / "out", layers=["down_proj"], report=lambda line: None)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "spectrum.csv",
-        "spectrum.md",
-        "spectrum_6.png",
-    ]
-    tensors, lines = tensors_of(run, 6), read_csv(tmp_path / "out" / "spectrum.csv")
+    section = look_inside(run, layers=["down_proj"], report=lambda line: None)
+    assert [picture.file_name for picture in section.pictures] == ["spectrum_6.png"]
+    assert section.texts.keys() == {"spectrum.csv", "spectrum.md"}
+    tensors, lines = tensors_of(run, 6), read_csv(section.texts["spectrum.csv"])
     name = "model.layers.1.mlp.down_proj"
     if method == "full":
         weight = tensors[f"{name}.weight"].double().numpy()
@@ -150,7 +145,7 @@ def test_methods_without_a_sparse_part(method: str, sltrain_train: Train, tiny: 
         assert values_in(lines, 6, name, "BA") == values_in(lines, 6, name, "W")[:RANK]
         assert values_in(lines, 6, name, "W")[RANK:] == [0.0] * (32 - RANK)
     np.testing.assert_allclose(values_in(lines, 6, name, "W"), numpy_values(weight), rtol=1e-9, atol=1e-12)
-    row = dict(zip(report.headings, report.rows[1], strict=True))
+    row = dict(zip(section.tables[1].headings, section.tables[1].rows[1], strict=True))
     assert (row["rank"], row["cliff"], row["energy in S"]) == (
         ("-", "-", "-") if method == "full" else ("8", "inf", "-")
     )
@@ -160,15 +155,15 @@ def test_methods_without_a_sparse_part(method: str, sltrain_train: Train, tiny: 
 def test_a_sparse_part_alone_and_none(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     overrides = ["rank_overrides={q_proj: 0}", "sparsity_overrides={v_proj: 0}"]
     run = train(sltrain_train, tiny, tmp_path / "run", *overrides)
-    report = write_spectrum(run, tmp_path / "out", layers=["q_proj", "v_proj"], report=lambda line: None)
-    lines = read_csv(tmp_path / "out" / "spectrum.csv")
+    section = look_inside(run, layers=["q_proj", "v_proj"], report=lambda line: None)
+    lines = read_csv(section.texts["spectrum.csv"])
     sparse_alone, product_alone = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
     assert {line["matrix"] for line in lines if line["layer"] == sparse_alone} == {"W", "S"}
     assert values_in(lines, 6, sparse_alone, "W") == values_in(lines, 6, sparse_alone, "S")
     assert {line["matrix"] for line in lines if line["layer"] == product_alone} == {"W", "BA"}
-    shares = {row[1]: row[-1] for row in report.rows}
+    shares = {row[1]: row[-1] for row in section.tables[1].rows}
     assert shares[sparse_alone] == "100.0 %" and shares[product_alone] == "0.0 %"
-    alone = write_spectrum(run, tmp_path / "alone", layers=["q_proj"], report=lambda line: None)
+    alone = look_inside(run, layers=["q_proj"], report=lambda line: None)
     assert "low-rank" not in alone.pictures[0].caption
 
 
@@ -198,26 +193,20 @@ def test_a_pattern_that_fits_nothing_is_refused_with_examples() -> None:
         choose_layers(NAMES, ["q_proj", "lm_head"])
 
 
-def test_refusals_come_before_anything_is_written(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
-    run, out = train(sltrain_train, tiny, tmp_path / "run"), tmp_path / "out"
+def test_what_cannot_be_had_is_refused(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
+    run = train(sltrain_train, tiny, tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint of step 5; there are: 6"):
-        write_spectrum(run, out, steps=[5])
+        look_inside(run, steps=[5])
     with pytest.raises(ValueError, match="fits no projection"):
-        write_spectrum(run, out, layers=["nothing"])
+        look_inside(run, layers=["nothing"])
     with pytest.raises(ValueError, match="does not exist"):
-        write_spectrum(tmp_path / "missing", out)
-    assert not out.exists()
-    out.write_text("a file")
-    with pytest.raises(ValueError, match=f"{out} cannot be written"):
-        write_spectrum(run, out, layers=["q_proj"])
+        look_inside(tmp_path / "missing")
 
 
 def test_a_step_that_cannot_be_had_costs_only_itself(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     said: list[str] = []
-    found = write_spectrum(
-        train(sltrain_train, tiny, tmp_path / "run"), tmp_path / "out", steps=[6, 5], report=said.append
-    )
-    assert {row[0] for row in found.rows} == {"6"} and "no checkpoint of step 5; there are: 6" in said[0]
+    found = look_inside(train(sltrain_train, tiny, tmp_path / "run"), steps=[6, 5], report=said.append)
+    assert {row[0] for row in found.tables[1].rows} == {"6"} and "no checkpoint of step 5; there are: 6" in said[0]
 
 
 def test_weights_that_are_not_finite_are_named(
@@ -231,7 +220,7 @@ def test_weights_that_are_not_finite_are_named(
     opened.files = type(opened.files)(tmp_path)
     monkeypatch.setattr(build_spectrum, "open_saved", lambda *arguments: opened)
     with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj holds weights that are not finite at step 6"):
-        write_spectrum(run, tmp_path / "out", layers=["q_proj"])
+        look_inside(run, layers=["q_proj"])
 
 
 def test_one_layer_is_in_memory_at_a_time(
@@ -253,5 +242,5 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(build_spectrum, "_read_layer", watched)
     monkeypatch.setattr(build_spectrum, "open_saved", lambda *arguments: opened)
-    write_spectrum(run, tmp_path / "out", layers=["q_proj"], report=lambda line: None)
+    look_inside(run, layers=["q_proj"], report=lambda line: None)
     assert len(alive) == 14 and all(parameter.is_meta for parameter in opened.model.parameters())
