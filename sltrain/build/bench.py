@@ -2,7 +2,6 @@
 bench_layer.py, bench_step.py and bench_data.py."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import nn
 
 from sltrain.bench_config import BenchConfig
 from sltrain.benchmarks.machine import describe_machine, machine_line
+from sltrain.build import Say
 from sltrain.build.model import pick_dtype
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
 from sltrain.layers import cpu_kernel
 
-Say = Callable[[str], None]
 SEED = 42
 SMALL_VOCAB = 4096  # for models without a vocabulary of their own: what experiment=quickstart gives them
 

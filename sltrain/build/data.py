@@ -1,9 +1,9 @@
 """Configuration -> where text comes from, its tokenizer, the stream of training rows and the rows of evaluations."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from sltrain.build import Say
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
@@ -11,10 +11,8 @@ from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.distributed import Ranks
 
-Report = Callable[[str], None]
 
-
-def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source | None]:
+def build_sources(config: TrainConfig, report: Say) -> tuple[Source, Source | None]:
     """The training corpus, and the validation corpus if it is one of its own."""
     data = config.data
     validation: Source | None = None
@@ -30,7 +28,7 @@ def build_sources(config: TrainConfig, report: Report) -> tuple[Source, Source |
     return source, validation
 
 
-def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Report) -> HubFiles:
+def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Say) -> HubFiles:
     data = config.data
     if not (data.repo and data.revision and template and num_shards):
         raise ValueError(
@@ -39,7 +37,7 @@ def _hub_files(config: TrainConfig, template: str | None, num_shards: int, repor
     return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
 
 
-def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Report) -> Tokenizer:
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Say) -> Tokenizer:
     """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
 
@@ -64,7 +62,7 @@ def build_data(
     validation: Source | None,
     tokenizer: Tokenizer,
     ranks: Ranks,
-    say: Report,
+    say: Say,
 ) -> tuple[TrainStream, EvalSet]:
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sltrain.build import Say
 from sltrain.build.data import build_eval_set, build_sources
-from sltrain.build.saved import Report, Saved, open_saved
+from sltrain.build.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
@@ -30,7 +31,7 @@ def evaluate_saved(
     eval_tokens: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
-    report: Report = print,
+    report: Say = print,
 ) -> dict[str, Any]:
     """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
     text) up to `eval_tokens` predicted tokens. `batch_size` (None: the run's micro_batch_size) changes
@@ -49,6 +50,7 @@ def evaluate_saved(
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
     numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
     assert numbers is not None
+    del numbers["eval_processes"]  # one
     return {**numbers, "step": saved.step}
 
 
@@ -58,7 +60,7 @@ def _eval_set(
     eval_tokens: int | None,
     batch_size: int | None,
     ranks: Ranks,
-    report: Report,
+    report: Say,
 ) -> EvalSet:
     """The rows of the files, or of the run's own validation text. Raises ValueError."""
     config = saved.config

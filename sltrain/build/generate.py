@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sltrain.build.saved import Report, open_saved
+from sltrain.build import Say
+from sltrain.build.saved import open_saved
 from sltrain.engine.distributed import pick_device
 from sltrain.models.generation import Sampling, generate
 
@@ -19,7 +20,7 @@ def continue_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    report: Report = print,
+    report: Say = print,
 ) -> Iterator[str]:
     """Yield the pieces of the text that begins with `prompt`: together they are what the tokenizer makes of all ids.
 

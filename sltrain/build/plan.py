@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 
 from sltrain.build.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.build.model import allocate, build_model, pick_dtype
-from sltrain.build.run import check_run
-from sltrain.build.trainer import build_step, build_updates
+from sltrain.build.trainer import build_step, build_updates, check_updates_of
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
@@ -176,7 +175,7 @@ def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_pro
     if config.compile:
         lines.append("compile=true: the compiler keeps and fuses what it likes; the plan is for the eager run")
     try:
-        check_run(config, dtype)
+        check_updates_of(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
     if config.optimizer.name == "adam4bit" and device.type == "cuda":
@@ -204,7 +203,7 @@ def check_free(planned_bytes: int, device: torch.device) -> None:
 def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The peak of tensor bytes in one update of the real model on random tokens."""
     check_optimizer(config.optimizer.name)
-    check_run(config, dtype)
+    check_updates_of(config, dtype)
     ranks = Ranks(0, 1, device)
     assert config.model.vocab_size is not None
     model = build_model(config, config.model.vocab_size, dtype)

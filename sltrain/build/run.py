@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sltrain.build import Say
 from sltrain.build.data import build_data, build_sources, build_tokenizer
 from sltrain.build.memory import plan_model, settings_that_fit, update_notes
 from sltrain.build.model import build_model, pick_dtype
-from sltrain.build.trainer import build_trainer
+from sltrain.build.trainer import build_trainer, check_updates_of
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import Source
@@ -39,9 +40,7 @@ from sltrain.methods.advice import warnings
 from sltrain.models.accounting import count_parameters
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import MemoryPlan
-from sltrain.optim.build import check_optimizer, check_updates
-
-Report = Callable[[str], None]
+from sltrain.optim.build import check_optimizer
 
 
 @dataclass
@@ -129,11 +128,11 @@ class Run:
         )
 
 
-def build_run(config: TrainConfig, report: Report) -> Run:
+def build_run(config: TrainConfig, report: Say) -> Run:
     """Build everything a training run needs. Raises ValueError or OSError for what the user can mend."""
     ranks = Ranks.start(pick_device(config.device))
-    say: Report = report if ranks.is_main else lambda line: None  # what all ranks know
-    tell: Report = report if ranks.is_main else lambda line: report(f"[rank {ranks.rank}] {line}")  # what one rank met
+    say: Say = report if ranks.is_main else lambda line: None  # what all ranks know
+    tell: Say = report if ranks.is_main else lambda line: report(f"[rank {ranks.rank}] {line}")  # what one rank met
     ranks.everywhere(lambda: check_machine(config, ranks))
     folder, is_finished = open_folder(config, ranks)
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
@@ -153,19 +152,6 @@ def build_run(config: TrainConfig, report: Report) -> Run:
     return Run(folder, ranks, config, trainer, cadence)
 
 
-def check_run(config: TrainConfig, dtype: torch.dtype) -> None:
-    """Whether the ways of updating go together. Raises ValueError."""
-    check_updates(
-        config.optimizer.name,
-        dtype=dtype,
-        per_layer_update=config.per_layer_update,
-        accumulation=config.accumulation,
-        grad_clip=config.grad_clip,
-        grad_clip_per_parameter=config.grad_clip_per_parameter,
-        stochastic_rounding=config.stochastic_rounding,
-    )
-
-
 _COMPILING: dict[str, Callable[[TrainConfig], bool]] = {
     "compile=true": lambda config: config.compile,
     "optimizer=adam4bit": lambda config: config.optimizer.name == "adam4bit",
@@ -176,7 +162,7 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
     check_optimizer(config.optimizer.name)
-    check_run(config, pick_dtype(config.dtype, ranks.device))
+    check_updates_of(config, pick_dtype(config.dtype, ranks.device))
     compiles = [text for text, does in _COMPILING.items() if does(config)]
     if compiles and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
@@ -213,7 +199,7 @@ def describe(
     eval_set: EvalSet,
     ranks: Ranks,
     cadence: Cadence,
-    say: Report,
+    say: Say,
 ) -> None:
     """What the user should know before step 1."""
     c, count = config, {group: _short(number) for group, number in count_parameters(model).items()}
@@ -242,7 +228,7 @@ def describe(
 
 
 def guard_memory(
-    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks, say: Report
+    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks, say: Say
 ) -> MemoryPlan | None:
     """Plan the run's memory and say what comes. Raises ValueError if it does not fit, or cannot be planned, and the
     guard is on."""

@@ -5,7 +5,6 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 """
 
 import json
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sltrain.build import Say
 from sltrain.build.model import build_model
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
@@ -27,7 +27,6 @@ from sltrain.layers.convert import restore_layers
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 
-Report = Callable[[str], None]
 HEAD = "lm_head.weight"
 
 
@@ -73,7 +72,7 @@ class Saved:
         return layer
 
 
-def open_saved(path: str | Path, step: int | None = None, report: Report = print) -> Saved:
+def open_saved(path: str | Path, step: int | None = None, report: Say = print) -> Saved:
     """Open a run folder (at its newest intact checkpoint, or at `step`) or an exported folder. Raises ValueError or
     OSError for what is neither, damaged, or of another version."""
     path = Path(path).expanduser()
@@ -87,7 +86,7 @@ def open_saved(path: str | Path, step: int | None = None, report: Report = print
     raise ValueError(f"{path} {what if path.exists() else 'does not exist'}; name a run folder or an exported one")
 
 
-def open_run(path: Path, step: int | None, report: Report) -> Saved:
+def open_run(path: Path, step: int | None, report: Say) -> Saved:
     """Open a run folder at one of its checkpoints."""
     folder = RunFolder(path)
     config = read_config(folder.config_file)
@@ -100,13 +99,13 @@ def open_run(path: Path, step: int | None, report: Report) -> Saved:
     model = build_model(config, vocab_size, files.dtype(HEAD))
     files.check(model)
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    tokenizer = Tokenizer(folder.tokenizer_file.read_bytes().decode(), str(folder.tokenizer_file), vocab_size, report)
+    tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size, report)
     return Saved(
         path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
     )
 
 
-def open_export(path: Path, report: Report) -> Saved:
+def open_export(path: Path, report: Say) -> Saved:
     """Open what `sltrain-export` wrote, of either format."""
     content = read_json(path / "config.json")
     own, kind = content.get("sltrain"), content.get("model_type")
@@ -125,6 +124,14 @@ def open_export(path: Path, report: Report) -> Saved:
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
     files.check(model)
-    json_text = (path / "tokenizer.json").read_bytes().decode()
-    tokenizer = Tokenizer(json_text, str(path / "tokenizer.json"), shape.vocab_size, report)
+    tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size, report)
     return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})
+
+
+def read_tokenizer(path: Path, vocab_size: int | None, report: Say) -> Tokenizer:
+    """The tokenizer that a run or an export was saved with."""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; copy it from where the folder comes from") from error
+    return Tokenizer(text, str(path), vocab_size, report)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.build import Say
 from sltrain.build.model import allocate
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
@@ -30,11 +31,9 @@ from sltrain.methods.advice import weight_norms
 from sltrain.models.accounting import count_parameters, stored_bytes
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.memory_plan import MemoryPlan
-from sltrain.optim.build import build_optimizer, set_learning_rate
+from sltrain.optim.build import build_optimizer, check_updates, set_learning_rate
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
-
-Report = Callable[[str], None]
 
 
 def build_trainer(
@@ -46,8 +45,8 @@ def build_trainer(
     eval_set: EvalSet,
     ranks: Ranks,
     plan: MemoryPlan | None,
-    say: Report,
-    tell: Report,
+    say: Say,
+    tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
     memory = PeakMemory(ranks.device)
@@ -87,6 +86,7 @@ def build_trainer(
         planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "peak_memory_measure": memory.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
@@ -112,7 +112,7 @@ def restore(
 
 
 def fix_arithmetic(
-    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Report
+    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Say
 ) -> dict[str, Any]:
     """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
     num_rows = config.micro_batch_size * config.seq_len
@@ -127,6 +127,19 @@ def fix_arithmetic(
     if paths and device.type == "cpu" and (reason := cpu_kernel.status()) is not None:
         say(f"note       {reason}")
     return {"layer_paths": paths, "machine": machine}
+
+
+def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Whether the ways of updating go together. Raises ValueError."""
+    check_updates(
+        config.optimizer.name,
+        dtype=dtype,
+        per_layer_update=config.per_layer_update,
+        accumulation=config.accumulation,
+        grad_clip=config.grad_clip,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+        stochastic_rounding=config.stochastic_rounding,
+    )
 
 
 def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
@@ -163,7 +176,7 @@ def build_step(config: TrainConfig) -> Callable[..., StepResult]:
 
 
 def learning_rate_setter(
-    config: TrainConfig, max_steps: int, optimizer: torch.optim.Optimizer, say: Report
+    config: TrainConfig, max_steps: int, optimizer: torch.optim.Optimizer, say: Say
 ) -> Callable[[int], float]:
     """A function that sets the learning rate of a step and returns it."""
     warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
@@ -178,7 +191,7 @@ def learning_rate_setter(
     return set_rate
 
 
-def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Report) -> list[Sink]:
+def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Say) -> list[Sink]:
     """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
     rewrite_until(folder.metrics_file, step)
     sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]

@@ -5,8 +5,11 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+PATIENCE_SECONDS = 1.0  # whoever only looks at a run (run_record.py) holds the lock for an instant
 
 
 class RunLocked(ValueError):
@@ -29,7 +32,7 @@ class RunLock:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = open(run_dir / ".lock", "a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except BlockingIOError:
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
@@ -44,6 +47,18 @@ class RunLock:
         self._file.flush()
         # A forked child shares the lock and would keep it beyond our death.
         os.register_at_fork(after_in_child=self._file.close)
+
+    def _take(self) -> None:
+        """Raises BlockingIOError if others hold the lock for longer than a look takes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
 
     def release(self) -> None:
         """Give the folder free. May be called twice."""

@@ -12,7 +12,7 @@ done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row 
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens,
                  eval_processes (those that had a part of the text; see evaluate.py)
-    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes
+    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes, dtype (what auto became)
     stopped      outcome, in words: why the run ended before its budget
 
 Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one

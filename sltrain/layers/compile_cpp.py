@@ -54,10 +54,10 @@ def load_cpp(source: Path) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(_write(Path(private), file_name, library)))
         except OSError as error:
-            raise CannotCompile(f"the compiled kernel cannot be loaded: {first_line(str(error))}") from None
+            raise CannotCompile(f"the compiled kernel cannot be loaded: {one_line(str(error))}") from None
 
 
-def first_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What a compiler or the system says, cut to a line."""
     return (text.strip().splitlines() or ["no message"])[0]
 
@@ -115,7 +115,7 @@ def _compile(compiler: list[str], code: str) -> bytes:
                 errors.seek(0)
                 text = errors.read().decode(errors="replace") or "it left no kernel"
     wrong = next((line for line in text.splitlines() if "error" in line), text)
-    raise CannotCompile(f"{compiler[0]} could not compile the kernel: {first_line(wrong)}")
+    raise CannotCompile(f"{compiler[0]} could not compile the kernel: {one_line(wrong)}")
 
 
 @contextlib.contextmanager

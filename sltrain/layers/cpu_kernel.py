@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sltrain.layers.compile_cpp import CannotCompile, first_line, load_cpp
+from sltrain.layers.compile_cpp import CannotCompile, load_cpp, one_line
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 INT32_MAX = 2**31 - 1
@@ -227,7 +227,7 @@ class _Kernel:
             except CannotCompile as error:
                 self._library, self.problem = None, str(error)
             except (OSError, ValueError, AssertionError, MemoryError) as error:  # no folder for temporary files, say
-                self._library, self.problem = None, f"the kernel could not be made: {first_line(str(error))}"
+                self._library, self.problem = None, f"the kernel could not be made: {one_line(str(error))}"
             self.tried = True
 
     def function(self, name: str) -> "ctypes._NamedFuncPointer":

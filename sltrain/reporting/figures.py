@@ -134,11 +134,11 @@ def _cut_loss_axis(axes: "Axes", lines: list[list[tuple[float, float]]]) -> str:
 
 def draw_heat_maps(rows: list[Row]) -> list[Picture]:
     """Perplexity over rank and sparsity, one figure for each set of finished runs that are equal in all else."""
-    families: dict[tuple[str, str], list[Row]] = {}
+    families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
         if row.method == "sltrain" and row.recipe and row.rank is not None and row.sparsity is not None:
             if row.is_complete and math.isfinite(row.perplexity or math.nan):
-                families.setdefault((row.recipe, row.group), []).append(row)
+                families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
     pictures: list[Picture] = []
     for members in families.values():
         cells: dict[tuple[int, float], list[float]] = {}

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 Event = Mapping[str, Any]
@@ -71,7 +72,7 @@ class Row:
     eval_bytes: int | None = None  # of the evaluated text: tells two texts apart, wherever they lie
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
-    recipe: str = ""  # equal for runs that differ in rank and sparsity alone
+    recipe: str = ""  # equal for runs that differ in rank, sparsity and the machine alone
 
     @property
     def is_evaluated(self) -> bool:
@@ -129,8 +130,7 @@ def make_row(
         num_parameters=num_parameters,
         tokenizer_hash=tokenizer_hash,
         recipe=_recipe(config, {"rank", "sparsity", *not_recipe}),
-        **_settings(config),
-        **_results(train, newest_eval, final, last),
+        **_settings(config) | _results(train, newest_eval, final, last),
     )
 
 
@@ -171,6 +171,7 @@ def _results(
         "peak_tensor_bytes": _highest(measured, "peak_tensor_bytes"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         **{key: end.get(key) for key in ("tokens", "step", "wall_seconds")},
+        **({"dtype": chosen} if (chosen := _text(end, "dtype")) else {}),  # what dtype=auto became
     }
 
 
@@ -241,8 +242,10 @@ def _eval_bytes(event: Event) -> int | None:
 
 
 def _recipe(config: Mapping[str, Any], without: Collection[str]) -> str:
-    rest = repr(sorted((str(key), repr(value)) for key, value in config.items() if key not in without))
-    return hashlib.sha256(rest.encode(errors="replace")).hexdigest()[:12] if config else ""
+    """A hash of the configuration. Of the corpus the files' names count, not the folder, which differs by machine."""
+    rest = sorted((str(key), repr(value)) for key, value in config.items() if key not in {*without, "path"})
+    rest.append(("path", PurePath(str(config.get("path"))).name))
+    return hashlib.sha256(repr(rest).encode(errors="replace")).hexdigest()[:12] if config else ""
 
 
 # ---- between runs

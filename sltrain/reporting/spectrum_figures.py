@@ -6,15 +6,13 @@ top of it. The last values of a square matrix fall steeply, over many powers of 
 that fall, or it would show little else.
 """
 
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sltrain.reporting.drawing import COLOURS, DPI, MARKERS, WIDTH, Picture, our_style
+from sltrain.reporting.drawing import COLOURS, DPI, MARKERS, WIDTH, Picture, our_style, to_picture
 from sltrain.reporting.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -41,12 +39,13 @@ def draw_spectra(step: int, spectra: Mapping[Place, Spectrum]) -> list[Picture]:
     pages = [places[first : first + MAX_PANELS] for first in range(0, len(places), MAX_PANELS)]
     pictures = []
     for number, page in enumerate(pages, 1):
-        png = _png(partial(spectrum_figure, {place: spectra[place] for place in page}))
         several = f", part {number} of {len(pages)}" if len(pages) > 1 else ""
         name = f"spectrum_{step}.png" if number == 1 else f"spectrum_{step}_{number}.png"
         alt = f"Singular values of {len(page)} layers at step {step}, {_name(page[0])} to {_name(page[-1])}."
         caption = _explain([spectra[place] for place in page])
-        pictures.append(Picture(name, f"Singular values at step {step}{several}", caption, alt, png))
+        with our_style():
+            figure = spectrum_figure({place: spectra[place] for place in page})
+            pictures.append(to_picture(figure, name, f"Singular values at step {step}{several}", caption, alt))
     return pictures
 
 
@@ -137,7 +136,8 @@ def draw_energy(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]])
         " kind of projection and depth."
     )
     alt = f"Share of S in the energy of every projection against depth, at {when}."
-    return Picture("energy.png", "Share of S in the energy", caption, alt, _png(partial(energy_figure, shares)))
+    with our_style():
+        return to_picture(energy_figure(shares), "energy.png", "Share of S in the energy", caption, alt)
 
 
 def energy_figure(shares: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]) -> "Figure":
@@ -180,10 +180,3 @@ def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figu
     for axes in grid[max(0, num_panels - num_columns) : num_panels]:
         axes.tick_params(labelbottom=True)  # also above a place that stays empty
     return figure, grid[:num_panels]
-
-
-def _png(draw: Callable[[], "Figure"]) -> bytes:
-    with our_style():
-        out = io.BytesIO()
-        draw().savefig(out, format="png", metadata={"Software": None})
-        return out.getvalue()

@@ -54,3 +54,11 @@ def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pyte
     lines: list[str] = []
     RunLock(tmp_path, lines.append).release()
     assert len(lines) == 1 and "cannot be locked" in lines[0]
+
+
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunLock(tmp_path).release()
+    with open(tmp_path / ".lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        RunLock(tmp_path).release()

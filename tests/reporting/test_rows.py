@@ -94,6 +94,17 @@ def test_a_configuration_of_anything_is_no_error(damaged: dict[str, Any]) -> Non
 def test_the_recipe_is_everything_but_rank_sparsity_and_the_machine() -> None:
     assert row_of().recipe == row_of({**CONFIG, "rank": 1, "sparsity": 0.5, "run_dir": "/b"}).recipe
     assert row_of().recipe != row_of({**CONFIG, "alpha": 16.0}).recipe
+    here, there, other = (
+        row_of({**CONFIG, "path": path}, not_recipe=["path"]).recipe
+        for path in ("/a/wiki.*.gz", "/b/wiki.*.gz", "/a/novels.*.gz")
+    )
+    assert here == there != other, "the same files in another folder are the same text"
+
+
+def test_the_dtype_is_that_of_the_weights_once_it_is_known() -> None:
+    config = {**CONFIG, "dtype": "auto"}
+    assert row_of(config).dtype == "auto"
+    assert row_of(config, final={**FINAL, "dtype": "bfloat16"}).dtype == "bfloat16"
 
 
 def test_old_lines_without_a_clock_still_draw_against_tokens() -> None:
