@@ -39,15 +39,16 @@ def run_command(arguments: list[str]) -> ExitCode:
         from sltrain.build.model import DTYPES
         from sltrain.build.saved import open_saved
 
+        output = typed.output.expanduser()
         saved = open_saved(typed.run, typed.step, tell)
         tell(f"exporting  {typed.run}, step {saved.step:,}")
-        export(saved, typed.output.expanduser(), typed.format, DTYPES.get(typed.dtype), tell)
+        export(saved, output, typed.format, DTYPES.get(typed.dtype), tell)
     except Exception as error:
         return report_error(error)
     if typed.format == "dense":
-        tell(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(typed.output)!r})")
+        tell(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
     else:
-        tell(f"done       sltrain.load({str(typed.output)!r})")
+        tell(f"done       sltrain.load({str(output)!r})")
     return ExitCode.OK
 
 

@@ -100,9 +100,9 @@ class Sweep:
         rows, notes = read_rows([folder for folder in folders.values() if folder.is_dir()])
         print(f"\nsweep {self.folder}")
         print("\n".join([text_table(rows), *notes]) if rows else "no job has begun")
-        ends = {row.name: row.status for row in rows}
-        ends |= {name: in_words(code) for name, code in self.codes.items()}
-        left = {name: ends.get(name, "not started") for name in self.names if ends.get(name) != "finished"}
+        ends = {name: in_words(code) for name, code in self.codes.items()}
+        ends |= {row.name: row.status for row in rows if row.name not in ends or row.status == "finished"}
+        left = {name: ends.get(name, "not started, or refused") for name in self.names if ends.get(name) != "finished"}
         for name, how in left.items():
             print(f"{name}: {how}")
         if left and (self.folder / ".submitit").is_dir():
@@ -111,7 +111,8 @@ class Sweep:
             print(f"sltrain-report {self.folder} makes a page of it")
             return ExitCode.OK
         if ExitCode.INTERRUPTED in self.codes.values():
-            print(f"interrupted with {len(left)} jobs to go; the same command with run_dir={self.folder} continues")
+            jobs = f"{len(left)} job{'s' * (len(left) != 1)}"
+            print(f"interrupted with {jobs} to go; the same command with run_dir={self.folder} continues")
             return ExitCode.INTERRUPTED
         return ExitCode.FAILED
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 
 from sltrain import evaluate as command
 from sltrain import export
@@ -264,6 +265,11 @@ def test_a_corpus_that_is_gone(
     monkeypatch.setattr("sys.argv", ["sltrain-train", *arguments])
     assert train(arguments) == 0
     mine.unlink()
-    assert_refused(sltrain_eval(tmp_path / "run"), str(mine))
+    assert_refused(sltrain_eval(tmp_path / "run"), str(mine), "--path GLOB")
     code, _, err = sltrain_eval(tmp_path / "run", "--path", corpus / "train.00001.json.gz")
     assert code == 0, err
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["validation_path"] = str(corpus / "train.00001.json.gz")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = sltrain_eval(tmp_path / "run")
+    assert code == 0, "what it was trained on is not needed: " + err

@@ -197,8 +197,10 @@ def test_an_export_of_others(tmp_path: Path, commands: Call) -> None:
 def test_a_run_without_a_checkpoint(model: Path, tmp_path: Path, commands: Call) -> None:
     run = shutil.copytree(model / "run", tmp_path / "run", symlinks=True)
     shutil.rmtree(run / "checkpoints")
-    assert_refused(commands(run), str(run), "no checkpoint yet")
+    assert_refused(commands(run), str(run), "finished run without checkpoints/")
     assert_refused(commands(run, "--step", "2"), "no checkpoint of step 2", "none at all")
+    (run / "summary.json").unlink()
+    assert_refused(commands(run), str(run), "holds no checkpoint", "checkpoint_every")
 
 
 def test_reading_needs_no_optimizer(model: Path, tmp_path: Path) -> None:

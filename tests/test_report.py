@@ -294,6 +294,12 @@ def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) ->
     before = sorted(path.name for path in run.iterdir())
     code, _, err = report(run, "--output", run, "--spectrum")
     assert code == 2 and "is a run folder" in err and sorted(path.name for path in run.iterdir()) == before
+    for place in (run / "checkpoints", run / "checkpoints" / "step_00000002"):
+        code, _, err = report(run, "--output", place)
+        assert code == 2 and "a model's files" in err and not place.exists()
+    (mine / "config.json").write_text("{}")
+    assert report(run, "--output", mine)[0] == 2
+    (mine / "config.json").unlink()
     (mine / "notes.csv").write_text("mine")
     assert report(run, "--output", mine)[0] == report(run, "--output", mine)[0] == 0  # its own it may
     assert (mine / "notes.csv").read_text() == "mine"

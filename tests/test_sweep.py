@@ -1,5 +1,6 @@
 """Names of sweep jobs are deterministic and can be typed back; what became of jobs is known wherever they ran."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,18 @@ def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected:
     assert _run_process([sys.executable, "-c", code]) == expected
 
 
+def test_a_run_that_finished_just_before_the_sweep_was_stopped_is_not_to_go(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rank-4").mkdir()
+    config = {"model": {}, "method": {}, "rank": 4, "sparsity": 0.1}
+    (tmp_path / "rank-4" / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "rank-4" / "summary.json").write_text('{"event": "final", "step": 2}')
+    code = Sweep(tmp_path, ["rank"], ["rank-4", "rank-8"], {"rank-4": 3}).finish()
+    out = capfd.readouterr().out
+    assert code == 3 and "rank-4: interrupted" not in out and "rank-8: not started" in out and "with 1 job to go" in out
+
+
 def test_sweep_by_a_cluster_launcher(
     tiny: list[str], tmp_path: Path, start_process: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
@@ -63,7 +76,7 @@ def test_sweep_by_a_cluster_launcher(
     process = start_process(*command, "rank=4,33", f"run_dir={tmp_path}/sweep")
     out, err = process.communicate(timeout=240)
     table = out.partition(f"sweep {tmp_path}/sweep")[2]
-    assert process.returncode == 1 and "perplexity" in table and "rank-33: not started" in table, out + err
+    assert process.returncode == 1 and "perplexity" in table and "rank-33: not started, or refused" in table, out + err
     assert "what the jobs printed is in" in table
     printed = [file.read_text() for file in (tmp_path / "sweep" / ".submitit").rglob("*.err")]
     assert any("error: " in text and "rank" in text for text in printed)

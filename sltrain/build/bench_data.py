@@ -14,7 +14,7 @@ from sltrain.benchmarks.data import (
     measure_waiting,
 )
 from sltrain.build.bench import SEED, Bench, Result, vocab_size
-from sltrain.build.data import build_sources, build_tokenizer
+from sltrain.build.data import build_tokenizer, build_training_source
 from sltrain.build.model import build_model
 from sltrain.config import TrainConfig
 from sltrain.data.sources import Source
@@ -33,7 +33,7 @@ def run_data(bench: Bench) -> Result:
     if config.path:
         train = dataclasses.replace(train, data=dataclasses.replace(train.data, name="local"), path=config.path)
     train = dataclasses.replace(train, tokenizer=config.tokenizer)
-    source, _ = build_sources(train, bench.say)
+    source = build_training_source(train, bench.say)
     streams: list[TrainStream] = []
 
     def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:

@@ -14,18 +14,25 @@ from sltrain.engine.distributed import Ranks
 
 def build_sources(config: TrainConfig, report: Say) -> tuple[Source, Source | None]:
     """The training corpus, and the validation corpus if it is one of its own."""
-    data = config.data
-    validation: Source | None = None
-    if data.name == "c4":
-        source: Source = _hub_files(config, data.train_file, data.num_train_shards, report)
-        validation = _hub_files(config, data.validation_file, data.num_validation_shards, report)
-    elif data.name == "local":
-        source = LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
-    else:
-        source = StandardLibrary()
+    return build_training_source(config, report), build_validation_source(config, report)
+
+
+def build_training_source(config: TrainConfig, report: Say) -> Source:
+    """What a run trains on."""
+    if config.data.name == "c4":
+        return _hub_files(config, config.data.train_file, config.data.num_train_shards, report)
+    if config.data.name == "local":
+        return LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
+    return StandardLibrary()
+
+
+def build_validation_source(config: TrainConfig, report: Say) -> Source | None:
+    """What a run is evaluated on; None: documents held out of what it trains on."""
     if config.validation_path:
-        validation = LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
-    return source, validation
+        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
+    if config.data.name == "c4":
+        return _hub_files(config, config.data.validation_file, config.data.num_validation_shards, report)
+    return None
 
 
 def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Say) -> HubFiles:
@@ -81,21 +88,22 @@ def build_data(
         on_event=say,
         prefetch=2,
     )
-    eval_set = build_eval_set(config, source, validation, tokenizer, ranks)
+    eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)
     eval_set.read()
     return stream, eval_set
 
 
 def build_eval_set(
-    config: TrainConfig, source: Source, validation: Source | None, tokenizer: Tokenizer, ranks: Ranks
+    config: TrainConfig, source: Source, is_held_out: bool, tokenizer: Tokenizer, ranks: Ranks
 ) -> EvalSet:
-    """The rows that evaluations of a run read; the text is read at the first use."""
+    """The rows that evaluations of a run read, of all documents of `source` or of those held out of training; the text
+    is read at the first use."""
     return EvalSet(
-        validation or source,
+        source,
         tokenizer,
         seq_len=config.seq_len,
         padding=config.padding,
-        holdout_every=config.data.holdout_every if validation is None else 0,
+        holdout_every=config.data.holdout_every if is_held_out else 0,
         eval_tokens=config.eval_tokens,
         batch_size=config.micro_batch_size,
         rank=ranks.rank,

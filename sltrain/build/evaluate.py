@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sltrain.build import Say
-from sltrain.build.data import build_eval_set, build_sources
+from sltrain.build.data import build_eval_set, build_training_source, build_validation_source
 from sltrain.build.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import LocalFiles
@@ -80,4 +80,9 @@ def _eval_set(
         eval_tokens=eval_tokens or config.eval_tokens,
         micro_batch_size=batch_size or config.micro_batch_size,
     )
-    return build_eval_set(config, *build_sources(config, report), saved.tokenizer, ranks)
+    try:
+        validation = build_validation_source(config, report)
+        source = validation or build_training_source(config, report)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the run's own text cannot be had ({error}); name other text with --path GLOB") from error
+    return build_eval_set(config, source, validation is None, saved.tokenizer, ranks)

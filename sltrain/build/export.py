@@ -72,7 +72,8 @@ def export(
 
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty; name another folder")
+        what = "exists and is not empty" if output.is_dir() else "is a file"
+        raise ValueError(f"{output} {what}; name another folder")
 
 
 def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, dtype: torch.dtype) -> None:

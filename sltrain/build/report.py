@@ -20,8 +20,9 @@ from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.engine.run_folder import RunFolder, write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, read_run
+from sltrain.reporting.comparison import arrange
 from sltrain.reporting.page import GENERATOR, Section, render_page
-from sltrain.reporting.rows import Curve, Row, arrange, make_curve, make_row, printable
+from sltrain.reporting.rows import Curve, Row, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table
 
 PAGE = "report.html"
@@ -158,9 +159,13 @@ def write_report(report: Report, output: Path, command: str = "", more: Section 
 
 
 def check_output(output: Path) -> None:
-    """Refuse (ValueError) to write over what no report wrote, and among the files of a run."""
+    """Refuse (ValueError) to write over what no report wrote, and among the files of a run or an export."""
     if RunFolder(output).config_file.exists():
         raise ValueError(f"{output} is a run folder; name another with --output, such as {output / 'report'}")
+    around = [output.absolute(), output.absolute().parent]
+    is_in_run = any(at.name == "checkpoints" and RunFolder(at.parent).config_file.exists() for at in around)
+    if is_in_run or (output / "config.json").exists():
+        raise ValueError(f"{output} is for a model's files; name another folder with --output")
     page = output / PAGE
     if not output.is_dir() or (page.is_file() and GENERATOR in page.read_text(errors="replace")):
         return

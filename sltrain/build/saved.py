@@ -93,7 +93,9 @@ def open_run(path: Path, step: int | None, report: Say) -> Saved:
     checkpointer = Checkpointer(path, config.keep_last, to_train=False)
     checkpoint = checkpointer.find_latest(report) if step is None else checkpointer.find(step)
     if checkpoint is None:
-        raise ValueError(f"{path} has no checkpoint yet; a run saves every checkpoint_every updates, and at its end")
+        if folder.is_finished:
+            raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
+        raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
     files = WeightFiles(checkpoint)
     vocab_size = files.shape(HEAD)[0]
     model = build_model(config, vocab_size, files.dtype(HEAD))

@@ -86,6 +86,7 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
         + ", markers the validation loss"
         + (" of the best runs" if others else "")
         + f".{beyond}"
+        + (" Losses a token compare only within a set." if any(row.group for row in rows) else "")
     )
     alt = f"Training loss of {len(lines)} run{'s' * (len(lines) > 1)} against {what}, from {lines[0][0].name} on."
     return to_picture(figure, f"loss_{against}.png", f"Loss against {what}", caption, alt)

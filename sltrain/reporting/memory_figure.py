@@ -62,7 +62,7 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     caption = (
         f"Peak memory beside {quality}, lower left is better; the area is the number of parameters"
         + (", hollow bubbles are of unfinished runs" if any(not row.is_complete for row in rows) else "")
-        + (f"; {num_unnamed} runs are not named here, see the table" if num_unnamed else "")
+        + (f"; runs not named here: {num_unnamed}, see the table" if num_unnamed else "")
         + (". A process is larger than its tensors: compare CPU with CPU" if len(measures) > 1 else "")
         + "."
     )

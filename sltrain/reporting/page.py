@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sltrain.reporting.comparison import batches, comparison, other_differences
 from sltrain.reporting.drawing import DPI, Picture
-from sltrain.reporting.rows import Row, batches, comparison
+from sltrain.reporting.rows import Row
 from sltrain.reporting.table import shared, shown
 
 GENERATOR = '<meta name="generator" content="sltrain-report">'  # the mark of a page that may be written over
@@ -61,9 +62,8 @@ def render_page(
         status_class=status_class,
         lines=[(row, [(column, column.cell(row)) for column in columns]) for row in rows],
         summary=_summary(rows),
-        shared=shared(rows),
-        comparison=comparison(rows),
-        batches=batches(rows),
+        facts=[fact for fact in (shared(rows), other_differences(rows)) if fact],
+        warnings=[warning for warning in (comparison(rows), batches(rows)) if warning],
         notes=notes,
         pictures=_embedded(pictures),
         more=more,

@@ -1,16 +1,9 @@
-"""One run is one `Row`: the numbers of the table. Its `Curve` holds what the figures draw.
-
-Perplexity compares only between runs that predict the same tokens: the same tokenizer, padding, row length, number of
-evaluated tokens and validation text. `arrange` finds the groups of such runs. With one group the best perplexity comes
-first. With several each row carries its group's letter and the order is that of bits per byte, which is free of
-the tokenizer.
-"""
+"""One run is one `Row`: the numbers of the table. Its `Curve` holds what the figures draw."""
 
 import hashlib
-import itertools
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -20,17 +13,6 @@ Event = Mapping[str, Any]
 # Which numbers of the method a method uses; those it does not use are None.
 USED = {"full": (), "low_rank": ("rank", "alpha")}
 ALL_USED = ("rank", "sparsity", "alpha")
-
-MAX_EXPLAINED = 4  # groups; more would bury the sentence about them
-
-# What makes perplexities comparable: the field of a row, and its name in a sentence.
-PROTOCOL = {
-    "tokenizer_hash": "the tokenizer",
-    "padding": "padding",
-    "seq_len": "seq_len",
-    "eval_tokens": "the number of evaluated tokens",
-    "eval_bytes": "the validation text",
-}
 
 
 @dataclass
@@ -73,6 +55,7 @@ class Row:
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
     recipe: str = ""  # equal for runs that differ in rank, sparsity and the machine alone
+    settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value; those that steer the machine are out
 
     @property
     def is_evaluated(self) -> bool:
@@ -122,14 +105,18 @@ def make_row(
     Args:
         newest_eval: where the losses come from while there is no `final`.
         last: the newest event of any kind.
-        not_recipe: keys of the configuration that do not change what is computed.
+        not_recipe: keys of the configuration that do not change what is computed, or say where things lie.
     """
+    settings = _flat({key: value for key, value in config.items() if key not in not_recipe})
+    if "path" in config:  # the names of the corpus's files, and not the folder, which differs by machine
+        settings["path"] = PurePath(str(config["path"])).name
     return Row(
         name=printable(name),
         status=printable(status),
         num_parameters=num_parameters,
         tokenizer_hash=tokenizer_hash,
-        recipe=_recipe(config, {"rank", "sparsity", *not_recipe}),
+        recipe=_recipe(settings),
+        settings=settings,
         **_settings(config) | _results(train, newest_eval, final, last),
     )
 
@@ -241,85 +228,14 @@ def _eval_bytes(event: Event) -> int | None:
     return round(loss * tokens / (math.log(2) * bits))
 
 
-def _recipe(config: Mapping[str, Any], without: Collection[str]) -> str:
-    """A hash of the configuration. Of the corpus the files' names count, not the folder, which differs by machine."""
-    rest = sorted((str(key), repr(value)) for key, value in config.items() if key not in {*without, "path"})
-    rest.append(("path", PurePath(str(config.get("path"))).name))
-    return hashlib.sha256(repr(rest).encode(errors="replace")).hexdigest()[:12] if config else ""
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Dotted key -> value, for every value that is not a mapping itself."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {printable(f"{above}{key}"): str(value)}
+    return flat
 
 
-# ---- between runs
-
-
-def arrange(rows: list[Row]) -> list[Row]:
-    """The rows, best first, those without a number last, with the letters of their groups if there is more than
-    one."""
-    groups = {_protocol(row): "" for row in rows if row.is_evaluated}
-    several = len(groups) > 1
-    rows = sorted(rows, key=lambda row: _rank(row.bits_per_byte if several else row.perplexity))
-    for row in rows:
-        key = _protocol(row)
-        if several and row.is_evaluated:
-            groups[key] = groups[key] or _letter(sum(letter != "" for letter in groups.values()))
-            row.group = groups[key]
-    return rows
-
-
-def comparison(rows: list[Row]) -> str:
-    """What a reader of arranged rows must know: that perplexities do not all compare, and why. Empty if they do."""
-    first_of = {row.group: row for row in reversed(rows) if row.group}
-    letters = sorted(first_of, key=lambda letter: (len(letter), letter))
-    if not letters:
-        return ""
-    differing = [key for key in PROTOCOL if len({getattr(row, key) for row in first_of.values()}) > 1]
-    what = [PROTOCOL[key] for key in differing] or ["a tokenizer that is unknown"]
-    listed = ", ".join(what)
-    each = "; ".join(f"{letter}: {', '.join(_say(first_of[letter], differing))}" for letter in letters)
-    order = "bits per byte, which do not depend on the tokenizer"
-    if "eval_bytes" in differing:
-        order += " (but do on the text)"
-    return (
-        f"Perplexities compare only between runs with the same letter. What differs: {listed}"
-        f"{f' ({each})' if differing and len(letters) <= MAX_EXPLAINED else ''}. The rows are in the order of {order}."
-    )
-
-
-def batches(rows: list[Row]) -> str:
-    """A warning where the published convention does not compare although perplexities do; else empty."""
-    names = {"micro_batch_size": "micro_batch_size", "eval_processes": "the number of processes"}
-    found: dict[tuple[str, str], set[int]] = {}  # what is unknown is not said to differ
-    for row, key in itertools.product(rows, names):
-        if row.is_evaluated and getattr(row, key) is not None:
-            found.setdefault((row.group, key), set()).add(getattr(row, key))
-    differing = [name for key, name in names.items() if any(k == key and len(v) > 1 for (_, k), v in found.items())]
-    if not differing:
-        return ""
-    what = f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
-    return f"The published convention depends on the batches, and {what} here: it does not compare."
-
-
-def _protocol(row: Row) -> tuple[Any, ...]:
-    """Equal for rows whose perplexities compare. An unknown tokenizer is like no other."""
-    key = tuple(getattr(row, name) for name in PROTOCOL)
-    return key if row.tokenizer_hash is not None else (*key, row.name)
-
-
-def _say(row: Row, keys: list[str]) -> Iterator[str]:
-    for key in keys:
-        value = getattr(row, key)
-        if key == "tokenizer_hash":
-            yield f"tokenizer {value[:8]}" if value else "tokenizer unknown"
-        else:
-            yield f"{key} {f'{value:,}' if isinstance(value, int) else value}"
-
-
-def _rank(value: float | None) -> tuple[int, float]:
-    if value is None:
-        return 2, 0.0
-    return (1, 0.0) if math.isnan(value) else (0, value)
-
-
-def _letter(index: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
-    before, letter = divmod(index, 26)
-    return (_letter(before - 1) if before else "") + "abcdefghijklmnopqrstuvwxyz"[letter]
+def _recipe(settings: Mapping[str, str]) -> str:
+    rest = sorted((key, value) for key, value in settings.items() if key not in ("rank", "sparsity"))
+    return hashlib.sha256(repr(rest).encode(errors="replace")).hexdigest()[:12] if settings else ""

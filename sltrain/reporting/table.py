@@ -1,7 +1,7 @@
 """The columns of the table, each once, and the table as text for a terminal, Markdown and CSV.
 
-People read rounded numbers with units and see only columns that say something. CSV has every field of a row, raw,
-under its name in `Row`.
+People read rounded numbers with units and see only columns that say something. CSV has the fields of a row, raw, under
+their names in `Row`.
 """
 
 import csv
@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sltrain.reporting.rows import Row, batches, comparison
+from sltrain.reporting.comparison import batches, comparison, other_differences
+from sltrain.reporting.rows import Row
 
 MAX_NAME = 44  # characters of a name on a terminal
 WIDTH = 160  # of text that goes to no terminal
@@ -92,9 +93,9 @@ COLUMNS = (
     Column("alpha", "alpha", plain, drop=10, is_setting=True),
     Column("lr", "lr", plain, drop=8, is_setting=True),
     Column("support", "support", str, drop=6, is_text=True, is_detail=True),
-    Column("optimizer", "optimizer", str, drop=8, is_text=True, is_detail=True),
-    Column("dtype", "dtype", str, drop=8, is_text=True, is_detail=True),
-    Column("seed", "seed", str, drop=8, is_detail=True),
+    Column("optimizer", "optimizer", str, drop=6, is_text=True, is_detail=True),
+    Column("dtype", "dtype", str, drop=6, is_text=True, is_detail=True),
+    Column("seed", "seed", str, drop=6, is_detail=True),
     Column("num_parameters", "parameters", short, drop=1),
     Column("group", "set", str, is_text=True),
     Column("perplexity", "perplexity", perplexity, add=at_step),
@@ -125,7 +126,9 @@ def shared(rows: list[Row]) -> str:
 
 def sentences(rows: list[Row]) -> list[str]:
     """What a reader of the table must know: shared settings, and what compares."""
-    return [sentence for sentence in (shared(rows), comparison(rows), batches(rows)) if sentence]
+    return [
+        sentence for sentence in (shared(rows), other_differences(rows), comparison(rows), batches(rows)) if sentence
+    ]
 
 
 def _num_values(column: Column, rows: list[Row]) -> int:
@@ -195,10 +198,10 @@ def _escape(text: str) -> str:
 
 
 def csv_table(rows: list[Row]) -> str:
-    """Every field of every row, raw; empty for None."""
+    """Every field of every row but its settings, raw; empty for None."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [item.name for item in fields(Row)]
+    names = [item.name for item in fields(Row) if item.name != "settings"]
     writer.writerow(names)
     writer.writerows([getattr(row, name) for name in names] for row in rows)
     return out.getvalue()

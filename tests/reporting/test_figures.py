@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sltrain.reporting import figures, memory_figure
+from sltrain.reporting.comparison import arrange
 from sltrain.reporting.drawing import FEW, NUM_BEST
 from sltrain.reporting.figures import draw_all, draw_heat_maps, draw_loss, smooth
 from sltrain.reporting.memory_figure import draw_memory
-from sltrain.reporting.rows import Curve, Point, Row, arrange
+from sltrain.reporting.rows import Curve, Point, Row
 
 
 def make_rows(number: int, **same: Any) -> list[Row]:
@@ -208,7 +209,7 @@ def test_names_in_a_crowd_keep_apart_or_are_counted(
     picture = draw_memory(crowd)
     num_unnamed = FEW - len(names_on(drawn[0][1]))
     assert picture is not None and num_unnamed < FEW - 1
-    assert (f"{num_unnamed} runs are not named" in picture.caption) == (num_unnamed > 0)
+    assert (f"runs not named here: {num_unnamed}" in picture.caption) == (num_unnamed > 0)
     assert_no_overlap(seen_texts[drawn[0][0]])
 
 

@@ -3,10 +3,11 @@
 import base64
 from html.parser import HTMLParser
 
+from sltrain.reporting.comparison import arrange, comparison
 from sltrain.reporting.drawing import Picture
 from sltrain.reporting.figures import draw_all
 from sltrain.reporting.page import render_page
-from sltrain.reporting.rows import Row, arrange, comparison
+from sltrain.reporting.rows import Row
 from sltrain.reporting.table import shown
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

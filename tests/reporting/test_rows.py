@@ -1,4 +1,4 @@
-"""A run's lines become one row; rows are compared only where perplexities compare."""
+"""A run's lines become one row."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sltrain.reporting.rows import Row, arrange, batches, comparison, make_curve, make_row, printable
+from sltrain.reporting.rows import Row, make_curve, make_row, printable
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "llama_tiny"},
@@ -36,13 +36,6 @@ def row_of(config: dict[str, Any] = CONFIG, **given: Any) -> Row:
     arguments: dict[str, Any] = {"train": TRAIN, "newest_eval": EVAL, "final": None, "last": TRAIN[-1]}
     arguments |= {"tokenizer_hash": "t", "num_parameters": 7, "not_recipe": ["run_dir"], **given}
     return make_row("run", "crashed", config, **arguments)
-
-
-def rows_of(**perplexities: float | None) -> list[Row]:
-    return [
-        Row(name, "finished", perplexity=value, loss=value, bits_per_byte=value, tokenizer_hash="t")
-        for name, value in perplexities.items()
-    ]
 
 
 def test_an_unfinished_run_is_told_by_its_newest_lines() -> None:
@@ -118,81 +111,12 @@ def test_printable_keeps_one_line_that_can_be_written() -> None:
     printable("\udcff\n").encode()
 
 
-# ---- between runs
-
-
-def test_one_group_is_sorted_by_perplexity_and_has_no_letters() -> None:
-    rows = arrange(rows_of(none=None, b=20.0, nan=math.nan, a=10.0))
-    assert [row.name for row in rows] == ["a", "b", "nan", "none"]
-    assert {row.group for row in rows} == {""} and comparison(rows) == ""
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("tokenizer_hash", "0123456789", "tokenizer 01234567"),
-        ("padding", "truncate_pad", "padding truncate_pad"),
-        ("seq_len", 512, "seq_len 512"),
-        ("eval_tokens", 40_035, "40,035"),
-        ("eval_bytes", 12345, "(but do on the text)"),
-    ],
-)
-def test_what_keeps_perplexities_apart(field: str, value: Any, words: str) -> None:
-    rows = rows_of(a=10.0, b=20.0, c=30.0, none=None)
-    rows[0].bits_per_byte = 25.0  # its perplexity is the lowest, but of other tokens
-    setattr(rows[0], field, value)
-    arranged = arrange(rows)
-    assert [(row.name, row.group) for row in arranged] == [("b", "a"), ("a", "b"), ("c", "a"), ("none", "")]
-    assert words in comparison(arranged)
-    others = {"tokenizer ", "padding ", "seq_len "} - {words.partition(" ")[0] + " "}
-    assert not any(other in comparison(arranged).partition("(")[2].partition(")")[0] for other in others)
-
-
-def test_an_unknown_tokenizer_is_like_no_other() -> None:
-    rows = rows_of(a=10.0, b=20.0)
-    for row in rows:
-        row.tokenizer_hash = None
-    arranged = arrange(rows)
-    assert [row.group for row in arranged] == ["a", "b"] and "unknown" in comparison(arranged)
-
-
-def test_runs_without_an_evaluation_make_no_group() -> None:
-    rows = rows_of(a=10.0, b=20.0, none=None)
-    rows[2].padding = "other"
-    assert comparison(arrange(rows)) == ""
-
-
-def test_there_are_letters_for_any_number_of_groups() -> None:
-    rows = rows_of(**{f"run{i}": float(i) for i in range(60)})
-    for i, row in enumerate(rows):
-        row.eval_tokens = i
-    letters = [row.group for row in arrange(rows)]
-    assert len(comparison(arrange(rows))) < 300
-    assert letters[:2] == ["a", "b"] and letters[25:28] == ["z", "aa", "ab"] and len(set(letters)) == 60
-
-
 def test_the_bytes_of_the_evaluated_text_are_found_again() -> None:
     num_bytes, tokens, loss = 138_221, 40_005, 4.8505229204
     bits = loss * tokens / math.log(2) / num_bytes
     row = row_of(final={**FINAL, "loss": loss, "eval_tokens": tokens, "bits_per_byte": bits})
     assert row.eval_bytes == num_bytes
     assert row_of(final={**FINAL, "loss": math.nan}).eval_bytes is None
-
-
-def test_the_published_convention_compares_only_between_equal_batches() -> None:
-    rows = rows_of(a=10.0, b=20.0, none=None)
-    rows[2].micro_batch_size = 3  # not evaluated
-    assert batches(arrange(rows)) == ""
-    rows[0].micro_batch_size, rows[1].micro_batch_size = None, 4
-    assert batches(arrange(rows)) == "", "one is unknown"
-    rows[0].micro_batch_size = 8
-    assert "micro_batch_size differs" in batches(arrange(rows))
-    rows[0].eval_processes, rows[1].eval_processes = 1, 2
-    assert "micro_batch_size and the number of processes differ" in batches(arrange(rows))
-    rows[0].micro_batch_size = 4
-    assert "the number of processes differs" in batches(arrange(rows))
-    rows[0].padding = "another"  # another letter, so nobody compares them
-    assert batches(arrange(rows)) == ""
 
 
 def test_a_peak_is_that_of_all_processes_of_a_run() -> None:
@@ -209,10 +133,3 @@ def test_a_finished_run_is_as_far_as_its_summary_says() -> None:
 def test_any_learning_rate_is_shown() -> None:
     assert row_of({**CONFIG, "lr": 1e30}).lr == 1e30
     assert row_of({**CONFIG, "lr": math.inf}).lr is None
-
-
-def test_a_run_without_numbers_makes_no_group() -> None:
-    rows = rows_of(a=10.0, b=20.0, nan=math.nan)
-    rows[2].eval_bytes = None  # nothing to reckon it from
-    rows[0].eval_bytes = rows[1].eval_bytes = 5
-    assert {row.group for row in arrange(rows)} == {""} and comparison(arrange(rows)) == ""

@@ -1,0 +1,121 @@
+"""Which numbers of several runs compare, and what a reader must know about that.
+
+Perplexity compares only between runs that predict the same tokens: the same tokenizer, padding, row length, number of
+evaluated tokens and validation text. `arrange` finds the groups of such runs. With one group the best perplexity comes
+first. With several each row carries its group's letter and the order is that of bits per byte, which is free of
+the tokenizer.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from sltrain.reporting.rows import Row
+
+MAX_EXPLAINED = 4  # groups; more would bury the sentence about them
+
+# What makes perplexities comparable: the field of a row, and its name in a sentence.
+PROTOCOL = {
+    "tokenizer_hash": "the tokenizer",
+    "padding": "padding",
+    "seq_len": "seq_len",
+    "eval_tokens": "the number of evaluated tokens",
+    "eval_bytes": "the validation text",
+}
+
+# Settings that have a column or a sentence of their own, or say nothing of what was computed.
+NAMED = (
+    "rank sparsity alpha lr support optimizer.name dtype seed max_steps max_tokens method.name model.name"
+    " padding seq_len experiment"
+).split()
+MAX_NAMED = 6  # settings in a sentence
+
+
+def arrange(rows: list[Row]) -> list[Row]:
+    """The rows, best first, those without a number last, with the letters of their groups if there is more than
+    one."""
+    groups = {_protocol(row): "" for row in rows if row.is_evaluated}
+    several = len(groups) > 1
+    rows = sorted(rows, key=lambda row: _rank(row.bits_per_byte if several else row.perplexity))
+    for row in rows:
+        key = _protocol(row)
+        if several and row.is_evaluated:
+            groups[key] = groups[key] or _letter(sum(letter != "" for letter in groups.values()))
+            row.group = groups[key]
+    return rows
+
+
+def comparison(rows: list[Row]) -> str:
+    """What a reader of arranged rows must know: that perplexities do not all compare, and why. Empty if they do."""
+    first_of = {row.group: row for row in reversed(rows) if row.group}
+    letters = sorted(first_of, key=lambda letter: (len(letter), letter))
+    if not letters:
+        return ""
+    differing = [key for key in PROTOCOL if len({getattr(row, key) for row in first_of.values()}) > 1]
+    what = [PROTOCOL[key] for key in differing] or ["a tokenizer that is unknown"]
+    listed = ", ".join(what)
+    each = "; ".join(f"{letter}: {', '.join(_say(first_of[letter], differing))}" for letter in letters)
+    order = "bits per byte, which do not depend on the tokenizer"
+    if "eval_bytes" in differing:
+        order += " (but do on the text)"
+    return (
+        f"Perplexities compare only between runs with the same letter. What differs: {listed}"
+        f"{f' ({each})' if differing and len(letters) <= MAX_EXPLAINED else ''}. The rows are in the order of {order}."
+    )
+
+
+def batches(rows: list[Row]) -> str:
+    """A warning where the published convention does not compare although perplexities do; else empty."""
+    names = {"micro_batch_size": "micro_batch_size", "eval_processes": "the number of processes"}
+    found: dict[tuple[str, str], set[int]] = {}  # what is unknown is not said to differ
+    for row, key in itertools.product(rows, names):
+        if row.is_evaluated and getattr(row, key) is not None:
+            found.setdefault((row.group, key), set()).add(getattr(row, key))
+    differing = [name for key, name in names.items() if any(k == key and len(v) > 1 for (_, k), v in found.items())]
+    if not differing:
+        return ""
+    what = f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+    return f"The published convention depends on the batches, and {what} here: it does not compare."
+
+
+def other_differences(rows: list[Row]) -> str:
+    """The settings in which runs of one model differ and that no column shows; empty if there are none."""
+    models: dict[str | None, dict[str, set[str]]] = {}
+    for row in rows:
+        found = models.setdefault(row.size, {})
+        for key, value in row.settings.items():
+            found.setdefault(key, set()).add(value)
+    keys = {key for found in models.values() for key, values in found.items() if len(values) > 1 and key not in NAMED}
+    if not keys:
+        return ""
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return f"Runs of one model also differ in {', '.join(sorted(keys)[:MAX_NAMED])}{more}."
+
+
+def _protocol(row: Row) -> tuple[Any, ...]:
+    """Equal for rows whose perplexities compare. An unknown tokenizer is like no other."""
+    key = tuple(getattr(row, name) for name in PROTOCOL)
+    return key if row.tokenizer_hash is not None else (*key, row.name)
+
+
+def _say(row: Row, keys: list[str]) -> Iterator[str]:
+    for key in keys:
+        value = getattr(row, key)
+        if key == "tokenizer_hash":
+            yield f"tokenizer {value[:8]}" if value else "tokenizer unknown"
+        else:
+            known = "unknown" if value is None else value
+            yield f"{key} {f'{known:,}' if isinstance(known, int) else known}"
+
+
+def _rank(value: float | None) -> tuple[int, float]:
+    if value is None:
+        return 2, 0.0
+    return (1, 0.0) if math.isnan(value) else (0, value)
+
+
+def _letter(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    before, letter = divmod(index, 26)
+    return (_letter(before - 1) if before else "") + "abcdefghijklmnopqrstuvwxyz"[letter]
