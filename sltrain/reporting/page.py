@@ -25,6 +25,7 @@ class Table:
     headings: list[str]
     rows: list[list[str]]
     legend: str
+    texts: tuple[str, ...]  # headings of the columns that are no numbers
 
 
 @dataclass

@@ -17,7 +17,6 @@ LAYER_LEGEND = (
     " rank, exp of the entropy of its singular values; its numerical rank, of how many; and the share of S in the"
     " energy, |S|^2 / (|L|^2 + |S|^2) with L = (alpha / rank) BA."
 )
-TEXT = ("layer", "projection")  # columns that are no numbers
 
 
 @dataclass
@@ -49,7 +48,7 @@ def place(name: str) -> tuple[str, int]:
 
 def by_layer(found: Sequence[Found]) -> Table:
     """One row a chosen layer and step."""
-    return Table(LAYER_HEADINGS, [_row(at, name) for at in found for name in at.spectra], LAYER_LEGEND)
+    return Table(LAYER_HEADINGS, [_row(at, name) for at in found for name in at.spectra], LAYER_LEGEND, ("layer",))
 
 
 def _row(found: Found, name: str) -> list[str]:
@@ -87,7 +86,12 @@ def by_kind(found: Sequence[Found]) -> Table:
                     _percent(_median(shares)),
                 ]
             )
-    return Table(KIND_HEADINGS, lines, "Medians over the chosen layers of a kind, and of the energy over all of them.")
+    return Table(
+        KIND_HEADINGS,
+        lines,
+        "Medians over the chosen layers of a kind, and of the energy over all of them.",
+        ("projection",),
+    )
 
 
 def aligned(table: Table) -> str:
@@ -96,7 +100,7 @@ def aligned(table: Table) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     padded = [
         [
-            cell.ljust(width) if heading in TEXT else cell.rjust(width)
+            cell.ljust(width) if heading in table.texts else cell.rjust(width)
             for heading, cell, width in zip(table.headings, line, widths, strict=True)
         ]
         for line in lines
@@ -123,7 +127,7 @@ def _percent(share: float) -> str:
 
 def markdown(table: Table) -> str:
     """With its legend below."""
-    rule = ["---" if heading in TEXT else "---:" for heading in table.headings]
+    rule = ["---" if heading in table.texts else "---:" for heading in table.headings]
     lines = [f"| {' | '.join(cells)} |\n" for cells in [table.headings, rule, *table.rows]]
     return f"{''.join(lines)}\n{table.legend}\n"
 
