@@ -41,10 +41,10 @@ def run_command(arguments: list[str]) -> ExitCode:
     try:
         config = read_arguments(arguments)
         train = None if config.what == "layer" else compose_config(train_overrides(config), TRAIN)
-        from sltrain.build.bench import build_bench  # torch and the rest, seconds after the cheap checks
-        from sltrain.build.bench_data import run_data
-        from sltrain.build.bench_layer import run_layer
-        from sltrain.build.bench_step import run_step
+        from sltrain.builders.bench import build_bench  # torch and the rest, seconds after the cheap checks
+        from sltrain.builders.bench_data import run_data
+        from sltrain.builders.bench_layer import run_layer
+        from sltrain.builders.bench_step import run_step
 
         bench = build_bench(config, train, say)
         result = {"layer": run_layer, "step": run_step, "data": run_data}[config.what](bench)

@@ -41,7 +41,7 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-eval` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.build.evaluate import evaluate_saved
+        from sltrain.builders.evaluate import evaluate_saved
         from sltrain.engine.metrics import to_strict_json
 
         numbers = evaluate_saved(

@@ -35,9 +35,9 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-export` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.build.export import export
-        from sltrain.build.model import DTYPES
-        from sltrain.build.saved import open_saved
+        from sltrain.builders.export import export
+        from sltrain.builders.model import DTYPES
+        from sltrain.builders.saved import open_saved
 
         output = typed.output.expanduser()
         saved = open_saved(typed.run, typed.step, tell)

@@ -38,7 +38,7 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-generate` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.build.generate import continue_text
+        from sltrain.builders.generate import continue_text
 
         for text in continue_text(
             typed.model,

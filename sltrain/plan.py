@@ -20,7 +20,7 @@ from sltrain.errors import ExitCode, report_error, run_as_process, say
 from sltrain.plan_config import PlanConfig, validate
 
 if TYPE_CHECKING:
-    from sltrain.build.plan import Column, Plan
+    from sltrain.builders.plan import Column, Plan
 
 PLAN = Schema(
     "plan",
@@ -46,7 +46,7 @@ def run_command(arguments: list[str]) -> ExitCode:
     try:
         own, others = split_arguments(arguments)
         settings, config = compose_config(own, PLAN), compose_config(others, TRAIN)
-        from sltrain.build.plan import build_plan  # torch and the rest, seconds after the cheap checks
+        from sltrain.builders.plan import build_plan  # torch and the rest, seconds after the cheap checks
 
         plan = build_plan(settings, config, say)
     except Exception as error:

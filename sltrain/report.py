@@ -66,7 +66,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
-        from sltrain.build.report import as_json, check_output, read_report, write_report
+        from sltrain.builders.report import as_json, check_output, read_report, write_report
         from sltrain.reporting.table import text_table
 
         report = read_report([path.expanduser() for path in typed.paths])
@@ -89,7 +89,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 def spectrum_of(typed: argparse.Namespace) -> "tuple[Section | None, ExitCode]":
     """Look inside the one run, and print what there is by kind of projection. A mistake costs the spectrum, not the
     report."""
-    from sltrain.build.spectrum import look_inside
+    from sltrain.builders.spectrum import look_inside
     from sltrain.reporting.spectrum_table import aligned
 
     try:

@@ -93,7 +93,7 @@ class Sweep:
 
     def finish(self) -> ExitCode:
         """Print the table of all jobs; FAILED if one failed or never ran, INTERRUPTED if the sweep was cut short."""
-        from sltrain.build.report import read_rows
+        from sltrain.builders.report import read_rows
         from sltrain.reporting.table import text_table
 
         folders = {name: self.folder / name for name in self.names}

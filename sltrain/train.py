@@ -66,7 +66,11 @@ def run_command(arguments: list[str]) -> ExitCode:
 def train(composed: DictConfig) -> ExitCode:
     """Run one training run to its end and say how it ended."""
     config = to_train_config(composed)
-    from sltrain.build.run import Outcome, build_run, print_line  # torch and the rest, seconds after the cheap checks
+    from sltrain.builders.run import (  # torch and the rest, seconds after the cheap checks
+        Outcome,
+        build_run,
+        print_line,
+    )
 
     run = None
     try:

@@ -1,6 +1,6 @@
 """The house: which part may import which, what is imported late, and that README leads to every file.
 
-    commands -> build -> {methods -> layers, models, data, optim, engine, formats, ...} -> config
+    commands -> builders -> {methods -> layers, models, data, optim, engine, formats, ...} -> config
 
 The rooms do not see each other; the exceptions are methods -> layers and what counts a model's memory -> layers. The
 tables below are the rule: to draw a new arrow is to change one of them, with a reason.
@@ -24,11 +24,11 @@ SURROUNDINGS = ("formats", "reporting", "benchmarks")  # what comes of a run, an
 
 # A part is a folder of the package, or a file at its top. Each may import itself and these.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"build", "models"},  # sltrain.load
+    "__init__": {"builders", "models"},  # sltrain.load
     "config": set(),
     "errors": set(),
     "compose": {"config", "errors"},
-    "sweep": {"build", "compose", "errors", "reporting"},
+    "sweep": {"builders", "compose", "errors", "reporting"},
     "layers": set(),
     "methods": {"layers", "config"},
     "models": {"config"},
@@ -41,15 +41,15 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": set(),  # what is measured comes as arguments
     "bench_config": set(),
     "plan_config": set(),
-    "build": {*ROOMS, *SURROUNDINGS, "bench_config", "plan_config", "compose", "config", "errors"},
+    "builders": {*ROOMS, *SURROUNDINGS, "bench_config", "plan_config", "compose", "config", "errors"},
     # The commands: those that take overrides, then those that take paths and flags.
-    "train": {"build", "config", *HELPERS, "sweep"},
-    "bench": {"build", "bench_config", *HELPERS},
-    "plan": {"build", "plan_config", *HELPERS},
-    "report": {"build", "errors", "flags", "reporting"},
-    "export": {"build", "errors", "flags"},
-    "generate": {"build", "errors", "flags"},
-    "evaluate": {"build", "engine", "errors", "flags"},
+    "train": {"builders", "config", *HELPERS, "sweep"},
+    "bench": {"builders", "bench_config", *HELPERS},
+    "plan": {"builders", "plan_config", *HELPERS},
+    "report": {"builders", "errors", "flags", "reporting"},
+    "export": {"builders", "errors", "flags"},
+    "generate": {"builders", "errors", "flags"},
+    "evaluate": {"builders", "engine", "errors", "flags"},
 }
 ALLOWED_FOR_ONE_MODULE: dict[str, set[str]] = {
     "models/accounting.py": {"layers"},
@@ -85,7 +85,7 @@ def imported_names(path: Path, nodes: Iterator[ast.AST] | None = None) -> set[st
             source = ".".join([*above, *([node.module] if node.module else [])])
             names |= {
                 f"{source}.{alias.name}" for alias in node.names
-            }  # an alias may be a module: `from sltrain import build`
+            }  # an alias may be a module: `from sltrain import builders`
     return names
 
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sltrain.bench import read_arguments, run_command, train_overrides
 from sltrain.bench_config import SCOPE, BenchConfig
 from sltrain.benchmarks.published import PublishedLinear
-from sltrain.build.bench import Bench, build_bench
-from sltrain.build.bench_step import build_stepper, step_candidate, train_config
+from sltrain.builders.bench import Bench, build_bench
+from sltrain.builders.bench_step import build_stepper, step_candidate, train_config
 from sltrain.compose import TRAIN, compose_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -193,7 +193,7 @@ def test_help_explains_every_key(sltrain_bench: Run) -> None:
 
 def test_every_key_is_read_and_every_scope_is_a_key() -> None:
     package = Path(__file__).resolve().parents[1] / "sltrain"
-    text = "".join(file.read_text() for file in [package / "bench.py", *package.glob("build/bench*.py")])
+    text = "".join(file.read_text() for file in [package / "bench.py", *package.glob("builders/bench*.py")])
     keys = {item.name for item in fields(BenchConfig)}
     assert not [key for key in keys if f"config.{key}" not in text]
     assert set(SCOPE) <= keys

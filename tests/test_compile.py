@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sltrain.build.model import build_model
+from sltrain.builders.model import build_model
 from sltrain.compose import conf_dir, register_schema, to_train_config
 from sltrain.layers import cpu_kernel
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 import sltrain
 from sltrain import errors
 from sltrain import export as command
-from sltrain.build import export as build_export
-from sltrain.build.model import build_model
-from sltrain.build.saved import open_saved
+from sltrain.builders import export as build_export
+from sltrain.builders.model import build_model
+from sltrain.builders.saved import open_saved
 from sltrain.compose import read_config
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.train import run_command as train

@@ -11,7 +11,7 @@ import transformers
 
 from sltrain import errors, export
 from sltrain import generate as command
-from sltrain.build.generate import continue_text
+from sltrain.builders.generate import continue_text
 from sltrain.train import run_command as train
 
 Run = Callable[..., tuple[int, str, str]]

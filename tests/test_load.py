@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sltrain
 from sltrain import evaluate, export, generate
-from sltrain.build.model import build_model
+from sltrain.builders.model import build_model
 from sltrain.compose import read_config
 from sltrain.layers.convert import merge_to_dense
 from sltrain.layers.linear import SLTrainLinear

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sltrain.build.plan import Plan, build_plan
+from sltrain.builders.plan import Plan, build_plan
 from sltrain.compose import TRAIN, compose_config
 from sltrain.models.memory_plan import GROUPS
 from sltrain.plan import PLAN, run_command, split_arguments
@@ -348,7 +348,7 @@ def test_a_fault_of_ours_is_no_bad_input(sltrain_plan: Run, monkeypatch: pytest.
     def broken(*args: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("sltrain.build.plan.build_plan", broken)
+    monkeypatch.setattr("sltrain.builders.plan.build_plan", broken)
     code, out, err = sltrain_plan(*TINY)
     assert code == 1 and out == "" and "Traceback" in err
 
@@ -363,7 +363,7 @@ def test_help_explains_every_key(sltrain_plan: Run) -> None:
 
 def test_every_key_is_read() -> None:
     package = Path(__file__).resolve().parents[1] / "sltrain"
-    text = (package / "plan.py").read_text() + (package / "build" / "plan.py").read_text()
+    text = (package / "plan.py").read_text() + (package / "builders" / "plan.py").read_text()
     assert not [item.name for item in fields(PlanConfig) if f".{item.name}" not in text]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from sltrain import evaluate, export, generate, report
 from sltrain.bench import read_arguments
-from sltrain.build.plan import build_plan
+from sltrain.builders.plan import build_plan
 from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
 from sltrain.plan import PLAN, split_arguments
 

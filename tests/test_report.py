@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sltrain.build.report import as_json, read_report, read_rows, write_report
+from sltrain.builders.report import as_json, read_report, read_rows, write_report
 from sltrain.flags import make_parser
 from sltrain.report import run_command
 from sltrain.reporting.table import text_table
@@ -235,7 +235,7 @@ def test_json_is_strict_and_holds_every_field(tmp_path: Path) -> None:
 def test_rows_of_finished_runs_need_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     code = (
-        "import sys; from pathlib import Path; from sltrain.build.report import read_rows\n"
+        "import sys; from pathlib import Path; from sltrain.builders.report import read_rows\n"
         "from sltrain.reporting.table import text_table\n"
         f"print(text_table(read_rows([Path({str(tmp_path)!r})])[0]))\n"
         "sys.exit(', '.join({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)) or 0)"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sltrain.build import plan as build_plan_module
-from sltrain.build.memory import plan_model
-from sltrain.build.model import allocate, build_model, pick_dtype
-from sltrain.build.plan import Plan, build_plan
-from sltrain.build.trainer import build_step, build_updates
+from sltrain.builders import plan as build_plan_module
+from sltrain.builders.memory import plan_model
+from sltrain.builders.model import allocate, build_model, pick_dtype
+from sltrain.builders.plan import Plan, build_plan
+from sltrain.builders.trainer import build_step, build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks

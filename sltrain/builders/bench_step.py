@@ -24,8 +24,8 @@ from sltrain.benchmarks.step import (
     those_that_fit,
 )
 from sltrain.benchmarks.timing import product_task, run_once, stopwatch
-from sltrain.build.bench import SEED, Bench, Result, build_bench, leave_zero, vocab_size
-from sltrain.build.model import allocate, build_model
+from sltrain.builders.bench import SEED, Bench, Result, build_bench, leave_zero, vocab_size
+from sltrain.builders.model import allocate, build_model
 from sltrain.config import MethodConfig, ModelConfig, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sltrain.build import Say
-from sltrain.build.data import build_eval_set, build_training_source, build_validation_source
-from sltrain.build.saved import Saved, open_saved
+from sltrain.builders import Say
+from sltrain.builders.data import build_eval_set, build_training_source, build_validation_source
+from sltrain.builders.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device

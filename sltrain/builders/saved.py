@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sltrain.build import Say
-from sltrain.build.model import build_model
+from sltrain.builders import Say
+from sltrain.builders.model import build_model
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ from torch import nn
 
 from sltrain.bench_config import BenchConfig
 from sltrain.benchmarks.machine import describe_machine, machine_line
-from sltrain.build import Say
-from sltrain.build.model import pick_dtype
+from sltrain.builders import Say
+from sltrain.builders.model import pick_dtype
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
 from sltrain.layers import cpu_kernel

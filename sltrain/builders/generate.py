@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sltrain.build import Say
-from sltrain.build.saved import open_saved
+from sltrain.builders import Say
+from sltrain.builders.saved import open_saved
 from sltrain.engine.distributed import pick_device
 from sltrain.models.generation import Sampling, generate
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltrain.build import Say
-from sltrain.build.model import allocate
+from sltrain.builders import Say
+from sltrain.builders.model import allocate
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream

@@ -8,7 +8,7 @@ from sltrain.bench_config import CANDIDATES
 from sltrain.benchmarks.calibrate import Probe, measure_prices, price_table
 from sltrain.benchmarks.layer import Case, layer_tables, measure_layers
 from sltrain.benchmarks.published import PublishedLinear
-from sltrain.build.bench import Bench, Result, leave_zero
+from sltrain.builders.bench import Bench, Result, leave_zero
 from sltrain.layers.cost import COSTS, PASSES, choose_path, machine_kind
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain.build.memory import plan_model, settings_that_fit
-from sltrain.build.model import allocate, build_model
-from sltrain.build.trainer import build_updates
+from sltrain.builders.memory import plan_model, settings_that_fit
+from sltrain.builders.model import allocate, build_model
+from sltrain.builders.trainer import build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.checkpoint import Checkpointer

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sltrain.build import Say
-from sltrain.build.data import build_data, build_sources, build_tokenizer
-from sltrain.build.memory import plan_model, settings_that_fit, update_notes
-from sltrain.build.model import build_model, pick_dtype
-from sltrain.build.trainer import build_trainer, check_updates_of
+from sltrain.builders import Say
+from sltrain.builders.data import build_data, build_sources, build_tokenizer
+from sltrain.builders.memory import plan_model, settings_that_fit, update_notes
+from sltrain.builders.model import build_model, pick_dtype
+from sltrain.builders.trainer import build_trainer, check_updates_of
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import Source

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sltrain.build import spectrum as build_spectrum
-from sltrain.build.report import read_report, write_report
-from sltrain.build.saved import open_saved
-from sltrain.build.spectrum import choose_layers, look_inside
+from sltrain.builders import spectrum as build_spectrum
+from sltrain.builders.report import read_report, write_report
+from sltrain.builders.saved import open_saved
+from sltrain.builders.spectrum import choose_layers, look_inside
 from sltrain.layers.support import Support
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.spectrum_table import aligned

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.build.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
-from sltrain.build.model import allocate, build_model, pick_dtype
-from sltrain.build.trainer import build_step, build_updates, check_updates_of
+from sltrain.builders.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
+from sltrain.builders.model import allocate, build_model, pick_dtype
+from sltrain.builders.trainer import build_step, build_updates, check_updates_of
 from sltrain.config import MethodConfig, TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain.build.saved import Saved, open_export
+from sltrain.builders.saved import Saved, open_export
 from sltrain.formats.weights import cast
 from sltrain.layers.cost import set_paths
 from sltrain.layers.linear import FactoredLinear

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from sltrain.build import Say
+from sltrain.builders import Say
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary

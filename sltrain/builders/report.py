@@ -128,7 +128,7 @@ def count_parameters_of(run: Path) -> int:
             raise ValueError("tokenizer.json is damaged") from error
     import torch
 
-    from sltrain.build.model import build_model
+    from sltrain.builders.model import build_model
     from sltrain.models.accounting import count_parameters
 
     return count_parameters(build_model(config, vocab_size, torch.float32))["total"]

@@ -1,7 +1,7 @@
 """A run's checkpoints -> the singular values of its layers, and how much of each W is in S.
 
     section = look_inside(Path("outputs/run"), layers=["q_proj"], steps=[10000, 11000])
-    write_report(report, output, more=section)                # build/report.py: on the page, and files beside it
+    write_report(report, output, more=section)                # builders/report.py: on the page, and files beside it
 
 What is computed and why: reporting/spectrum.py. Of every projection the energies of its parts are read off its factors;
 singular values, which cost a decomposition, are those of the chosen layers: every kind of projection in the first, the
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltrain.build.saved import Saved, open_saved
+from sltrain.builders.saved import Saved, open_saved
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
 from sltrain.methods.settings import pattern_fits
 from sltrain.models.llama import PROJECTIONS

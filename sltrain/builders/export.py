@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sltrain.build.saved import Saved
-from sltrain.build.verify import verify
+from sltrain.builders.saved import Saved
+from sltrain.builders.verify import verify
 from sltrain.config import TrainConfig
 from sltrain.engine.run_record import read_run
 from sltrain.formats.folder import (

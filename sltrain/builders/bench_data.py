@@ -13,9 +13,9 @@ from sltrain.benchmarks.data import (
     measure_throughput,
     measure_waiting,
 )
-from sltrain.build.bench import SEED, Bench, Result, vocab_size
-from sltrain.build.data import build_tokenizer, build_training_source
-from sltrain.build.model import build_model
+from sltrain.builders.bench import SEED, Bench, Result, vocab_size
+from sltrain.builders.data import build_tokenizer, build_training_source
+from sltrain.builders.model import build_model
 from sltrain.config import TrainConfig
 from sltrain.data.sources import Source
 from sltrain.data.stream import TrainStream
