@@ -132,7 +132,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "lr": _number(config, "lr"),
         "support": _text(config, "support") if "sparsity" in used else None,
         "optimizer": _text(config, "optimizer", "name"),
-        "dtype": _text(config, "dtype"),
+        "dtype": None if _text(config, "dtype") == "auto" else _text(config, "dtype"),  # until the last line says it
         "seed": _number(config, "seed"),
         "max_steps": _max_steps(config),
         "padding": _text(config, "padding"),
@@ -158,7 +158,7 @@ def _results(
         "peak_tensor_bytes": _highest(measured, "peak_tensor_bytes"),
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         **{key: end.get(key) for key in ("tokens", "step", "wall_seconds")},
-        **({"dtype": chosen} if (chosen := _text(end, "dtype")) else {}),  # what dtype=auto became
+        **({"dtype": chosen} if (chosen := _text(end, "dtype")) else {}),
     }
 
 
