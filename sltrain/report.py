@@ -7,8 +7,8 @@
     sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
 
 Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
-What is missing or damaged is named, and the rest reported. The answer is 2 where there is no run, the page cannot be
-written, or the spectrum cannot be had.
+What is missing or damaged is named, and the rest reported. Where there is no run, the page cannot
+be written, or the spectrum cannot be had, the answer is 2, and an earlier report stays as it is.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
-        from sltrain.builders.report import as_json, check_output, read_report, write_report
+        from sltrain.builders.report import as_json, check_output, default_output, read_report, write_report
         from sltrain.reporting.table import text_table
 
         report = read_report([path.expanduser() for path in typed.paths])
@@ -75,29 +75,25 @@ def run_command(arguments: list[str]) -> ExitCode:
         for note in report.notes:
             say(f"note: {note}")
         tell(as_json(report.rows) if typed.json else text_table(report.rows))
-        output = typed.output.expanduser() if typed.output else (report.first or typed.paths[0]) / "report"
+        output = typed.output.expanduser() if typed.output else default_output(report.first or typed.paths[0])
         check_output(output)
-        spectrum, code = spectrum_of(typed) if typed.spectrum else (None, ExitCode.OK)
+        spectrum = spectrum_of(typed) if typed.spectrum else None
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
         (say if typed.json else tell)(f"page: {page}")
     except Exception as error:
         return report_error(error)
-    return code
+    return ExitCode.OK
 
 
-def spectrum_of(typed: argparse.Namespace) -> "tuple[Section | None, ExitCode]":
-    """Look inside the one run, and print what there is by kind of projection. A mistake costs the spectrum, not the
-    report."""
+def spectrum_of(typed: argparse.Namespace) -> "Section":
+    """Look inside the one run, and print what there is by kind of projection."""
     from sltrain.builders.spectrum import look_inside
     from sltrain.reporting.spectrum_table import aligned
 
-    try:
-        spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
-    except (ValueError, OSError) as error:
-        return None, report_error(error)
+    spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
     (say if typed.json else tell)(f"\n{aligned(spectrum.tables[0])}\n")
-    return spectrum, ExitCode.OK
+    return spectrum
 
 
 if __name__ == "__main__":

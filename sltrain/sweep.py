@@ -100,8 +100,10 @@ class Sweep:
         rows, notes = read_rows([folder for folder in folders.values() if folder.is_dir()])
         print(f"\nsweep {self.folder}")
         print("\n".join([text_table(rows), *notes]) if rows else "no job has begun")
-        ends = {name: in_words(code) for name, code in self.codes.items()}
-        ends |= {row.name: row.status for row in rows if row.name not in ends or row.status == "finished"}
+        ends = {row.name: row.status for row in rows}
+        for name, code in self.codes.items():
+            if code != ExitCode.INTERRUPTED or ends.get(name) != "finished":  # a signal may come when all is done
+                ends[name] = in_words(code)
         left = {name: ends.get(name, "not started, or refused") for name in self.names if ends.get(name) != "finished"}
         for name, how in left.items():
             print(f"{name}: {how}")

@@ -273,3 +273,7 @@ def test_a_corpus_that_is_gone(
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     code, _, err = sltrain_eval(tmp_path / "run")
     assert code == 0, "what it was trained on is not needed: " + err
+    config |= {"validation_path": str(mine), "on_bad_data": "stop"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    mine.write_bytes(b"no gzip")
+    assert_refused(sltrain_eval(tmp_path / "run"), str(mine), "--path GLOB")

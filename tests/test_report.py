@@ -122,6 +122,12 @@ def test_names_that_two_places_share_are_told_apart(tmp_path: Path) -> None:
     assert {row.name for row in read_rows(roots)[0]} == {str(root / "a") for root in roots}
 
 
+def test_a_run_called_report_is_no_place_for_a_report(tmp_path: Path, report: Report) -> None:
+    make_run(tmp_path / "report")
+    code, out, _ = report(tmp_path)
+    assert code == 0 and out.splitlines()[-1] == f"page: {tmp_path}/report_of_runs/report.html"
+
+
 def test_a_run_itself_may_be_named(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "a")
     monkeypatch.chdir(run)
@@ -185,11 +191,13 @@ def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "a")
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("heat_map_7.png", "mine.png"):
+    for name in ("heat_map_7.png", "heat_map_8.png", "mine.png"):
         (out / name).write_text("")
+    (out / "report.html").write_text('<meta name="sltrain-report" content="table.md heat_map_7.png ../runs">')
     page = write_report(read_report([tmp_path / "runs"]), out)
-    assert page == out / "report.html" and page.exists()
-    assert not (out / "heat_map_7.png").exists() and (out / "mine.png").exists()
+    assert page == out / "report.html" and page.exists() and (tmp_path / "runs").exists()
+    assert not (out / "heat_map_7.png").exists(), "the earlier report's"
+    assert (out / "heat_map_8.png").exists() and (out / "mine.png").exists()
 
 
 def test_damage_is_noted_on_stderr_and_in_the_page(tmp_path: Path, report: Report) -> None:
@@ -270,8 +278,12 @@ def test_the_spectrum_of_a_run_is_on_its_page(
     assert "Spectrum of run" in page and "model.layers.1.self_attn.q_proj" in page and "up_proj" not in page
     assert "energy in S, all" in page, "the table by kind"
     assert page.count("<img ") == len(list((tmp_path / "run" / "report").glob("*.png"))) > 2
-    code, _, err = report(tmp_path / "run", "--spectrum", "--steps", "7")
-    assert code == 2 and "no checkpoint of step 7; there are: 2" in err
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "report").iterdir()}
+    code, out, err = report(tmp_path / "run", "--spectrum", "--steps", "7")
+    assert code == 2 and "no checkpoint of step 7; there are: 2" in err and "page" not in out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "report").iterdir()}
+    assert report(tmp_path / "run")[0] == 0
+    assert not [path.name for path in (tmp_path / "run" / "report").iterdir() if "spectrum" in path.name]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +306,12 @@ def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) ->
     before = sorted(path.name for path in run.iterdir())
     code, _, err = report(run, "--output", run, "--spectrum")
     assert code == 2 and "is a run folder" in err and sorted(path.name for path in run.iterdir()) == before
-    for place in (run / "checkpoints", run / "checkpoints" / "step_00000002"):
+    (tmp_path / "link").symlink_to(run)
+    for place in (
+        run / "checkpoints",
+        run / "checkpoints" / "step_00000002" / "a" / "b",
+        tmp_path / "link" / "checkpoints",
+    ):
         code, _, err = report(run, "--output", place)
         assert code == 2 and "a model's files" in err and not place.exists()
     (mine / "config.json").write_text("{}")

@@ -59,10 +59,14 @@ def test_a_run_that_finished_just_before_the_sweep_was_stopped_is_not_to_go(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rank-4").mkdir()
+    names = ["rank-4", "rank-8"]
     config = {"model": {}, "method": {}, "rank": 4, "sparsity": 0.1}
     (tmp_path / "rank-4" / "config.yaml").write_text(json.dumps(config))
     (tmp_path / "rank-4" / "summary.json").write_text('{"event": "final", "step": 2}')
-    code = Sweep(tmp_path, ["rank"], ["rank-4", "rank-8"], {"rank-4": 3}).finish()
+    assert Sweep(tmp_path, ["rank"], names[:1], {"rank-4": 0}).finish() == 0
+    assert Sweep(tmp_path, ["rank"], names[:1], {"rank-4": 2}).finish() == 1, "what is finished is another run"
+    assert "rank-4: refused" in capfd.readouterr().out
+    code = Sweep(tmp_path, ["rank"], names, {"rank-4": 3}).finish()
     out = capfd.readouterr().out
     assert code == 3 and "rank-4: interrupted" not in out and "rank-8: not started" in out and "with 1 job to go" in out
 

@@ -1,7 +1,8 @@
 """Config or run folder -> objects. The one part that may see every room; commands use it, and `sltrain.load`.
 
-What a command needs is in the file of its name (sltrain-train's is run.py). The others are shared: model.py,
-trainer.py, data.py and memory.py by whatever trains, plans or measures, saved.py by whatever opens a trained model.
+model.py, trainer.py, data.py and memory.py are shared by what trains, plans or measures, saved.py by what opens a
+trained model. The others are a command's: run.py is sltrain-train's, spectrum.py belongs to report.py, verify.py to
+export.py, and bench_*.py are the three benchmarks.
 """
 
 from collections.abc import Callable

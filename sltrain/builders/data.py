@@ -29,7 +29,7 @@ def build_training_source(config: TrainConfig, report: Say) -> Source:
 def build_validation_source(config: TrainConfig, report: Say) -> Source | None:
     """What a run is evaluated on; None: documents held out of what it trains on."""
     if config.validation_path:
-        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report)
+        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report, key="validation_path")
     if config.data.name == "c4":
         return _hub_files(config, config.data.validation_file, config.data.num_validation_shards, report)
     return None

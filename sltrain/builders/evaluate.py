@@ -42,7 +42,6 @@ def evaluate_saved(
     saved = open_saved(path, step, report)
     ranks = Ranks(0, 1, pick_device(device))
     eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks, report)
-    eval_set.read()
     rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
     report(
         f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
@@ -62,17 +61,19 @@ def _eval_set(
     ranks: Ranks,
     report: Say,
 ) -> EvalSet:
-    """The rows of the files, or of the run's own validation text. Raises ValueError."""
+    """The rows of the files, or of the run's own validation text, read. Raises ValueError."""
     config = saved.config
     if globs:
-        return EvalSet(
-            LocalFiles(list(globs), on_bad_data="skip", report=report),
+        eval_set = EvalSet(
+            LocalFiles(list(globs), on_bad_data="skip", report=report, key="--path"),
             saved.tokenizer,
             seq_len=saved.seq_len,
             padding=saved.padding,
             eval_tokens=eval_tokens or sys.maxsize,
             batch_size=batch_size or (BATCH_SIZE if config is None else config.micro_batch_size),
         )
+        eval_set.read()
+        return eval_set
     if config is None:
         raise ValueError(f"{saved.path} is an export and knows no corpus; add --path GLOB")
     config = replace(
@@ -83,6 +84,8 @@ def _eval_set(
     try:
         validation = build_validation_source(config, report)
         source = validation or build_training_source(config, report)
+        eval_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
+        eval_set.read()
     except (ValueError, OSError) as error:
-        raise ValueError(f"the run's own text cannot be had ({error}); name other text with --path GLOB") from error
-    return build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
+        raise ValueError(f"name other text with --path GLOB, the run's own cannot be had: {error}") from error
+    return eval_set

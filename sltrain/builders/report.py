@@ -18,10 +18,10 @@ from pathlib import Path
 
 from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
-from sltrain.engine.run_folder import RunFolder, write_atomically
-from sltrain.engine.run_record import RunRecord, find_runs, read_run
+from sltrain.engine.run_folder import write_atomically
+from sltrain.engine.run_record import RunRecord, find_runs, is_run, read_run
 from sltrain.reporting.comparison import arrange
-from sltrain.reporting.page import GENERATOR, Section, render_page
+from sltrain.reporting.page import FILES, Section, render_page
 from sltrain.reporting.rows import Curve, Row, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table
 
@@ -29,7 +29,7 @@ PAGE = "report.html"
 OURS = re.compile(
     r"report\.html|(table|spectrum)\.md|(table|spectrum|energy)\.csv"
     r"|(loss_tokens|loss_time|memory|heat_map_\d+|spectrum_\d+(_\d+)?|energy)\.png"
-)  # every file that a report writes
+)  # every name that a report may use
 
 
 @dataclass
@@ -140,38 +140,54 @@ def write_report(report: Report, output: Path, command: str = "", more: Section 
     from sltrain.reporting.figures import draw_all  # with matplotlib
 
     pictures = draw_all(report.rows, report.curves)
-    made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
-    page = render_page(report.rows, report.notes, pictures, made, command, more)
-    files: dict[str, str | bytes] = {PAGE: page}  # first: it marks the others as a report's
-    files |= {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows)}
-    files |= more.texts if more else {}
+    files: dict[str, str | bytes] = {"table.md": markdown_table(report.rows), "table.csv": csv_table(report.rows)}
     files |= {picture.file_name: picture.png for picture in [*pictures, *(more.pictures if more else [])]}
+    files |= more.texts if more else {}
+    made = time.strftime("%Y-%m-%d %H:%M %Z").strip()
+    page = render_page(report.rows, report.notes, pictures, made, command, sorted(files), more)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
+        superfluous = _listed(output / PAGE) - {PAGE, *files}
+        for name, content in {PAGE: page, **files}.items():  # the page first: it lists the others as a report's
             write_atomically(output / name, content)
-        for old in output.iterdir():
-            if OURS.fullmatch(old.name) and old.name not in files:
-                old.unlink()
+        for name in superfluous:
+            (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{output} cannot be written ({error.strerror}); name a folder with --output DIR") from error
     return output / PAGE
 
 
+def default_output(place: Path) -> Path:
+    """Where the report of what is at `place` goes if nobody says."""
+    return place / ("report_of_runs" if is_run(place / "report") else "report")
+
+
 def check_output(output: Path) -> None:
-    """Refuse (ValueError) to write over what no report wrote, and among the files of a run or an export."""
-    if RunFolder(output).config_file.exists():
+    """Refuse (ValueError) to write over what no report wrote, among the files of a run or an export, and where nothing
+    can be written."""
+    if is_run(output):
         raise ValueError(f"{output} is a run folder; name another with --output, such as {output / 'report'}")
-    around = [output.absolute(), output.absolute().parent]
-    is_in_run = any(at.name == "checkpoints" and RunFolder(at.parent).config_file.exists() for at in around)
+    real = output.resolve()
+    is_in_run = any(at.name == "checkpoints" and is_run(at.parent) for at in (real, *real.parents))
     if is_in_run or (output / "config.json").exists():
         raise ValueError(f"{output} is for a model's files; name another folder with --output")
-    page = output / PAGE
-    if not output.is_dir() or (page.is_file() and GENERATOR in page.read_text(errors="replace")):
-        return
-    for file in sorted(output.iterdir()):
-        if OURS.fullmatch(file.name):
-            raise ValueError(f"{file} is there, and no report wrote it; name another folder with --output")
+    there = next(at for at in (real, *real.parents) if at.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is a file" if there.is_file() else "may not be written"
+        raise ValueError(f"{there} {what}; name another folder with --output")
+    ours = _listed(output / PAGE)
+    for file in sorted(real.iterdir() if there == real else []):
+        if OURS.fullmatch(file.name) and file.name not in ours:
+            raise ValueError(f"{output / file.name} is no file of a report; name another folder with --output")
+
+
+def _listed(page: Path) -> set[str]:
+    """The page itself and the files that it lists as its report's; none if it is no report's page."""
+    try:
+        found = FILES.search(page.read_text(errors="replace"))
+    except OSError:
+        return set()
+    return {page.name, *(name for name in found[1].split() if OURS.fullmatch(name))} if found else set()
 
 
 def as_json(rows: list[Row]) -> str:

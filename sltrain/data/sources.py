@@ -40,8 +40,8 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 class LocalFiles:
     """Files on this machine, one shard a file, in the order of their paths.
 
-    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. Raises ValueError if a pattern
-    matches no file or a file has an unknown ending.
+    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is what the user typed them
+    after. Raises ValueError if a pattern matches no file or a file has an unknown ending.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class LocalFiles:
         patterns: str | Sequence[str],
         on_bad_data: str = "skip",
         report: Callable[[str], None] = print,
+        key: str = "path",
     ) -> None:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
-            raise ValueError("no path given; set path to a file, a glob or a list of them")
-        self.paths = sorted({path for pattern in patterns for path in _expand(pattern)})
+            raise ValueError(f"no path given; set {key} to a file, a glob or a list of them")
+        self.paths = sorted({path for pattern in patterns for path in _expand(pattern, key)})
         for path in self.paths:
             if not path.endswith(SUFFIXES):
                 raise ValueError(f"{path}: unknown ending; a text corpus is read from {' '.join(SUFFIXES)}")
@@ -86,17 +87,17 @@ class LocalFiles:
         return read_documents(lambda: open(path, "rb"), path, self.bad, start, step, offset)
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, key: str) -> list[str]:
     path = os.path.expanduser(str(pattern))
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
         raise ValueError(
-            f"path={pattern} is a folder; name the files in it, for example path={pattern.rstrip('/')}/*.json.gz"
+            f"{key}={pattern} is a folder; name the files in it, for example {key}={pattern.rstrip('/')}/*.json.gz"
         )
     files = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
     if not files:
-        raise ValueError(f"path={pattern} matches no file (searched from {os.getcwd()})")
+        raise ValueError(f"{key}={pattern} matches no file (searched from {os.getcwd()})")
     return files
 
 

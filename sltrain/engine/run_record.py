@@ -73,7 +73,7 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
     if real in seen or not os.path.isdir(real):
         return
     seen.add(real)
-    if _is_run(folder):
+    if is_run(folder):
         yield folder
         return
     with contextlib.suppress(OSError):  # a folder that we may not look into
@@ -82,7 +82,7 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
                 yield from _walk(entry, seen)
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether config.yaml is one of ours or, where it cannot be read, metrics.jsonl has a line of ours."""
     run = RunFolder(folder)
     try:

@@ -5,6 +5,7 @@ run folder is escaped by the template engine.
 """
 
 import base64
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sltrain.reporting.drawing import DPI, Picture
 from sltrain.reporting.rows import Row
 from sltrain.reporting.table import shared, shown
 
-GENERATOR = '<meta name="generator" content="sltrain-report">'  # the mark of a page that may be written over
+FILES = re.compile('<meta name="sltrain-report" content="([^"]*)">')  # where a page lists the files beside it
 
 
 @dataclass
@@ -44,11 +45,12 @@ def render_page(
     pictures: Sequence[Picture],
     made: str,
     command: str,
+    files: Sequence[str] = (),
     more: Section | None = None,
 ) -> str:
-    """The page as HTML: arranged `rows`, what to know about their folders, figures, when it was made, and how."""
+    """The page as HTML: arranged `rows`, what to know about their folders, figures, when it was made, how, and which
+    files lie beside it."""
     import jinja2
-    import markupsafe
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -70,7 +72,7 @@ def render_page(
         more=more,
         more_pictures=_embedded(more.pictures if more else []),
         made=made,
-        generator=markupsafe.Markup(GENERATOR),
+        files=files,
         command=command,
     )
 

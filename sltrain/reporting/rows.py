@@ -108,14 +108,14 @@ def make_row(
         not_recipe: keys of the configuration that do not change what is computed, or say where things lie.
     """
     settings = _flat({key: value for key, value in config.items() if key not in not_recipe})
-    if "path" in config:  # the names of the corpus's files, and not the folder, which differs by machine
-        settings["path"] = PurePath(str(config["path"])).name
+    if config.get("path"):
+        settings["path"] = str(config["path"])
     return Row(
         name=printable(name),
         status=printable(status),
         num_parameters=num_parameters,
         tokenizer_hash=tokenizer_hash,
-        recipe=_recipe(settings),
+        recipe=_recipe(settings, config.get("path")),
         settings=settings,
         **_settings(config) | _results(train, newest_eval, final, last),
     )
@@ -232,10 +232,20 @@ def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
     """Dotted key -> value, for every value that is not a mapping itself."""
     flat: dict[str, str] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {printable(f"{above}{key}"): str(value)}
+        is_group = isinstance(value, dict) and not str(key).endswith("_overrides")
+        flat |= _flat(value, f"{above}{key}.") if is_group else {printable(f"{above}{key}"): str(value)}
     return flat
 
 
-def _recipe(settings: Mapping[str, str]) -> str:
-    rest = sorted((key, value) for key, value in settings.items() if key not in ("rank", "sparsity"))
+def _recipe(settings: Mapping[str, str], path: Any) -> str:
+    rest = sorted((key, value) for key, value in settings.items() if key not in ("rank", "sparsity", "path"))
+    rest += [("path", _corpus(str(item))) for item in (path if isinstance(path, list) else [path])]
     return hashlib.sha256(repr(rest).encode(errors="replace")).hexdigest()[:12] if settings else ""
+
+
+def _corpus(path: str) -> str:
+    """The end of a path from where it names something: /data/wiki/*.gz -> wiki/*.gz, /data/wiki.*.gz -> wiki.*.gz. What
+    stands before it differs by machine."""
+    parts = PurePath(path).parts
+    names = (i for i, part in reversed(list(enumerate(parts))) if any(map(str.isalnum, part.partition(".")[0])))
+    return "/".join(parts[next(names, 0) :])

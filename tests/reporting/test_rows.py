@@ -92,6 +92,16 @@ def test_the_recipe_is_everything_but_rank_sparsity_and_the_machine() -> None:
         for path in ("/a/wiki.*.gz", "/b/wiki.*.gz", "/a/novels.*.gz")
     )
     assert here == there != other, "the same files in another folder are the same text"
+    paths = ["/a/wiki/*.gz", ["/a/x.gz", "/a/y.gz"], ["/a/z.gz", "/a/y.gz"], "/a/code/**/*.gz", "/b/code/**/*.gz"]
+    recipes = [row_of({**CONFIG, "path": path}, not_recipe=["path"]).recipe for path in paths]
+    assert len(set(recipes)) == 4 and recipes[3] == recipes[4]
+
+
+def test_settings_are_flat_and_overrides_are_one() -> None:
+    config = {**CONFIG, "rank_overrides": {"k_proj": 4}, "path": "/a/x.gz"}
+    settings = row_of(config, not_recipe=["path", "run_dir"]).settings
+    assert settings["model.name"] == "llama_tiny" and settings["rank_overrides"] == "{'k_proj': 4}"
+    assert settings["path"] == "/a/x.gz" and "run_dir" not in settings
 
 
 def test_the_dtype_is_that_of_the_weights_once_it_is_known() -> None:
