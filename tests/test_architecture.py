@@ -66,7 +66,7 @@ BUILDERS: dict[str, set[str]] = {
     "bench_data": {"bench", "data", "model"},
     "report": {"model"},
     "spectrum": {"saved"},
-    "export": {"saved", "verify"},
+    "export": {"model", "saved", "verify"},
     "verify": {"saved"},
     "evaluate": {"data", "saved"},
     "generate": {"saved"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sltrain.builders.report import as_json, read_report, read_rows, write_report
 from sltrain.flags import make_parser
@@ -230,6 +231,16 @@ def test_a_name_that_is_no_text_is_still_a_row(tmp_path: Path) -> None:
     found = read_report([tmp_path / "runs"])
     assert found.rows[0].name == "??"
     assert write_report(found, tmp_path / "out").exists()
+
+
+def test_settings_are_those_that_decide_what_is_computed(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    config |= {"model": {"name": "tiny"}, "rank_overrides": {"k_proj": 4}, "path": "/a/x.gz", "device": "cpu"}
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = read_rows([tmp_path])[0][0].settings
+    assert (settings["model.name"], settings["rank_overrides.k_proj"], settings["path"]) == ("tiny", "4", "/a/x.gz")
+    assert "device" not in settings
 
 
 def test_json_is_strict_and_holds_every_field(tmp_path: Path) -> None:

@@ -44,16 +44,7 @@ def layer_case(bench: Bench, names: list[str], out_features: int, in_features: i
     made: dict[tuple[str, str], nn.Module] = {}
 
     def sltrain(support: str, path: str | None) -> nn.Module:
-        layer = SLTrainLinear(
-            in_features,
-            out_features,
-            rank,
-            sparsity,
-            LAYER_ALPHA,
-            support=support,
-            block_size=config.block_size if support == "block" else None,
-            **like,
-        )
+        layer = sltrain_layer(bench, out_features, in_features, rank, support)
         sizes = (layer.out_features, layer.in_features, rank, layer.support.num_nonzero)
         layer.path = path or choose_path(config.tokens, *sizes, support, machine_kind(bench.device, bench.dtype))
         return made.setdefault((support, layer.path), layer)
@@ -79,6 +70,21 @@ def layer_case(bench: Bench, names: list[str], out_features: int, in_features: i
     return Case(out_features, in_features, rank, num_nonzero, modules, paths)
 
 
+def sltrain_layer(bench: Bench, out_features: int, in_features: int, rank: int, support: str) -> SLTrainLinear:
+    """With the sparsity and block size that were typed. Raises ValueError for one that the shape cannot have."""
+    return SLTrainLinear(
+        in_features,
+        out_features,
+        rank,
+        bench.config.sparsity or LAYER_SPARSITY,
+        LAYER_ALPHA,
+        support=support,
+        block_size=bench.config.block_size if support == "block" else None,
+        device=bench.device,
+        dtype=bench.dtype,
+    )
+
+
 def run_calibration(bench: Bench) -> Result:
     """The prices of cost.py on every shape, measured beside used. Raises ValueError as `layer_case` does."""
     config = bench.config
@@ -100,18 +106,8 @@ def probes(bench: Bench, out_features: int, in_features: int, rank: int) -> list
     costs = COSTS[machine_kind(bench.device, bench.dtype)]
 
     def layer(rank: int, support: str, path: str) -> SLTrainLinear:
-        made = SLTrainLinear(
-            in_features,
-            out_features,
-            rank,
-            config.sparsity or LAYER_SPARSITY,
-            LAYER_ALPHA,
-            support=support,
-            block_size=config.block_size if support == "block" else None,
-            path=path,
-            device=bench.device,
-            dtype=bench.dtype,
-        )
+        made = sltrain_layer(bench, out_features, in_features, rank, support)
+        made.path = path
         leave_zero(made)
         return made
 

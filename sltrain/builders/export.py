@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sltrain.builders.model import dtype_name
 from sltrain.builders.saved import Saved
 from sltrain.builders.verify import verify
 from sltrain.config import TrainConfig
@@ -60,7 +61,7 @@ def export(
     try:
         _write_texts(saved, saved.config, partial, format, dtype)
         num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
-        report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {_name(dtype)}")
+        report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
         report(f"verified   {verify(saved, partial, dtype)}")
         _check_free(output)  # another one may have been faster
         output.mkdir(exist_ok=True)
@@ -83,7 +84,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     facts = Facts(
         FORMAT_VERSION, format, config.model.name, config.method.name, saved.seq_len, saved.padding, saved.step
     )
-    content = llama_config(shape, saved.model.lm_head.out_features, _name(dtype), ids)
+    content = llama_config(shape, saved.model.lm_head.out_features, dtype_name(dtype), ids)
     if format == "compressed":
         content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}
         facts.layers = layer_settings(saved.model)
@@ -115,17 +116,13 @@ def _dense(saved: Saved, name: str) -> Tensor:
     return saved.read_layer(module_name, torch.float32).dense_weight()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) -> str:
     record = read_run(saved.path)
     evaluations = [line for line in [*record.evals, record.final] if line and line["step"] == saved.step]
     return model_card(
         config=config,
         format=format,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         step=saved.step,
         progress=saved.progress,
         parameters=count_parameters(saved.model),

@@ -13,6 +13,11 @@ from sltrain.models.llama import LlamaForCausalLM, is_projection
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is typed: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> LlamaForCausalLM:
     """The model with the method's layers in place, on the meta device: shapes without memory."""
     shape = dataclasses.replace(config.model, vocab_size=vocab_size)

@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
-from sltrain.engine.run_folder import write_atomically
+from sltrain.engine.run_folder import flatten, write_atomically
 from sltrain.engine.run_record import RunRecord, find_runs, is_run, read_run
 from sltrain.reporting.comparison import arrange
 from sltrain.reporting.page import FILES, Section, render_page
@@ -107,8 +108,14 @@ def _row(name: str, record: RunRecord) -> Row:
         record.last,
         record.tokenizer_hash,
         num_parameters,
-        not_recipe=CHANGEABLE_ON_RESUME,
+        _computed(record.config),
     )
+
+
+def _computed(config: dict[str, Any]) -> dict[str, str]:
+    """The settings that decide what is computed, by dotted key; the corpus is one of them."""
+    names = [key for key in config if key == "path" or key not in CHANGEABLE_ON_RESUME]
+    return {key: str(value) for key, value in flatten({name: config[name] for name in names}).items()}
 
 
 def count_parameters_of(run: Path) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sltrain.builders import Say
 from sltrain.builders.data import build_data, build_sources, build_tokenizer
 from sltrain.builders.memory import plan_model, settings_that_fit, update_notes
-from sltrain.builders.model import build_model, pick_dtype
+from sltrain.builders.model import build_model, dtype_name, pick_dtype
 from sltrain.builders.trainer import build_trainer, check_updates_of
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
 from sltrain.data.evaluation import EvalSet
@@ -205,7 +205,7 @@ def describe(
     c, count = config, {group: _short(number) for group, number in count_parameters(model).items()}
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(model.parameters()).dtype)
     say(
         f"model      {c.model.name}, method {c.method.name}: {count['total']} parameters = {count['dense']} dense"
         f" + {count['low_rank']} low-rank + {count['sparse']} sparse"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sltrain.builders import Say
-from sltrain.builders.model import allocate
+from sltrain.builders.model import allocate, dtype_name
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
@@ -86,7 +86,7 @@ def build_trainer(
         planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype_name(next(model.parameters()).dtype),
             "peak_memory_measure": memory.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],

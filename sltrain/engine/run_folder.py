@@ -22,6 +22,7 @@ import yaml
 from sltrain.engine.lock import RunLock
 from sltrain.engine.metrics import to_strict_json
 
+OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
 LEFT_BEHIND = (".lock", "config.yaml.tmp")  # by a start that was cut short
 
 
@@ -91,7 +92,7 @@ class RunFolder:
 
     def _is_ours(self) -> bool:
         """Whether config.yaml is one of this program."""
-        return self.config_file.exists() and self._saved_config().keys() >= {"model", "method", "rank", "sparsity"}
+        return self.config_file.exists() and self._saved_config().keys() >= OURS
 
     def _saved_config(self) -> dict[str, Any]:
         try:

@@ -31,10 +31,9 @@ from typing import Any
 import yaml
 
 from sltrain.engine.metrics import Event
-from sltrain.engine.run_folder import RunFolder
+from sltrain.engine.run_folder import OURS, RunFolder
 
 RECENT_SECONDS = 600.0
-OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
 
 # What must be a number wherever a line has it. A loss that was not finite is null; it was NaN in early folders.
 LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")

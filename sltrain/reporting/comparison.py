@@ -81,12 +81,16 @@ def batches(rows: list[Row]) -> str:
 
 def other_differences(rows: list[Row]) -> str:
     """The settings in which runs of one model differ and that no column shows; empty if there are none."""
-    models: dict[str | None, dict[str, set[str]]] = {}
+    models: dict[str | None, list[dict[str, str]]] = {}
     for row in rows:
-        found = models.setdefault(row.size, {})
-        for key, value in row.settings.items():
-            found.setdefault(key, set()).add(value)
-    keys = {key for found in models.values() for key, values in found.items() if len(values) > 1 and key not in NAMED}
+        if row.settings:  # otherwise unknown
+            models.setdefault(row.size, []).append(row.settings)
+    keys = {
+        key
+        for several in models.values()
+        for key in {*itertools.chain(*several)} - {*NAMED}
+        if len({settings.get(key) for settings in several}) > 1
+    }
     if not keys:
         return ""
     more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -55,7 +55,7 @@ class Row:
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
     recipe: str = ""  # equal for runs that differ in rank, sparsity and the machine alone
-    settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value; those that steer the machine are out
+    settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value, without those that steer the machine
 
     @property
     def is_evaluated(self) -> bool:
@@ -98,25 +98,22 @@ def make_row(
     last: Event | None,
     tokenizer_hash: str | None,
     num_parameters: int | None,
-    not_recipe: Collection[str] = (),
+    settings: Mapping[str, str],
 ) -> Row:
     """The row of a run.
 
     Args:
         newest_eval: where the losses come from while there is no `final`.
         last: the newest event of any kind.
-        not_recipe: keys of the configuration that do not change what is computed, or say where things lie.
+        settings: of the configuration what decides what is computed, dotted key -> value.
     """
-    settings = _flat({key: value for key, value in config.items() if key not in not_recipe})
-    if config.get("path"):
-        settings["path"] = str(config["path"])
     return Row(
         name=printable(name),
         status=printable(status),
         num_parameters=num_parameters,
         tokenizer_hash=tokenizer_hash,
         recipe=_recipe(settings, config.get("path")),
-        settings=settings,
+        settings={printable(key): value for key, value in settings.items()},
         **_settings(config) | _results(train, newest_eval, final, last),
     )
 
@@ -226,15 +223,6 @@ def _eval_bytes(event: Event) -> int | None:
     if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):
         return None
     return round(loss * tokens / (math.log(2) * bits))
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Dotted key -> value, for every value that is not a mapping itself."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        is_group = isinstance(value, dict) and not str(key).endswith("_overrides")
-        flat |= _flat(value, f"{above}{key}.") if is_group else {printable(f"{above}{key}"): str(value)}
-    return flat
 
 
 def _recipe(settings: Mapping[str, str], path: Any) -> str:

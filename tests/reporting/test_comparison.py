@@ -94,6 +94,12 @@ def test_settings_that_no_column_shows_are_named_where_they_differ() -> None:
     for row, heads in zip(rows, ("4", "2", "4"), strict=True):
         row.size, row.settings = "llama_tiny", {"rank": heads, "model.num_key_value_heads": heads, "path": "wiki.gz"}
     assert other_differences(rows) == "Runs of one model also differ in model.num_key_value_heads."
+    del rows[1].settings["model.num_key_value_heads"]
+    rows[1].settings["rank_overrides.k_proj"] = "4"
+    assert "model.num_key_value_heads, rank_overrides.k_proj." in other_differences(rows), "only one run has it"
+    rows[1].settings = {}
+    assert other_differences(rows) == "", "unknown"
+    rows[1].settings = {"model.num_key_value_heads": "2"}
     rows[1].size = "llama_60m"  # a model of its own has a shape of its own
     assert other_differences(rows) == ""
     for i in range(9):

@@ -34,7 +34,7 @@ FINAL = {**EVAL, "event": "final", "step": 4, "perplexity": 30.0, "peak_memory_b
 
 def row_of(config: dict[str, Any] = CONFIG, **given: Any) -> Row:
     arguments: dict[str, Any] = {"train": TRAIN, "newest_eval": EVAL, "final": None, "last": TRAIN[-1]}
-    arguments |= {"tokenizer_hash": "t", "num_parameters": 7, "not_recipe": ["run_dir"], **given}
+    arguments |= {"tokenizer_hash": "t", "num_parameters": 7, "settings": {}, **given}
     return make_row("run", "crashed", config, **arguments)
 
 
@@ -84,24 +84,20 @@ def test_a_configuration_of_anything_is_no_error(damaged: dict[str, Any]) -> Non
     assert row.method is None and row.rank is None and row.lr is None and row.step is None
 
 
-def test_the_recipe_is_everything_but_rank_sparsity_and_the_machine() -> None:
-    assert row_of().recipe == row_of({**CONFIG, "rank": 1, "sparsity": 0.5, "run_dir": "/b"}).recipe
-    assert row_of().recipe != row_of({**CONFIG, "alpha": 16.0}).recipe
-    here, there, other = (
-        row_of({**CONFIG, "path": path}, not_recipe=["path"]).recipe
-        for path in ("/a/wiki.*.gz", "/b/wiki.*.gz", "/a/novels.*.gz")
-    )
-    assert here == there != other, "the same files in another folder are the same text"
+def recipe_of(path: Any = None, **settings: str) -> str:
+    return row_of({**CONFIG, "path": path}, settings={"alpha": "8", "path": str(path), **settings}).recipe
+
+
+def test_the_recipe_is_every_setting_but_rank_and_sparsity() -> None:
+    assert recipe_of() == recipe_of(rank="1", sparsity="0.5") != recipe_of(alpha="16")
+    assert row_of(settings={}).recipe == ""
+
+
+def test_of_the_corpus_a_recipe_holds_what_names_it() -> None:
+    assert recipe_of("/a/wiki.*.gz") == recipe_of("/b/wiki.*.gz") != recipe_of("/a/novels.*.gz")
     paths = ["/a/wiki/*.gz", ["/a/x.gz", "/a/y.gz"], ["/a/z.gz", "/a/y.gz"], "/a/code/**/*.gz", "/b/code/**/*.gz"]
-    recipes = [row_of({**CONFIG, "path": path}, not_recipe=["path"]).recipe for path in paths]
+    recipes = [recipe_of(path) for path in paths]
     assert len(set(recipes)) == 4 and recipes[3] == recipes[4]
-
-
-def test_settings_are_flat_and_overrides_are_one() -> None:
-    config = {**CONFIG, "rank_overrides": {"k_proj": 4}, "path": "/a/x.gz"}
-    settings = row_of(config, not_recipe=["path", "run_dir"]).settings
-    assert settings["model.name"] == "llama_tiny" and settings["rank_overrides"] == "{'k_proj': 4}"
-    assert settings["path"] == "/a/x.gz" and "run_dir" not in settings
 
 
 def test_the_dtype_is_that_of_the_weights_once_it_is_known() -> None:
