@@ -28,6 +28,6 @@ def load(
     """
     import torch  # seconds, which importing the package must not cost
 
-    from sltrain.builders.saved import open_saved
+    from sltrain.api.saved import open_saved
 
     return open_saved(path, step).load(torch.device(device), dtype)

@@ -6,7 +6,7 @@ ours and no torch. Values that are the same for every run (the protocol) live in
 a model size (the recipe) in conf/model/*.yaml.
 
 Checks that need only these numbers are in `validate`; checks that need the model, the corpus or the machine are in
-builders/.
+building/.
 """
 
 from dataclasses import dataclass, field

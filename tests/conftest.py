@@ -87,7 +87,7 @@ def sltrain_train(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run `sltrain-train` in this process: overrides -> (exit code, stdout, stderr)."""
-    from sltrain.train import run_command
+    from sltrain.commands.train import run_command
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sltrain-train", *arguments])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sltrain.builders.model import build_model
+from sltrain.building.model import build_model
 from sltrain.compose import conf_dir, register_schema, to_train_config
-from sltrain.layers import cpu_kernel
+from sltrain.kernels import cpu_kernel
 
 CASES = [("full", []), ("low_rank", [])] + [
     (f"{support} {path}", [f"support={support}", f"layer_path={path}"])

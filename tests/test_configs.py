@@ -10,11 +10,11 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from sltrain.builders.model import build_model
+from sltrain.building.model import build_model
 from sltrain.compose import conf_dir, read_config, register_schema, to_train_config
 from sltrain.config import DataConfig, ModelConfig, OptimizerConfig, TrackerConfig, TrainConfig, num_steps, validate
 from sltrain.methods import METHODS
-from sltrain.models.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -119,7 +119,7 @@ def test_overrides_of_single_layers_reach_the_model() -> None:
 def test_every_key_of_the_schema_is_read_somewhere() -> None:
     package = Path(__file__).resolve().parents[1] / "sltrain"
     build = "".join(
-        (package / "builders" / name).read_text() for name in ("run.py", "data.py", "model.py", "trainer.py")
+        (package / "building" / name).read_text() for name in ("run.py", "data.py", "model.py", "trainer.py")
     )
     shape = (package / "models" / "llama.py").read_text()
     keys = [item.name for item in fields(TrainConfig) if item.name not in ("experiment",)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sltrain.builders import run as build
+from sltrain.building import run as build
 from sltrain.models.llama import LlamaForCausalLM
 
 Run = Callable[..., tuple[int, str, str]]

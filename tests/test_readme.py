@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sltrain import evaluate, export, generate, report
-from sltrain.bench import read_arguments
-from sltrain.builders.plan import build_plan
+from sltrain.api.plan import build_plan
+from sltrain.commands import evaluate, export, generate, report
+from sltrain.commands.bench import read_arguments
+from sltrain.commands.plan import PLAN, split_arguments
 from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
-from sltrain.plan import PLAN, split_arguments
 
 FLAGS = {
     "report": report.arguments_parser,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sltrain.layers.cpu_kernel import scratch_bytes
+from sltrain.kernels.cpu_kernel import scratch_bytes
 from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.layers.sparse import NUM_SLICES
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sltrain.layers import cpu_kernel
+from sltrain.kernels import cpu_kernel
 from sltrain.layers.support import Support
 
 NUM_SLICES = 4  # an unstructured S is made dense in this many pieces, one after the other

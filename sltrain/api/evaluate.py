@@ -1,0 +1,91 @@
+"""A saved model and a corpus -> its loss there, exactly as a run evaluates itself.
+
+Rows are cut as in training. A run without a corpus of its own choosing is measured on its validation text, and the
+numbers are those of its own evaluation at that step.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sltrain.api.saved import Saved, open_saved
+from sltrain.building import Say
+from sltrain.building.data import build_eval_set, build_training_source, build_validation_source
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.sources import LocalFiles
+from sltrain.engine.distributed import Ranks, pick_device
+from sltrain.engine.evaluate import evaluate
+
+BATCH_SIZE = 16  # sequences, where no run says otherwise
+
+
+def evaluate_saved(
+    path: str | Path,
+    globs: Sequence[str] | None = None,
+    *,
+    step: int | None = None,
+    eval_tokens: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    report: Say = print,
+) -> dict[str, Any]:
+    """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
+    text) up to `eval_tokens` predicted tokens. `batch_size` (None: the run's micro_batch_size) changes
+    perplexity_galore_protocol alone. Raises ValueError or OSError."""
+    for name, number in {"eval-tokens": eval_tokens, "batch-size": batch_size}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number}: must be at least 1")
+    saved = open_saved(path, step, report)
+    ranks = Ranks(0, 1, pick_device(device))
+    eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks, report)
+    rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
+    report(
+        f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
+    )
+    model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
+    numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
+    assert numbers is not None
+    del numbers["eval_processes"]  # one
+    return {**numbers, "step": saved.step}
+
+
+def _eval_set(
+    saved: Saved,
+    globs: Sequence[str] | None,
+    eval_tokens: int | None,
+    batch_size: int | None,
+    ranks: Ranks,
+    report: Say,
+) -> EvalSet:
+    """The rows of the files, or of the run's own validation text, read. Raises ValueError."""
+    config = saved.config
+    if globs:
+        eval_set = EvalSet(
+            LocalFiles(list(globs), on_bad_data="skip", report=report, key="--path"),
+            saved.tokenizer,
+            seq_len=saved.seq_len,
+            padding=saved.padding,
+            eval_tokens=eval_tokens or sys.maxsize,
+            batch_size=batch_size or (BATCH_SIZE if config is None else config.micro_batch_size),
+        )
+        eval_set.read()
+        return eval_set
+    if config is None:
+        raise ValueError(f"{saved.path} is an export and knows no corpus; add --path GLOB")
+    config = replace(
+        config,
+        eval_tokens=eval_tokens or config.eval_tokens,
+        micro_batch_size=batch_size or config.micro_batch_size,
+    )
+    try:
+        validation = build_validation_source(config, report)
+        source = validation or build_training_source(config, report)
+        eval_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
+        eval_set.read()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"name other text with --path GLOB, the run's own cannot be had: {error}") from error
+    return eval_set

@@ -1,0 +1,130 @@
+"""A checkpoint -> a folder that others open: dense for transformers and all that reads its format, or compressed.
+
+Layer after layer is read from the checkpoint, merged in float32 and rounded once, and written; at most a shard of
+5 GB is held. The folder has another name until its files, read back, have been found to be the trained model: an
+export that is there is whole, and right.
+"""
+
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sltrain.api.saved import Saved
+from sltrain.api.verify import verify
+from sltrain.building.model import dtype_name
+from sltrain.config import TrainConfig
+from sltrain.formats.folder import (
+    COMPRESSED,
+    FORMAT_VERSION,
+    STEMS,
+    Facts,
+    llama_config,
+    model_card,
+    tokenizer_config,
+    write_json,
+)
+from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
+from sltrain.layers.convert import layer_settings
+from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.planning.accounting import count_parameters
+from sltrain.runs.run_record import read_run
+
+
+def export(
+    saved: Saved,
+    output: Path,
+    format: str,
+    dtype: torch.dtype | None,
+    report: Callable[[str], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `saved`, a run, to the new folder `output`, in its own dtype if `dtype` is None. Raises ValueError or
+    OSError, and then leaves nothing behind."""
+    if saved.config is None:
+        raise ValueError(f"{saved.path} is an export already; name the run folder it came from")
+    if format == "compressed" and saved.config.method.name == "full":
+        raise ValueError(f"{saved.path} was trained with method=full: there is nothing to compress; use --format dense")
+    output = output.resolve()  # a link's target, and a name where there was a dot
+    _check_free(output)
+    dtype = dtype or saved.dtype
+    for left in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
+        report(f"note       {left} is of an export that still runs, or was killed; then delete it")
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_texts(saved, saved.config, partial, format, dtype)
+        num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
+        report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
+        report(f"verified   {verify(saved, partial, dtype)}")
+        _check_free(output)  # another one may have been faster
+        output.mkdir(exist_ok=True)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        what = "exists and is not empty" if output.is_dir() else "is a file"
+        raise ValueError(f"{output} {what}; name another folder")
+
+
+def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, dtype: torch.dtype) -> None:
+    """Everything but the weights: see formats/folder.py."""
+    tokenizer, shape = saved.tokenizer, asdict(saved.model.config)
+    ids = {f"{name}_id": number for name, number in tokenizer.special_ids().items() if name != "unk_token"}
+    facts = Facts(
+        FORMAT_VERSION, format, config.model.name, config.method.name, saved.seq_len, saved.padding, saved.step
+    )
+    content = llama_config(shape, saved.model.lm_head.out_features, dtype_name(dtype), ids)
+    if format == "compressed":
+        content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}
+        facts.layers = layer_settings(saved.model)
+    write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
+    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
+    write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
+    (folder / "tokenizer.json").write_bytes(tokenizer.json.encode())
+    (folder / "README.md").write_text(_card(saved, config, format, dtype), encoding="utf-8")
+
+
+def _write_weights(saved: Saved, folder: Path, format: str, dtype: torch.dtype, max_shard_bytes: int) -> int:
+    """The weights, layer by layer; return their bytes."""
+    if format == "compressed":
+        shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
+        return write_weights(
+            folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes, STEMS[COMPRESSED]
+        )
+    with torch.device("meta"):
+        dense = LlamaForCausalLM(saved.model.config).to(dtype)
+    return write_weights(folder, dense.state_dict(), lambda name: _dense(saved, name).to(dtype), max_shard_bytes)
+
+
+def _dense(saved: Saved, name: str) -> Tensor:
+    """The tensor that a dense model has under `name`, merged if need be, in float32 then."""
+    module_name, _, leaf = name.rpartition(".")
+    layer = saved.model.get_submodule(module_name)
+    if leaf != "weight" or not isinstance(layer, SLTrainLinear | LowRankLinear):
+        return saved.files.read(name)
+    return saved.read_layer(module_name, torch.float32).dense_weight()
+
+
+def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) -> str:
+    record = read_run(saved.path)
+    evaluations = [line for line in [*record.evals, record.final] if line and line["step"] == saved.step]
+    return model_card(
+        config=config,
+        format=format,
+        dtype=dtype_name(dtype),
+        step=saved.step,
+        progress=saved.progress,
+        parameters=count_parameters(saved.model),
+        evaluation=evaluations[-1] if evaluations else None,
+    )

@@ -1,0 +1,139 @@
+"""What was trained, opened again: a run's checkpoint, or an exported folder -> the model, its tokenizer, its history.
+
+Opening reads no weights: the model is on the meta device, its layers in place, and the files are checked to hold
+exactly its tensors. `Saved.load` then gives the model with its weights; an export takes them layer by layer.
+"""
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sltrain.building import Say
+from sltrain.building.model import build_model
+from sltrain.compose import read_config, read_plain
+from sltrain.config import ModelConfig, TrainConfig
+from sltrain.data.tokenizer import Tokenizer
+from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
+from sltrain.engine.memory import is_out_of_memory
+from sltrain.errors import first_line
+from sltrain.formats.folder import FORMAT_VERSION, STEMS, Facts, read_json
+from sltrain.formats.weights import WeightFiles
+from sltrain.layers.convert import restore_layers
+from sltrain.layers.cost import set_paths
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.runs.run_folder import RunFolder
+
+HEAD = "lm_head.weight"
+
+
+@dataclass
+class Saved:
+    """A trained model on the disk."""
+
+    path: Path
+    files: WeightFiles
+    model: LlamaForCausalLM  # on the meta device, in the dtype of the files
+    tokenizer: Tokenizer
+    seq_len: int  # tokens a row, as it was trained
+    padding: str
+    step: int  # updates
+    config: TrainConfig | None  # of a run; an export has none
+    progress: dict[str, Any]  # of a run: its counters, see engine/trainer.py
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def context(self) -> int:
+        """Positions that the model reads at most."""
+        return self.model.config.max_position_embeddings
+
+    def load(self, device: torch.device, dtype: torch.dtype | None = None, num_rows: int = 1) -> LlamaForCausalLM:
+        """The model with its weights, once. Each W x is computed by what is cheaper for `num_rows` rows of x at a time.
+        Raises ValueError if it does not fit into memory."""
+        try:
+            self.files.fill(self.model, device=device, dtype=dtype)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"the model does not fit into the memory of {device}; use another device") from error
+        set_paths(self.model, "auto", num_rows, device)
+        return self.model
+
+    def read_layer(self, name: str, dtype: torch.dtype) -> Any:
+        """A copy of the module called `name` with its weights, in `dtype`; the model's own stays without memory."""
+        layer = deepcopy(self.model.get_submodule(name))
+        self.files.fill(layer, f"{name}.", dtype=dtype)
+        return layer
+
+
+def open_saved(path: str | Path, step: int | None = None, report: Say = print) -> Saved:
+    """Open a run folder (at its newest intact checkpoint, or at `step`) or an exported folder. Raises ValueError or
+    OSError for what is neither, damaged, or of another version."""
+    path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        if step is not None:
+            raise ValueError(f"{path} is an export, which holds one step; leave the step out, or name the run folder")
+        return open_export(path, report)
+    if RunFolder(path).config_file.is_file():
+        return open_run(path, step, report)
+    what = "holds neither a run (config.yaml, checkpoints/) nor an export (config.json)"
+    raise ValueError(f"{path} {what if path.exists() else 'does not exist'}; name a run folder or an exported one")
+
+
+def open_run(path: Path, step: int | None, report: Say) -> Saved:
+    """Open a run folder at one of its checkpoints."""
+    folder = RunFolder(path)
+    config = read_config(folder.config_file)
+    checkpointer = Checkpointer(path, config.keep_last, to_train=False)
+    checkpoint = checkpointer.find_latest(report) if step is None else checkpointer.find(step)
+    if checkpoint is None:
+        if folder.is_finished:
+            raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
+        raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
+    files = WeightFiles(checkpoint)
+    vocab_size = files.shape(HEAD)[0]
+    model = build_model(config, vocab_size, files.dtype(HEAD))
+    files.check(model)
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size, report)
+    return Saved(
+        path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
+    )
+
+
+def open_export(path: Path, report: Say) -> Saved:
+    """Open what `sltrain-export` wrote, of either format."""
+    content = read_json(path / "config.json")
+    own, kind = content.get("sltrain"), content.get("model_type")
+    if not isinstance(own, dict) or kind not in STEMS:
+        raise ValueError(f"{path} was not exported by sltrain; name a run folder or a folder that sltrain-export wrote")
+    if own.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {FORMAT_VERSION}")
+    files = WeightFiles(path, STEMS[kind])
+    dtype = files.dtype(HEAD)
+    try:
+        facts = read_plain(Facts, own)
+        shape = read_plain(ModelConfig, {**content, "name": facts.model})
+        with torch.device("meta"):
+            model = LlamaForCausalLM(shape).to(dtype)
+        restore_layers(model, facts.layers)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
+    files.check(model)
+    tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size, report)
+    return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})
+
+
+def read_tokenizer(path: Path, vocab_size: int | None, report: Say) -> Tokenizer:
+    """The tokenizer that a run or an export was saved with."""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; copy it from where the folder comes from") from error
+    return Tokenizer(text, str(path), vocab_size, report)

@@ -1,0 +1,111 @@
+"""Configuration -> where text comes from, its tokenizer, the stream of training rows and the rows of evaluations."""
+
+import os
+from pathlib import Path
+
+from sltrain.building import Say
+from sltrain.config import TrainConfig
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
+from sltrain.data.stream import TrainStream
+from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.engine.distributed import Ranks
+
+
+def build_sources(config: TrainConfig, report: Say) -> tuple[Source, Source | None]:
+    """The training corpus, and the validation corpus if it is one of its own."""
+    return build_training_source(config, report), build_validation_source(config, report)
+
+
+def build_training_source(config: TrainConfig, report: Say) -> Source:
+    """What a run trains on."""
+    if config.data.name == "c4":
+        return _hub_files(config, config.data.train_file, config.data.num_train_shards, report)
+    if config.data.name == "local":
+        return LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
+    return StandardLibrary()
+
+
+def build_validation_source(config: TrainConfig, report: Say) -> Source | None:
+    """What a run is evaluated on; None: documents held out of what it trains on."""
+    if config.validation_path:
+        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report, key="validation_path")
+    if config.data.name == "c4":
+        return _hub_files(config, config.data.validation_file, config.data.num_validation_shards, report)
+    return None
+
+
+def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Say) -> HubFiles:
+    data = config.data
+    if not (data.repo and data.revision and template and num_shards):
+        raise ValueError(
+            "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation"
+        )
+    return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
+
+
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Say) -> Tokenizer:
+    """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
+
+    def load() -> Tokenizer:
+        return load_tokenizer(
+            config.tokenizer,
+            vocab_size=config.model.vocab_size,
+            source=source,
+            holdout_every=config.data.holdout_every,
+            cache_dir=cache,
+            report=say,
+        )
+
+    loaded: list[Tokenizer] = []
+    ranks.on_main(lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
+def build_data(
+    config: TrainConfig,
+    source: Source,
+    validation: Source | None,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    say: Say,
+) -> tuple[TrainStream, EvalSet]:
+    """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
+    cannot be had must not end a run in its middle."""
+    stream = TrainStream(
+        source,
+        tokenizer,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        holdout_every=config.data.holdout_every if validation is None else 0,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_streams=config.data.num_streams,
+        shuffle_block=config.data.shuffle_block,
+        on_event=say,
+        prefetch=2,
+    )
+    eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)
+    eval_set.read()
+    return stream, eval_set
+
+
+def build_eval_set(
+    config: TrainConfig, source: Source, is_held_out: bool, tokenizer: Tokenizer, ranks: Ranks
+) -> EvalSet:
+    """The rows that evaluations of a run read, of all documents of `source` or of those held out of training; the text
+    is read at the first use."""
+    return EvalSet(
+        source,
+        tokenizer,
+        seq_len=config.seq_len,
+        padding=config.padding,
+        holdout_every=config.data.holdout_every if is_held_out else 0,
+        eval_tokens=config.eval_tokens,
+        batch_size=config.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )

@@ -1,0 +1,142 @@
+"""What a run of a configuration needs of memory, and what to change when that is too much.
+
+The equations are in planning/memory_plan.py; here they are told what a configuration means for them.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltrain.config import TrainConfig
+from sltrain.layers.cost import set_paths
+from sltrain.layers.sparse import has_kernel
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.optim.build import OPTIMIZERS, state_bytes, step_bytes
+from sltrain.planning.memory_plan import MemoryPlan, UpdateShape, plan_memory
+
+PlanOf = Callable[[TrainConfig], MemoryPlan]
+
+
+def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_processes: int) -> MemoryPlan:
+    """The plan of one process on `device` for `model`, built from `config` on any device. Sets the paths that a run
+    would choose."""
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
+    return plan_memory(
+        model,
+        update_shape(config, device, next(model.parameters()).dtype, num_processes),
+        optimizer_state_bytes(config, model),
+        update_temporaries=update_temporaries(config, model, device),
+    )
+
+
+def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """The optimizer's whole state for the parameters of a model."""
+    name, rounds = config.optimizer.name, config.stochastic_rounding
+    own = sum(state_bytes(name, p.numel(), p.element_size(), rounds) for p in set(model.parameters()))
+    return OPTIMIZERS[name].shared_bytes + own
+
+
+def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device) -> int:
+    """What the optimizer takes while it works."""
+    return step_bytes(
+        config.optimizer.name,
+        [(p.numel(), p.element_size()) for p in model.parameters()],
+        device.type,
+        stochastic_rounding=config.stochastic_rounding,
+        accumulation=config.accumulation,
+    )
+
+
+def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> UpdateShape:
+    """An update of this configuration on one of `num_processes` processes."""
+    return UpdateShape(
+        batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        num_micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * num_processes)),
+        per_layer_update=config.per_layer_update,
+        holds_gradients=not (config.per_layer_update and config.accumulation == "fold"),
+        uses_ddp=num_processes > 1 and not config.per_layer_update,
+        device_type=device.type,
+        has_kernel=device.type == "cpu" and has_kernel(device, dtype),
+    )
+
+
+def update_notes(config: TrainConfig, num_processes: int) -> list[str]:
+    """What a user of per-layer updates may not expect, in one line or none."""
+    num_micro_batches = config.global_batch_size // (config.micro_batch_size * num_processes)
+    if not config.per_layer_update or config.accumulation == "fold" or num_micro_batches <= 1:
+        return []
+    return [
+        f"{num_micro_batches} micro-batches an update: gradients wait for the last one, which per_layer_update=true"
+        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}, or with"
+        " accumulation=fold and optimizer=adamw"
+    ]
+
+
+Change = dict[str, Any]  # keys of the configuration with their new values; `optimizer` with a name
+
+
+def settings_that_fit(
+    config: TrainConfig,
+    plan_of: PlanOf,
+    free_bytes: int,
+    num_processes: int = 1,
+    keys: Collection[str] | None = None,
+) -> tuple[str, MemoryPlan] | None:
+    """The mildest overrides with which the run needs no more than `free_bytes`, as one would type them, and its plan
+    then; None if there are none. Only `keys` are changed (None: all).
+
+    Combinations of smaller micro-batches, activation checkpointing, 8-bit Adam and updates inside backward are tried,
+    few before many, and of as many those that come first in this list. At last also a global batch of one micro-batch,
+    without which updates inside backward free little: that changes the recipe.
+    """
+    sizes = [size for size in range(config.micro_batch_size, 0, -1) if config.micro_batch_size % size == 0]
+    micro_batches: list[Change] = [{}, *({"micro_batch_size": size} for size in sizes[1:])]
+    others = _switches(config)
+    one_pass: list[Change] = [{"global_batch_size": size * num_processes, "micro_batch_size": size} for size in sizes]
+    combinations = [
+        [change, *chosen] if change else list(chosen)
+        for batches in (micro_batches, one_pass)
+        for count in range(len(others) + 1)
+        for chosen in itertools.combinations(others, count)
+        for change in batches
+    ]
+    for changes in combinations:
+        if keys is not None and not all(key in keys for change in changes for key in change):
+            continue
+        plan = plan_of(_apply(config, changes))
+        if plan.total_bytes <= free_bytes:
+            return _as_typed(changes), plan
+    return None
+
+
+def _switches(config: TrainConfig) -> list[Change]:
+    """What may save memory besides smaller micro-batches, mildest first."""
+    changes: list[Change] = []
+    if not config.activation_checkpointing:
+        changes.append({"activation_checkpointing": True})
+    if config.optimizer.name == "adamw" and importlib.util.find_spec("bitsandbytes") is not None:
+        changes.append({"optimizer": "adam8bit"})
+    if not config.per_layer_update and not config.compile:
+        clip = config.grad_clip
+        instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}
+        changes.append({"per_layer_update": True, **instead})
+    return changes
+
+
+def _apply(config: TrainConfig, changes: list[Change]) -> TrainConfig:
+    values = {key: value for change in changes for key, value in change.items()}
+    if "optimizer" in values:
+        values["optimizer"] = dataclasses.replace(config.optimizer, name=values["optimizer"])
+    return dataclasses.replace(config, **values)
+
+
+def _as_typed(changes: list[Change]) -> str:
+    """The changes as one would type them."""
+    items = [item for change in changes for item in change.items()]
+    return " ".join(f"{key}={'true' if value is True else 'null' if value is None else value}" for key, value in items)

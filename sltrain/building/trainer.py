@@ -1,0 +1,208 @@
+"""Config and model -> Trainer: memory and values for the model, its optimizer and learning rate, what a checkpoint
+remembers, and where metrics go."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltrain.building import Say
+from sltrain.building.model import allocate, dtype_name
+from sltrain.config import TrainConfig
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.stream import TrainStream
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.loop import Cadence
+from sltrain.engine.memory import PeakMemory
+from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
+from sltrain.engine.per_layer_step import train_step_per_layer
+from sltrain.engine.step import StepResult, train_step
+from sltrain.engine.stop import StopRequest
+from sltrain.engine.trainer import Progress, Trainer
+from sltrain.kernels import cpu_kernel
+from sltrain.layers.cost import machine_kind, set_paths
+from sltrain.methods.advice import weight_norms
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.optim.build import build_optimizer, check_updates, set_learning_rate
+from sltrain.optim.per_layer import PerLayerUpdate
+from sltrain.optim.schedule import effective_warmup, warmup_cosine
+from sltrain.planning.accounting import count_parameters, stored_bytes
+from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.runs.run_folder import RunFolder
+
+
+def build_trainer(
+    config: TrainConfig,
+    cadence: Cadence,
+    folder: RunFolder,
+    model: LlamaForCausalLM,
+    stream: TrainStream,
+    eval_set: EvalSet,
+    ranks: Ranks,
+    plan: MemoryPlan | None,
+    say: Say,
+    tell: Say,
+) -> Trainer:
+    """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
+    memory = PeakMemory(ranks.device)
+    checkpointer = Checkpointer(folder.path, config.keep_last)
+    checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+    ranks.everywhere(lambda: allocate(model, ranks.device))
+    if checkpoint is None:  # otherwise every value comes from there
+        model.init_weights(config.seed)
+    optimizer = build_updates(config, model, ranks)
+    saved: dict[str, Any] = {}
+    if checkpoint is not None:
+        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
+        ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
+        say(f"resume     from step {saved['progress']['step']:,} ({checkpoint})")
+    progress = Progress(**saved.get("progress", {}))
+    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device, say)
+
+    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    sinks: list[Sink] = []
+    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
+    return Trainer(
+        model=compiled,
+        train_model=compiled if config.per_layer_update else ranks.wrap(compiled),
+        train_step=build_step(config),
+        optimizer=optimizer,
+        stream=stream,
+        eval_set=eval_set,
+        ranks=ranks,
+        checkpointer=checkpointer,
+        sinks=sinks,
+        memory=memory,
+        stop=StopRequest(),
+        set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
+        micro_batch_size=config.micro_batch_size,
+        seq_len=config.seq_len,
+        updates_in_backward=config.per_layer_update,
+        planned_memory_bytes=None if plan is None else plan.total_bytes,
+        model_metrics=lambda: weight_norms(model),
+        final_metrics={
+            "dtype": dtype_name(next(model.parameters()).dtype),
+            "peak_memory_measure": memory.measure,
+            "num_parameters": count_parameters(model),
+            "index_bytes": stored_bytes(model)["indices"],
+        },
+        report=tell,
+        progress=progress,
+        stream_state=saved.get("stream", {}),
+        built_with={"arithmetic": arithmetic},
+    )
+
+
+def restore(
+    checkpointer: Checkpointer,
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: TrainStream,
+) -> dict[str, Any]:
+    """Set model, optimizer and stream to a checkpoint; return everything else that it holds."""
+    state = checkpointer.load(checkpoint, model, optimizer)
+    stream.load_state_dict(state["stream"])
+    return state
+
+
+def fix_arithmetic(
+    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Say
+) -> dict[str, Any]:
+    """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
+    num_rows = config.micro_batch_size * config.seq_len
+    paths = set_paths(model, config.layer_path, num_rows, device, saved.get("layer_paths"))
+    for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
+        count = sum(chosen == path for chosen in paths.values())
+        if count:
+            say(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
+    machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
+    if saved.get("machine", machine) != machine:
+        say(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
+    if paths and device.type == "cpu" and (reason := cpu_kernel.status()) is not None:
+        say(f"note       {reason}")
+    return {"layer_paths": paths, "machine": machine}
+
+
+def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Whether the ways of updating go together. Raises ValueError."""
+    check_updates(
+        config.optimizer.name,
+        dtype=dtype,
+        per_layer_update=config.per_layer_update,
+        accumulation=config.accumulation,
+        grad_clip=config.grad_clip,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+        stochastic_rounding=config.stochastic_rounding,
+    )
+
+
+def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
+    """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        name=config.optimizer.name,
+        lr=config.lr,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        weight_decay=config.weight_decay,
+        device=ranks.device,
+        stochastic_rounding=config.stochastic_rounding,
+        accumulation=config.accumulation,
+        seed=config.seed,
+    )
+    if not config.per_layer_update:
+        return optimizer
+    return PerLayerUpdate(
+        optimizer,
+        parameters=model.parameters(),
+        reduce_grad=ranks.sum_,
+        num_ranks=ranks.world_size,
+        accumulation=config.accumulation,
+        grad_clip_per_parameter=config.grad_clip_per_parameter,
+    )
+
+
+def build_step(config: TrainConfig) -> Callable[..., StepResult]:
+    """The function that runs one update with what `build_updates` returns."""
+    if config.per_layer_update:
+        return train_step_per_layer
+    return partial(train_step, grad_clip=config.grad_clip, grad_clip_per_parameter=config.grad_clip_per_parameter)
+
+
+def learning_rate_setter(
+    config: TrainConfig, max_steps: int, optimizer: torch.optim.Optimizer, say: Say
+) -> Callable[[int], float]:
+    """A function that sets the learning rate of a step and returns it."""
+    warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
+    if shortened:
+        say(f"note       {shortened}")
+
+    def set_rate(step: int) -> float:
+        factor = warmup_cosine(step, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
+        set_learning_rate(optimizer, config.lr * factor)
+        return config.lr * factor
+
+    return set_rate
+
+
+def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Say) -> list[Sink]:
+    """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
+    rewrite_until(folder.metrics_file, step)
+    sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
+    if config.tracker.name == "wandb":
+        sinks.append(
+            WandbSink(
+                folder.path,
+                project=config.tracker.project,
+                entity=config.tracker.entity,
+                config=dataclasses.asdict(config),
+                report=say,
+            )
+        )
+    return sinks

@@ -1,0 +1,70 @@
+"""`sltrain-eval`: the perplexity of a trained model on any text.
+
+    sltrain-eval outputs/my_run                                        on the run's own validation text
+    sltrain-eval outputs/my_run --path '/data/*.json.gz' --json        on other files, as one JSON object
+    sltrain-eval my_model --path notes.txt --eval-tokens 100000        an exported model, the first 100,000 tokens
+
+Text is cut into rows as it was in training: with padding=truncate_pad, of a longer document only the first row is read.
+perplexity is exp(sum of token losses / tokens); perplexity_galore_protocol
+is the number of the harness behind published tables, for comparison; bits_per_byte does not depend on the tokenizer.
+"""
+
+import argparse
+
+from sltrain.commands.flags import make_parser
+from sltrain.errors import ExitCode, report_error, run_as_process, say
+
+
+def main() -> None:
+    """The command. Ends the process with one of the codes in errors.py."""
+    run_as_process(run_command)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """What can be typed."""
+    parser = make_parser("sltrain-eval", __doc__ or "")
+    parser.add_argument("model", metavar="RUN", help="a run folder, or one that sltrain-export wrote")
+    parser.add_argument(
+        "--path", nargs="+", metavar="GLOB", help="files of text (JSON lines, parquet, plain); the run's own by default"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint; the newest intact by default")
+    parser.add_argument(
+        "--eval-tokens", type=int, metavar="N", help="predict at most about N tokens; default: all of GLOB"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences at a time; the run's by default")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-eval` with these arguments and return its exit code."""
+    try:
+        typed = arguments_parser().parse_args(arguments)
+        from sltrain.api.evaluate import evaluate_saved
+        from sltrain.engine.metrics import to_strict_json
+
+        numbers = evaluate_saved(
+            typed.model,
+            typed.path,
+            step=typed.step,
+            eval_tokens=typed.eval_tokens,
+            batch_size=typed.batch_size,
+            device=typed.device,
+            report=say,
+        )
+        print(to_strict_json(numbers) if typed.json else as_text(numbers), flush=True)
+    except Exception as error:
+        return report_error(error)
+    return ExitCode.OK
+
+
+def as_text(numbers: dict) -> str:
+    """The numbers for a person."""
+    return "\n".join(
+        f"{name:28}{value:,}" if isinstance(value, int) else f"{name:28}{value:,.4f}" for name, value in numbers.items()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""`sltrain-report`: runs side by side, as a table, figures and one page to read, send or print.
+
+    sltrain-report outputs                      every run below outputs/; the page is outputs/report/report.html
+    sltrain-report outputs/a /mnt/cluster/b     from several places; the page is in the first
+    sltrain-report outputs --output /tmp/look   page, figures, table.md and table.csv go there
+    sltrain-report outputs --json               the rows on stdout, as one JSON list
+    sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
+
+Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
+What is missing or damaged is named, and the rest reported. Where there is no run, the page cannot
+be written, or the spectrum cannot be had, the answer is 2, and an earlier report stays as it is.
+"""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sltrain.commands.flags import make_parser
+from sltrain.errors import ExitCode, report_error, run_as_process, say, tell
+
+if TYPE_CHECKING:
+    from sltrain.reporting.page import Section
+
+PROG = "sltrain-report"
+
+
+def main() -> None:
+    """The command. Ends the process with one of the codes in errors.py."""
+    run_as_process(run_command)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """What can be typed."""
+    parser = make_parser(PROG, __doc__ or "")
+    parser.add_argument("paths", nargs="+", metavar="PATH", type=Path, help="a run folder, or one with runs below it")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="where to write; by default report, in the first PATH"
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as a JSON list instead of the table")
+    parser.add_argument("--spectrum", action="store_true", help="of one run: look inside its layers")
+    parser.add_argument(
+        "--layers",
+        metavar="PATTERN",
+        nargs="+",
+        help="of the spectrum, as in rank_overrides; by default the first, the middle and the last decoder layer",
+    )
+    parser.add_argument(
+        "--step",
+        "--steps",
+        dest="steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="of the spectrum; by default the newest checkpoint",
+    )
+    return parser
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-report` with these arguments and return its exit code."""
+    try:
+        typed = arguments_parser().parse_args(arguments)
+        if (typed.layers or typed.steps) and not typed.spectrum:
+            raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
+        if typed.spectrum and len(typed.paths) > 1:
+            raise ValueError("--spectrum looks into one run; name one run folder")
+        from sltrain.api.report import as_json, check_output, default_output, read_report, write_report
+        from sltrain.reporting.table import text_table
+
+        report = read_report([path.expanduser() for path in typed.paths])
+        if not report.rows:
+            raise ValueError("; ".join(report.notes))
+        for note in report.notes:
+            say(f"note: {note}")
+        tell(as_json(report.rows) if typed.json else text_table(report.rows))
+        output = typed.output.expanduser() if typed.output else default_output(report.first or typed.paths[0])
+        check_output(output)
+        spectrum = spectrum_of(typed) if typed.spectrum else None
+        command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
+        page = write_report(report, output, command, spectrum)
+        (say if typed.json else tell)(f"page: {page}")
+    except Exception as error:
+        return report_error(error)
+    return ExitCode.OK
+
+
+def spectrum_of(typed: argparse.Namespace) -> "Section":
+    """Look inside the one run, and print what there is by kind of projection."""
+    from sltrain.api.spectrum import look_inside
+    from sltrain.reporting.spectrum_table import aligned
+
+    spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
+    (say if typed.json else tell)(f"\n{aligned(spectrum.tables[0])}\n")
+    return spectrum
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`sltrain-train`: pretrain one model, or with -m a sweep of them.
+
+    sltrain-train model=llama_350m sparsity=0.03                  one run
+    sltrain-train -m model=llama_60m rank=64,128                  a sweep, one run after the other
+    torchrun --nproc_per_node=8 -m sltrain.train model=llama_1b   one run on eight GPUs
+
+Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one
+line and a second.
+"""
+
+import sys
+
+import hydra
+from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
+from omegaconf import DictConfig
+
+from sltrain.commands.sweep import Sweep
+from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
+from sltrain.errors import ExitCode, report_error, run_as_process
+
+
+def main() -> None:
+    """The command. Ends the process with one of the codes in errors.py."""
+    run_as_process(run_command, "interrupted; what the last checkpoint holds is safe")
+
+
+def run_command(arguments: list[str]) -> ExitCode:
+    """Run `sltrain-train` with these arguments and return its exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\n{help_text()}")
+        return ExitCode.OK
+    register_schema()
+    # Hydra's parser wants the overrides together, its own flags may follow.
+    arguments = sorted(arguments, key=lambda argument: argument.startswith("-") or "=" not in argument)
+    typed = get_args_parser().parse_args(arguments)
+    try:
+        check_overrides(typed.overrides, typed.multirun)
+        sweep = Sweep.plan(typed.overrides) if typed.multirun else None
+    except ValueError as error:
+        return report_error(error, common=True)
+
+    codes: list[ExitCode] = []
+
+    def task(config: DictConfig) -> None:
+        if sweep is None:
+            codes.append(train(config))
+        else:
+            sweep.run_job()
+
+    sys.argv[1:] = [*(sweep.hydra_overrides if sweep else []), *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
+    except KeyboardInterrupt:
+        if sweep is None:
+            raise
+        print(f"interrupted; jobs that have begun elsewhere go on; later, run_dir={sweep.folder} continues the others")
+        return ExitCode.INTERRUPTED
+    except SystemExit:  # an interrupted job ends the sweep; so does a cluster that refuses it, and Hydra has said why
+        if sweep is None:
+            raise
+    if sweep is not None:
+        return sweep.finish()
+    return codes[0] if codes else ExitCode.OK  # --cfg and the like run no task
+
+
+def train(composed: DictConfig) -> ExitCode:
+    """Run one training run to its end and say how it ended."""
+    config = to_train_config(composed)
+    from sltrain.building.run import (  # torch and the rest, seconds after the cheap checks
+        Outcome,
+        build_run,
+        print_line,
+    )
+
+    run = None
+    try:
+        run = build_run(config, print_line)
+        if run.is_finished:
+            run.say(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
+            return ExitCode.OK
+        outcome = run.train()
+        if run.trainer is not None and run.trainer.data_error is not None:
+            report_error(run.trainer.data_error)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            return report_error(ValueError(run.farewell(outcome)))
+        run.say(run.farewell(outcome))
+        return {
+            Outcome.FINISHED: ExitCode.OK,
+            Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
+            Outcome.DATA_LOST: ExitCode.DATA_LOST if run.lost_network else ExitCode.BAD_INPUT,
+            Outcome.DIVERGED: ExitCode.DIVERGED,
+        }[outcome]
+    except Exception as error:
+        return report_error(error)
+    finally:
+        if run is not None:
+            run.close()
+
+
+if __name__ == "__main__":
+    main()

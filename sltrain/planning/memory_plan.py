@@ -1,0 +1,215 @@
+"""Where every byte of training goes, before anything is allocated.
+
+    N = B T rows of a micro-batch, e bytes a number, D hidden size, I feed-forward size, H heads, G key/value heads of
+    size d, V vocabulary, L layers; "kept": from forward to backward
+
+    always           weights, indices of S, optimizer state
+    kept, a layer    e N (6 D + 2 G d + 2 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate
+                                                and up
+                     4 N (2 + H)                the norms' divisors, the softmax's
+                     e N r                      of each factored or low-rank projection (layers/footprint.py)
+                     with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
+                     another e N I for the product of gate and up
+    loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
+    gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
+                     Gradients that wait for the next micro-batch, and DDP's buckets, are there all the time.
+                     What waits is not in the buckets: DDP moves it there in the last backward.
+
+Memory rises and falls within an update; `PHASES` are the moments at which it can be highest, and the plan is the
+highest of them. Not in it: what the driver and the libraries take for themselves, and what an allocator loses by
+rounding. Rows are counted as if none were padded.
+"""
+
+from dataclasses import dataclass
+
+from sltrain.layers.footprint import footprint
+from sltrain.models.llama import DecoderLayer, LlamaForCausalLM
+from sltrain.models.loss import default_chunk_rows, keeps_logit_gradients
+from sltrain.planning.accounting import stored_bytes
+
+GROUPS = (
+    "dense_weights low_rank_weights sparse_values indices optimizer_state gradients ddp_buckets activations logits"
+    " temporaries"
+).split()
+PHASES = (
+    "loss",
+    "head backward",
+    "head update",  # inside backward, with per-layer updates
+    "first layer backward",
+    "last layer backward",
+    "embedding backward",
+    "update",
+)
+
+
+@dataclass(frozen=True)
+class UpdateShape:
+    """What an update on one rank looks like, as far as memory is concerned."""
+
+    batch_size: int  # sequences of a micro-batch
+    seq_len: int
+    num_micro_batches: int = 1
+    per_layer_update: bool = False
+    holds_gradients: bool = True  # from micro-batch to micro-batch
+    uses_ddp: bool = False
+    device_type: str = "cuda"
+    has_kernel: bool = False  # whether products with S run through the CPU kernel
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the moment when most are in use."""
+
+    groups: dict[str, int]  # name of GROUPS -> bytes
+    phase: str  # one of PHASES
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.groups.values())
+
+
+def plan_memory(
+    model: LlamaForCausalLM,
+    shape: UpdateShape,
+    optimizer_state: int,
+    stored: dict[str, int] | None = None,
+    update_temporaries: int = 0,
+) -> MemoryPlan:
+    """The plan for a model on any device, meta included. Raises ValueError for a kind of layer that is not accounted
+    for.
+
+    `optimizer_state` is the optimizer's, in bytes, and `update_temporaries` what it allocates while it works; `stored`
+    are the stored bytes of another layout than the model's own (layouts.py).
+    """
+    parts = _Parts(model, shape)
+    always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}
+    phases = {name: parts.phase(name) for name in PHASES}
+    for name in ("head update", "embedding backward") if shape.per_layer_update else ("update",):
+        phases[name]["temporaries"] += update_temporaries
+    highest = max(PHASES, key=lambda name: sum(phases[name].values()))
+    at_peak = {**always, **phases[highest]}
+    return MemoryPlan({name: at_peak.get(name, 0) for name in GROUPS}, highest)
+
+
+class _Parts:
+    """The pieces that phases are made of, in bytes."""
+
+    def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
+        self.shape, self.config = shape, model.config
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        self.element = head.element_size()
+        self.num_layers = len(model.model.layers)
+        self.checkpointing = model.model.activation_checkpointing
+        self.hidden = self.element * shape.num_rows * model.config.hidden_size  # one (N, D)
+        self.wide = self.element * shape.num_rows * model.config.intermediate_size  # one (N, I)
+        self.vocabulary_size = head.shape[0]
+        self.all_gradients = sum(p.numel() * p.element_size() for p in set(model.parameters()))
+        self.head_gradient = head.numel() * self.element
+        self.embedding_gradient = embedding.numel() * self.element
+        layers = [self._of_layer(layer) for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+        self.layer_kept = max(kept for kept, _ in layers)
+        self.all_kept = sum(kept for kept, _ in layers)
+        self.layer_temporaries, self.layer_gradient = max((peak for _, peak in layers), key=sum)
+
+    def _of_layer(self, layer: DecoderLayer) -> tuple[int, tuple[int, int]]:
+        """What one decoder layer keeps, and (temporaries, new gradients) when its backward needs most beside that."""
+        attention, mlp, num_rows = layer.self_attn, layer.mlp, self.shape.num_rows
+        together = (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        )
+        parts = [footprint(layers, num_rows, self.shape.has_kernel) for layers in together]
+        kv_size = attention.num_kv_heads * attention.head_size
+        keeps_product = layer.mlp.keeps_product
+        kept = 6 * self.hidden + (2 + keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
+        kept += 4 * num_rows * (2 + attention.num_heads) + sum(part.kept for part in parts)
+        _, _, gate_up, down = parts
+        # Beside the gradient of the residual stream:
+        product = 0 if keeps_product else self.wide  # made again
+        moments = [
+            (product + self.wide + down.temporary, down.gradients),  # down_proj makes the gradient of the product
+            (product + 2 * self.wide, 0),  # that of the gate, and silu(gate), take shape while the product has gone
+            (product + self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up have gone too
+        ]
+        temporary, gradients = max(moments, key=sum)
+        return kept, (self.hidden + temporary, gradients)
+
+    def phase(self, name: str) -> dict[str, int]:
+        """Bytes by group in one of PHASES, besides what is always there."""
+        shape = self.shape
+        kept = self.num_layers * self.hidden if self.checkpointing else self.all_kept
+        kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
+        top = 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
+        last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is there already
+        activations, logits, temporaries = {
+            "loss": (kept + top, self._loss_forward(), 0),
+            "head backward": (kept + top, self._loss_backward(), 0),
+            "head update": (kept + top, self.hidden, 0),
+            "first layer backward": (last_kept, 0, self.layer_temporaries),
+            "last layer backward": (self.layer_kept, 0, self.layer_temporaries),
+            "embedding backward": (self.hidden, 0, 0),
+            "update": (0, 0, 0),
+        }[name]
+        return {
+            "ddp_buckets": self.all_gradients if shape.uses_ddp else 0,
+            "gradients": self._gradients(name),
+            "activations": activations,
+            "logits": logits,
+            "temporaries": temporaries,
+        }
+
+    @property
+    def _keeps_logit_gradients(self) -> bool:
+        return keeps_logit_gradients(self.shape.num_rows, self.config.hidden_size, self.element)
+
+    def _loss_forward(self) -> int:
+        """What is being collected for backward, and a chunk at work."""
+        rounds = self.element < 4  # float32 is made of, and rounded to, a narrower dtype
+        chunk_rows = min(self.shape.num_rows, default_chunk_rows(self.vocabulary_size, self.shape.device_type))
+        chunk = chunk_rows * self.vocabulary_size * (8 + self.element * rounds)  # the product, in float32; log-softmax
+        if self._keeps_logit_gradients:
+            return self._loss_kept() + chunk
+        accumulated = self.head_gradient // self.element * 4
+        return self.hidden + accumulated + max(chunk, self.head_gradient * rounds)
+
+    def _loss_kept(self) -> int:
+        if self._keeps_logit_gradients:
+            return 2 * self.hidden + self.shape.num_rows * self.vocabulary_size * self.element
+        return self.hidden + self.head_gradient
+
+    def _loss_backward(self) -> int:
+        """What was kept, and the gradient of the last norm's output; the head's gradient counts as one."""
+        return self._loss_kept() + self.hidden
+
+    def _gradients(self, phase: str) -> int:
+        """Bytes of gradients besides DDP's buckets: those that wait, those that are done, those that are new."""
+        shape = self.shape
+        new = {
+            "loss": 0,
+            "head backward": self.head_gradient,
+            "head update": self.head_gradient,
+            "first layer backward": self.layer_gradient,
+            "last layer backward": self.layer_gradient,
+            "embedding backward": self.embedding_gradient,
+            "update": 0,
+        }[phase]
+        if shape.num_micro_batches > 1 and shape.holds_gradients:
+            return self.all_gradients + new
+        if shape.per_layer_update or shape.uses_ddp:
+            return new
+        done = {
+            "loss": 0,
+            "head backward": 0,
+            "head update": 0,
+            "first layer backward": self.head_gradient,
+            "last layer backward": self.all_gradients - self.embedding_gradient - self.layer_gradient,
+            "embedding backward": self.all_gradients - self.embedding_gradient,
+            "update": self.all_gradients,
+        }[phase]
+        return done + new

@@ -1,0 +1,91 @@
+"""Building, loading and fitting: no second copy of a model, and advice that holds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sltrain.building.memory import plan_model, settings_that_fit
+from sltrain.building.model import allocate, build_model
+from sltrain.building.trainer import build_updates
+from sltrain.compose import TRAIN, compose_config
+from sltrain.config import TrainConfig
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.memory import bytes_of, held_by, tensor_peak
+from sltrain.planning.memory_plan import MemoryPlan
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return compose_config([*overrides, "data=stdlib"], TRAIN)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path) -> None:
+    """At most 1.1 times the model's own bytes and its largest layer; loading, with the optimizer's state."""
+    config = composed("model=llama_60m", f"optimizer={optimizer}", "model.num_hidden_layers=4")
+
+    def build() -> torch.nn.Module:
+        model = build_model(config, 32_000, torch.bfloat16)
+        allocate(model, CPU)
+        model.init_weights(1)
+        return model
+
+    model, peak = tensor_peak(build, 0, CPU)
+    own = bytes_of([*model.parameters(), *model.buffers()])
+    largest = max(bytes_of(module.parameters(recurse=False)) for module in model.modules())
+    assert own < peak <= 1.1 * own + largest
+
+    updates = build_updates(config, model, Ranks(0, 1, CPU))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    updates.step()
+    updates.zero_grad()
+    held = held_by(model, updates)
+    path, saving = tensor_peak(lambda: Checkpointer(tmp_path, 1).save(1, model, updates, {}), held, CPU)
+    assert saving <= 1.1 * held + largest
+    other = build_model(config, 32_000, torch.bfloat16)
+    allocate(other, CPU)
+    other_updates = build_updates(config, other, Ranks(0, 1, CPU))
+    _, loading = tensor_peak(lambda: Checkpointer(tmp_path, 1).load(path, other, other_updates), own, CPU)
+    assert held <= loading <= 1.1 * held + largest
+
+
+def plan_of(config: TrainConfig) -> MemoryPlan:
+    return plan_model(config, build_model(config, 32_000, torch.bfloat16), CUDA, 1)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.4])
+def test_advice_fits_and_is_needed(share: float) -> None:
+    config = composed("model=llama_350m", "global_batch_size=8", "micro_batch_size=8", "grad_clip=1.0")
+    free = int(share * plan_of(config).total_bytes)
+    found = settings_that_fit(config, plan_of, free)
+    assert found is not None
+    typed, plan = found
+    base = ["model=llama_350m", "global_batch_size=8", "micro_batch_size=8", "grad_clip=1.0"]
+
+    def total(texts: list[str]) -> int:
+        keys = {text.partition("=")[0] for text in texts}
+        kept = [text for text in base if text.partition("=")[0] not in keys]
+        return plan_of(composed(*kept, *texts)).total_bytes
+
+    assert total(typed.split()) == plan.total_bytes <= free
+    for text in typed.split():
+        others = [other for other in typed.split() if other != text]
+        if not text.startswith("grad_clip"):  # those go along with per_layer_update
+            assert total(others) > free, f"{text} is not needed"
+
+
+def test_the_headline_run_is_found_for_a_small_card() -> None:
+    found = settings_that_fit(composed("model=llama_7b"), plan_of, 16 * 10**9)
+    assert found is not None and "per_layer_update=true" in found[0] and "global_batch_size=" in found[0]
+    assert found[1].total_bytes < 16 * 10**9
+    on_resume = settings_that_fit(composed("model=llama_7b"), plan_of, 16 * 10**9, keys=["micro_batch_size"])
+    assert on_resume is None
+
+
+def test_no_advice_where_nothing_helps() -> None:
+    config = composed("model=llama_7b", "optimizer=adam8bit")
+    assert settings_that_fit(config, plan_of, 10**9) is None

@@ -1,0 +1,435 @@
+"""The plan against the model: what is kept after a forward pass, and the highest point of a whole update on this CPU.
+
+Second sources: the storages that are alive after each operation, and torch's profiler, which also sees the float32
+copies that a CPU makes inside bfloat16 operations and a GPU does not.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sltrain.api import plan as build_plan_module
+from sltrain.api.plan import Plan, build_plan
+from sltrain.building.memory import plan_model
+from sltrain.building.model import allocate, build_model, pick_dtype
+from sltrain.building.trainer import build_step, build_updates
+from sltrain.commands.plan import PLAN
+from sltrain.compose import TRAIN, compose_config
+from sltrain.config import TrainConfig
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.memory import tensor_peak
+from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.layers.cost import set_paths
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.planning import memory_plan
+from sltrain.planning.memory_plan import GROUPS, PHASES, MemoryPlan, UpdateShape, plan_memory
+
+T = TypeVar("T")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# The 60M model's widths, 2 layers, 2 x 64 tokens, a small vocabulary: tens of MB, a second an update.
+SMALL = (
+    "model=llama_60m data=stdlib device=cpu model.num_hidden_layers=2 model.vocab_size=4000 seq_len=64"
+    " global_batch_size=2 micro_batch_size=2"
+).split()
+ODD = (
+    "model.hidden_size=320 model.intermediate_size=1001 model.num_attention_heads=4 model.num_key_value_heads=2 rank=64"
+)
+
+
+def config_of(overrides: str) -> TrainConfig:
+    return compose_config([*SMALL, *overrides.split()], TRAIN)
+
+
+def dtype_of(config: TrainConfig) -> torch.dtype:
+    return pick_dtype(config.dtype, CPU)
+
+
+def model_of(config: TrainConfig, device: torch.device = CPU) -> LlamaForCausalLM:
+    """On meta, its paths as on `device`."""
+    assert config.model.vocab_size is not None
+    model = build_model(config, config.model.vocab_size, dtype_of(config))
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
+    return model
+
+
+def real_model_of(config: TrainConfig) -> LlamaForCausalLM:
+    model = model_of(config)
+    allocate(model, CPU)
+    model.init_weights(seed=0)
+    return model
+
+
+def micro_batch_of(config: TrainConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    assert config.model.vocab_size is not None
+    ids = torch.randint(config.model.vocab_size, (config.micro_batch_size, config.seq_len))
+    return make_micro_batch(ids, ids, CPU)
+
+
+def plan_of(config: TrainConfig, device: torch.device = CPU, num_processes: int = 1) -> MemoryPlan:
+    return plan_model(config, model_of(config, device), device, num_processes)
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made since it was entered that are alive now, and the most there were after an operation.
+    Does not see what an operation makes for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.highest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes and storage._cdata not in given:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata)
+        self.highest = max(self.highest, self.now)
+        return result
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def live_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> tuple[T, int]:
+    """`engine.memory.tensor_peak` by other means."""
+    with LiveBytes() as live:
+        result = run()
+    return result, held_bytes + live.highest
+
+
+# ---- what is kept from forward to backward
+
+KEPT = [
+    f"{method} {rest}"
+    for method, rest in itertools.product(
+        ("layer_path=factored", "layer_path=composed", "method=low_rank", "method=full"),
+        ("", "dtype=bfloat16", f"{ODD} dtype=bfloat16 activation_checkpointing=true"),
+    )
+] + [
+    f"layer_path=factored support=column {ODD}",
+    "layer_path=factored support=block activation_checkpointing=true",
+    "method=full model.num_attention_heads=16 model.num_hidden_layers=3",
+    "method=full seq_len=512 model.vocab_size=500",  # the gradient of the head waits, not that of the logits
+    "layer_path=factored seq_len=512 model.vocab_size=500 activation_checkpointing=true",
+    "layer_path=factored model.intermediate_size=200 rank_overrides={q_proj:5,down_proj:17}",
+]
+
+
+def kept_by_plan(config: TrainConfig) -> int:
+    """Activations and logits at the beginning of backward, but for the last norm's output and its gradient, which the
+    plan counts there, and the ids, which are made before; and the rotary tables, which it leaves out."""
+    shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
+    model = model_of(config)
+    phase = memory_plan._Parts(model, shape).phase("head backward")
+    normed = shape.num_rows * config.model.hidden_size * dtype_of(config).itemsize
+    tables = 2 * config.seq_len * model.model.head_size * 4
+    ids = 32 * shape.num_rows
+    return phase["activations"] + phase["logits"] - 2 * normed - ids + tables
+
+
+@pytest.mark.parametrize("overrides", KEPT)
+def test_forward_keeps_what_the_plan_says(overrides: str) -> None:
+    config = config_of(overrides)
+    model, micro_batch = real_model_of(config), micro_batch_of(config)
+    with LiveBytes() as live:
+        loss = model(*micro_batch)
+        found = live.now
+    assert loss.requires_grad
+    assert found == pytest.approx(kept_by_plan(config), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_each_layer_keeps_as_much(checkpointing: str) -> None:
+    """Kept bytes rise by the same with every layer, by the plan and in memory."""
+    found, planned = [], []
+    for num_layers in (1, 2, 3):
+        config = config_of(
+            f"layer_path=factored {ODD} model.num_hidden_layers={num_layers} activation_checkpointing={checkpointing}"
+        )
+        model, micro_batch = real_model_of(config), micro_batch_of(config)
+        with LiveBytes() as live:
+            loss = model(*micro_batch)
+            found.append(live.now)
+        assert loss.requires_grad
+        planned.append(kept_by_plan(config))
+    assert found[1] - found[0] == found[2] - found[1] == planned[1] - planned[0] == planned[2] - planned[1] > 0
+
+
+# ---- the highest point of an update
+
+FACTORED, COMPOSED = "layer_path=factored", "layer_path=composed"
+NARROW = "model.vocab_size=500 seq_len=256 model.num_hidden_layers=3"  # so that decoder layers need most
+UPDATES = [
+    FACTORED,
+    f"{FACTORED} seq_len=512",
+    f"{FACTORED} support=stratified {ODD} seq_len=256",
+    f"{FACTORED} support=block seq_len=256 global_batch_size=4",
+    f"{FACTORED} support=column {NARROW}",
+    f"{FACTORED} global_batch_size=6",
+    f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=4",
+    f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=2 global_batch_size=4",
+    f"{FACTORED} {NARROW} per_layer_update=true",
+    f"{FACTORED} per_layer_update=true",
+    f"{FACTORED} per_layer_update=true global_batch_size=6",
+    f"{FACTORED} optimizer=adam8bit",
+    f"{FACTORED} optimizer=adam8bit per_layer_update=true",
+    f"{FACTORED} {NARROW} optimizer=adam8bit",
+    f"{COMPOSED} seq_len=256 model.num_hidden_layers=5 activation_checkpointing=true",
+    f"{COMPOSED} {NARROW} grad_clip=1.0",
+    f"{COMPOSED} optimizer=adam8bit",
+    "method=low_rank",
+    f"method=low_rank {NARROW} {ODD} seq_len=512",
+    "method=low_rank seq_len=512 activation_checkpointing=true",
+    "method=full",
+    f"method=full {NARROW} per_layer_update=true",
+    f"method=full {NARROW} activation_checkpointing=true per_layer_update=true",
+    "method=full optimizer=adam8bit",
+]
+BFLOAT16_UPDATES = [
+    f"{FACTORED} seq_len=512",
+    f"{FACTORED} {NARROW}",
+    f"{COMPOSED} support=stratified",
+    f"{COMPOSED} {NARROW} {ODD}",
+    "method=low_rank seq_len=512 activation_checkpointing=true",
+    "method=full global_batch_size=6",
+    f"method=full {NARROW} per_layer_update=true",
+]
+
+
+def measured_plan(overrides: str) -> Plan:
+    return build_plan(compose_config(["measure=true"], PLAN), config_of(overrides))
+
+
+def check(plan: Plan, at_most: float = 1.05) -> None:
+    planned, measured = plan.columns[0].total_bytes, plan.measured_bytes
+    assert measured is not None and measured > 10e6
+    difference = f"planned {planned / 1e6:.1f}, took {measured / 1e6:.1f} MB; {plan.headline}"
+    assert 0.98 * measured <= planned <= at_most * measured, difference
+
+
+@pytest.mark.parametrize("overrides", UPDATES)
+def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
+    if "adam8bit" in overrides:
+        pytest.importorskip("bitsandbytes")
+    check(measured_plan(overrides))
+
+
+@pytest.mark.parametrize("overrides", BFLOAT16_UPDATES)
+def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    check(measured_plan(f"dtype=bfloat16 {overrides}"))
+
+
+def test_folding_takes_what_the_plan_says() -> None:
+    """Moments take a gradient before weights move by them; the plan counts both at once."""
+    check(measured_plan(f"{FACTORED} per_layer_update=true accumulation=fold global_batch_size=6"), at_most=1.16)
+
+
+def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    overrides = f"dtype=bfloat16 {FACTORED} {NARROW} support=block activation_checkpointing=true"
+    check(measured_plan(overrides), at_most=1.08)  # a bound of what blocks gather
+
+
+def test_every_phase_was_the_highest_once() -> None:
+    """Otherwise its formula was never compared with anything."""
+    assert {plan_of(config_of(overrides)).phase for overrides in UPDATES} == set(PHASES)
+
+
+@pytest.mark.parametrize("rest", ["", "seq_len=256"])
+def test_two_ways_to_find_the_peak_agree(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler and the storages that are alive, in float32, where operations hide little."""
+    overrides = f"method=full model.num_hidden_layers=1 {rest}"
+    by_profiler = measured_plan(overrides).measured_bytes
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    assert measured_plan(overrides).measured_bytes == pytest.approx(by_profiler, rel=5e-3)
+
+
+def test_tensor_peak_sees_what_was_freed_again() -> None:
+    """The measure itself, on tensors of known size."""
+    held = torch.zeros(1000)
+
+    def run() -> Tensor:
+        first = torch.ones(1_000_000)  # 4 MB
+        second = first * 2  # 8 MB
+        del first
+        return second[:10] + second.to(torch.float64).sum()  # 16 MB for a moment
+
+    result, peak = tensor_peak(run, bytes_of([held]), CPU)
+    assert len(result) == 10
+    assert peak == pytest.approx(4000 + 4e6 + 8e6, rel=1e-3)
+
+
+# ---- sums
+
+METHODS = ["layer_path=factored", "layer_path=composed support=block", "method=low_rank", "method=full"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_what_is_always_there_has_its_real_bytes(method: str, optimizer: str) -> None:
+    if optimizer == "adam8bit":
+        pytest.importorskip("bitsandbytes")
+    config = config_of(f"{method} optimizer={optimizer} {ODD}")
+    groups = plan_of(config).groups
+    model = real_model_of(config)
+    ranks = Ranks(0, 1, CPU)
+    updates = build_updates(config, model, ranks)
+    build_step(config)(model, updates, [micro_batch_of(config)], 128, ranks)
+    by_name = dict(model.named_parameters())
+    low_rank = [tensor for name, tensor in by_name.items() if name.endswith((".A", ".B"))]
+    sparse = [tensor for name, tensor in by_name.items() if name.endswith(".values")]
+    dense = [tensor for name, tensor in by_name.items() if name.endswith(".weight")]
+    assert len(dense) + len(low_rank) + len(sparse) == len(by_name)
+    state = [value for values in updates.state.values() for value in values.values() if isinstance(value, Tensor)]
+    found = {
+        "dense_weights": bytes_of(dense),
+        "low_rank_weights": bytes_of(low_rank),
+        "sparse_values": bytes_of(sparse),
+        "indices": bytes_of(model.buffers()),
+        "optimizer_state": bytes_of({tensor.data_ptr(): tensor for tensor in state}.values()),  # codes are shared
+    }
+    assert {name: groups[name] for name in found} == found
+
+
+SHAPES = [
+    UpdateShape(batch, 64, num_micro_batches, per_layer_update, holds, ddp and not per_layer_update)
+    for batch, num_micro_batches, per_layer_update, holds, ddp in itertools.product(
+        (1, 8, 64), (1, 4), (False, True), (False, True), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_add_up(method: str) -> None:
+    model = model_of(config_of(method))
+    for shape in SHAPES:
+        plan = plan_memory(model, shape, optimizer_state=12345, update_temporaries=678)
+        assert plan.total_bytes == sum(plan.groups.values())
+        assert list(plan.groups) == list(GROUPS) and min(plan.groups.values()) >= 0
+        assert plan.groups["optimizer_state"] == 12345 and plan.phase in PHASES
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_a_larger_batch_never_needs_less(method: str, checkpointing: str) -> None:
+    model = model_of(config_of(f"{method} activation_checkpointing={checkpointing}"), CUDA)
+    for per_layer_update in (False, True):
+        totals = [
+            plan_memory(model, UpdateShape(batch, 16, per_layer_update=per_layer_update), 0).total_bytes
+            for batch in range(1, 120)
+        ]
+        # Where the smaller of the head's two gradients changes, up to one (N, D) less may wait.
+        one = 16 * 512 * 4
+        falls = [max(now - next, 0) for now, next in itertools.pairwise(totals)]
+        assert all(fall <= one * batch for batch, fall in enumerate(falls, start=1)) and sum(map(bool, falls)) <= 1
+        longer = plan_memory(model, UpdateShape(119, 32, per_layer_update=per_layer_update), 0).total_bytes
+        assert longer > totals[-1] > totals[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rest", ["", ODD, "model.num_hidden_layers=1", "model.vocab_size=50"])
+def test_checkpointing_never_needs_more(method: str, rest: str) -> None:
+    config = config_of(f"{method} {rest}")
+    without, with_it = model_of(config), model_of(config_of(f"{method} {rest} activation_checkpointing=true"))
+    for shape in SHAPES:
+        assert plan_memory(with_it, shape, 0).total_bytes <= plan_memory(without, shape, 0).total_bytes
+    deep = [
+        model_of(config_of(f"{method} model.num_hidden_layers=8 activation_checkpointing={c}")) for c in (True, False)
+    ]
+    kept, all_kept = (plan_memory(model, UpdateShape(64, 64), 0).groups["activations"] for model in deep)
+    assert kept < all_kept / 3
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_per_layer_update_has_the_largest_gradients_only(method: str) -> None:
+    """Of one call: the head's, the embedding's, or those of projections of the same x."""
+    model = model_of(config_of(method))
+    single = max(bytes_of([parameter]) for parameter in model.parameters())
+    layer = model.model.layers[0]
+    assert isinstance(layer, nn.Module)
+    several = max(bytes_of(part.parameters()) for part in layer.children())  # all of attention, all of the MLP
+    for batch in (1, 4, 64):
+        plan = plan_memory(model, UpdateShape(batch, 64, per_layer_update=True), 0)
+        assert plan.groups["gradients"] <= max(single, several)
+        if plan.phase == "head backward":
+            assert plan.groups["gradients"] == bytes_of([model.lm_head.weight])
+        ordinary = plan_memory(model, UpdateShape(batch, 64), 0)
+        assert ordinary.total_bytes >= plan.total_bytes
+    assert plan_memory(model, UpdateShape(1, 64, per_layer_update=True), 0).groups["gradients"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_wait_are_all_there(method: str) -> None:
+    model = model_of(config_of(method))
+    every = bytes_of(model.parameters())
+
+    def gradients(**how: Any) -> dict[str, int]:
+        return plan_memory(model, UpdateShape(batch_size=2, seq_len=64, **how), 0).groups
+
+    head = bytes_of([model.lm_head.weight])
+    for per_layer_update in (False, True):
+        shape = UpdateShape(1, 64, num_micro_batches=2, per_layer_update=per_layer_update)
+        plan = plan_memory(model, shape, 0)
+        assert plan.phase == "head backward" and plan.groups["gradients"] == every + head
+        assert gradients(num_micro_batches=2, per_layer_update=per_layer_update)["gradients"] >= every
+    folded = gradients(num_micro_batches=2, per_layer_update=True, holds_gradients=False)
+    assert folded["gradients"] < every / 2
+    for batch in (1, 2, 64):
+        ddp = plan_memory(model, UpdateShape(batch, 64, uses_ddp=True), 0)
+        assert ddp.groups["ddp_buckets"] == every  # all the time; what is new is not in them yet
+        assert ddp.groups["gradients"] < every / 2
+        assert ddp.total_bytes >= plan_memory(model, UpdateShape(batch, 64), 0).total_bytes
+        waiting = plan_memory(model, UpdateShape(batch, 64, num_micro_batches=2, uses_ddp=True), 0)
+        assert waiting.groups["ddp_buckets"] == every <= waiting.groups["gradients"]
+
+
+def test_processes_share_the_update() -> None:
+    """Four processes: DDP, unless updates are made inside backward; micro-batches are the share of one."""
+    alone = plan_of(config_of("global_batch_size=8"), CUDA)
+    ddp = plan_of(config_of("global_batch_size=8"), CUDA, num_processes=4)
+    assert alone.groups["gradients"] > 0 and alone.groups["ddp_buckets"] == 0
+    assert ddp.groups["ddp_buckets"] == bytes_of(model_of(config_of("")).parameters()) > 2 * ddp.groups["gradients"]
+    per_layer = plan_of(config_of("global_batch_size=8 per_layer_update=true"), CUDA, num_processes=4)
+    one_micro_batch = plan_of(config_of("global_batch_size=2 per_layer_update=true"), CUDA)
+    assert per_layer == one_micro_batch
+
+
+def test_folding_frees_what_holding_keeps() -> None:
+    held, folded = (
+        plan_of(config_of(f"per_layer_update=true global_batch_size=4 accumulation={accumulation}")).groups
+        for accumulation in ("hold", "fold")
+    )
+    assert held["gradients"] > 2 * folded["gradients"] > 0
+
+
+def test_a_layer_of_unknown_kind_is_named() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(8, 8, device="meta"))
+
+    model = model_of(config_of(""))
+    layer: Any = model.model.layers[1]
+    layer.mlp.down_proj = Mixture()
+    with pytest.raises(ValueError, match="Mixture"):
+        plan_memory(model, UpdateShape(2, 64), 0)
