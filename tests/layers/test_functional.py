@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sltrain.kernels import cpu_kernel, functional
+from sltrain.kernels import cpu_kernel
+from sltrain.layers import functional
 from sltrain.layers import support as support_module
 from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
 from sltrain.layers.support import Support
