@@ -7,12 +7,14 @@
     compat/logits.json       what the trained model gives for some ids
 
 They were made by the code of commit fc16b52 and stand for everything trained before formats changed, so they are never
-made again: code that cannot continue them is wrong, or has to translate. What made each run is, with the recipe below,
+made again: code that cannot continue them is wrong, or has to translate. What made them, in tests/compat, with the
+overrides BASE and those of NAME in RECIPES below:
 
-    sltrain-train RECIPE checkpoint_every=5 run_dir=runs/NAME
+    sltrain-train BASE RECIPE run_dir=runs/NAME
+    sltrain-export runs/sltrain --output exports/FORMAT --format FORMAT
 
-in tests/compat, to its end. Its numbers were kept; then the folder was put back to where it was after step 5: without
-the checkpoint of step 10, summary.json and the lines of metrics.jsonl behind the checkpoint's.
+Every run went to its end, and its numbers were kept. Then its folder was put back to where it was after step 5: without
+the checkpoint of step 10, summary.json, and the lines of metrics.jsonl that follow the first checkpoint's.
 
     python tests/test_compat.py --write    # makes what is missing: a run or an export of a format that is new
 
