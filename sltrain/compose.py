@@ -23,7 +23,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sltrain.config import TrainConfig, validate
+from sltrain.config import RETIRED_KEYS, TrainConfig, validate
 from sltrain.errors import first_line
 
 
@@ -96,7 +96,7 @@ def to_train_config(config: DictConfig) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
-    the run was made with: the default of conf/train.yaml. Raises ValueError."""
+    the run was made with: the default of conf/train.yaml. RETIRED_KEYS are left out. Raises ValueError."""
     schema = OmegaConf.structured(TrainConfig)
     for key in TRAIN.open_mappings:
         OmegaConf.set_struct(schema[key], False)
@@ -107,7 +107,8 @@ def read_config(path: Path) -> TrainConfig:
         saved = yaml.safe_load(text)
         if not isinstance(saved, dict):
             raise ValueError("it should map keys to values")
-        config = OmegaConf.merge(schema, defaults, saved)
+        kept = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
+        config = OmegaConf.merge(schema, defaults, kept)
         assert isinstance(config, DictConfig)
         result = to_train_config(config)
         validate(result)

@@ -25,16 +25,17 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"commands"},  # the name torchrun starts
     "config": set(),
     "errors": set(),
+    "numeric": set(),
     "compose": {"config", "errors"},
     "kernels": set(),
     "layers": {"kernels"},
     "methods": {"layers", "config"},
-    "models": {"config"},
+    "models": {"config", "numeric"},
     "planning": {"layers", "kernels", "models"},
-    "data": {"config"},
-    "optim": {"config"},
-    "engine": {"config"},
-    "runs": {"engine"},
+    "data": {"config", "numeric"},
+    "optim": {"config", "numeric"},
+    "engine": {"config", "numeric"},
+    "runs": {"engine", "config"},
     "formats": set(),
     "reporting": set(),  # rows, curves and notes come as plain data
     "benchmarks": set(),  # what is measured comes as arguments
