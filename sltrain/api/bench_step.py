@@ -30,7 +30,7 @@ from sltrain.compose import with_plugin
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory
-from sltrain.engine.step import train_step
+from sltrain.engine.step import OrdinaryStep
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.cost import set_paths
 from sltrain.layers.linear import FactoredLinear
@@ -177,11 +177,11 @@ def build_stepper(bench: Bench, name: str) -> Stepper:
         weight_decay=0.0,
         device=bench.device,
     )
-    ranks = Ranks(rank=0, world_size=1, device=bench.device)
+    step = OrdinaryStep(model, optimizer, Ranks(rank=0, world_size=1, device=bench.device))
 
     def update(ids: Tensor) -> object:
         if not name.startswith("transformers"):
-            return train_step(model, optimizer, [(ids, ids)], ids.shape[0] * (ids.shape[1] - 1), ranks)
+            return step.run([(ids, ids)], ids.shape[0] * (ids.shape[1] - 1))
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
