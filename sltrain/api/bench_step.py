@@ -26,7 +26,8 @@ from sltrain.benchmarks.step import (
 )
 from sltrain.benchmarks.timing import product_task, run_once, stopwatch
 from sltrain.building.model import allocate, build_model
-from sltrain.config import MethodConfig, ModelConfig, TrainConfig
+from sltrain.compose import with_plugin
+from sltrain.config import ModelConfig, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory
 from sltrain.engine.step import OrdinaryStep
@@ -87,13 +88,13 @@ def train_config(bench: Bench, name: str) -> TrainConfig:
     assert bench.train is not None
     method = {"full": "full", "transformers": "full", "low_rank": "low_rank"}.get(name, "sltrain")
     support = name if name in ("stratified", "block", "column") else "uniform"
-    return dataclasses.replace(
+    config = dataclasses.replace(
         bench.train,
-        method=MethodConfig(method),
         support=support,
         block_size=bench.config.block_size if support == "block" else None,
         activation_checkpointing=name == "checkpointing",
     )
+    return with_plugin(config, "method", method)
 
 
 def step_candidate(bench: Bench, name: str) -> StepCandidate:

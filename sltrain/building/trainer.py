@@ -14,8 +14,8 @@ from sltrain.building.model import allocate, dtype_name
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import Stateful
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.loop import Cadence
 from sltrain.engine.memory import PeakMemory

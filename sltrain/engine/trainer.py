@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import Stateful
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
 from sltrain.engine.memory import PeakMemory, held_by, tensor_peak

@@ -10,8 +10,8 @@ from sltrain.building.model import allocate, build_model
 from sltrain.building.trainer import build_updates, stateful_optimizer
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import Stateful
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
 from sltrain.planning.memory_plan import MemoryPlan
