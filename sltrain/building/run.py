@@ -123,7 +123,7 @@ class Run:
         smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"
         kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
         return (
-            f"out of memory after step {t.step:,}: {_gigabytes(t.planned_memory_bytes)} were planned for tensors;"
+            f"out of memory after step {t.step:,}: {_gigabytes(t.memory.planned_bytes)} were planned for tensors;"
             f" {kept}; start the same command with run_dir={self.folder.path} and {smaller}"
         )
 

@@ -14,11 +14,11 @@ from sltrain.building.model import allocate, dtype_name
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import Stateful
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.loop import Cadence
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
@@ -50,7 +50,7 @@ def build_trainer(
     tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
-    memory = PeakMemory(ranks.device)
+    memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
     ranks.everywhere(lambda: allocate(model, ranks.device))
@@ -82,12 +82,10 @@ def build_trainer(
         stop=StopRequest(),
         set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
         micro_batch_size=config.micro_batch_size,
-        seq_len=config.seq_len,
-        planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
             "dtype": dtype_name(next(model.parameters()).dtype),
-            "peak_memory_measure": memory.measure,
+            "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
         },

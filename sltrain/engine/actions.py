@@ -30,11 +30,15 @@ from torch import nn
 
 
 class Stateful(Protocol):
-    """What survives a restart: tensors and plain data by name."""
+    """An object whose state survives a restart: the optimizer, what an action keeps."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data by name; the tensors may be the object's own."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state. Its tensors are on the CPU; where the model is elsewhere they are views of a file, so
+        those that stay on the CPU have to be copied. Raises ValueError for the state of another kind of object."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import nn
 
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint_files import (
     ADVICE,
     CheckpointError,
-    Stateful,
     load_model,
     load_object,
     save_model,
@@ -83,7 +83,7 @@ class Checkpointer:
         def fill(folder: Path) -> None:
             save_model(folder / MODEL_FILE, model)
             for name, stateful in objects.items():
-                save_object(folder / f"{name}{OBJECT_SUFFIX}", stateful)
+                save_object(folder / object_file(name), stateful)
             (folder / STATE_FILE).write_text(json.dumps({**state, "step": step}))
 
         try:
@@ -139,7 +139,7 @@ class Checkpointer:
             load_model(path / MODEL_FILE, model)
             is_on_cpu = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
             for name, stateful in (objects or {}).items():
-                load_object(path / f"{name}{OBJECT_SUFFIX}", stateful, is_on_cpu)
+                load_object(path / object_file(name), stateful, is_on_cpu)
             return self.read_state(path)
         except (CheckpointError, AssertionError):
             raise
@@ -174,10 +174,16 @@ class Checkpointer:
                 remove(path)
 
 
+def object_file(name: str) -> str:
+    """The file of an object: action.pool.pt for one called action/pool."""
+    return f"{name.replace('/', '.')}{OBJECT_SUFFIX}"
+
+
 def _refuse_other_objects(path: Path, objects: Mapping[str, Stateful]) -> None:
     """CheckpointError naming the first object whose state only the run or only the checkpoint has, if there is one."""
-    found = {Path(name).stem for name in sealed_files(path) if name.endswith(OBJECT_SUFFIX)}
-    for name in sorted(found ^ objects.keys()):
-        what = "no state of" if name in objects else "a state of"
-        which = "which this run needs" if name in objects else "which this run does not have"
-        raise CheckpointError(f"checkpoint {path} holds {what} {name}, {which}. {ADVICE}")
+    wanted = {object_file(name) for name in objects}
+    found = {name for name in sealed_files(path) if name.endswith(OBJECT_SUFFIX)}
+    for name in sorted(found ^ wanted):
+        what = "has no" if name in wanted else "also has"
+        which = "which this run needs" if name in wanted else "which this run does not know"
+        raise CheckpointError(f"checkpoint {path} {what} {name}, {which}. {ADVICE}")

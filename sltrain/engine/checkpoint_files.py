@@ -6,13 +6,15 @@ loaded with weights_only=True: code in them is not run.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from sltrain.engine.actions import Stateful
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -32,18 +34,6 @@ ADVICE = "Give the settings it was made with, or another run_dir."
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read, or belongs to another model. The message is for the user."""
-
-
-class Stateful(Protocol):
-    """An object whose state a checkpoint holds: an optimizer, what an action keeps."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data, in dicts and lists of them. The tensors may be the object's own."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state. Its tensors are on the CPU; where the model is elsewhere they are views of the file, so
-        those that stay on the CPU have to be copied. Raises ValueError for the state of another kind of object."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

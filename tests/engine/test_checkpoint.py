@@ -19,8 +19,9 @@ from optimizers import make_optimizer
 from torch import nn
 
 from sltrain.engine import checkpoint_files
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import CheckpointError, Stateful, load_object, unwrap
+from sltrain.engine.checkpoint_files import CheckpointError, load_object, unwrap
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import OptimizerState
 from sltrain.optim.per_layer import PerLayerUpdate
@@ -468,17 +469,17 @@ class Pool:
 def test_every_object_is_in_the_manifest_and_comes_back(tmp_path: Path) -> None:
     model, keeper = Net(), Checkpointer(tmp_path, 0)
     pool, other = Pool(0.25), Pool(0.0)
-    path = keeper.save(1, model, {**saved_adamw(model), "pool": pool}, {})
+    path = keeper.save(1, model, {**saved_adamw(model), "action/pool": pool}, {})
     files = json.loads((path / "manifest.json").read_text())["files"]
-    assert set(files) == {"model.safetensors", "optimizer.pt", "pool.pt", "state.json"}
-    keeper.load(path, model, {**saved_adamw(model), "pool": other})
+    assert set(files) == {"model.safetensors", "optimizer.pt", "action.pool.pt", "state.json"}
+    keeper.load(path, model, {**saved_adamw(model), "action/pool": other})
     assert torch.equal(pool.tensor, other.tensor) and other.names == ["0.25"]
     other.tensor = torch.zeros(4)
-    with pytest.raises(CheckpointError, match=r"checkpoint of another pool: another size .*run_dir\.$"):
-        keeper.load(path, model, {**saved_adamw(model), "pool": other})
-    damage = path / "pool.pt"
+    with pytest.raises(CheckpointError, match=r"checkpoint of another action.pool: another size .*run_dir\.$"):
+        keeper.load(path, model, {**saved_adamw(model), "action/pool": other})
+    damage = path / "action.pool.pt"
     damage.write_bytes(damage.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="pool.pt has"):
+    with pytest.raises(CheckpointError, match="action.pool.pt has"):
         keeper.find(1)
     assert Checkpointer(tmp_path, 0, to_train=False).find(1) == path, "to read a model it is not needed"
 
@@ -486,11 +487,11 @@ def test_every_object_is_in_the_manifest_and_comes_back(tmp_path: Path) -> None:
 def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     model, keeper = Net(), Checkpointer(tmp_path, 0)
     plain = keeper.save(1, model, saved_adamw(model), {})
-    more = keeper.save(2, model, {**saved_adamw(model), "pool": Pool(1.0)}, {})
+    more = keeper.save(2, model, {**saved_adamw(model), "action/pool": Pool(1.0)}, {})
     other = Net(seed=3)
-    with pytest.raises(CheckpointError, match="holds no state of pool, which this run needs"):
-        keeper.load(plain, other, {**saved_adamw(other), "pool": Pool(1.0)})
-    with pytest.raises(CheckpointError, match="holds a state of pool, which this run does not have"):
+    with pytest.raises(CheckpointError, match="has no action.pool.pt, which this run needs"):
+        keeper.load(plain, other, {**saved_adamw(other), "action/pool": Pool(1.0)})
+    with pytest.raises(CheckpointError, match="also has action.pool.pt, which this run does not know"):
         keeper.load(more, other, saved_adamw(other))
     assert_same(other, Net(seed=3))
     assert keeper.load(more, other, None) == {"step": 2} == keeper.read_state(more)
