@@ -47,7 +47,7 @@ TOLERANCES = {"float32": 1e-3, "coarse": 5e-2}  # on another machine, relative; 
 def train(*overrides: str) -> tuple[int, str]:
     """Run `sltrain-train` with one thread, in the folder whose `text` the overrides name -> exit code and all that it
     printed."""
-    from sltrain.train import run_command
+    from sltrain.commands.train import run_command
 
     said, threads, argv = io.StringIO(), torch.get_num_threads(), sys.argv
     torch.set_num_threads(1)

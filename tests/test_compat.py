@@ -71,7 +71,7 @@ IDS = [[5, 17, 90, 127]]
 
 def export(run: Path, output: Path, format: str) -> int:
     """Run `sltrain-export`."""
-    from sltrain.export import run_command
+    from sltrain.commands.export import run_command
 
     return int(run_command([str(run), "--output", str(output), "--format", format]))
 
