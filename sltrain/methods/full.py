@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import AlignedLinear
 from sltrain.methods.settings import MethodSettings
 
 

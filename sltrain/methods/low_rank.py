@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sltrain.layers.linear import LowRankLinear
+from sltrain.layers import LowRankLinear
 from sltrain.methods.settings import LayerSettings, MethodSettings, replace_each
 
 

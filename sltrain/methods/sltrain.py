@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from sltrain.layers.linear import SLTrainLinear
+from sltrain.layers import SLTrainLinear
 from sltrain.methods.settings import LayerSettings, MethodSettings, replace_each
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from torch import nn
 
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.methods import METHODS
 from sltrain.methods.advice import warnings
 from sltrain.methods.settings import MethodSettings, pattern_fits
