@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain import kernels
 from sltrain.api.bench_config import BenchConfig
 from sltrain.benchmarks.machine import describe_machine, machine_line
 from sltrain.building import Say
 from sltrain.building.model import pick_dtype
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
-from sltrain.kernels import cpu_kernel
 
 SEED = 42
 SMALL_VOCAB = 4096  # for models without a vocabulary of their own: what experiment=quickstart gives them
@@ -42,7 +42,7 @@ class Bench:
     @property
     def machine(self) -> dict[str, Any]:
         """What the numbers depend on besides the code."""
-        kernel = cpu_kernel.status() or "ready" if self.device.type == "cpu" else None
+        kernel = kernels.status() or "ready" if self.device.type == "cpu" else None
         return {**describe_machine(self.device, self.dtype), "cpu_kernel": kernel}
 
     @property

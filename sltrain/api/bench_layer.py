@@ -9,8 +9,8 @@ from sltrain.api.bench_config import CANDIDATES
 from sltrain.benchmarks.calibrate import Probe, measure_prices, price_table
 from sltrain.benchmarks.layer import Case, layer_tables, measure_layers
 from sltrain.benchmarks.published import PublishedLinear
-from sltrain.layers.cost import COSTS, PASSES, choose_path, machine_kind
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+from sltrain.layers import LowRankLinear, ReplacedLinear, SLTrainLinear
+from sltrain.layers.cost import COSTS, PASSES, machine_kind
 
 LAYER_SPARSITY = 0.03  # the paper's, from 60M to 1B
 LAYER_ALPHA = 16  # has no influence on time
@@ -45,8 +45,7 @@ def layer_case(bench: Bench, names: list[str], out_features: int, in_features: i
 
     def sltrain(support: str, path: str | None) -> nn.Module:
         layer = sltrain_layer(bench, out_features, in_features, rank, support)
-        sizes = (layer.out_features, layer.in_features, rank, layer.support.num_nonzero)
-        layer.path = path or choose_path(config.tokens, *sizes, support, machine_kind(bench.device, bench.dtype))
+        layer.path = path or layer.choose_path(config.tokens, bench.device)
         return made.setdefault((support, layer.path), layer)
 
     def make(name: str) -> nn.Module:
@@ -65,7 +64,9 @@ def layer_case(bench: Bench, names: list[str], out_features: int, in_features: i
         raise ValueError(f"{out_features}x{in_features}: {error}") from error
     for module in modules.values():
         leave_zero(module)
-    paths = {name: module.path for name, module in modules.items() if isinstance(module, SLTrainLinear)}
+    paths = {
+        name: module.path for name, module in modules.items() if isinstance(module, ReplacedLinear) and module.PATHS
+    }
     num_nonzero = int(sparsity * out_features * in_features)
     return Case(out_features, in_features, rank, num_nonzero, modules, paths)
 
@@ -115,7 +116,7 @@ def probes(bench: Bench, out_features: int, in_features: int, rank: int) -> list
     found = []
     for price, support in (("entry", "uniform"), ("block_entry", "block"), ("column_entry", "column")):
         module, rows = layer(0, support, "factored"), config.tokens
-        count = 3 * rows * module.num_sparse
+        count = 3 * rows * module.support.num_nonzero
         found.append(Probe(price, getattr(costs, price), module, **shape, num_rows=rows, known=0, count=count))
     entries = out_features * in_features
     known, count = (3 * FEW_ROWS + 4 * rank) * entries, PASSES * entries

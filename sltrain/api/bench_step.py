@@ -31,9 +31,7 @@ from sltrain.config import ModelConfig, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory
 from sltrain.engine.step import OrdinaryStep
-from sltrain.layers.convert import replace_linears
-from sltrain.layers.cost import set_paths
-from sltrain.layers.linear import FactoredLinear
+from sltrain.layers import ReplacedLinear, replace_linears, set_paths
 from sltrain.models.llama import is_projection
 from sltrain.optim.build import build_optimizer
 from sltrain.optim.kinds.adamw import AdamWOptions
@@ -126,8 +124,8 @@ def update_multiply_adds(model: nn.Module, config: TrainConfig, rows: int, token
     """Multiply-adds that the products of an update must do, by the method's mathematics, not by how it is computed."""
     layers = head = 0
     for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
-            layers += module.rank * (module.in_features + module.out_features) + module.num_sparse
+        if isinstance(module, ReplacedLinear):
+            layers += module.multiply_adds()
         elif isinstance(module, nn.Linear):
             work = module.in_features * module.out_features
             head, layers = (head + work, layers) if name == "lm_head" else (head, layers + work)
