@@ -1,8 +1,7 @@
-"""The schema of `sltrain-bench`: every key a person can set, its type, unit and scope, and what may be compared.
+"""The schema of `sltrain-bench`: every key, its type, unit and scope. Values come from conf/bench.yaml and the command
+line. This file imports no torch."""
 
-Values come from conf/bench.yaml and the command line. Like config.py it imports nothing of ours and no torch.
-"""
-
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ class BenchConfig:
     # what=layer
     tokens: int = MISSING  # layer: rows of x
     shapes: list[list[int]] = MISSING  # layer: a list of [out, in, rank]
-    calibrate: bool = MISSING  # layer: measure the prices that layer_path=auto reckons with, and nothing else
+    calibrate: bool = MISSING  # layer: measure the prices that layer_path=auto uses, and nothing else
 
     # what=step, what=data
     model: str | None = None  # step, data: a model of sltrain-train, with its recipe; None: for data, llama_60m
@@ -39,30 +38,32 @@ class BenchConfig:
     block_size: int | None = None  # layer, step: side of a block; None: the largest that gives the sparsity
 
 
-CANDIDATES = {
-    "layer": (
-        "dense",  # nn.Linear
-        "uniform",  # SLTrainLinear by its support, on the path that layer_path=auto takes
-        "stratified",
-        "block",
-        "column",
-        "uniform_composed",
-        "uniform_factored",
-        "low_rank",  # B A without S
-        "published",  # the published algorithm, written plainly
-    ),
-    "step": (
-        "full",  # method=full
-        "uniform",  # method=sltrain by its support
-        "stratified",
-        "block",
-        "column",
-        "checkpointing",  # uniform, with activation_checkpointing
-        "low_rank",  # method=low_rank
-        "transformers",  # transformers' LLaMA, dense
-        "transformers_published",  # the same with the published layer in every projection
-    ),
+# What can be compared, by name. An open list: what=layer also takes any layer kind by its name, and NAME_PATH to fix how
+# it is computed; what=step any method by its name.
+LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kind and settings
+    "dense": ("nn.Linear", {}),
+    "uniform": ("sltrain", {"support": "uniform"}),
+    "stratified": ("sltrain", {"support": "stratified"}),
+    "block": ("sltrain", {"support": "block"}),
+    "column": ("sltrain", {"support": "column"}),
+    "low_rank": ("low_rank", {}),
+    "published": ("published", {}),  # the published algorithm, written plainly
 }
+STEP_CANDIDATES: dict[str, tuple[str, ...]] = {  # name -> overrides of sltrain-train
+    "full": ("method=full",),
+    "uniform": ("method=sltrain", "support=uniform"),
+    "stratified": ("method=sltrain", "support=stratified"),
+    "block": ("method=sltrain", "support=block", "block_size={block_size}"),
+    "column": ("method=sltrain", "support=column"),
+    "checkpointing": ("method=sltrain", "support=uniform", "activation_checkpointing=true"),
+    "transformers": ("method=full",),  # transformers' LLaMA, dense
+    "transformers_published": ("method=sltrain", "support=uniform"),  # the same with the published layer
+}
+USUAL = {  # what is compared if nothing is named, what matters most first
+    "layer": "dense uniform stratified block column low_rank uniform_composed published".split(),
+    "step": "full uniform block transformers_published transformers checkpointing".split(),
+}
+
 CHOICES = {
     "what": ("layer", "step", "data"),
     "format": ("table", "json"),
@@ -71,25 +72,12 @@ CHOICES = {
     "layer_path": ("auto", "composed", "factored"),
 }
 AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "block_size": 1}
-# Keys that only some benchmarks read; the others are for all.
-SCOPE = {
-    "tokens": ("layer",),
-    "shapes": ("layer",),
-    "calibrate": ("layer",),
-    "model": ("step", "data"),
-    "seq_len": ("step", "data"),
-    "batch": ("step",),
-    "path": ("data",),
-    "tokenizer": ("data",),
-    "layer_path": ("step",),
-    "rank": ("step",),
-    "sparsity": ("layer", "step"),
-    "block_size": ("layer", "step"),
-    "candidates": ("layer", "step"),
-    "time_limit_s": ("layer", "step"),
-    "device": ("layer", "step"),
-    "dtype": ("layer", "step"),
-}
+COMMON = ("what", "format", "repeats")
+KEYS = {
+    "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
+    "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
+    "data": "model seq_len path tokenizer".split(),
+}  # that each benchmark reads besides COMMON
 
 
 def validate(config: BenchConfig) -> None:
@@ -108,7 +96,10 @@ def validate(config: BenchConfig) -> None:
         raise ValueError(
             f"sparsity={config.sparsity}: must be above 0 and below 1; it is the fraction of S that is trained"
         )
-    _validate_candidates(config)
+    if config.candidates is not None and len(set(config.candidates)) != len(config.candidates):
+        raise ValueError(f"candidates={config.candidates}: name each candidate once")
+    if config.candidates == []:
+        raise ValueError("candidates=[]: name what to compare (sltrain-bench --help lists it), or leave the key out")
     if not config.shapes:
         raise ValueError("shapes=[]: give at least one [out, in, rank], such as shapes=[[512,512,128]]")
     for shape in config.shapes:
@@ -122,17 +113,6 @@ def validate(config: BenchConfig) -> None:
         raise ValueError("what=step needs a model: add model=llama_60m (sltrain-train --help lists them)")
 
 
-def _validate_candidates(config: BenchConfig) -> None:
-    if config.candidates is None or config.what not in CANDIDATES:
-        return
-    known = CANDIDATES[config.what]
-    if not config.candidates:
-        raise ValueError(f"candidates=[]: choose some of {', '.join(known)}, or leave it out for all")
-    for name in config.candidates:
-        if name not in known:
-            raise ValueError(f"candidates: {name} is nothing that what={config.what} compares: {', '.join(known)}")
-
-
 def _validate_shape(shape: list[int]) -> None:
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shapes: {shape} must be [out, in, rank], three numbers of at least 1, such as [512,512,128]")
@@ -140,11 +120,11 @@ def _validate_shape(shape: list[int]) -> None:
         raise ValueError(f"shapes: the rank of {shape} is above the matrix; it can be at most {min(shape[:2])}")
 
 
-def check_scope(config: BenchConfig, typed: Any) -> None:
+def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
     """Refuse keys that were typed and that `what` does not read. Raises ValueError."""
     for key in typed:
-        scope = SCOPE.get(key, CHOICES["what"])
-        if config.what not in scope:
-            raise ValueError(f"{key} is for {' and '.join(f'what={name}' for name in scope)}, not what={config.what}")
+        if key not in COMMON and key not in KEYS[config.what]:
+            readers = " and ".join(f"what={what}" for what, keys in KEYS.items() if key in keys)
+            raise ValueError(f"{key} is for {readers}, not what={config.what}")
     if config.calibrate and "candidates" in typed:
         raise ValueError("calibrate=true compares no candidates; drop one of the two")
