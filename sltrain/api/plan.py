@@ -4,7 +4,6 @@ Nothing is allocated and no GPU is touched: models are built on the meta device.
 updates on random tokens, on the machine it runs on.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_ca
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
-from sltrain.config import MethodConfig, TrainConfig
+from sltrain.compose import with_plugin
+from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
@@ -135,7 +135,7 @@ def run_columns(
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, method=MethodConfig(name="full"))
+    return with_plugin(config, "method", "full")
 
 
 def paper_columns(config: TrainConfig) -> list[Column]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sltrain.api.saved import Saved, open_saved
 from sltrain.layers.linear import FactoredLinear, SLTrainLinear
-from sltrain.methods.settings import pattern_fits
+from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values

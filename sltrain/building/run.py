@@ -27,8 +27,8 @@ from sltrain.building.memory import plan_model, settings_that_fit, update_notes
 from sltrain.building.model import build_model, dtype_name, pick_dtype
 from sltrain.building.trainer import build_trainer, check_updates_of
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
+from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import Source
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
@@ -104,9 +104,11 @@ class Run:
             return f"the data could not be read any more; {saved}, once it can"
         if outcome is Outcome.OUT_OF_MEMORY:
             return self._out_of_memory()
+        alpha = c.method.columns().get("alpha")
+        or_alpha = "" if alpha is None else f" or alpha (now {alpha:g})"
         return (
             f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
-            f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
+            f"{or_alpha}, set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
             f" (now {c.warmup_steps:,}), in a new run_dir"
         )
 
