@@ -137,7 +137,7 @@ def test_the_loop_fits_a_screen() -> None:
 def test_readme_leads_to_every_module() -> None:
     """The table "question -> file" of sltrain/README.md names each module as `engine/step.py`."""
     rows = [line for line in (PACKAGE / "README.md").read_text().splitlines() if line.lstrip().startswith("|")]
-    named = set(re.findall(r"(?<![\w/])(?:sltrain/)?((?:\w+/)?\w+\.py)\b", "\n".join(rows)))
+    named = set(re.findall(r"(?<![\w/])(?:sltrain/)?((?:\w+/)*\w+\.py)\b", "\n".join(rows)))
     paths = [path.relative_to(PACKAGE).as_posix() for path in modules() if path.stem != "__init__"]
     missing = [path for path in paths if path not in named]
     assert not missing, "modules that no question in README's table leads to:\n" + "\n".join(missing)

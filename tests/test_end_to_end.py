@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from sltrain.building import run as build
 from sltrain.models.llama import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 Start = Callable[..., Any]

@@ -22,7 +22,7 @@ from sltrain.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
 
-    from sltrain.engine.actions import Action, Running
+    from sltrain.engine.actions import Action, Phase, Running
     from sltrain.parameters import ParamInfo
 
     Chosen = Callable[[str, nn.Linear], bool]  # (name, linear) -> whether a method replaces this linear
@@ -48,7 +48,11 @@ class Method:
         return {}
 
     def actions(self, running: "Running") -> "list[Action]":
-        """What happens between updates, see engine/actions.py."""
+        """What happens between updates, see engine/actions.py. Called again when a phase has changed the model."""
+        return []
+
+    def phases(self, max_steps: int) -> "list[Phase]":
+        """The parts of a run of `max_steps` updates in which the model has another structure, see engine/actions.py."""
         return []
 
     def columns(self) -> dict[str, Any]:
