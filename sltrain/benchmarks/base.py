@@ -43,6 +43,11 @@ class Bench:
     deadline: float  # of time.monotonic
     say: Callable[[str], None]  # gets a line of progress
 
+    @property
+    def like(self) -> dict[str, Any]:
+        """Where tensors are made, and of which type."""
+        return {"device": self.device, "dtype": self.dtype}
+
     def train_config(self, *overrides: str) -> TrainConfig:
         """The run of `sltrain-train` with these overrides on top of the model and the row length. Raises ValueError."""
         chosen = [f"model={self.config.model or 'llama_60m'}", f"seq_len={self.config.seq_len}", "data=stdlib"]
@@ -95,6 +100,7 @@ def machine_line(machine: Row) -> str:
 Column = tuple[str, str, str]  # key of the rows, title, and how a value is written: a format, or one of UNITS
 UNITS: dict[str, Callable[[float], str]] = {
     "time": lambda seconds: f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s",
+    "giga": lambda number: f"{number / 1e9:,.1f}",
     "bytes": lambda number: f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB",
 }
 
@@ -111,6 +117,7 @@ def format_table(rows: list[Row], columns: list[Column]) -> str:
     cells += [[write(row.get(key), how) for key, _, how in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = ["<" if how == "" else ">" for _, _, how in columns]
-    cells.insert(1, ["-" * (width - (side == ">")) + ":" * (side == ">") for width, side in zip(widths, sides)])
-    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)] for line in cells)
+    rule = {"<": "-", ">": ":"}
+    cells.insert(1, ["-" * (width - 1) + rule[side] for width, side in zip(widths, sides, strict=True)])
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)] for line in cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

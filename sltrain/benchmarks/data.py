@@ -10,10 +10,10 @@ The consumer takes a batch, is busy as long as a GPU would be with the update, a
 floating-point operations for each position, P being the model's parameters.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tokenizers
@@ -68,7 +68,7 @@ def measure_data(bench: Bench) -> Result:
 
     try:
         tokenizer_json = build_tokenizer(train, source, ranks, bench.say).json
-        texts = document_by_document(endless_texts(source), tokenizer_json, train.seq_len, train.global_batch_size)
+        texts = document_by_document(source, tokenizer_json, train.seq_len, train.global_batch_size)
         small = {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS}
         rows = measure_throughput(bench, texts, small)
         positions = train.global_batch_size * train.seq_len
@@ -85,22 +85,16 @@ def measure_data(bench: Bench) -> Result:
     return Result(rows, "\n\n".join(tables))
 
 
-def endless_texts(source: Source) -> Iterator[str]:
-    """The texts of a corpus, repeated."""
-    while True:
-        for shard in range(source.num_shards):
-            for document in source.documents(shard):
-                yield document.text
-
-
-def document_by_document(texts: Iterable[str], tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:
-    """Tokenize one text a call, truncated to `seq_len` ids, into the rows of padded batches, as the published training
-    code does. Yields the number of ids kept of each text."""
+def document_by_document(source: Source, tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:
+    """Tokenize the texts of a corpus, again and again, one a call, truncated to `seq_len` ids, into the rows of padded
+    batches, as the published training code does. Yields the number of ids kept of each text."""
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     tokenizer.enable_truncation(seq_len)
     tokenizer.no_padding()
-    for number, text in enumerate(texts):
-        ids = tokenizer.encode(text).ids
+    shards = itertools.cycle(range(source.num_shards))
+    documents = itertools.chain.from_iterable(map(source.documents, shards))
+    for number, document in enumerate(documents):
+        ids = tokenizer.encode(document.text).ids
         if number % batch_size == 0:
             batch = np.zeros((batch_size, seq_len), np.int64)
         batch[number % batch_size, : len(ids)] = ids
@@ -165,7 +159,7 @@ WAITS: list[Column] = [
 
 
 def _take(items: Iterator[int], count: int) -> Callable[[], int]:
-    return lambda: sum(islice(items, count))
+    return lambda: sum(itertools.islice(items, count))
 
 
 def _cpu_seconds_at_rest() -> float:

@@ -8,6 +8,7 @@ The product is timed in the same rounds as the candidates.
 """
 
 import inspect
+import statistics
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
 from sltrain.benchmarks.published import PublishedLinear
 from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
-from sltrain.benchmarks.timing import Task, compare, fill_zeros, geometric_mean, in_turns, product_task
+from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
 from sltrain.layers.base import LAYERS, ReplacedLinear
 
 SPARSITY = 0.03  # the paper's, from 60M to 1B
@@ -35,7 +36,7 @@ def measure_layer(bench: Bench) -> Result:
     for shape in config.shapes:
         for name, layer in layers[label(shape)].items():
             tasks[f"{label(shape)} {name}"] = layer_task(bench, layer, shape, config.tokens)
-        tasks[f"{label(shape)} {PRODUCT}"] = product_task(config.tokens, *shape[:2], bench.device, bench.dtype)
+        tasks[f"{label(shape)} {PRODUCT}"] = product_task(config.tokens, shape[:2], **bench.like)
     timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline, say=bench.say)
     rows: list[Row] = []
     for where, candidates in layers.items():
@@ -67,7 +68,7 @@ def label(shape: list[int]) -> str:
 def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
     """The layer that a candidate's name stands for: one of the table, or any registered kind; as NAME_PATH, computed
     that way. Raises ValueError."""
-    known = {kind: (kind, {}) for kind in LAYERS.names()} | LAYER_CANDIDATES
+    known: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in LAYERS.names()} | LAYER_CANDIDATES
     base, _, path = (name, "", "") if name in known else name.rpartition("_")
     if base not in known:
         there_are = ", ".join(known)
@@ -93,7 +94,7 @@ def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, A
     offered = {"bias": False, "rank": rank, "sparsity": sparsity, "alpha": ALPHA, **settings}
     taken = {key: value for key, value in offered.items() if key in inspect.signature(cls).parameters}
     try:
-        layer: nn.Module = cls(in_features, out_features, device=bench.device, dtype=bench.dtype, **taken)
+        layer: nn.Module = cls(in_features, out_features, **bench.like, **taken)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{kind}, {out_features}x{in_features}: {error}") from error
     fill_zeros(layer)
@@ -102,8 +103,8 @@ def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, A
 
 def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) -> Task:
     """Forward and backward of a layer at `num_rows` of x, down to the gradients of x and of every parameter."""
-    x = torch.randn(num_rows, shape[1], device=bench.device, dtype=bench.dtype, requires_grad=True)
-    grad_y = torch.randn(num_rows, shape[0], device=bench.device, dtype=bench.dtype)
+    x = torch.randn(num_rows, shape[1], **bench.like, requires_grad=True)
+    grad_y = torch.randn(num_rows, shape[0], **bench.like)
 
     def clear() -> None:
         x.grad = None
@@ -123,13 +124,14 @@ def multiply_adds(model: nn.Module) -> int:
 def mean_row(rows: list[Row]) -> Row:
     """Of one candidate over the shapes: geometric means of times and ratios, the widest spread, the sum of bytes."""
     keys = ("seconds", "ratio_to_dense", "fastest_ratio_to_dense", "floor_seconds", "floor_ratio_to_dense")
+    values = {key: [row[key] for row in rows] for key in keys}
     return {
         "measured": rows[0]["measured"],
         "shape": MEAN,
         "path": " ".join(sorted({row["path"] for row in rows if row["path"]})) or None,
         "spread": max(row["spread"] for row in rows),
         "parameter_bytes": sum(row["parameter_bytes"] for row in rows),
-        **{key: geometric_mean([row[key] for row in rows]) for key in keys},
+        **{key: None if None in values[key] else statistics.geometric_mean(values[key]) for key in keys},
     }
 
 
@@ -145,7 +147,7 @@ def layer_tables(rows: list[Row]) -> str:
             line["floor"] = row["floor_ratio_to_dense"]
     columns: list[Column] = [("shape", "out x in, rank", ""), (DENSE, DENSE, "time")]
     columns += [(name, name, ".2f") for name in names if name != DENSE]
-    columns += [("floor", f"floor of {floor_of}", ".2f"), (PRODUCT, "FLOP/s", ".2e")]
+    columns += [("floor", f"floor of {floor_of}", ".2f"), (PRODUCT, "GFLOP/s", "giga")]
     means = [row for row in rows if row["shape"] == MEAN]
     return (
         f"time over dense\n\n{format_table(list(by_shape.values()), columns)}\n\n"

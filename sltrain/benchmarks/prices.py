@@ -47,7 +47,7 @@ def measure_prices(bench: Bench) -> Result:
     probes = [probe for shape in bench.config.shapes for probe in make_probes(bench, shape)]
     tasks = {f"{probe.price} {label(probe.shape)}": probe.task for probe in probes}
     for shape in bench.config.shapes:
-        tasks[label(shape)] = product_task(bench.config.tokens, *shape[:2], bench.device, bench.dtype)
+        tasks[label(shape)] = product_task(bench.config.tokens, shape[:2], **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
     costs = COSTS[machine_kind(bench.device, bench.dtype)]
     rows: list[Row] = []

@@ -5,8 +5,8 @@
     dx = dy W, where W is built a second time
     dW = dy^T x, formed whole;   d(scale A) = B^T dW,   dB = dW (scale A)^T,   dvalues = dW at I
 
-I is int64, and the scale multiplies A outside of the function. So every layer builds a dense (out, in) matrix three
-times a step, twice by atomic additions, and does all the arithmetic of a dense layer and more.
+I is int64; the scale multiplies A outside of the function. So every layer builds a dense (out, in) matrix three times a
+step, twice by atomic additions, and does all the arithmetic of a dense layer and more.
 """
 
 import math

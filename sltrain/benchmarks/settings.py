@@ -38,8 +38,8 @@ class BenchConfig:
     block_size: int | None = None  # layer, step: side of a block; None: the largest that gives the sparsity
 
 
-# What can be compared, by name. An open list: what=layer also takes any layer kind by its name, and NAME_PATH to fix how
-# it is computed; what=step any method by its name.
+# What can be compared, by name. The lists are open: what=layer also takes any layer kind by its name, and NAME_PATH for
+# one of the ways to compute a layer; what=step takes any method by its name.
 LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kind and settings
     "dense": ("nn.Linear", {}),
     "uniform": ("sltrain", {"support": "uniform"}),
@@ -72,12 +72,12 @@ CHOICES = {
     "layer_path": ("auto", "composed", "factored"),
 }
 AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "block_size": 1}
-COMMON = ("what", "format", "repeats")
-KEYS = {
+COMMON = "what format repeats".split()
+KEYS = {  # that a benchmark reads besides COMMON
     "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
     "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
     "data": "model seq_len path tokenizer".split(),
-}  # that each benchmark reads besides COMMON
+}
 
 
 def validate(config: BenchConfig) -> None:
@@ -93,31 +93,23 @@ def validate(config: BenchConfig) -> None:
     if not 0 < config.time_limit_s < float("inf"):
         raise ValueError(f"time_limit_s={config.time_limit_s}: must be a number of seconds above 0")
     if config.sparsity is not None and not 0 < config.sparsity < 1:
-        raise ValueError(
-            f"sparsity={config.sparsity}: must be above 0 and below 1; it is the fraction of S that is trained"
-        )
+        raise ValueError(f"sparsity={config.sparsity}: must be above 0 and below 1, the fraction of S that is trained")
     if config.candidates is not None and len(set(config.candidates)) != len(config.candidates):
         raise ValueError(f"candidates={config.candidates}: name each candidate once")
     if config.candidates == []:
-        raise ValueError("candidates=[]: name what to compare (sltrain-bench --help lists it), or leave the key out")
+        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out for the usual")
     if not config.shapes:
         raise ValueError("shapes=[]: give at least one [out, in, rank], such as shapes=[[512,512,128]]")
     for shape in config.shapes:
-        _validate_shape(shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shapes: {shape} must be [out, in, rank], three numbers of at least 1: [512,512,128]")
+        if shape[2] > min(shape[:2]):
+            raise ValueError(f"shapes: the rank of {shape} is above the matrix; it can be at most {min(shape[:2])}")
     globs = config.path if isinstance(config.path, list) else [config.path or ""]
     if not all(isinstance(glob, str) for glob in globs):
-        raise ValueError(
-            f"path={config.path}: must be a glob, or a list of them as in path=[/a/*.json.gz,/b/*.json.gz]"
-        )
+        raise ValueError(f"path={config.path}: must be a glob, or a list of them: path=[/a/*.json.gz,/b/*.json.gz]")
     if config.what == "step" and config.model is None:
         raise ValueError("what=step needs a model: add model=llama_60m (sltrain-train --help lists them)")
-
-
-def _validate_shape(shape: list[int]) -> None:
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shapes: {shape} must be [out, in, rank], three numbers of at least 1, such as [512,512,128]")
-    if shape[2] > min(shape[:2]):
-        raise ValueError(f"shapes: the rank of {shape} is above the matrix; it can be at most {min(shape[:2])}")
 
 
 def check_scope(config: BenchConfig, typed: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,11 @@ from sltrain.models.llama import is_projection
 from sltrain.planning.accounting import count_parameters
 
 DENSE, PUBLISHED = "full", "transformers_published"
-TRANSFORMERS: dict[str, type[PublishedLinear] | None] = {"transformers": None, PUBLISHED: PublishedLinear}
+TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
 LEAST_CANDIDATES = 3  # measured even if time_limit_s is over
 NUM_PRODUCTS = 8  # timed as one, because an update takes so much longer
 
-T = TypeVar("T")
-Update = Callable[[Tensor], object]  # trains a model on ids (rows, tokens)
+Update = Callable[[Tensor], float]  # trains a model on ids (rows, tokens) and returns the loss
 
 
 @dataclass
@@ -81,8 +80,11 @@ def measure_step(bench: Bench) -> Result:
     ids = random_ids(bench, candidates[0].train)
     tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
     shape = candidates[0].train.model
-    sides = (ids.numel(), shape.intermediate_size, shape.hidden_size)
-    tasks["product"] = product_task(*sides, bench.device, bench.dtype, times=NUM_PRODUCTS)
+    if stays:
+        for task in tasks.values():
+            task.before()  # not part of a round
+    sides = (shape.intermediate_size, shape.hidden_size)
+    tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
     rows = step_rows(candidates, timings, ids.numel())
     return Result(rows, format_table(rows, COLUMNS))
@@ -97,6 +99,7 @@ def train_config(bench: Bench, name: str) -> TrainConfig:
     block_size = "null" if config.block_size is None else config.block_size
     overrides = [text.format(block_size=block_size) for text in STEP_CANDIDATES.get(name, (f"method={name}",))]
     overrides += [f"global_batch_size={config.batch}", f"micro_batch_size={config.batch}"]
+    overrides += ["lr=1e-4"]  # a loss that is not finite would skip the update
     typed = {"layer_path": config.layer_path, "rank": config.rank, "sparsity": config.sparsity}
     overrides += [f"{key}={value}" for key, value in typed.items() if value is not None]
     return bench.train_config(*overrides)
@@ -137,50 +140,47 @@ def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
     """A model with memory and values, its optimizer, and the update that `sltrain-train` makes; for models of
     transformers the plain loop of their users, with the same optimizer."""
     ranks = Ranks(rank=0, world_size=1, device=bench.device)
-    if name in TRANSFORMERS:
-        return _plain_update(transformers_model(bench, train, TRANSFORMERS[name]), train, ranks)
-    model = build_model(train, vocab_size(train), bench.dtype)
-    allocate(model, bench.device)
-    model.init_weights(SEED)
-    set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
+    model = transformers_model(bench, name, train) if name in TRANSFORMERS else our_model(bench, train)
     fill_zeros(model)
     optimizer, train_step = build_updates(train, model, ranks), build_step(train)
 
-    def update(ids: Tensor) -> object:
-        result = train_step(model, optimizer, [(ids, ids, None)], ids[:, 1:].numel(), ranks)
+    def update(ids: Tensor) -> float:
+        loss: float = train_step(model, optimizer, [(ids, ids, None)], ids[:, 1:].numel(), ranks).loss
         optimizer.zero_grad(set_to_none=True)
-        return result.loss
+        return loss
 
-    return update
-
-
-def _plain_update(model: nn.Module, train: TrainConfig, ranks: Ranks) -> Update:
-    optimizer = build_updates(train, model, ranks)
-
-    def update(ids: Tensor) -> object:
+    def plain_update(ids: Tensor) -> float:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(loss.detach())
 
-    return update
+    return plain_update if name in TRANSFORMERS else update
 
 
-def transformers_model(bench: Bench, train: TrainConfig, projection: type[PublishedLinear] | None) -> nn.Module:
-    """transformers' LLaMA of the same shape, its projections dense or of this class."""
+def our_model(bench: Bench, train: TrainConfig) -> nn.Module:
+    """The model of `sltrain-train`, with values."""
+    model = build_model(train, vocab_size(train), bench.dtype)
+    allocate(model, bench.device)
+    model.init_weights(SEED)
+    set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
+    return model
+
+
+def transformers_model(bench: Bench, name: str, train: TrainConfig) -> nn.Module:
+    """transformers' LLaMA of the same shape, its projections dense or as published."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = llama_config(asdict(train.model), vocab_size(train), dtype_name(bench.dtype), {})
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape))
-    if projection is not None:
 
-        def make(name: str, linear: nn.Linear) -> nn.Module:
-            return projection(linear.in_features, linear.out_features, train.rank, train.sparsity, train.alpha)
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        return PublishedLinear(linear.in_features, linear.out_features, train.rank, train.sparsity, train.alpha)
 
+    if name == PUBLISHED:
         replace_linears(model, is_projection, make)
-    fill_zeros(model)
-    return model.to(bench.device, bench.dtype)
+    return model.to(**bench.like)
 
 
 # ---- measuring
@@ -200,16 +200,14 @@ def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candid
         try:
             candidate.peak_bytes, candidate.step_seconds = run_alone(_alone_here, bench.config, candidate.name)
         except BrokenProcessPool as error:
-            raise ValueError(
-                f"the process of {candidate.name} was killed, probably for want of memory; lower batch or seq_len, or"
-                " leave it out"
-            ) from error
+            name, advice = candidate.name, "lower batch or seq_len, or leave it out"
+            raise ValueError(f"the process of {name} was killed, probably for want of memory; {advice}") from error
         seconds, peak = candidate.step_seconds, candidate.peak_bytes / 1e9
         bench.say(f"{candidate.name}: {seconds:.2f} s a step, peak {peak:.2f} GB, alone")
     return candidates
 
 
-def run_alone(function: Callable[..., T], *arguments: Any) -> T:
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)` in a new interpreter, so that a peak of memory is its own (a forked process would begin
     with this one's). Raises what the function raises, and BrokenProcessPool if the process was killed."""
     spawn = multiprocessing.get_context("spawn")

@@ -8,10 +8,10 @@ Clock and statistics are those of torch.utils.benchmark; the clock waits for the
 calls one candidate several times in a row.
 """
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ MIN_REPEATS, MAX_REPEATS = 2, 15
 
 @dataclass
 class Task:
-    """One candidate. `run` is timed, `before` and `after` are not. If `run` returns a number, that is the amount of work
-    it did, and the time of one unit is wanted."""
+    """One candidate. `run` is timed, `before` and `after` are not. A number that `run` returns is the amount of work it
+    did, of which the time of one unit is wanted."""
 
     run: Callable[[], int | None]
     before: Callable[[], object] = lambda: None
@@ -54,7 +54,8 @@ def in_turns(
         task.seconds(clock)
     round_seconds = time.monotonic() - start
     if repeats is None:
-        repeats = fitting_repeats(deadline - time.monotonic(), round_seconds)
+        fitting = int((deadline - time.monotonic()) / max(round_seconds, 1e-9))
+        repeats = max(MIN_REPEATS, min(MAX_REPEATS, fitting))
     say(f"{len(tasks)} candidates, {repeats} rounds of about {round_seconds:.1f} s")
     names = list(tasks)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -63,11 +64,6 @@ def in_turns(
         for name in names[first:] + names[:first]:
             samples[name].append(tasks[name].seconds(clock))
     return {name: Measurement(1, samples[name], TaskSpec(name, "")) for name in names}
-
-
-def fitting_repeats(seconds_left: float, round_seconds: float) -> int:
-    """Rounds that fit into the time left, within bounds that give a median a meaning."""
-    return max(MIN_REPEATS, min(MAX_REPEATS, int(seconds_left / max(round_seconds, 1e-9))))
 
 
 def compare(timing: Measurement, dense: Measurement | None) -> dict[str, float | None]:
@@ -83,12 +79,11 @@ def compare(timing: Measurement, dense: Measurement | None) -> dict[str, float |
     }
 
 
-def product_task(
-    num_rows: int, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype, times: int = 1
-) -> Task:
-    """The dense product of a linear layer, (num_rows, in) x (in, out), `times` in a row. A unit is a multiply-add."""
-    x = torch.randn(num_rows, in_features, device=device, dtype=dtype)
-    weight = torch.randn(out_features, in_features, device=device, dtype=dtype)
+def product_task(num_rows: int, sides: Sequence[int], times: int = 1, **like: Any) -> Task:
+    """The dense product of a linear layer with sides (out, in), `times` in a row; `like` holds device and dtype. A unit
+    of its work is a multiply-add."""
+    out_features, in_features = sides
+    x, weight = torch.randn(num_rows, in_features, **like), torch.randn(out_features, in_features, **like)
 
     def run() -> int:
         for _ in range(times):
@@ -104,9 +99,3 @@ def fill_zeros(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.numel() and not parameter.any():
             parameter.normal_(0, 0.02)
-
-
-def geometric_mean(values: list[float | None]) -> float | None:
-    """None if a value is missing."""
-    present = [value for value in values if value is not None]
-    return statistics.geometric_mean(present) if present and len(present) == len(values) else None
