@@ -16,7 +16,7 @@ from sltrain.building.model import dtype_name, pick_dtype
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
-from sltrain.kernels import cpu_kernel
+from sltrain import kernels
 
 SEED = 42
 SMALL_VOCAB = 4096  # for models without a vocabulary of their own: what experiment=quickstart gives them
@@ -84,7 +84,7 @@ def describe_machine(bench: Bench) -> Row:
         "device": bench.device.type,
         "dtype": dtype_name(bench.dtype),
         "memory_bytes": gpu.total_memory if gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "cpu_kernel": None if is_cuda else cpu_kernel.status() or "ready",
+        "cpu_kernel": None if is_cuda else kernels.status() or "ready",
     }
 
 

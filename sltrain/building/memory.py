@@ -37,15 +37,20 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:
     """The optimizer's whole state for the parameters of a model."""
     name, rounds = config.optimizer.name, config.stochastic_rounding
-    own = sum(state_bytes(name, p.numel(), p.element_size(), rounds) for p in set(model.parameters()))
+    own = sum(state_bytes(name, p.numel(), p.element_size(), rounds) for p in trained(model))
     return OPTIMIZERS[name].shared_bytes + own
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimizer gets, each once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device) -> int:
     """What the optimizer takes while it works."""
     return step_bytes(
         config.optimizer.name,
-        [(p.numel(), p.element_size()) for p in model.parameters()],
+        [(p.numel(), p.element_size()) for p in trained(model)],
         device.type,
         stochastic_rounding=config.stochastic_rounding,
         accumulation=config.accumulation,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sltrain.layers import SLTrainLinear
 from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
@@ -18,7 +19,6 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.per_layer_step import train_step_per_layer
 from sltrain.engine.step import StepResult, train_step
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate
 from sltrain.optim.per_layer import PerLayerUpdate

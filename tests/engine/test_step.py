@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from sltrain.layers import SLTrainLinear
 from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
@@ -12,7 +13,6 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.step import train_step
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 ONE = Ranks(0, 1, torch.device("cpu"))

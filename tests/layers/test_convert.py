@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from torch import nn
 
 from sltrain.layers.convert import layer_settings, merge_to_dense, replace_linears, restore_layers
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 
 
 def sltrain_layer(name, linear, **kind):

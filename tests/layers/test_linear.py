@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sltrain.layers import AlignedLinear, LowRankLinear, SLTrainLinear
 from torch import nn
 
 from sltrain.layers import linear
-from sltrain.layers.linear import AlignedLinear, LowRankLinear, SLTrainLinear
 from sltrain.layers.support import Support
 
 
