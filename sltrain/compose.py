@@ -24,7 +24,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sltrain.config import TrainConfig, validate
+from sltrain.config import RETIRED_KEYS, TrainConfig, validate
 from sltrain.data.sources.base import SOURCES
 from sltrain.errors import first_line
 from sltrain.methods.base import METHODS
@@ -165,7 +165,7 @@ def to_train_config(config: DictConfig) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
-    the run was made with: the default of conf/train.yaml. Raises ValueError."""
+    the run was made with: the default of conf/train.yaml. RETIRED_KEYS are left out. Raises ValueError."""
     schema = _train_schema()
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
@@ -174,6 +174,7 @@ def read_config(path: Path) -> TrainConfig:
         saved = yaml.safe_load(text)
         if not isinstance(saved, dict):
             raise ValueError("it should map keys to values")
+        saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
         for group in PLUGINS:
             saved[group] = _saved_options(group, saved)
             schema[group] = _plugin_defaults(group, saved[group]["name"])

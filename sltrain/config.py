@@ -97,7 +97,6 @@ class TrainConfig:
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
-    accumulation: str = MISSING  # per_layer_update: hold gradients to the last micro-batch, or fold them into moments
     stochastic_rounding: bool = MISSING  # round bfloat16 updates up or down at random, right on average
 
     # Cadence; 0: never
@@ -129,7 +128,6 @@ CHOICES = {
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
-    "accumulation": ("hold", "fold"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
@@ -164,6 +162,10 @@ CHANGEABLE_ON_RESUME = (
     " eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
     " memory_guard per_layer_update"
 ).split()
+
+# Keys of earlier versions that the config.yaml of a run may still hold, each with the value that means what is computed
+# today: a run that has another value cannot be continued.
+RETIRED_KEYS: dict[str, Any] = {"accumulation": "hold"}
 
 
 def get_key(config: Any, key: str) -> Any:

@@ -27,16 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "parameters": set(),
     "config": {"methods", "data"},  # the classes that plug-ins extend, which import nothing heavy
     "errors": set(),
+    "numeric": set(),
     "compose": {"config", "data", "errors", "methods", "registry"},
     "kernels": set(),
     "layers": {"kernels"},
     "methods": {"layers", "engine", "parameters", "registry"},
-    "models": {"config"},
+    "models": {"config", "numeric"},
     "planning": {"layers", "kernels", "models"},
-    "data": {"config", "registry"},
-    "optim": {"config"},
-    "engine": {"config"},
-    "runs": {"engine"},
+    "data": {"config", "numeric", "registry"},
+    "optim": {"config", "numeric"},
+    "engine": {"config", "numeric"},
+    "runs": {"engine", "config"},
     "formats": set(),
     "reporting": set(),  # rows, curves and notes come as plain data
     "benchmarks": set(),  # what is measured comes as arguments

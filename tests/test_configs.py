@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 
 import sltrain
 from sltrain.building.model import build_model
-from sltrain.compose import PLUGINS, conf_dir, read_config, register_schema, to_train_config
-from sltrain.config import ModelConfig, TrackerConfig, TrainConfig, num_steps, validate
+from sltrain.compose import PLUGINS, TRAIN, compose_config, conf_dir, read_config, register_schema, to_train_config
+from sltrain.config import RETIRED_KEYS, ModelConfig, TrackerConfig, TrainConfig, num_steps, validate
 from sltrain.methods.base import METHODS
 from sltrain.planning.accounting import count_parameters
 
@@ -156,14 +156,27 @@ def test_a_saved_configuration_comes_back(overrides: list[str], tmp_path: Path) 
 def test_a_key_younger_than_the_run_has_its_default(tmp_path: Path) -> None:
     """That of conf/train.yaml, which is what the run was made with; not that of a recipe."""
     config = composed("model=llama_60m", "support=block")
-    found = read_config(saved(config, tmp_path, support=..., accumulation=..., tokenizer=..., block_size=...))
-    assert (found.support, found.accumulation, found.tokenizer, found.block_size) == (
+    found = read_config(saved(config, tmp_path, support=..., padding=..., tokenizer=..., block_size=...))
+    assert (found.support, found.padding, found.tokenizer, found.block_size) == (
         "uniform",
-        "hold",
+        "truncate_pad",
         "t5-base",
         None,
     )
     assert found.rank == config.rank
+
+
+@pytest.mark.parametrize("value", ["hold", "fold"])
+def test_a_retired_key_of_a_saved_configuration_is_left_out(value: str, tmp_path: Path) -> None:
+    """What was trained with it can be opened, whatever its value; whether it can be continued, the run folder says."""
+    config = composed("model=llama_60m")
+    assert read_config(saved(config, tmp_path, accumulation=value)) == config
+
+
+def test_a_retired_key_cannot_be_typed() -> None:
+    for key in RETIRED_KEYS:
+        with pytest.raises(ValueError, match=f"unknown key '{key}'"):
+            compose_config(["model=llama_60m", f"{key}={RETIRED_KEYS[key]}"], TRAIN)
 
 
 def test_a_key_without_a_default_is_missed(tmp_path: Path) -> None:

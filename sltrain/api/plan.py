@@ -211,7 +211,7 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
     allocate(model, device)
     model.init_weights(config.seed)
     optimizer = build_updates(config, model, ranks)
-    train_step = build_step(config)
+    step = build_step(config, model, optimizer, ranks)
     vocab = model.lm_head.out_features
     source = torch.Generator().manual_seed(config.seed)
 
@@ -220,7 +220,7 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
         shape = (config.micro_batch_size, config.seq_len)
         rows = [torch.randint(vocab, shape, generator=source) for _ in range(num_micro_batches)]
         micro_batches = [make_micro_batch(ids, ids, device) for ids in rows]
-        return train_step(model, optimizer, micro_batches, sum(ids.numel() for ids in rows), ranks)
+        return step.run(micro_batches, sum(ids.numel() for ids in rows))
 
     for _ in range(NUM_MEASURED_UPDATES - 1):
         update()

@@ -142,10 +142,11 @@ def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
     ranks = Ranks(rank=0, world_size=1, device=bench.device)
     model = transformers_model(bench, name, train) if name in TRANSFORMERS else our_model(bench, train)
     fill_zeros(model)
-    optimizer, train_step = build_updates(train, model, ranks), build_step(train)
+    optimizer = build_updates(train, model, ranks)
+    step = build_step(train, model, optimizer, ranks)
 
     def update(ids: Tensor) -> float:
-        loss: float = train_step(model, optimizer, [(ids, ids, None)], ids[:, 1:].numel(), ranks).loss
+        loss = step.run([(ids, ids, None)], ids[:, 1:].numel()).loss
         optimizer.zero_grad(set_to_none=True)
         return loss
 

@@ -53,7 +53,6 @@ def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.devi
         [(p.numel(), p.element_size()) for p in trained(model)],
         device.type,
         stochastic_rounding=config.stochastic_rounding,
-        accumulation=config.accumulation,
     )
 
 
@@ -64,7 +63,6 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
         seq_len=config.seq_len,
         num_micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * num_processes)),
         per_layer_update=config.per_layer_update,
-        holds_gradients=not (config.per_layer_update and config.accumulation == "fold"),
         uses_ddp=num_processes > 1 and not config.per_layer_update,
         device_type=device.type,
         has_kernel=device.type == "cpu" and has_kernel(device, dtype),
@@ -72,14 +70,13 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
 
 
 def update_notes(config: TrainConfig, num_processes: int) -> list[str]:
-    """What a user of per-layer updates may not expect, in one line or none."""
+    """A warning if per-layer updates have to hold gradients from micro-batch to micro-batch; else nothing."""
     num_micro_batches = config.global_batch_size // (config.micro_batch_size * num_processes)
-    if not config.per_layer_update or config.accumulation == "fold" or num_micro_batches <= 1:
+    if not config.per_layer_update or num_micro_batches <= 1:
         return []
     return [
         f"{num_micro_batches} micro-batches an update: gradients wait for the last one, which per_layer_update=true"
-        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}, or with"
-        " accumulation=fold and optimizer=adamw"
+        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}"
     ]
 
 

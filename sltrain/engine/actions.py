@@ -30,11 +30,15 @@ from torch import nn
 
 
 class Stateful(Protocol):
-    """What survives a restart: tensors and plain data by name."""
+    """An object whose state survives a restart: the optimizer, what an action keeps."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data by name; the tensors may be the object's own."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state. Its tensors are on the CPU; where the model is elsewhere they are views of a file, so
+        those that stay on the CPU have to be copied. Raises ValueError for the state of another kind of object."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Running:
-    """What the actions of a method may work on. A plan asks for them with a model on the meta device, and applies
-    none."""
+    """What the actions of a method may work on. When a plan asks for them, the model is on the meta device and nothing
+    is applied."""
 
     model: nn.Module
     max_steps: int
@@ -110,7 +114,7 @@ class Schedule:
         seed: int = 0,
         enter: Callable[[Phase, torch.Generator], None] = lambda phase, generator: None,
     ) -> None:
-        names = [action.name for action in actions] + [phase.name for phase in phases]
+        names = [*(action.name for action in actions), *(phase.name for phase in phases)]
         assert len(names) == len(set(names)), f"actions and phases of one name: {names}"
         self.actions, self.phases, self.seed, self._enter = list(actions), list(phases), seed, enter
 

@@ -9,8 +9,8 @@ adamw     torch.optim.AdamW, its two moments in the parameters' dtype: bfloat16 
           paper's setting. The fused kernel is 6 times faster on a CPU too (3.3 ms against 19 ms for 5.6M parameters on
           one thread), gives the same bits at any number of threads, and rounds a bfloat16 update once instead of at
           every operation. On a CPU it ignores a gradient's strides (measured on torch 2.13). Those that autograd
-          accumulates have their parameter's; never assign `.grad` a transposed tensor by hand. What it cannot do,
-          folding and stochastic rounding, adamw.py does.
+          accumulates have their parameter's; never assign `.grad` a transposed tensor by hand. It cannot round
+          stochastically; adamw.py does.
 adam8bit  bitsandbytes AdamW8bit: both moments as 8-bit codes, one scale a block of 256 (Dettmers et al., arXiv
           2110.02861); float32 moments for parameters of fewer than 4096 elements.
 adam4bit  torchao AdamW4bit: 4-bit codes, one scale a block of 128 (Li et al., arXiv 2309.01507); moments in the
@@ -38,13 +38,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sltrain.numeric import PIECE
 from sltrain.optim.adamw import AdamW
 from sltrain.optim.in_pieces import InPieces, piece_sizes
-from sltrain.optim.per_layer import ACCUMULATIONS
-from sltrain.optim.rounding import PIECE, StochasticRounding
+from sltrain.optim.rounding import StochasticRounding
 
 Groups = list[dict[str, Any]]
-WORKING_COPIES = {False: 0, True: 6}  # float32 copies of a piece that adamw.py makes, of narrower dtypes only
+WORKING_COPIES = 6  # float32 copies of a piece that adamw.py makes of narrower dtypes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class OptimizerKind:
     copies_on_cpu: int = 0  # float32 copies of a parameter that its step makes while it works; one more if narrower
     copies_on_cuda: int = 0
     in_pieces: bool = False  # whether it is given parameters in pieces, so that these copies are small
-    can_fold: bool = False  # whether its moments can take an update's gradient in parts
     package: str | None = None  # what `make` imports
     install: str = ""  # the command that brings it
 
@@ -95,7 +94,7 @@ def _adam4bit_bytes(numel: int, element_size: int) -> int:
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(_make_adamw, _adamw_bytes, can_fold=True),
+    "adamw": OptimizerKind(_make_adamw, _adamw_bytes),
     "adam8bit": OptimizerKind(
         _make_adam8bit,
         _adam8bit_bytes,
@@ -126,21 +125,20 @@ def build_optimizer(
     weight_decay: float,
     device: torch.device,
     stochastic_rounding: bool = False,
-    accumulation: str = "hold",
     seed: int = 0,
 ) -> Optimizer:
     """The optimizer `name` over `model.named_parameters()`, which live on `device`.
 
-    Frozen parameters are left out, and a parameter that comes twice (tied weights) is updated once. With
-    `accumulation="fold"` it can be given to PerLayerUpdate to fold. `seed` is that of stochastic rounding.
+    Frozen parameters are left out, and a parameter that comes twice (tied weights) is updated once. `seed` is that of
+    stochastic rounding.
 
     Raises ValueError for an unknown name, for a package that is missing, and when nothing is trainable.
     """
     check_optimizer(name)
     groups = parameter_groups(named_parameters, weight_decay)
     settings: dict[str, Any] = {"lr": lr, "betas": (float(betas[0]), float(betas[1])), "eps": eps}
-    if name == "adamw" and (stochastic_rounding or accumulation == "fold"):
-        return AdamW(groups, **settings, seed=seed if stochastic_rounding else None)
+    if name == "adamw" and stochastic_rounding:
+        return AdamW(groups, **settings, seed=seed)
 
     def make(groups: Groups) -> Optimizer:
         optimizer = OPTIMIZERS[name].make(groups, settings, device)
@@ -162,15 +160,13 @@ def state_bytes(name: str, numel: int, element_size: int, stochastic_rounding: b
     return sum(kind.state_bytes(size, seen_size) for size in sizes)
 
 
-def step_bytes(
-    name: str, sizes: Sequence[tuple[int, int]], device_type: str, *, stochastic_rounding: bool, accumulation: str
-) -> int:
+def step_bytes(name: str, sizes: Sequence[tuple[int, int]], device_type: str, *, stochastic_rounding: bool) -> int:
     """Bytes that a step of `build_optimizer`'s result takes while it works, for parameters of these (numel,
     element_size)."""
     largest = max(numel for numel, _ in sizes)
     rounds = any(element_size < 4 for _, element_size in sizes)
     if name == "adamw":
-        copies = WORKING_COPIES[rounds] if stochastic_rounding or accumulation == "fold" else 0
+        copies = WORKING_COPIES if stochastic_rounding and rounds else 0
         return 4 * min(largest, PIECE) * copies
     kind = OPTIMIZERS[name]
     copies = kind.copies_on_cuda if device_type == "cuda" else kind.copies_on_cpu + rounds
@@ -197,38 +193,17 @@ def check_optimizer(name: str) -> None:
 
 
 def check_updates(
-    name: str,
     *,
     dtype: torch.dtype,
     per_layer_update: bool = False,
-    accumulation: str = "hold",
     grad_clip: float | None = None,
-    grad_clip_per_parameter: float | None = None,
     stochastic_rounding: bool = False,
 ) -> None:
     """Raise ValueError for ways of updating that do not go together; `dtype` is that of the weights."""
-    if accumulation not in ACCUMULATIONS:
-        raise ValueError(f"accumulation={accumulation}: choose one of {', '.join(ACCUMULATIONS)}.")
-    folds = accumulation == "fold"
-    if folds and not per_layer_update:
-        raise ValueError(
-            "accumulation=fold frees gradients inside backward, which per_layer_update=true does: set that too, "
-            "or accumulation=hold."
-        )
-    if folds and not OPTIMIZERS[name].can_fold:
-        raise ValueError(
-            f"accumulation=fold does not go with optimizer={name}: quantized moments cannot take many small additions; "
-            "set accumulation=hold, or optimizer=adamw."
-        )
     if per_layer_update and grad_clip is not None:
         raise ValueError(
             f"grad_clip={grad_clip} needs all gradients at once, which per_layer_update=true frees one by one; "
             f"set grad_clip=null, or grad_clip_per_parameter={grad_clip} in its place."
-        )
-    if folds and grad_clip_per_parameter is not None:
-        raise ValueError(
-            f"grad_clip_per_parameter={grad_clip_per_parameter} needs the whole gradient of a parameter, "
-            "which accumulation=fold never has; set accumulation=hold, or grad_clip_per_parameter=null."
         )
     if stochastic_rounding and dtype != torch.bfloat16:
         raise ValueError(
@@ -238,19 +213,22 @@ def check_updates(
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
-    """The trainable parameters, each exactly once, as [decaying, not decaying]; an empty group is left out."""
+    """The trainable parameters, each exactly once, as [decaying, not decaying], with their names in "param_names", as
+    torch's optimizers keep them; an empty group is left out."""
     trainable: dict[nn.Parameter, str] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             trainable.setdefault(parameter, name)  # a tied parameter goes by its first name
     if not trainable:
         raise ValueError("the model has no trainable parameter: nothing to optimize.")
-    decay = [parameter for parameter, name in trainable.items() if not is_gain_or_bias(name)]
-    no_decay = [parameter for parameter, name in trainable.items() if is_gain_or_bias(name)]
-    ids = [id(parameter) for parameter in decay + no_decay]
-    assert sorted(ids) == sorted(map(id, trainable)), "each trainable parameter belongs to exactly one group"
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = []
+    for decays in (True, False):
+        chosen = [(name, parameter) for parameter, name in trainable.items() if is_gain_or_bias(name) != decays]
+        if chosen:
+            names, parameters = map(list, zip(*chosen, strict=True))
+            decay = weight_decay if decays else 0.0
+            groups.append({"params": parameters, "param_names": names, "weight_decay": decay})
+    return groups
 
 
 def is_gain_or_bias(name: str) -> bool:

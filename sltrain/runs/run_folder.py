@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sltrain.config import RETIRED_KEYS
 from sltrain.engine.metrics import to_strict_json
 from sltrain.runs.lock import RunLock
 
@@ -105,6 +106,12 @@ class RunFolder:
 
     def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
         saved = self._saved_config()
+        for key, todays in RETIRED_KEYS.items():
+            if (value := saved.pop(key, todays)) != todays:
+                raise ValueError(
+                    f"run_dir={self.path} holds a run with {key}={value}, which this version can read but not continue"
+                    f" (only {key}={todays}); name another run_dir"
+                )
         # A key that did not exist yet when the run began has the value that the run was made with: the default.
         skipped = {*changeable, *(key for key in config if key not in saved)}
         for group in config:

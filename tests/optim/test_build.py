@@ -250,58 +250,33 @@ def shared_addresses(optimizer: torch.optim.Optimizer) -> set[int]:
     return {address for address in seen if seen.count(address) > 1}
 
 
-@pytest.mark.parametrize("accumulation", ["hold", "fold"])
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
-def test_own_adamw_is_taken_only_where_torchs_cannot(accumulation: str, stochastic_rounding: bool) -> None:
-    optimizer = build(
-        "adamw",
-        Block(torch.bfloat16).named_parameters(),
-        accumulation=accumulation,
-        stochastic_rounding=stochastic_rounding,
-    )
-    is_torchs = isinstance(optimizer, torch.optim.AdamW)
-    assert is_torchs == (accumulation == "hold" and not stochastic_rounding)
+def test_own_adamw_is_taken_only_where_torchs_cannot(stochastic_rounding: bool) -> None:
+    optimizer = build("adamw", Block(torch.bfloat16).named_parameters(), stochastic_rounding=stochastic_rounding)
+    assert isinstance(optimizer, torch.optim.AdamW) != stochastic_rounding
     assert type(optimizer).__name__ == "AdamW", "the name in a checkpoint"
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "words"),
+    ("how", "words"),
     [
-        ("adamw", {"accumulation": "sum"}, "accumulation=sum: choose one of hold, fold"),
-        ("adamw", {"accumulation": "fold"}, "per_layer_update=true"),
-        ("adam8bit", {"accumulation": "fold", "per_layer_update": True}, "quantized .* accumulation=hold, or .*adamw"),
-        ("adam4bit", {"accumulation": "fold", "per_layer_update": True}, "quantized .* accumulation=hold, or .*adamw"),
         (
-            "adamw",
             {"grad_clip": 1.0, "per_layer_update": True},
             "grad_clip=1.0 needs all .* grad_clip=null, or grad_clip_per_parameter=1.0",
         ),
-        (
-            "adamw",
-            {"grad_clip_per_parameter": 2.0, "accumulation": "fold", "per_layer_update": True},
-            "grad_clip_per_parameter=2.0 .* accumulation=hold",
-        ),
-        ("adam8bit", {"stochastic_rounding": True}, "they are float32; set dtype=bfloat16"),
+        ({"stochastic_rounding": True}, "they are float32; set dtype=bfloat16"),
     ],
 )
-def test_updates_that_do_not_go_together_are_refused(name: str, how: dict[str, Any], words: str) -> None:
+def test_updates_that_do_not_go_together_are_refused(how: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        check_updates(name, dtype=torch.float32, **how)
+        check_updates(dtype=torch.float32, **how)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("adamw", {"grad_clip": 1.0}),
-        ("adam8bit", {"per_layer_update": True, "grad_clip_per_parameter": 1.0}),
-        ("adamw", {"per_layer_update": True, "accumulation": "fold", "stochastic_rounding": True}),
-        ("adam4bit", {"per_layer_update": True, "stochastic_rounding": True}),
-    ],
-)
-def test_updates_that_go_together(name: str, how: dict[str, Any]) -> None:
-    check_updates(name, dtype=torch.bfloat16, **how)
+@pytest.mark.parametrize("how", [{"grad_clip": 1.0}, {"per_layer_update": True, "stochastic_rounding": True}])
+def test_updates_that_go_together(how: dict[str, Any]) -> None:
+    check_updates(dtype=torch.bfloat16, **how)
 
 
 def test_mistakes_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
