@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from sltrain.benchmarks.base import Result, describe_machine, start_bench
+from sltrain.benchmarks.base import describe_machine, machine_line, start_bench
 from sltrain.benchmarks.data import measure_data
 from sltrain.benchmarks.layer import measure_layer
 from sltrain.benchmarks.prices import measure_prices
@@ -14,9 +14,11 @@ from sltrain.benchmarks.step import measure_step
 MEASURES = {"layer": measure_layer, "step": measure_step, "data": measure_data}
 
 
-def measure(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> tuple[dict[str, Any], Result]:
-    """What the numbers depend on (`what`, `machine`, `settings`), and what was found; `say` gets lines of progress.
-    Raises ValueError or OSError for what cannot be measured."""
+def measure(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> tuple[dict[str, Any], str]:
+    """What was found, as plain data (`rows`, and what they depend on: `what`, `machine`, `settings`) and as text for
+    people; `say` gets lines of progress. Raises ValueError or OSError for what cannot be measured."""
     bench = start_bench(config, say)
-    result = measure_prices(bench) if config.calibrate else MEASURES[config.what](bench)
-    return {"what": config.what, "machine": describe_machine(bench), "settings": asdict(config)}, result
+    rows, tables = (measure_prices if config.calibrate else MEASURES[config.what])(bench)
+    machine = describe_machine(bench)
+    data = {"what": config.what, "machine": machine, "settings": asdict(config), "rows": rows}
+    return data, f"{machine_line(machine)}\n\n{tables}"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: settings with the machine they run on, a result, and how a table is printed."""
+"""What the benchmarks share: settings with the machine they run on, and how a table is printed."""
 
 import os
 import platform
@@ -11,26 +11,19 @@ from typing import Any
 
 import torch
 
+from sltrain import kernels
 from sltrain.benchmarks.settings import BenchConfig
 from sltrain.building.model import dtype_name, pick_dtype
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import pick_device
-from sltrain import kernels
 
 SEED = 42
 SMALL_VOCAB = 4096  # for models without a vocabulary of their own: what experiment=quickstart gives them
 CPU_INFO = Path("/proc/cpuinfo")  # Linux
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a benchmark found: rows of plain data, and the same as text."""
-
-    rows: list[Row]
-    text: str
+Result = tuple[list[Row], str]  # what a benchmark found: plain data, and the same as text
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def measure_data(bench: Bench) -> Result:
         for opened in streams:
             opened.close()
     tables = (format_table([row for row in rows if columns[1][0] in row], columns) for columns in (RATES, WAITS))
-    return Result(rows, "\n\n".join(tables))
+    return rows, "\n\n".join(tables)
 
 
 def document_by_document(source: Source, tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:

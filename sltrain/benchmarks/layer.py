@@ -31,33 +31,32 @@ def measure_layer(bench: Bench) -> Result:
     not exist or that a shape cannot have."""
     config = bench.config
     names = config.candidates or USUAL["layer"]
-    layers = {label(shape): {name: make_layer(bench, name, shape) for name in names} for shape in config.shapes}
-    tasks: dict[str, Task] = {}
+    layers = {(label(shape), name): make_layer(bench, name, shape) for shape in config.shapes for name in names}
+    tasks: dict[Any, Task] = {}
     for shape in config.shapes:
-        for name, layer in layers[label(shape)].items():
-            tasks[f"{label(shape)} {name}"] = layer_task(bench, layer, shape, config.tokens)
-        tasks[f"{label(shape)} {PRODUCT}"] = product_task(config.tokens, shape[:2], **bench.like)
+        for name in names:
+            tasks[label(shape), name] = layer_task(bench, layers[label(shape), name], shape, config.tokens)
+        tasks[label(shape), PRODUCT] = product_task(config.tokens, shape[:2], **bench.like)
     timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline, say=bench.say)
     rows: list[Row] = []
-    for where, candidates in layers.items():
-        dense = timings.get(f"{where} {DENSE}")
-        unit = timings[f"{where} {PRODUCT}"].median  # seconds of a multiply-add
-        for name, layer in candidates.items():
-            floor = 3 * config.tokens * multiply_adds(layer) * unit
-            rows.append(
-                {
-                    "measured": name,
-                    "shape": where,
-                    "path": getattr(layer, "path", None),
-                    **compare(timings[f"{where} {name}"], dense),
-                    "floor_seconds": floor,
-                    "floor_ratio_to_dense": floor / dense.median if dense else None,
-                    "parameter_bytes": sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())),
-                    "product_flops_per_second": 2 / unit,
-                }
-            )
+    for (where, name), layer in layers.items():
+        dense = timings.get((where, DENSE))
+        unit = timings[where, PRODUCT].median  # seconds of a multiply-add
+        floor = 3 * config.tokens * multiply_adds(layer) * unit
+        rows.append(
+            {
+                "measured": name,
+                "shape": where,
+                "path": layer.path if isinstance(layer, ReplacedLinear) and layer.PATHS else None,
+                **compare(timings[where, name], dense),
+                "floor_seconds": floor,
+                "floor_ratio_to_dense": floor / dense.median if dense else None,
+                "parameter_bytes": sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())),
+                "product_flops_per_second": 2 / unit,
+            }
+        )
     rows += [mean_row([row for row in rows if row["measured"] == name]) for name in names]
-    return Result(rows, layer_tables(rows))
+    return rows, layer_tables(rows)
 
 
 def label(shape: list[int]) -> str:

@@ -9,9 +9,10 @@ rows of x, whose products are known.
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
-from sltrain.benchmarks.layer import build_layer, label, layer_task, multiply_adds
+from sltrain.benchmarks.layer import PRODUCT, build_layer, label, layer_task, multiply_adds
 from sltrain.benchmarks.timing import Task, compare, in_turns, product_task
 from sltrain.layers.cost import COSTS, PASSES, machine_kind
 
@@ -45,21 +46,22 @@ class Probe:
 def measure_prices(bench: Bench) -> Result:
     """A row for each price and shape, and medians over the shapes. `used` is the price that layer_path=auto uses."""
     probes = [probe for shape in bench.config.shapes for probe in make_probes(bench, shape)]
-    tasks = {f"{probe.price} {label(probe.shape)}": probe.task for probe in probes}
+    tasks: dict[Any, Task] = {(label(probe.shape), probe.price): probe.task for probe in probes}
     for shape in bench.config.shapes:
-        tasks[label(shape)] = product_task(bench.config.tokens, shape[:2], **bench.like)
+        tasks[label(shape), PRODUCT] = product_task(bench.config.tokens, shape[:2], **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
     costs = COSTS[machine_kind(bench.device, bench.dtype)]
     rows: list[Row] = []
     for probe in probes:
-        where, timing = label(probe.shape), timings[f"{probe.price} {label(probe.shape)}"]
-        price = probe.solve(timing.median, timings[where].median)
+        where = label(probe.shape)
+        timing, unit = timings[where, probe.price], timings[where, PRODUCT].median
+        price = probe.solve(timing.median, unit)
         rows.append({"measured": probe.price, "shape": where, **compare(timing, None), "price": price})
     for name in [*ENTRIES, "weight_pass"]:
         price = statistics.median(row["price"] for row in rows if row["measured"] == name)
         rows.append({"measured": name, "shape": "median", "price": price})
     rows = [{**row, "used": getattr(costs, row["measured"])} for row in rows]
-    return Result(rows, f"in multiply-adds of the dense product\n\n{format_table(rows, COLUMNS)}")
+    return rows, f"in multiply-adds of the dense product\n\n{format_table(rows, COLUMNS)}"
 
 
 def make_probes(bench: Bench, shape: list[int]) -> list[Probe]:

@@ -97,7 +97,7 @@ def validate(config: BenchConfig) -> None:
     if config.candidates is not None and len(set(config.candidates)) != len(config.candidates):
         raise ValueError(f"candidates={config.candidates}: name each candidate once")
     if config.candidates == []:
-        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out for the usual")
+        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out")
     if not config.shapes:
         raise ValueError("shapes=[]: give at least one [out, in, rank], such as shapes=[[512,512,128]]")
     for shape in config.shapes:

@@ -68,10 +68,8 @@ class Candidate:
 def measure_step(bench: Bench) -> Result:
     """Every candidate's update of the same model. Raises ValueError for a candidate that does not exist, and for a
     recipe that the model cannot have."""
-    names = bench.config.candidates or USUAL["step"]
-    if bench.config.candidates is None and importlib.util.find_spec("transformers") is None:
-        bench.say("transformers is not installed: its candidates are left out")
-        names = [name for name in names if name not in TRANSFORMERS]
+    usual = [name for name in USUAL["step"] if name not in TRANSFORMERS or importlib.util.find_spec("transformers")]
+    names = bench.config.candidates or usual
     candidates = measure_each_alone(bench, [describe(bench, name) for name in names])
     state_bytes = 4 * sum(c.num_parameters for c in candidates) * bench.dtype.itemsize  # with gradients, two moments
     stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
@@ -80,14 +78,13 @@ def measure_step(bench: Bench) -> Result:
     ids = random_ids(bench, candidates[0].train)
     tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
     shape = candidates[0].train.model
-    if stays:
-        for task in tasks.values():
-            task.before()  # not part of a round
+    for task in tasks.values() if stays else ():
+        task.before()  # not part of a round
     sides = (shape.intermediate_size, shape.hidden_size)
     tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
     rows = step_rows(candidates, timings, ids.numel())
-    return Result(rows, format_table(rows, COLUMNS))
+    return rows, format_table(rows, COLUMNS)
 
 
 def train_config(bench: Bench, name: str) -> TrainConfig:

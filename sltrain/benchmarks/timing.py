@@ -9,15 +9,16 @@ calls one candidate several times in a row.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import benchmark
 from torch.utils.benchmark import Measurement, TaskSpec
 
+K = TypeVar("K", bound=Hashable)  # what tasks are called by
 MIN_REPEATS, MAX_REPEATS = 2, 15
 
 
@@ -41,13 +42,13 @@ class Task:
 
 
 def in_turns(
-    tasks: dict[str, Task],
+    tasks: dict[K, Task],
     *,
     repeats: int | None,
     deadline: float,
     say: Callable[[str], None],
     clock: Callable[[], float] = benchmark.timer,
-) -> dict[str, Measurement]:
+) -> dict[K, Measurement]:
     """Time each task `repeats` times after one warm-up; None: as often as fits before `deadline` (time.monotonic)."""
     start = time.monotonic()
     for task in tasks.values():
@@ -58,12 +59,12 @@ def in_turns(
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, fitting))
     say(f"{len(tasks)} candidates, {repeats} rounds of about {round_seconds:.1f} s")
     names = list(tasks)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[K, list[float]] = {name: [] for name in names}
     for number in range(repeats):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(tasks[name].seconds(clock))
-    return {name: Measurement(1, samples[name], TaskSpec(name, "")) for name in names}
+    return {name: Measurement(1, samples[name], TaskSpec(str(name), "")) for name in names}
 
 
 def compare(timing: Measurement, dense: Measurement | None) -> dict[str, float | None]:

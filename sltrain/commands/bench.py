@@ -49,15 +49,11 @@ def run_command(arguments: list[str]) -> ExitCode:
     try:
         config = read_arguments(arguments)
         from sltrain.api.bench import measure  # torch and the rest, seconds after the cheap checks
-        from sltrain.benchmarks.base import machine_line
 
-        answer, result = measure(config, say)
+        data, text = measure(config, say)
     except Exception as error:
         return report_error(error)
-    if config.format == "json":
-        print(json.dumps({**answer, "rows": result.rows}), flush=True)
-    else:
-        print(f"{machine_line(answer['machine'])}\n\n{result.text}", flush=True)
+    print(json.dumps(data) if config.format == "json" else text, flush=True)
     return ExitCode.OK
 
 

@@ -40,7 +40,7 @@ def halved() -> Iterator[None]:
 
 @pytest.mark.usefixtures("halved")
 def test_a_kind_that_this_package_has_never_heard_of_is_a_candidate(bench: Callable[..., Bench]) -> None:
-    rows = measure_layer(bench(*ARGUMENTS, "candidates=[dense,halved,halved_padded]")).rows
+    rows = measure_layer(bench(*ARGUMENTS, "candidates=[dense,halved,halved_padded]"))[0]
     halved = {row["shape"]: row for row in rows if row["measured"] == "halved_padded"}
     assert halved["24x16 r4"]["path"] == "padded"
     assert halved["24x16 r4"]["parameter_bytes"] == 24 * 8 * 4
@@ -68,7 +68,7 @@ def test_an_entry_of_s_is_a_multiply_add_however_it_is_computed(name: str, bench
 
 
 def test_rows_compare_with_dense_and_means_are_geometric(bench: Callable[..., Bench]) -> None:
-    rows = measure_layer(bench(*ARGUMENTS, "candidates=[dense,uniform_factored,low_rank]")).rows
+    rows = measure_layer(bench(*ARGUMENTS, "candidates=[dense,uniform_factored,low_rank]"))[0]
     by_name = {(row["measured"], row["shape"]): row for row in rows}
     ratios = []
     for shape in ("24x16 r4", "16x40 r8"):
@@ -82,19 +82,19 @@ def test_rows_compare_with_dense_and_means_are_geometric(bench: Callable[..., Be
 
 
 def test_the_table_shows_the_rows(bench: Callable[..., Bench]) -> None:
-    result = measure_layer(bench(*ARGUMENTS, "candidates=[dense,published,low_rank]"))
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.text.splitlines() if "|" in line]
+    rows, text = measure_layer(bench(*ARGUMENTS, "candidates=[dense,published,low_rank]"))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     titles = lines[0]
     for line in lines[2:5]:
         cells = dict(zip(titles, line, strict=True))
-        for row in result.rows:
+        for row in rows:
             if row["shape"] == line[0] and row["measured"] != "dense":
                 assert cells[row["measured"]] == f"{row['ratio_to_dense']:.2f}"
     assert [line[0] for line in lines[2:5]] == ["24x16 r4", "16x40 r8", MEAN]
 
 
 def test_without_dense_there_is_no_ratio(bench: Callable[..., Bench]) -> None:
-    rows = measure_layer(bench(*ARGUMENTS, "candidates=[low_rank]")).rows
+    rows = measure_layer(bench(*ARGUMENTS, "candidates=[low_rank]"))[0]
     assert {row["ratio_to_dense"] for row in rows} == {None}
 
 

@@ -58,7 +58,7 @@ def scaled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("scaled", "in_this_process")
 def test_a_method_that_this_package_has_never_heard_of_is_a_candidate(bench: Callable[..., Bench]) -> None:
-    full, scaled = measure_step(bench(*STEP, "candidates=[full,scaled]")).rows
+    full, scaled = measure_step(bench(*STEP, "candidates=[full,scaled]"))[0]
     assert (full["measured"], scaled["measured"]) == ("full", "scaled")
     assert scaled["limit"] == 1 and scaled["parameters"] == full["parameters"] and scaled["seconds"] > 0
 

@@ -84,8 +84,9 @@ def test_data_as_json(sltrain_bench: Run, corpus: Path, tokenizer_file: Path, tm
 
 
 def test_from_python() -> None:
-    answer, result = measure(read_arguments([*LAYER, "candidates=[dense,low_rank]"]))
-    assert answer["what"] == "layer" and [row["measured"] for row in result.rows[:2]] == ["dense", "low_rank"]
+    data, text = measure(read_arguments([*LAYER, "candidates=[dense,low_rank]"]))
+    assert data["what"] == "layer" and [row["measured"] for row in data["rows"][:2]] == ["dense", "low_rank"]
+    assert "low_rank" in text
 
 
 def test_columns_align_and_empty_ones_are_left_out() -> None:
