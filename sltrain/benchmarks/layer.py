@@ -68,7 +68,7 @@ def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
     """The layer that a candidate's name stands for: one of the table, or any registered kind; as NAME_PATH, computed
     that way. Raises ValueError."""
     known: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in LAYERS.names()} | LAYER_CANDIDATES
-    base, _, path = (name, "", "") if name in known else name.rpartition("_")
+    base, named_path, path = (name, "", "") if name in known else name.rpartition("_")
     if base not in known:
         there_are = ", ".join(known)
         raise ValueError(f"candidates: {name} is nothing that what=layer compares; there are: {there_are}, NAME_PATH")
@@ -77,9 +77,9 @@ def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
         settings = {**settings, "block_size": bench.config.block_size}
     layer = build_layer(bench, kind, shape, settings)
     paths = layer.PATHS if isinstance(layer, ReplacedLinear) else ()
-    if path and path not in paths:
+    if named_path and path not in paths:
         raise ValueError(f"candidates: {name}: the paths of {base} are: {', '.join(paths) or 'none'}")
-    if path and isinstance(layer, ReplacedLinear):
+    if named_path and isinstance(layer, ReplacedLinear):
         layer.path = path
     return layer
 

@@ -98,6 +98,8 @@ def validate(config: BenchConfig) -> None:
         raise ValueError(f"candidates={config.candidates}: name each candidate once")
     if config.candidates == []:
         raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out")
+    if config.block_size is not None and not any(name.startswith("block") for name in config.candidates or ["block"]):
+        raise ValueError(f"block_size={config.block_size} is for the candidate block, which is not compared; drop one")
     if not config.shapes:
         raise ValueError("shapes=[]: give at least one [out, in, rank], such as shapes=[[512,512,128]]")
     for shape in config.shapes:
@@ -105,8 +107,8 @@ def validate(config: BenchConfig) -> None:
             raise ValueError(f"shapes: {shape} must be [out, in, rank], three numbers of at least 1: [512,512,128]")
         if shape[2] > min(shape[:2]):
             raise ValueError(f"shapes: the rank of {shape} is above the matrix; it can be at most {min(shape[:2])}")
-    globs = config.path if isinstance(config.path, list) else [config.path or ""]
-    if not all(isinstance(glob, str) for glob in globs):
+    globs = config.path if isinstance(config.path, list) else [config.path or "the standard library"]
+    if not globs or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"path={config.path}: must be a glob, or a list of them: path=[/a/*.json.gz,/b/*.json.gz]")
     if config.what == "step" and config.model is None:
         raise ValueError("what=step needs a model: add model=llama_60m (sltrain-train --help lists them)")
