@@ -19,7 +19,7 @@ from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.loop import Cadence
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
@@ -33,6 +33,7 @@ from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -49,7 +50,7 @@ def build_trainer(
     tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
-    memory = PeakMemory(ranks.device)
+    memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
     ranks.everywhere(lambda: allocate(model, ranks.device))
@@ -81,12 +82,10 @@ def build_trainer(
         stop=StopRequest(),
         set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
         micro_batch_size=config.micro_batch_size,
-        seq_len=config.seq_len,
-        planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
             "dtype": dtype_name(next(model.parameters()).dtype),
-            "peak_memory_measure": memory.measure,
+            "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
         },
@@ -142,14 +141,14 @@ def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.
     """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
     optimizer = build_optimizer(
         model.named_parameters(),
-        name=config.optimizer.name,
+        config.optimizer,
         lr=config.lr,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
         weight_decay=config.weight_decay,
         device=ranks.device,
         stochastic_rounding=config.stochastic_rounding,
         seed=config.seed,
+        infos=parameters_of(model),
+        group_options=config.method.group_options,
     )
     if not config.per_layer_update:
         return optimizer

@@ -72,8 +72,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Running:
-    """What the actions of a method may work on. When a plan asks for them, the model is on the meta device and nothing
-    is applied."""
+    """What the actions of a method may work on. A plan asks for them with a model on the meta device, and applies
+    none."""
 
     model: nn.Module
     max_steps: int
@@ -114,7 +114,7 @@ class Schedule:
         seed: int = 0,
         enter: Callable[[Phase, torch.Generator], None] = lambda phase, generator: None,
     ) -> None:
-        names = [*(action.name for action in actions), *(phase.name for phase in phases)]
+        names = [action.name for action in actions] + [phase.name for phase in phases]
         assert len(names) == len(set(names)), f"actions and phases of one name: {names}"
         self.actions, self.phases, self.seed, self._enter = list(actions), list(phases), seed, enter
 

@@ -175,7 +175,7 @@ class Checkpointer:
 
 
 def object_file(name: str) -> str:
-    """The file of an object; one of another part of the program has a name such as action/pool."""
+    """The file of an object: action.pool.pt for one called action/pool."""
     return f"{name.replace('/', '.')}{OBJECT_SUFFIX}"
 
 

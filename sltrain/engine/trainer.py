@@ -19,7 +19,7 @@ from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
-from sltrain.engine.memory import PeakMemory, held_by, tensor_peak
+from sltrain.engine.memory import RunMemory, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.engine.step import StepResult, UpdateStep
@@ -68,12 +68,10 @@ class Trainer:
     ranks: Ranks
     checkpointer: Checkpointer
     sinks: list[Sink]
-    memory: PeakMemory
+    memory: RunMemory
     stop: StopRequest
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
-    seq_len: int
-    planned_memory_bytes: int | None  # of tensors, at their peak; None where that is unknown
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
     final_metrics: dict[str, Any]  # what the final line says besides the evaluation
     report: Callable[[str], None]  # one line to the user
@@ -89,7 +87,6 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.num_updates_here = 0  # by this process
-        self.peak_tensor_bytes: int | None = None  # of one update, once it is measured
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -151,7 +148,7 @@ class Trainer:
         progress = self.progress
         progress.step += 1
         progress.tokens += update.num_tokens
-        progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
+        progress.positions += update.batch.input_ids.numel() * self.ranks.world_size
         progress.num_skipped_updates += result.skipped
         num_left_out = result.num_skipped_tensors or 0
         progress.num_skipped_tensors += num_left_out
@@ -168,9 +165,10 @@ class Trainer:
             return run()
         self.optimizer.zero_grad()  # what was there before must not be freed in between
         held = held_by(self.model, self.optimizer) + self.update_step.bucket_bytes
-        result, self.peak_tensor_bytes = tensor_peak(run, held, self.ranks.device)
-        planned = "" if self.planned_memory_bytes is None else f", {self.planned_memory_bytes / 1e9:,.2f} planned"
-        self._report_once(f"memory     {self.peak_tensor_bytes / 1e9:,.2f} GB measured for tensors{planned}")
+        result = self.memory.measure(run, held, self.ranks.device)
+        measured, plan = self.memory.tensor_bytes or 0, self.memory.planned_bytes
+        planned = "" if plan is None else f", {plan / 1e9:,.2f} planned"
+        self._report_once(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def rescue(self) -> None:
@@ -196,7 +194,7 @@ class Trainer:
             "lr": self.lr,
             "grad_norm": result.grad_norm,
             **self.throughput.read(),
-            **self._peak_memory(),
+            **self.memory.numbers(self.ranks.gather),
             "num_skipped_updates": self.progress.num_skipped_updates,
             **left_out,
             **self.model_metrics(),
@@ -216,7 +214,7 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            self.final = self._write(event, {**numbers, **self._peak_memory(), **self.final_metrics})
+            self.final = self._write(event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics})
             return True
 
     def note_stop(self, outcome: str) -> None:
@@ -245,16 +243,6 @@ class Trainer:
         """Tell the user what every rank knows."""
         if self.ranks.is_main:
             self.report(line)
-
-    def _peak_memory(self) -> dict[str, int]:
-        """Measured beside planned. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
-        what the allocator had reserved for them."""
-        peak, reserved = self.memory.peak_bytes(), self.memory.reserved_bytes()
-        tensors = self.peak_tensor_bytes if reserved is None else peak
-        peaks = [max(values) for values in zip(*self.ranks.gather((peak, tensors or 0, reserved or 0)), strict=True)]
-        names = ("planned_memory_bytes", "peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
-        values = [self.planned_memory_bytes, *peaks]
-        return {name: value for name, value in zip(names, values, strict=True) if value}
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress
