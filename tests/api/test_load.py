@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sltrain.layers import SLTrainLinear
 
 import sltrain
 from sltrain.building.model import build_model
 from sltrain.commands import evaluate, export, generate
 from sltrain.commands.train import run_command as train
 from sltrain.compose import read_config
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import merge_to_dense
 
 KINDS = ("run", "dense", "compressed")

@@ -18,7 +18,6 @@ import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sltrain.layers import LowRankLinear, SLTrainLinear
 
 import sltrain
 from sltrain import errors
@@ -28,6 +27,7 @@ from sltrain.building.model import build_model
 from sltrain.commands import export as command
 from sltrain.commands.train import run_command as train
 from sltrain.compose import read_config
+from sltrain.layers import LowRankLinear, SLTrainLinear
 
 Run = Callable[..., tuple[int, str, str]]
 

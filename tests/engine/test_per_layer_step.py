@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sltrain.layers import SLTrainLinear
 from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
@@ -18,6 +17,7 @@ from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.per_layer_step import train_step_per_layer
 from sltrain.engine.step import StepResult, train_step
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from sltrain.layers import SLTrainLinear
 from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.step import train_step
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 

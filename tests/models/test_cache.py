@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sltrain.layers import SLTrainLinear
 
 from sltrain.config import ModelConfig
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.llama import LlamaForCausalLM, is_projection

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from sltrain.layers import SLTrainLinear
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sltrain.config import ModelConfig
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection, project
 

@@ -4,10 +4,10 @@ from decimal import Decimal
 
 import pytest
 import torch
-from sltrain.layers import LowRankLinear, SLTrainLinear
 from torch import nn
 
 from sltrain.config import ModelConfig
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.planning.accounting import count_parameters, stored_bytes
