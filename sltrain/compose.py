@@ -9,8 +9,9 @@ options read the same grammar and their file of conf/ without Hydra.
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -23,8 +24,17 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sltrain.config import TrainConfig, validate
+from sltrain.config import RETIRED_KEYS, TrainConfig, validate
+from sltrain.data.sources.base import SOURCES
 from sltrain.errors import first_line
+from sltrain.methods.base import METHODS
+from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.registry import Registry
+
+# The config groups that are plug-ins.
+PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "optimizer": OPTIMIZERS, "data": SOURCES}
+
+SCHEMA = "_schema"  # the end of the names under which Hydra knows schemas
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,50 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make the schema of `sltrain-train` known to Hydra under the name that conf/train.yaml starts from."""
+    """Make the schema of `sltrain-train` known to Hydra under the name that conf/train.yaml starts from, and each
+    plug-in under the name that its file in conf/ starts from. One of another package has no file there: its defaults
+    are registered as the option itself."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=_train_schema())
+    for group, registry in PLUGINS.items():
+        for name in registry.names():
+            try:
+                plugin = registry.load(name)
+            except ValueError:  # it cannot be imported, which only somebody who chooses it needs to know
+                continue
+            if registry.is_built_in(name):
+                store.store(group=group, name=f"{name}{SCHEMA}", node=plugin)
+            else:
+                store.store(group=group, name=name, node=_plugin_defaults(group, name))
+
+
+def _train_schema() -> DictConfig:
     schema = OmegaConf.structured(TrainConfig)
     for key in TRAIN.open_mappings:
         OmegaConf.set_struct(schema[key], False)
-    ConfigStore.instance().store(name="train_schema", node=schema)
+    return schema
+
+
+def _plugin_defaults(group: str, name: str) -> DictConfig:
+    """A plug-in's schema with its defaults, whose `${...}` refer to the keys of a run. Raises ValueError for an unknown
+    name."""
+    registry = PLUGINS[group]
+    schema = OmegaConf.structured(registry.load(name))
+    file = conf_dir() / group / f"{name}.yaml" if registry.is_built_in(name) else registry.defaults_file(name)
+    own = {} if file is None else yaml.safe_load(file.read_text()) or {}
+    own.pop("defaults", None)
+    defaults = OmegaConf.merge(schema, {"name": name}, own)
+    assert isinstance(defaults, DictConfig)
+    return defaults
+
+
+def with_plugin(config: TrainConfig, group: str, name: str) -> TrainConfig:
+    """The configuration with `GROUP=NAME` in place of what it has there, at its defaults. Raises ValueError for an
+    unknown name."""
+    root = OmegaConf.create({key: value for key, value in asdict(config).items() if key != group})
+    root[group] = _plugin_defaults(group, name)
+    chosen: Any = {group: OmegaConf.to_object(root[group])}
+    return replace(config, **chosen)
 
 
 def help_text(schema: Schema = TRAIN) -> str:
@@ -71,12 +120,34 @@ def help_text(schema: Schema = TRAIN) -> str:
     lines = ["Groups (GROUP=OPTION):"] if groups else []
     lines += [f"  {group:11} {', '.join(options)}" for group, options in groups.items()]
     lines += ["", f"Keys (KEY=VALUE); {schema.order}:"]
-    for line in inspect.getsource(schema.type).splitlines():
+    lines += [f"  {key:25} {comment}".rstrip() for key, comment in _comments(schema.type) if key not in groups]
+    for group in PLUGINS if groups else ():
+        lines += ["", f"Options by {group} ({group}.KEY=VALUE); those that are keys above too follow them:"]
+        for name in PLUGINS[group].names():
+            lines += _options_lines(group, name)
+    return "\n".join(lines).lstrip("\n")
+
+
+def _comments(kind: type) -> Iterator[tuple[str, str]]:
+    """The fields of a dataclass as its source has them, each with the comment beside it."""
+    for line in inspect.getsource(kind).splitlines():
         code, _, comment = line.strip().partition("  # ")
         key, separator, _ = code.partition(": ")
-        if separator and key.isidentifier() and key not in groups:
-            lines.append(f"  {key:25} {comment}".rstrip())
-    return "\n".join(lines).lstrip("\n")
+        if separator and key.isidentifier():
+            yield key, comment
+
+
+def _options_lines(group: str, name: str) -> list[str]:
+    """A plug-in's options: in one line those that are keys of a run too, then each other with its comment."""
+    try:
+        plugin = PLUGINS[group].load(name)
+    except ValueError as error:
+        return [f"  {error}"]
+    comments = {key: text for kind in plugin.__mro__ if is_dataclass(kind) for key, text in _comments(kind)}
+    keys = {item.name for item in fields(TrainConfig)}
+    options = _option_names(group, name)
+    first = f"  {group}={name}: {', '.join(key for key in options if key in keys)}".rstrip(": ")
+    return [first, *(f"    {key:23} {comments.get(key, '')}".rstrip() for key in options if key not in keys)]
 
 
 def to_config(config: DictConfig, schema: Schema) -> Any:
@@ -96,10 +167,8 @@ def to_train_config(config: DictConfig) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
-    the run was made with: the default of conf/train.yaml. Raises ValueError."""
-    schema = OmegaConf.structured(TrainConfig)
-    for key in TRAIN.open_mappings:
-        OmegaConf.set_struct(schema[key], False)
+    the run was made with: the default of conf/train.yaml. RETIRED_KEYS are left out. Raises ValueError."""
+    schema = _train_schema()
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
     text = path.read_bytes()
@@ -107,6 +176,10 @@ def read_config(path: Path) -> TrainConfig:
         saved = yaml.safe_load(text)
         if not isinstance(saved, dict):
             raise ValueError("it should map keys to values")
+        saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
+        for group in PLUGINS:
+            saved[group] = _saved_options(group, saved)
+            schema[group] = _plugin_defaults(group, saved[group]["name"])
         config = OmegaConf.merge(schema, defaults, saved)
         assert isinstance(config, DictConfig)
         result = to_train_config(config)
@@ -115,6 +188,16 @@ def read_config(path: Path) -> TrainConfig:
         reason = _composition_error(error, []) if isinstance(error, OmegaConfBaseException) else first_line(error)
         raise ValueError(f"{path} is damaged, or of another version: {reason}") from error
     return result
+
+
+def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.yaml says of a plug-in, without the empty options that every plug-in of a group once had. Raises
+    ValueError."""
+    options = saved.get(group)
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise ValueError(f"{group} should have a name and options")
+    known = ["name", *_option_names(group, options["name"])]
+    return {key: value for key, value in options.items() if key in known or value}
 
 
 def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:
@@ -222,7 +305,12 @@ def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if option.startswith("submitit_"):
         return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install '.[sweep]'"
-    options = error.options or []
+    if group in PLUGINS and option in PLUGINS[group].names():
+        try:
+            PLUGINS[group].load(option)
+        except ValueError as reason:  # the plug-in is there and cannot be imported
+            return str(reason)
+    options = [name for name in error.options or [] if not name.endswith(SCHEMA)]
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'{group}={name}' for name in near)}? " if near else ""
     return f"{group}={option} does not exist; {hint}there are: {', '.join(options)}"
@@ -239,8 +327,28 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     message = str(cause).splitlines()[0]
     if "converted to Integer" in message:
         message += " (write whole numbers out: 1_000_000)"
+    if (unknown := re.match(r"Could not override '(\w+)\.([\w.]+)'", text)) and unknown[1] in PLUGINS:
+        return _foreign_option(unknown[1], unknown[2], overrides)
     typed = next((o for o in reversed(overrides) if key and o.lstrip("+~").partition("=")[0] == key), None)
     return f"{typed or key}: {message}" if (typed or key) else message
+
+
+def _foreign_option(group: str, option: str, overrides: list[str]) -> str:
+    """Why this option cannot be set: it belongs to another plug-in than the chosen one."""
+    rest = [text for text in overrides if not text.lstrip("+~").startswith(f"{group}.{option}=")]
+    name = _compose(rest, TRAIN)[group]["name"]
+    own = _option_names(group, name)
+    others = [other for other in PLUGINS[group].names() if option in _option_names(group, other)]
+    belongs = f"it belongs to {' and '.join(f'{group}={other}' for other in others)}; " if others else ""
+    return f"{group}.{option}: {group}={name} has no such option; {belongs}it has {', '.join(own) or 'none'}"
+
+
+def _option_names(group: str, name: str) -> list[str]:
+    """The options of a plug-in; none of one that cannot be imported."""
+    try:
+        return [item.name for item in fields(PLUGINS[group].load(name)) if item.name != "name"]
+    except ValueError:
+        return []
 
 
 def _check_key(override: Override, schema: Schema) -> None:
@@ -248,6 +356,8 @@ def _check_key(override: Override, schema: Schema) -> None:
     key = override.key_or_group
     groups = _groups(schema)
     known = _keys(schema.type)
+    if schema is TRAIN:
+        known += [f"{group}.{key}" for group, registry in PLUGINS.items() for key in _all_options(group, registry)]
     is_hydras = schema.has_groups and (key.split(".")[0] == "hydra" or key.startswith("hydra/"))
     if is_hydras or key in groups or key in known:
         return
@@ -258,12 +368,17 @@ def _check_key(override: Override, schema: Schema) -> None:
     raise ValueError(f"unknown key {key!r}; {hint}")
 
 
+def _all_options(group: str, registry: Registry[Any]) -> list[str]:
+    return sorted({key for name in registry.names() for key in _option_names(group, name)})
+
+
 def _groups(schema: Schema) -> dict[str, list[str]]:
     """A command's config groups and their options, as files lie in conf/."""
     if not schema.has_groups:
         return {}
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    options = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    return options | {group: sorted({*options[group], *registry.names()}) for group, registry in PLUGINS.items()}
 
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:

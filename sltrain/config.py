@@ -1,18 +1,24 @@
 """The schema of a training run: every key a person can set, its type, unit and scope.
 
 Hydra composes conf/ over these dataclasses, so an unknown key or a wrong type is refused while the configuration is
-composed, and the code below the command sees plain Python objects, never a DictConfig. This file imports nothing of
-ours and no torch. Values that are the same for every run (the protocol) live in conf/train.yaml; values that belong to
-a model size (the recipe) in conf/model/*.yaml.
+composed, and the code below the command sees plain Python objects, never a DictConfig. Values that are the same for
+every run (the protocol) live in conf/train.yaml; values that belong to a model size (the recipe) in conf/model/*.yaml.
 
-Checks that need only these numbers are in `validate`; checks that need the model, the corpus or the machine are in
-building/.
+The method, the optimizer and the source of text are plug-ins (registry.py): each is a dataclass of its own, with the
+keys under `method.`, `optimizer.` and `data.` as fields and what it does as methods. `config.method` is that object.
+
+Checks that need only these numbers are in `validate` and in each plug-in's `check`; checks that need the model, the
+corpus or the machine are in building/. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+from sltrain.data.sources.base import SourceConfig
+from sltrain.methods.base import Method
+from sltrain.optim.kinds.base import OptimizerConfig
 
 
 @dataclass
@@ -33,38 +39,6 @@ class ModelConfig:
 
 
 @dataclass
-class MethodConfig:
-    """How attention and MLP projections are parametrized: sltrain, low_rank or full."""
-
-    name: str = MISSING
-
-
-@dataclass
-class OptimizerConfig:
-    """The update rule. Learning rate and weight decay are top-level keys."""
-
-    name: str = MISSING  # adamw, adam8bit or adam4bit
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-
-
-@dataclass
-class DataConfig:
-    """Where documents come from and how they are dealt out."""
-
-    name: str = MISSING  # c4, local or stdlib
-    repo: str | None = None  # c4: dataset on the Hugging Face Hub
-    revision: str | None = None  # c4: its commit
-    train_file: str | None = None  # c4: path template with {shard} and {num_shards}
-    num_train_shards: int = 0
-    validation_file: str | None = None
-    num_validation_shards: int = 0
-    num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
-    shuffle_block: int = 1024  # documents shuffled together
-    holdout_every: int = 100  # one document in this many is held out when there is no validation set
-
-
-@dataclass
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
@@ -78,12 +52,12 @@ class TrainConfig:
     """One training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: Method = field(default_factory=Method)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SourceConfig = field(default_factory=SourceConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
-    # The method: W = (alpha / rank) B A + S
+    # W = (alpha / rank) B A + S: a recipe's values, read by the methods that have these options
     rank: int = MISSING  # inner size of B A; 0: S alone
     sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
@@ -115,7 +89,6 @@ class TrainConfig:
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
-    accumulation: str = MISSING  # per_layer_update: hold gradients to the last micro-batch, or fold them into moments
     stochastic_rounding: bool = MISSING  # round bfloat16 updates up or down at random, right on average
 
     # Cadence; 0: never
@@ -139,9 +112,6 @@ class TrainConfig:
 
 
 CHOICES = {
-    "method.name": ("sltrain", "full", "low_rank"),
-    "optimizer.name": ("adamw", "adam8bit", "adam4bit"),
-    "data.name": ("c4", "local", "stdlib"),
     "tracker.name": ("none", "wandb"),
     "support": ("uniform", "stratified", "block", "column"),
     "layer_path": ("auto", "composed", "factored"),
@@ -149,7 +119,6 @@ CHOICES = {
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
-    "accumulation": ("hold", "fold"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
@@ -171,22 +140,23 @@ AT_LEAST = {
     "eval_tokens": 1,
     "checkpoint_every": 0,
     "keep_last": 1,
-    "data.num_streams": 1,
-    "data.shuffle_block": 1,
-    "data.holdout_every": 2,
     "seed": 0,
 }
 ABOVE_ZERO = (
-    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter optimizer.eps model.rms_norm_eps model.rope_theta"
+    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
     " model.initializer_range"
 ).split()
 # Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. The files
 # behind `path` are compared by name and size, the tokenizer by content.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume tracker path validation_path tokenizer on_bad_data log_every eval_every eval_tokens "
-    "checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path memory_guard"
-    " per_layer_update"
+    "run_dir resume tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every eval_every"
+    " eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
+    " memory_guard per_layer_update"
 ).split()
+
+# Keys of earlier versions that the config.yaml of a run may still hold, each with the value that means what is computed
+# today: a run that has another value cannot be continued.
+RETIRED_KEYS: dict[str, Any] = {"accumulation": "hold"}
 
 
 def get_key(config: Any, key: str) -> Any:
@@ -212,11 +182,8 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{key}={value}: must be a number above 0")
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ValueError(
-            f"optimizer.betas={config.optimizer.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]"
-        )
-    _validate_method(config)
+    config.optimizer.check()
+    config.method.check()
     longest = config.model.max_position_embeddings
     if config.seq_len > longest:
         raise ValueError(
@@ -233,41 +200,9 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(
                 f"{key}={globs}: must be a glob, or a list of them as in {key}=[/a/*.json.gz,/b/*.json.gz]"
             )
-    if config.data.name == "local" and not config.path:
-        raise ValueError(
-            "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
-        )
-    if config.data.name != "local" and config.path:
+    if config.path and not hasattr(config.data, "path"):
         raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
-
-
-def _validate_method(config: TrainConfig) -> None:
-    for pattern, rank in config.rank_overrides.items():
-        if rank < 0:
-            raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
-    for name, sparsity in {"sparsity": config.sparsity, **config.sparsity_overrides}.items():
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"{name}={sparsity}: must be at least 0 and below 1;"
-                " it is the fraction of S that is trained (0.03 = 3 %)"
-            )
-    overrides = config.rank_overrides or config.sparsity_overrides
-    if config.method.name == "sltrain" and config.rank == 0 and config.sparsity == 0 and not overrides:
-        raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
-    if config.method.name == "sltrain" and config.support in ("block", "column"):
-        for name, sparsity in {"sparsity": config.sparsity, **config.sparsity_overrides}.items():
-            if sparsity == 0:
-                raise ValueError(
-                    f"support={config.support} with {name}=0 has nothing to train;"
-                    " set sparsity above 0, or support=uniform for B A alone"
-                )
-    if config.block_size is not None and config.support != "block":
-        raise ValueError(
-            f"block_size={config.block_size} is for support=block, and support is {config.support};"
-            " add support=block, or drop block_size"
-        )
-    if config.method.name == "low_rank" and config.rank == 0:
-        raise ValueError("method=low_rank needs rank above 0")
+    config.data.check()
 
 
 def _validate_update(config: TrainConfig) -> None:

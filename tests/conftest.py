@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import tokenizers
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side on small tensors; torch reads it on import
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are small
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

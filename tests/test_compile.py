@@ -12,6 +12,8 @@ from sltrain import kernels
 from sltrain.building.model import build_model
 from sltrain.compose import conf_dir, register_schema, to_train_config
 
+pytestmark = pytest.mark.slow
+
 CASES = [("full", []), ("low_rank", [])] + [
     (f"{support} {path}", [f"support={support}", f"layer_path={path}"])
     for support in ("uniform", "stratified", "block", "column")

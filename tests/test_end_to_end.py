@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -286,16 +288,16 @@ def test_sweep_refusals(tiny: list[str], sltrain_train: Run, monkeypatch: pytest
 def test_full_disk_on_save_keeps_the_previous_checkpoint(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sltrain.engine import checkpoint
+    from sltrain.engine import sealed_folder
 
-    real = checkpoint._seal
+    real = sealed_folder._seal
 
     def full(path: Path) -> dict:
         if "step_00000004" in str(path):
             raise OSError(28, os.strerror(28))
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(sealed_folder, "_seal", full)
     recipe = [*tiny, "checkpoint_every=2", f"run_dir={tmp_path}/run"]
     code, _, err = sltrain_train(*recipe)
     assert code == 2 and "No space left" in err

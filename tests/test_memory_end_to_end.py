@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from sltrain.building import run as build
 from sltrain.models.llama import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 Start = Callable[..., Any]
@@ -40,7 +42,7 @@ def large(tiny: list[str]) -> list[str]:
     [
         [],
         ["method=full", "micro_batch_size=8", "activation_checkpointing=true"],
-        ["per_layer_update=true", "accumulation=fold"],
+        ["per_layer_update=true"],
         ["per_layer_update=true", "micro_batch_size=8", "optimizer=adam8bit"],
     ],
 )
@@ -57,7 +59,9 @@ def test_measured_is_what_was_planned(
         assert line["peak_tensor_bytes"] == pytest.approx(line["planned_memory_bytes"], rel=0.05)
 
 
-def test_hold_is_the_ordinary_run(tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics) -> None:
+def test_updates_inside_backward_make_the_ordinary_run(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
     """Bit for bit, over several micro-batches and a checkpoint that the other kind of run continues."""
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/plain")[0] == 0
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/inside", "per_layer_update=true")[0] == 0
@@ -70,11 +74,10 @@ def test_hold_is_the_ordinary_run(tiny: list[str], tmp_path: Path, sltrain_train
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", ["hold", "fold"])
 def test_a_run_that_updates_inside_backward_continues_exactly(
-    accumulation: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = [*tiny, "per_layer_update=true", f"accumulation={accumulation}", "checkpoint_every=2"]
+    how = [*tiny, "per_layer_update=true", "checkpoint_every=2"]
     assert sltrain_train(*how, f"run_dir={tmp_path}/straight")[0] == 0
     with monkeypatch.context() as patch:
         run_out_in_update(4, patch)

@@ -14,10 +14,10 @@ from sltrain.benchmarks.data import (
     measure_throughput,
     measure_waiting,
 )
-from sltrain.building.data import build_tokenizer, build_training_source
+from sltrain.building.data import build_tokenizer
 from sltrain.building.model import build_model
 from sltrain.config import TrainConfig
-from sltrain.data.sources import Source
+from sltrain.data.documents import Source
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
@@ -33,7 +33,7 @@ def run_data(bench: Bench) -> Result:
     if config.path:
         train = dataclasses.replace(train, data=dataclasses.replace(train.data, name="local"), path=config.path)
     train = dataclasses.replace(train, tokenizer=config.tokenizer)
-    source = build_training_source(train, bench.say)
+    source = train.data.open_training(bench.say)
     streams: list[TrainStream] = []
 
     def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:

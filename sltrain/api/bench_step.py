@@ -26,13 +26,15 @@ from sltrain.benchmarks.step import (
 )
 from sltrain.benchmarks.timing import product_task, run_once, stopwatch
 from sltrain.building.model import allocate, build_model
-from sltrain.config import MethodConfig, ModelConfig, TrainConfig
+from sltrain.compose import with_plugin
+from sltrain.config import ModelConfig, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory
-from sltrain.engine.step import train_step
+from sltrain.engine.step import OrdinaryStep
 from sltrain.layers import ReplacedLinear, replace_linears, set_paths
 from sltrain.models.llama import is_projection
 from sltrain.optim.build import build_optimizer
+from sltrain.optim.kinds.adamw import AdamWOptions
 from sltrain.planning.accounting import count_parameters
 
 STEP_ORDER = (  # what matters most comes first: time may not suffice for all
@@ -85,13 +87,13 @@ def train_config(bench: Bench, name: str) -> TrainConfig:
     assert bench.train is not None
     method = {"full": "full", "transformers": "full", "low_rank": "low_rank"}.get(name, "sltrain")
     support = name if name in ("stratified", "block", "column") else "uniform"
-    return dataclasses.replace(
+    config = dataclasses.replace(
         bench.train,
-        method=MethodConfig(method),
         support=support,
         block_size=bench.config.block_size if support == "block" else None,
         activation_checkpointing=name == "checkpointing",
     )
+    return with_plugin(config, "method", method)
 
 
 def step_candidate(bench: Bench, name: str) -> StepCandidate:
@@ -167,18 +169,16 @@ def build_stepper(bench: Bench, name: str) -> Stepper:
         leave_zero(module)
     optimizer = build_optimizer(
         model.named_parameters(),
-        name="adamw",
+        AdamWOptions(name="adamw"),
         lr=1e-4,
-        betas=(0.9, 0.999),
-        eps=1e-8,
         weight_decay=0.0,
         device=bench.device,
     )
-    ranks = Ranks(rank=0, world_size=1, device=bench.device)
+    step = OrdinaryStep(model, optimizer, Ranks(rank=0, world_size=1, device=bench.device))
 
     def update(ids: Tensor) -> object:
         if not name.startswith("transformers"):
-            return train_step(model, optimizer, [(ids, ids)], ids.shape[0] * (ids.shape[1] - 1), ranks)
+            return step.run([(ids, ids)], ids.shape[0] * (ids.shape[1] - 1))
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from sltrain.api.saved import Saved, open_saved
 from sltrain.building import Say
-from sltrain.building.data import build_eval_set, build_training_source, build_validation_source
+from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import LocalFiles
+from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
 
@@ -83,7 +83,7 @@ def _eval_set(
     )
     try:
         validation = build_validation_source(config, report)
-        source = validation or build_training_source(config, report)
+        source = validation or config.data.open_training(report)
         eval_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
         eval_set.read()
     except (ValueError, OSError) as error:

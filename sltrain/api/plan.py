@@ -4,11 +4,9 @@ Nothing is allocated and no GPU is touched: models are built on the meta device.
 updates on random tokens, on the machine it runs on.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,14 @@ from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_ca
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
-from sltrain.config import MethodConfig, TrainConfig
+from sltrain.compose import with_plugin
+from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import check_optimizer, state_bytes
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
@@ -122,7 +121,11 @@ def run_columns(
     if config.method.name != "full":
         columns.append(_column("method=full", dense, of_dense))
     if config.rank > 0:
-        galore = galore_state_bytes(dense, config.rank, partial(state_bytes, config.optimizer.name))
+
+        def state_of(numel: int, element_size: int) -> int:
+            return config.optimizer.state_bytes(ParamInfo("", (numel,), element_size, "projection"))
+
+        galore = galore_state_bytes(dense, config.rank, state_of)
         at_work = update_temporaries(config, dense, device)
         columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
     if config.method.name == "sltrain":
@@ -135,7 +138,7 @@ def run_columns(
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, method=MethodConfig(name="full"))
+    return with_plugin(config, "method", "full")
 
 
 def paper_columns(config: TrainConfig) -> list[Column]:
@@ -178,8 +181,7 @@ def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_pro
         check_updates_of(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
-    if config.optimizer.name == "adam4bit" and device.type == "cuda":
-        lines.append("adam4bit: how much its compiled step takes for itself was measured on a CPU only")
+    lines += config.optimizer.notes(device.type)
     if config.method.name == "sltrain":
         lines.append("GaLore and published SLTrain: their weights, positions and moments, with our activations")
     else:
@@ -202,7 +204,7 @@ def check_free(planned_bytes: int, device: torch.device) -> None:
 
 def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The peak of tensor bytes in one update of the real model on random tokens."""
-    check_optimizer(config.optimizer.name)
+    config.optimizer.check_package()
     check_updates_of(config, dtype)
     ranks = Ranks(0, 1, device)
     assert config.model.vocab_size is not None
@@ -211,7 +213,7 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
     allocate(model, device)
     model.init_weights(config.seed)
     optimizer = build_updates(config, model, ranks)
-    train_step = build_step(config)
+    step = build_step(config, model, optimizer, ranks)
     vocab = model.lm_head.out_features
     source = torch.Generator().manual_seed(config.seed)
 
@@ -220,7 +222,7 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
         shape = (config.micro_batch_size, config.seq_len)
         rows = [torch.randint(vocab, shape, generator=source) for _ in range(num_micro_batches)]
         micro_batches = [make_micro_batch(ids, ids, device) for ids in rows]
-        return train_step(model, optimizer, micro_batches, sum(ids.numel() for ids in rows), ranks)
+        return step.run(micro_batches, sum(ids.numel() for ids in rows))
 
     for _ in range(NUM_MEASURED_UPDATES - 1):
         update()

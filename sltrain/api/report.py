@@ -113,9 +113,15 @@ def _row(name: str, record: RunRecord) -> Row:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, str]:
-    """The settings that decide what is computed, by dotted key; the corpus is one of them."""
+    """The settings that decide what is computed, by dotted key; the corpus is one of them. What a plug-in repeats of
+    the keys of the run is left out, and so are empty options: earlier versions wrote other ones."""
     names = [key for key in config if key == "path" or key not in CHANGEABLE_ON_RESUME]
-    return {key: str(value) for key, value in flatten({name: config[name] for name in names}).items()}
+    settings = flatten({name: config[name] for name in names})
+    return {
+        key: str(value)
+        for key, value in settings.items()
+        if "." not in key or (value and key.split(".")[1] not in config)
+    }
 
 
 def count_parameters_of(run: Path) -> int:

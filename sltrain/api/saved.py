@@ -4,7 +4,6 @@ Opening reads no weights: the model is on the meta device, its layers in place, 
 exactly its tensors. `Saved.load` then gives the model with its weights; an export takes them layer by layer.
 """
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from sltrain.building.model import build_model
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer
-from sltrain.engine.checkpoint import STATE_FILE, Checkpointer
+from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
 from sltrain.formats.folder import READABLE_VERSIONS, STEMS, Facts, read_json
@@ -100,7 +99,7 @@ def open_run(path: Path, step: int | None, report: Say) -> Saved:
     vocab_size = files.shape(HEAD)[0]
     model = build_model(config, vocab_size, files.dtype(HEAD))
     files.check(model)
-    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state = checkpointer.read_state(checkpoint)
     tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size, report)
     return Saved(
         path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]

@@ -17,7 +17,7 @@ from torch import nn
 from sltrain.api.saved import Saved, open_saved
 from sltrain.layers.base import ReplacedLinear, parts_of
 from sltrain.layers.parts import LowRankPart, Part, singular_values
-from sltrain.methods.settings import pattern_fits
+from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Found, Spectrum, place, spectrum_section

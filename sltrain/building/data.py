@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sltrain.building import Say
 from sltrain.config import TrainConfig
+from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import HubFiles, LocalFiles, Source, StandardLibrary
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.distributed import Ranks
@@ -14,34 +15,14 @@ from sltrain.engine.distributed import Ranks
 
 def build_sources(config: TrainConfig, report: Say) -> tuple[Source, Source | None]:
     """The training corpus, and the validation corpus if it is one of its own."""
-    return build_training_source(config, report), build_validation_source(config, report)
-
-
-def build_training_source(config: TrainConfig, report: Say) -> Source:
-    """What a run trains on."""
-    if config.data.name == "c4":
-        return _hub_files(config, config.data.train_file, config.data.num_train_shards, report)
-    if config.data.name == "local":
-        return LocalFiles(config.path, on_bad_data=config.on_bad_data, report=report)
-    return StandardLibrary()
+    return config.data.open_training(report), build_validation_source(config, report)
 
 
 def build_validation_source(config: TrainConfig, report: Say) -> Source | None:
     """What a run is evaluated on; None: documents held out of what it trains on."""
     if config.validation_path:
         return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report, key="validation_path")
-    if config.data.name == "c4":
-        return _hub_files(config, config.data.validation_file, config.data.num_validation_shards, report)
-    return None
-
-
-def _hub_files(config: TrainConfig, template: str | None, num_shards: int, report: Say) -> HubFiles:
-    data = config.data
-    if not (data.repo and data.revision and template and num_shards):
-        raise ValueError(
-            "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and validation"
-        )
-    return HubFiles(data.repo, data.revision, template, num_shards, on_bad_data=config.on_bad_data, report=report)
+    return config.data.open_validation(report)
 
 
 def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Say) -> Tokenizer:

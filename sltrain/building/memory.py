@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.layers.cost import set_paths
 from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import OPTIMIZERS, state_bytes, step_bytes
+from sltrain.optim.build import state_bytes, step_bytes
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.planning.memory_plan import MemoryPlan, UpdateShape, plan_memory
+from sltrain.planning.roles import parameters_of
 
 PlanOf = Callable[[TrainConfig], MemoryPlan]
 
@@ -36,25 +39,12 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:
     """The optimizer's whole state for the parameters of a model."""
-    name, rounds = config.optimizer.name, config.stochastic_rounding
-    own = sum(state_bytes(name, p.numel(), p.element_size(), rounds) for p in trained(model))
-    return OPTIMIZERS[name].shared_bytes + own
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the optimizer gets, each once."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return state_bytes(config.optimizer, parameters_of(model).values(), config.stochastic_rounding)
 
 
 def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device) -> int:
     """What the optimizer takes while it works."""
-    return step_bytes(
-        config.optimizer.name,
-        [(p.numel(), p.element_size()) for p in trained(model)],
-        device.type,
-        stochastic_rounding=config.stochastic_rounding,
-        accumulation=config.accumulation,
-    )
+    return step_bytes(config.optimizer, parameters_of(model).values(), device.type, config.stochastic_rounding)
 
 
 def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> UpdateShape:
@@ -64,7 +54,6 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
         seq_len=config.seq_len,
         num_micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * num_processes)),
         per_layer_update=config.per_layer_update,
-        holds_gradients=not (config.per_layer_update and config.accumulation == "fold"),
         uses_ddp=num_processes > 1 and not config.per_layer_update,
         device_type=device.type,
         has_kernel=device.type == "cpu" and has_kernel(device, dtype),
@@ -72,14 +61,13 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
 
 
 def update_notes(config: TrainConfig, num_processes: int) -> list[str]:
-    """What a user of per-layer updates may not expect, in one line or none."""
+    """A warning if per-layer updates have to hold gradients from micro-batch to micro-batch; else nothing."""
     num_micro_batches = config.global_batch_size // (config.micro_batch_size * num_processes)
-    if not config.per_layer_update or config.accumulation == "fold" or num_micro_batches <= 1:
+    if not config.per_layer_update or num_micro_batches <= 1:
         return []
     return [
         f"{num_micro_batches} micro-batches an update: gradients wait for the last one, which per_layer_update=true"
-        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}, or with"
-        " accumulation=fold and optimizer=adamw"
+        f" cannot free; it can with global_batch_size={config.micro_batch_size * num_processes}"
     ]
 
 
@@ -125,8 +113,10 @@ def _switches(config: TrainConfig) -> list[Change]:
     changes: list[Change] = []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
-    if config.optimizer.name == "adamw" and importlib.util.find_spec("bitsandbytes") is not None:
-        changes.append({"optimizer": "adam8bit"})
+    if (smaller := config.optimizer.smaller) is not None:
+        package = OPTIMIZERS.load(smaller).package
+        if package is None or importlib.util.find_spec(package) is not None:
+            changes.append({"optimizer": smaller})
     if not config.per_layer_update and not config.compile:
         clip = config.grad_clip
         instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}
@@ -136,9 +126,9 @@ def _switches(config: TrainConfig) -> list[Change]:
 
 def _apply(config: TrainConfig, changes: list[Change]) -> TrainConfig:
     values = {key: value for change in changes for key, value in change.items()}
-    if "optimizer" in values:
-        values["optimizer"] = dataclasses.replace(config.optimizer, name=values["optimizer"])
-    return dataclasses.replace(config, **values)
+    chosen = values.pop("optimizer", None)
+    changed = dataclasses.replace(config, **values)
+    return changed if chosen is None else with_plugin(changed, "optimizer", chosen)
 
 
 def _as_typed(changes: list[Change]) -> str:

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from sltrain.config import TrainConfig
-from sltrain.methods import METHODS
-from sltrain.methods.settings import MethodSettings
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,16 +22,7 @@ def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> Lla
     with torch.device("meta"):
         model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
     model.to(dtype)
-    settings = MethodSettings(
-        rank=config.rank,
-        sparsity=config.sparsity,
-        alpha=config.alpha,
-        support=config.support,
-        block_size=config.block_size,
-        rank_overrides=config.rank_overrides,
-        sparsity_overrides=config.sparsity_overrides,
-    )
-    METHODS[config.method.name].replace(model, settings, is_projection)
+    config.method.replace(model, is_projection)
     return model
 
 

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from sltrain.building.memory import plan_model, settings_that_fit, update_notes
 from sltrain.building.model import build_model, dtype_name, pick_dtype
 from sltrain.building.trainer import build_trainer, check_updates_of
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, check_batch, num_steps
+from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import Source
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
@@ -37,7 +36,6 @@ from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from sltrain.errors import tell
 from sltrain.methods.advice import warnings
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import check_optimizer
 from sltrain.planning.accounting import count_parameters, sum_of_groups
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
@@ -104,9 +102,11 @@ class Run:
             return f"the data could not be read any more; {saved}, once it can"
         if outcome is Outcome.OUT_OF_MEMORY:
             return self._out_of_memory()
+        alpha = c.method.columns().get("alpha")
+        or_alpha = "" if alpha is None else f" or alpha (now {alpha:g})"
         return (
             f"diverged: the loss or {MAX_SKIPPED_IN_A_ROW} updates in a row were not finite; lower lr (now {c.lr:g})"
-            f" or alpha (now {c.alpha:g}), set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
+            f"{or_alpha}, set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
             f" (now {c.warmup_steps:,}), in a new run_dir"
         )
 
@@ -123,7 +123,7 @@ class Run:
         smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"
         kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
         return (
-            f"out of memory after step {t.step:,}: {_gigabytes(t.planned_memory_bytes)} were planned for tensors;"
+            f"out of memory after step {t.step:,}: {_gigabytes(t.memory.planned_bytes)} were planned for tensors;"
             f" {kept}; start the same command with run_dir={self.folder.path} and {smaller}"
         )
 
@@ -152,18 +152,13 @@ def build_run(config: TrainConfig, report: Say) -> Run:
     return Run(folder, ranks, config, trainer, cadence)
 
 
-_COMPILING: dict[str, Callable[[TrainConfig], bool]] = {
-    "compile=true": lambda config: config.compile,
-    "optimizer=adam4bit": lambda config: config.optimizer.name == "adam4bit",
-}
-
-
 def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
-    check_optimizer(config.optimizer.name)
+    config.optimizer.check_package()
     check_updates_of(config, pick_dtype(config.dtype, ranks.device))
-    compiles = [text for text, does in _COMPILING.items() if does(config)]
+    candidates = {"compile=true": config.compile, f"optimizer={config.optimizer.name}": config.optimizer.compiles}
+    compiles = [text for text, does in candidates.items() if does]
     if compiles and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
         if shutil.which(compiler) is None:

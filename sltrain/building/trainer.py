@@ -2,8 +2,7 @@
 remembers, and where metrics go."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,25 @@ from sltrain.building.model import allocate, dtype_name
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.loop import Cadence
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
-from sltrain.engine.per_layer_step import train_step_per_layer
-from sltrain.engine.step import StepResult, train_step
+from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import Progress, Trainer
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.optim.build import build_optimizer, check_updates, set_learning_rate
+from sltrain.optim.named_state import OptimizerState, rebuild_optimizer
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -49,16 +50,17 @@ def build_trainer(
     tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
-    memory = PeakMemory(ranks.device)
+    memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
         model.init_weights(config.seed)
     optimizer = build_updates(config, model, ranks)
+    objects: dict[str, Stateful] = {"optimizer": stateful_optimizer(optimizer, model)}
     saved: dict[str, Any] = {}
     if checkpoint is not None:
-        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, optimizer, stream))
+        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         say(f"resume     from step {saved['progress']['step']:,} ({checkpoint})")
     progress = Progress(**saved.get("progress", {}))
@@ -69,9 +71,8 @@ def build_trainer(
     ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
     return Trainer(
         model=compiled,
-        train_model=compiled if config.per_layer_update else ranks.wrap(compiled),
-        train_step=build_step(config),
-        optimizer=optimizer,
+        update_step=build_step(config, compiled, optimizer, ranks),
+        objects=objects,
         stream=stream,
         eval_set=eval_set,
         ranks=ranks,
@@ -81,13 +82,10 @@ def build_trainer(
         stop=StopRequest(),
         set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
         micro_batch_size=config.micro_batch_size,
-        seq_len=config.seq_len,
-        updates_in_backward=config.per_layer_update,
-        planned_memory_bytes=None if plan is None else plan.total_bytes,
         model_metrics=lambda: weight_norms(model),
         final_metrics={
             "dtype": dtype_name(next(model.parameters()).dtype),
-            "peak_memory_measure": memory.measure,
+            "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
         },
@@ -102,11 +100,11 @@ def restore(
     checkpointer: Checkpointer,
     checkpoint: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    objects: Mapping[str, Stateful],
     stream: TrainStream,
 ) -> dict[str, Any]:
-    """Set model, optimizer and stream to a checkpoint; return everything else that it holds."""
-    state = checkpointer.load(checkpoint, model, optimizer)
+    """Set model, objects and stream to a checkpoint; return everything else that it holds."""
+    state = checkpointer.load(checkpoint, model, objects)
     stream.load_state_dict(state["stream"])
     return state
 
@@ -132,12 +130,9 @@ def fix_arithmetic(
 def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
     """Whether the ways of updating go together. Raises ValueError."""
     check_updates(
-        config.optimizer.name,
         dtype=dtype,
         per_layer_update=config.per_layer_update,
-        accumulation=config.accumulation,
         grad_clip=config.grad_clip,
-        grad_clip_per_parameter=config.grad_clip_per_parameter,
         stochastic_rounding=config.stochastic_rounding,
     )
 
@@ -146,33 +141,43 @@ def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.
     """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
     optimizer = build_optimizer(
         model.named_parameters(),
-        name=config.optimizer.name,
+        config.optimizer,
         lr=config.lr,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
         weight_decay=config.weight_decay,
         device=ranks.device,
         stochastic_rounding=config.stochastic_rounding,
-        accumulation=config.accumulation,
         seed=config.seed,
+        infos=parameters_of(model),
+        group_options=config.method.group_options,
     )
     if not config.per_layer_update:
         return optimizer
     return PerLayerUpdate(
         optimizer,
         parameters=model.parameters(),
-        reduce_grad=ranks.sum_,
-        num_ranks=ranks.world_size,
-        accumulation=config.accumulation,
+        reduce_grad=ranks.sum_ if ranks.world_size > 1 else None,
         grad_clip_per_parameter=config.grad_clip_per_parameter,
     )
 
 
-def build_step(config: TrainConfig) -> Callable[..., StepResult]:
-    """The function that runs one update with what `build_updates` returns."""
-    if config.per_layer_update:
-        return train_step_per_layer
-    return partial(train_step, grad_clip=config.grad_clip, grad_clip_per_parameter=config.grad_clip_per_parameter)
+def rebuild_updates(
+    config: TrainConfig, model: nn.Module, ranks: Ranks, old: torch.optim.Optimizer
+) -> torch.optim.Optimizer:
+    """What `build_updates` makes for a model whose parameters have changed, with the state that `old`, the optimizer of
+    the model as it was, has of parameters that are still there. `old` is of no use afterwards."""
+    return rebuild_optimizer(old, lambda: build_updates(config, model, ranks))
+
+
+def stateful_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+    """The optimizer of the bare model as a checkpoint holds it."""
+    return OptimizerState(optimizer, [name for name, _ in model.named_parameters()])
+
+
+def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> UpdateStep:
+    """What makes an update of the model with what `build_updates` returned. All ranks call it together."""
+    if isinstance(optimizer, PerLayerUpdate):
+        return PerLayerStep(model, optimizer, ranks)
+    return OrdinaryStep(model, optimizer, ranks, config.grad_clip, config.grad_clip_per_parameter)
 
 
 def learning_rate_setter(

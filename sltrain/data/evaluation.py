@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sltrain.data.documents import DataError, Source, is_held_out
-from sltrain.data.rows import IGNORED_LABEL, check_row_shape
+from sltrain.data.rows import check_row_shape
 from sltrain.data.tokenizer import Tokenizer
+from sltrain.numeric import IGNORED_LABEL
 
 DOCUMENTS_PER_CALL = 256
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from sltrain.numeric import IGNORED_LABEL
 
 
 def check_row_shape(padding: str, seq_len: int) -> None:

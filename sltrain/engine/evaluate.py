@@ -19,6 +19,7 @@ from torch import nn
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.metrics import safe_exp
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.numeric import IGNORED_LABEL
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def evaluate(
         if should_stop():
             totals[5] += 1
             break
-        num_targets = int((batch.labels[:, 1:] != -100).sum())
+        num_targets = int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
         if num_targets == 0:
             continue
         loss_sum = float(model(*make_micro_batch(batch.input_ids, batch.labels, ranks.device)))

@@ -13,6 +13,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,6 +83,29 @@ def tensor_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> 
             present += event.nbytes()
             highest = max(highest, present)
     return result, highest
+
+
+@dataclass
+class RunMemory:
+    """A run's memory as it was planned, beside what it turns out to be."""
+
+    process: PeakMemory
+    planned_bytes: int | None  # of tensors, at their peak; None where that is unknown
+    tensor_bytes: int | None = None  # that peak in one update, once it is measured
+
+    def measure(self, run: Callable[[], T], held_bytes: int, device: torch.device) -> T:
+        """What `run`, an update, returns; see `tensor_peak`."""
+        result, self.tensor_bytes = tensor_peak(run, held_bytes, device)
+        return result
+
+    def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> dict[str, int]:
+        """What a metrics line says. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
+        what the allocator had reserved for them; `gather` gives the values of all ranks."""
+        peak, reserved = self.process.peak_bytes(), self.process.reserved_bytes()
+        tensors = self.tensor_bytes if reserved is None else peak
+        peaks = [max(values) for values in zip(*gather((peak, tensors or 0, reserved or 0)), strict=True)]
+        names = ("planned_memory_bytes", "peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
+        return {name: value for name, value in zip(names, [self.planned_bytes, *peaks], strict=True) if value}
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

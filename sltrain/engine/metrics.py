@@ -4,8 +4,7 @@ An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint, 
 done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row length trained on, pads included) and
 `wall_seconds` (of all processes that worked on the run, evaluations included). Then
 
-    train        loss (nats a token), lr, grad_norm (before clipping; of accumulation=fold see per_layer_step.py),
-                 tokens_per_second (outside evaluation, saving),
+    train        loss (nats a token), lr, grad_norm (before clipping), tokens_per_second (outside evaluation, saving),
                  data_wait_fraction, num_skipped_updates, with per-layer updates also num_skipped_tensors,
                  planned_memory_bytes, peak_tensor_bytes (measured, from the third update of a process on),
                  peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),

@@ -10,7 +10,7 @@ They are counted here, from labels on the host: a GPU that counted them would ma
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from sltrain.numeric import IGNORED_LABEL
 
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # input_ids (B, T), labels (B, T), rows (N,) or None for all
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
-from sltrain.engine.memory import PeakMemory, held_by, tensor_peak
+from sltrain.engine.memory import RunMemory, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
-from sltrain.engine.step import StepResult
+from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.stop import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
@@ -57,25 +58,20 @@ class Update:
 
 @dataclass
 class Trainer:
-    """Everything one run needs after it is built. `model` is the bare model, `train_model` the one whose backward
-    crosses ranks."""
+    """Everything one run needs after it is built."""
 
-    model: nn.Module
-    train_model: nn.Module
-    train_step: Callable[..., StepResult]  # model, optimizer, micro_batches, num_targets, ranks, on_skip -> result
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # not wrapped in DDP
+    update_step: UpdateStep
+    objects: dict[str, Stateful]  # what a checkpoint holds besides the model: the optimizer, what actions keep
     stream: Any  # iterator of batches, with `wait` and `close`
     eval_set: Any  # iterable of batches, with `exhausted`
     ranks: Ranks
     checkpointer: Checkpointer
     sinks: list[Sink]
-    memory: PeakMemory
+    memory: RunMemory
     stop: StopRequest
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
-    seq_len: int
-    updates_in_backward: bool  # so that an update that breaks off leaves weights half updated
-    planned_memory_bytes: int | None  # of tensors, at their peak; None where that is unknown
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
     final_metrics: dict[str, Any]  # what the final line says besides the evaluation
     report: Callable[[str], None]  # one line to the user
@@ -91,10 +87,10 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.num_updates_here = 0  # by this process
-        self.peak_tensor_bytes: int | None = None  # of one update, once it is measured
-        self.is_whole = True  # whether weights and optimizer state are those after a whole number of updates
-        if not self.updates_in_backward:
-            self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "is_whole", False))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.update_step.optimizer
 
     @property
     def step(self) -> int:
@@ -132,19 +128,15 @@ class Trainer:
         next_step = self.step + 1
         self.lr = self.set_learning_rate(next_step)
         result = self._measured(
-            lambda: self.train_step(
-                self.train_model,
-                self.optimizer,
+            lambda: self.update_step.run(
                 self._micro_batches(update.batch),
                 update.num_targets,
-                self.ranks,
                 on_skip=lambda name: self._report_once(
                     f"step {next_step}: {name} is not finite; this update is skipped"
                 ),
             ),
             num_micro_batches=-(-len(update.batch.input_ids) // self.micro_batch_size),
         )
-        self.is_whole = True
         self.num_updates_here += 1
         self._count(update, result)
         self.stream_state = update.batch.state
@@ -156,15 +148,12 @@ class Trainer:
         progress = self.progress
         progress.step += 1
         progress.tokens += update.num_tokens
-        progress.positions += update.batch.input_ids.shape[0] * self.seq_len * self.ranks.world_size
+        progress.positions += update.batch.input_ids.numel() * self.ranks.world_size
         progress.num_skipped_updates += result.skipped
-        progress.num_skipped_tensors += result.num_skipped_tensors
-        num_left_out = result.num_skipped_tensors + result.num_skipped_micro_batches
+        num_left_out = result.num_skipped_tensors or 0
+        progress.num_skipped_tensors += num_left_out
         if num_left_out and not result.skipped:
-            self._report_once(
-                f"step {progress.step}: {result.num_skipped_micro_batches} micro-batches and"
-                f" {result.num_skipped_tensors} gradients were not finite and left out"
-            )
+            self._report_once(f"step {progress.step}: {num_left_out} gradients were not finite and left out")
         is_bad = result.skipped or num_left_out > 0
         progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if is_bad else 0
 
@@ -175,16 +164,17 @@ class Trainer:
         if self.ranks.device.type == "cuda" or not is_due or num_micro_batches > MAX_PROFILED_MICRO_BATCHES:
             return run()
         self.optimizer.zero_grad()  # what was there before must not be freed in between
-        held = held_by(self.model, self.optimizer) + self.ranks.bucket_bytes(self.train_model)
-        result, self.peak_tensor_bytes = tensor_peak(run, held, self.ranks.device)
-        planned = "" if self.planned_memory_bytes is None else f", {self.planned_memory_bytes / 1e9:,.2f} planned"
-        self._report_once(f"memory     {self.peak_tensor_bytes / 1e9:,.2f} GB measured for tensors{planned}")
+        held = held_by(self.model, self.optimizer) + self.update_step.bucket_bytes
+        result = self.memory.measure(run, held, self.ranks.device)
+        measured, plan = self.memory.tensor_bytes or 0, self.memory.planned_bytes
+        planned = "" if plan is None else f", {plan / 1e9:,.2f} planned"
+        self._report_once(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def rescue(self) -> None:
         """After memory ran out: free what an update had begun, and save if the weights are whole. Ranks do not agree on
         running out, so nothing is saved where there are several."""
-        is_whole = self.is_whole and not getattr(self.optimizer, "has_begun", False)
+        is_whole = self.update_step.is_whole
         self.optimizer.zero_grad()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -196,14 +186,17 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
+        left_out = (
+            {} if result.num_skipped_tensors is None else {"num_skipped_tensors": self.progress.num_skipped_tensors}
+        )
         line = {
             "loss": result.loss,
             "lr": self.lr,
             "grad_norm": result.grad_norm,
             **self.throughput.read(),
-            **self._peak_memory(),
+            **self.memory.numbers(self.ranks.gather),
             "num_skipped_updates": self.progress.num_skipped_updates,
-            **({"num_skipped_tensors": self.progress.num_skipped_tensors} if self.updates_in_backward else {}),
+            **left_out,
             **self.model_metrics(),
         }
         self._write("train", line)
@@ -221,7 +214,7 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            self.final = self._write(event, {**numbers, **self._peak_memory(), **self.final_metrics})
+            self.final = self._write(event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics})
             return True
 
     def note_stop(self, outcome: str) -> None:
@@ -237,7 +230,7 @@ class Trainer:
             self.progress.wall_seconds = time.monotonic() - self.started
             streams = {key: state for part in self.ranks.gather(self.stream_state) for key, state in part.items()}
             state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
-            path = self.ranks.on_main(lambda: self.checkpointer.save(self.step, self.model, self.optimizer, state))
+            path = self.ranks.on_main(lambda: self.checkpointer.save(self.step, self.model, self.objects, state))
             self.saved_step = self.step
             self._write("checkpoint", {"path": str(path)})
 
@@ -250,16 +243,6 @@ class Trainer:
         """Tell the user what every rank knows."""
         if self.ranks.is_main:
             self.report(line)
-
-    def _peak_memory(self) -> dict[str, int]:
-        """Measured beside planned. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
-        what the allocator had reserved for them."""
-        peak, reserved = self.memory.peak_bytes(), self.memory.reserved_bytes()
-        tensors = self.peak_tensor_bytes if reserved is None else peak
-        peaks = [max(values) for values in zip(*self.ranks.gather((peak, tensors or 0, reserved or 0)), strict=True)]
-        names = ("planned_memory_bytes", "peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
-        values = [self.planned_memory_bytes, *peaks]
-        return {name: value for name, value in zip(names, values, strict=True) if value}
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

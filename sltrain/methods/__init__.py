@@ -1,6 +1,1 @@
-"""The ways to parametrize a model's projections, by the name a person types."""
-
-from sltrain.methods import full, low_rank, sltrain
-from sltrain.methods.settings import Method
-
-METHODS: dict[str, Method] = {"full": full, "low_rank": low_rank, "sltrain": sltrain}
+"""Ways to parametrize the projections of a model: one file a method, found by name."""

@@ -1,21 +1,41 @@
 """The low-rank baseline: every projection is (alpha / rank) B A, nothing else (Kamalakara et al., arXiv 2209.13569)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from omegaconf import MISSING
 
-from sltrain.layers import LowRankLinear
-from sltrain.methods.settings import LayerSettings, MethodSettings, replace_each
+from sltrain.methods.base import METHODS, Method, check_patterns, chosen_names, replace_each, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
 
 
-def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]) -> list[str]:
-    """Put a LowRankLinear in place of each chosen linear, on its device and in its dtype; return their names.
+@METHODS.register("low_rank")
+@dataclass
+class LowRank(Method):
+    """Options of method=low_rank."""
 
-    The sparsity and its overrides belong to the model's recipe and are not used. Raises ValueError for a rank a layer
-    cannot have, for a pattern that fits nothing, and if no linear was chosen.
-    """
+    rank: int = MISSING  # inner size of B A
+    alpha: float = MISSING  # the product is scaled by alpha / rank
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
 
-    def make(linear: nn.Linear, layer: LayerSettings) -> nn.Module:
-        return LowRankLinear(linear.in_features, linear.out_features, layer.rank, settings.alpha, **layer.like_linear)
+    def check(self) -> None:
+        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
+            if rank < 1:
+                raise ValueError(f"method=low_rank needs rank above 0, and {name} is {rank}")
 
-    return replace_each(model, settings, should_replace, make)
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        """Put a LowRankLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
+        rank a layer cannot have, and for a pattern that fits nothing."""
+        from sltrain.layers import LowRankLinear
+
+        check_patterns("rank_overrides", self.rank_overrides, chosen_names(model, chosen))
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            return LowRankLinear(linear.in_features, linear.out_features, rank, self.alpha, **like)
+
+        return replace_each(model, chosen, make)

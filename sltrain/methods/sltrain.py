@@ -1,30 +1,85 @@
 """SLTrain: every projection is (alpha / rank) B A + S, S sparse on a fixed random support (arXiv 2406.02214)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from omegaconf import MISSING
 
-from sltrain.layers import SLTrainLinear
-from sltrain.methods.settings import LayerSettings, MethodSettings, replace_each
+from sltrain.methods.base import METHODS, Method, check_patterns, chosen_names, replace_each, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
+
+SUPPORTS = ("uniform", "stratified", "block", "column")
 
 
-def replace(model: nn.Module, settings: MethodSettings, should_replace: Callable[[str, nn.Linear], bool]) -> list[str]:
-    """Put an SLTrainLinear in place of each chosen linear, on its device and in its dtype; return their names.
+@METHODS.register("sltrain")
+@dataclass
+class SLTrain(Method):
+    """Options of method=sltrain. An override maps a name pattern to another rank or sparsity; of several that fit a
+    layer, the last wins."""
 
-    Raises ValueError for a rank, sparsity or block size a layer cannot have, for a pattern that fits nothing, and if
-    no linear was chosen.
-    """
+    rank: int = MISSING  # inner size of B A; 0: S alone
+    sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
+    alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
+    support: str = MISSING  # entries of S: uniform (the paper), stratified, block or column
+    block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
 
-    def make(linear: nn.Linear, layer: LayerSettings) -> nn.Module:
-        return SLTrainLinear(
-            linear.in_features,
-            linear.out_features,
-            layer.rank,
-            layer.sparsity,
-            settings.alpha,
-            **layer.like_linear,
-            support=settings.support,
-            block_size=settings.block_size,
-        )
+    def check(self) -> None:
+        if self.support not in SUPPORTS:
+            raise ValueError(f"support={self.support}: choose one of {', '.join(SUPPORTS)}")
+        check_ranks(self.rank_overrides)
+        sparsities = {"sparsity": self.sparsity, **self.sparsity_overrides}
+        for name, sparsity in sparsities.items():
+            if not 0 <= sparsity < 1:
+                raise ValueError(
+                    f"{name}={sparsity}: must be at least 0 and below 1;"
+                    " it is the fraction of S that is trained (0.03 = 3 %)"
+                )
+        if self.rank == 0 and self.sparsity == 0 and not (self.rank_overrides or self.sparsity_overrides):
+            raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
+        for name, sparsity in sparsities.items():
+            if sparsity == 0 and self.support in ("block", "column"):
+                raise ValueError(
+                    f"support={self.support} with {name}=0 has nothing to train;"
+                    " set sparsity above 0, or support=uniform for B A alone"
+                )
+        if self.block_size is not None and self.support != "block":
+            raise ValueError(
+                f"block_size={self.block_size} is for support=block, and support is {self.support};"
+                " add support=block, or drop block_size"
+            )
 
-    return replace_each(model, settings, should_replace, make)
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        """Put an SLTrainLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
+        rank, sparsity or block size a layer cannot have, and for a pattern that fits nothing."""
+        from sltrain.layers import SLTrainLinear
+
+        names = chosen_names(model, chosen)
+        check_patterns("rank_overrides", self.rank_overrides, names)
+        check_patterns("sparsity_overrides", self.sparsity_overrides, names)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            return SLTrainLinear(
+                linear.in_features,
+                linear.out_features,
+                resolve(self.rank, self.rank_overrides, name),
+                resolve(self.sparsity, self.sparsity_overrides, name),
+                self.alpha,
+                support=self.support,
+                block_size=self.block_size,
+                **like,
+            )
+
+        return replace_each(model, chosen, make)
+
+
+def check_ranks(overrides: dict[str, int]) -> None:
+    """Raise ValueError for an override below 0."""
+    for pattern, rank in overrides.items():
+        if rank < 0:
+            raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")

@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from sltrain.config import ModelConfig
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.fused import made_again, rms_norm, swiglu
-from sltrain.models.loss import IGNORE, chunked_cross_entropy_sum
+from sltrain.models.loss import chunked_cross_entropy_sum
+from sltrain.numeric import IGNORED_LABEL
 
 DRAWN_AT_ONCE = 2**22  # random numbers
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -226,7 +227,7 @@ class LlamaForCausalLM(nn.Module):
         if labels is None:
             logits = self.lm_head(hidden)
             return logits if rows is not None else logits.view(*input_ids.shape, -1)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position t predicts t + 1, the last one nothing
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1, the last one nothing
         return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
 
     @torch.no_grad()

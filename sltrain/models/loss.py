@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # label of a position without a target, as in torch and transformers
+from sltrain.numeric import IGNORED_LABEL
+
 # Of float32 logits. A CPU's memory manager keeps pieces of this size for the next chunk; larger ones it returns to the
 # system, and getting them back costs more than the softmax. A GPU wants larger products.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
@@ -90,7 +91,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         loss = _run_chunks(hidden, weight, labels, chunk_rows, gradients)
         grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
         # A row without a target is made zero where it is D wide, not V.
-        source = None if gradients.logits is None else hidden * (labels != IGNORE).unsqueeze(1)
+        source = None if gradients.logits is None else hidden * (labels != IGNORED_LABEL).unsqueeze(1)
         ctx.save_for_backward(gradients.hidden, grad_weight, gradients.logits, source)
         return loss
 
@@ -132,7 +133,7 @@ def _run_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int,
 def _run_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, rows: slice, gradients: _Gradients) -> Tensor:
     """The sum of the log-probabilities of these rows' labels. Its logits are gone when it returns."""
     exact, chunk, label = _exact(hidden), hidden[rows], labels[rows].unsqueeze(1)
-    has_target, target = label != IGNORE, label.clamp(min=0)
+    has_target, target = label != IGNORED_LABEL, label.clamp(min=0)
     log_p = torch.log_softmax(chunk @ weight.t(), 1, dtype=exact)  # (rows, V)
     total = (log_p.gather(1, target) * has_target).sum()
     if gradients.hidden is None and gradients.weight is None and gradients.logits is None:

@@ -1,4 +1,4 @@
-"""AdamW that can take an update's gradient in parts, and round weights stochastically.
+"""AdamW that rounds weights stochastically.
 
 torch's own AdamW is used wherever it can do the job (build.py); this one has the same state under the same names, so a
 checkpoint of either fits the other. Whatever the parameters' dtype, it computes in float32 (float64 for float64) and
@@ -11,26 +11,10 @@ An update, with g the gradient, t the number of this update, and d the learning 
     m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
     w <- (1 - d weight_decay) w - d (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-Folding (AdamA: Zhang et al., arXiv 2305.19982) does not wait for g = sum_i g_i over k micro-batches. The g_i are those
-of the micro-batches' summed losses divided by the number of targets of the whole update, and each is used and freed:
-
-    m <- beta1 m + (1 - beta1) sum_i g_i    v <- beta2 v + (1 - beta2) sum_i g_i^2
-
-m is that of Adam. v is not: the sum of squares stands for the square of the sum. Where the g_i agree, the sum of
-squares is g^2 / k, and the step is sqrt(k) larger; where they are independent noise around zero, the two are equal in
-expectation; where they cancel, v is larger than Adam's and the step smaller. So the same learning rate is a somewhat
-larger one under folding, at most by sqrt(k).
-
-In bfloat16 each micro-batch rounds both moments once more. At beta2 = 0.999 v has settled where one update moves it by
-a thousandth, less than 8 bits can show (half a unit in the last place is 1/512 to 1/256 of v), so what is added or
-decayed is lost more often than not. Measured with noise of constant size, 16 micro-batches an update, 4000 updates: v
-is 0.26 of what it should be, so steps are twice as large; without folding, where torch's fused AdamW keeps bfloat16
-moments too, 1.44 of it. At beta2 = 0.95 it is 0.93 and 1.00, in float32 1.00 always. Fold with beta2 = 0.95, or with
-float32 weights.
-
-On several ranks each starts from its share of the decayed moments, beta / num_ranks of them, folds the gradients of its
-own micro-batches, and after the last one the moments are summed over ranks: the result is that of one process with all
-micro-batches. That is two tensors an update to send, where accumulating gradients (hold) sends one.
+bfloat16 moments lose small changes. At beta2 = 0.999 v has settled where one update moves it by a thousandth, less than
+8 bits can show (half a unit in the last place is 1/512 to 1/256 of v), so what is added or decayed is lost more often
+than not. Measured with noise of constant size over 4000 updates, with torch's fused AdamW: v is 1.44 of what it should
+be; at beta2 = 0.95, or in float32, 1.00 of it.
 """
 
 import math
@@ -41,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sltrain.optim.rounding import generator_of_update, pieces, round_into
+from sltrain.numeric import pieces
+from sltrain.optim.rounding import generator_of_update, round_into
 from sltrain.optim.wrapper import with_gradients
 
 
@@ -77,53 +62,19 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "evaluate the loss before the step"
         for group, parameter in with_gradients(self):
+            assert parameter.grad is not None
             self._update(group, parameter, parameter.grad)
 
-    @torch.no_grad()
-    def fold(self, group: dict[str, Any], parameter: nn.Parameter, grad: Tensor | None, share: float | None) -> None:
-        """Decay both moments once if `share` is given, to this part of the decayed ones; then add one micro-batch's
-        gradient, if given."""
-        beta1, beta2 = group["betas"]
-        decays = (1.0, 1.0) if share is None else (beta1 * share, beta2 * share)
-        state = self._state_of(parameter)
-        moments = (state["exp_avg"], state["exp_avg_sq"])
-        if grad is None:
-            for moment, decay in zip(moments, decays, strict=True):
-                moment.mul_(decay)
-            return
-        for m, v, g in pieces(*moments, grad.contiguous()):
-            exact_m, exact_v = _exact(m), _exact(v)
-            add_gradient(exact_m, exact_v, _exact(g), (beta1, beta2), decays)
-            m.copy_(exact_m)
-            v.copy_(exact_v)
-
-    @torch.no_grad()
-    def apply(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
-        """Move the weights by the moments, after the last fold of an update."""
-        self._update(group, parameter, None)
-
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """Mean and mean square of the parameter's gradients, as they are kept: contiguous, of the parameter's shape."""
-        state = self._state_of(parameter)
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def _update(self, group: dict[str, Any], parameter: nn.Parameter, grad: Tensor | None) -> None:
-        """One update: of moments and weights, or without a gradient of the weights alone."""
+    def _update(self, group: dict[str, Any], parameter: nn.Parameter, grad: Tensor) -> None:
         state = self._state_of(parameter)
         state["step"] += 1
         update = int(state["step"])
         store = self._store_weights(parameter, update)
-        for w, m, v, *rest in pieces(
-            parameter.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            *([] if grad is None else [grad.contiguous()]),
-        ):
+        for w, m, v, g in pieces(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], grad.contiguous()):
             exact_w, exact_m, exact_v = _exact(w), _exact(m), _exact(v)
-            for g in rest:
-                add_gradient(exact_m, exact_v, _exact(g), group["betas"], group["betas"])
-                m.copy_(exact_m)
-                v.copy_(exact_v)
+            add_gradient(exact_m, exact_v, _exact(g), group["betas"])
+            m.copy_(exact_m)
+            v.copy_(exact_v)
             move_weights(
                 exact_w, exact_m, exact_v, update, group["lr"], group["betas"], group["eps"], group["weight_decay"]
             )
@@ -146,12 +97,10 @@ class AdamW(Optimizer):
         return lambda to, exact: round_into(to, exact, generator)
 
 
-def add_gradient(
-    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, betas: tuple[float, float], decays: tuple[float, float]
-) -> None:
-    """In place: m <- decay1 m + (1 - beta1) g and v <- decay2 v + (1 - beta2) g^2; three tensors of one shape."""
-    exp_avg.mul_(decays[0]).add_(grad, alpha=1 - betas[0])
-    exp_avg_sq.mul_(decays[1]).addcmul_(grad, grad, value=1 - betas[1])
+def add_gradient(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, betas: tuple[float, float]) -> None:
+    """In place: m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2; three tensors of one shape."""
+    exp_avg.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
 
 
 def move_weights(

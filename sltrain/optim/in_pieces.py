@@ -8,7 +8,8 @@ compute is the same, because they work element by element and quantize by blocks
 The last piece holds what BLOCK does not divide: a few elements, whose moments then are not quantized. So the moments of
 any parameter are, but for these, even where the optimizer asks for sizes that its blocks divide.
 
-State and checkpoints are those of the pieces; `param_groups` are of the whole parameters.
+State and checkpoints are those of the pieces, called layer.weight#0, layer.weight#1, ...; `param_groups` are of the
+whole parameters.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sltrain.optim.rounding import PIECE
+from sltrain.numeric import PIECE
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
 BLOCK = 256  # the block sizes of the quantized optimizers, 128 and 256, divide it
@@ -45,15 +46,24 @@ class InPieces(WrappedOptimizer):
             for group in groups
             for parameter in group["params"]
         }
-        of_pieces = [
-            {**group, "params": [piece for parameter in group["params"] for piece in self._pieces[parameter]]}
-            for group in groups
-        ]
-        super().__init__(make(of_pieces))
+        super().__init__(make([self._of_pieces(group) for group in groups]))
         # With the settings that the inner optimizer completed; a learning rate that is a tensor is shared.
+        whole = ("params", "param_names")
         self._groups = [
-            {**inner, "params": group["params"]} for group, inner in zip(groups, self.inner.param_groups, strict=True)
+            {**inner, **{key: group[key] for key in whole if key in group}}
+            for group, inner in zip(groups, self.inner.param_groups, strict=True)
         ]
+
+    def _of_pieces(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group with pieces in place of parameters, and names such as layer.weight#3."""
+        of_pieces = {**group, "params": [piece for parameter in group["params"] for piece in self._pieces[parameter]]}
+        if "param_names" in group:
+            of_pieces["param_names"] = [
+                f"{name}#{number}"
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
+                for number in range(len(self._pieces[parameter]))
+            ]
+        return of_pieces
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

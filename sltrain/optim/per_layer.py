@@ -13,12 +13,8 @@ A parameter used twice (tied weights) is updated once, after both.
         loss.backward()
     squared_norm, num_updated, num_skipped = optimizer.finish()
 
-Of an update that has several micro-batches:
-
-hold   keeps the gradients until the last micro-batch, in whose backward they go one by one: exactly the ordinary
-       update, with any optimizer. It saves memory only with one micro-batch an update.
-fold   each micro-batch's gradient goes into the moments and is freed (adamw.py says what that changes). On several
-       ranks the moments of a parameter are summed over them in the last micro-batch.
+Of an update that has several micro-batches the gradients wait for the last one, in whose backward they go one by one:
+exactly the ordinary update, with any optimizer. So it saves memory only with one micro-batch an update.
 
 The host waits once a tensor: whether a gradient is finite is read before it is used, because a bad one must leave
 weights and moments as they are, and only one of the optimizers (torch's fused AdamW) could be told so on the device.
@@ -38,12 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from sltrain.optim.adamw import AdamW
-from sltrain.optim.rounding import pieces
+from sltrain.numeric import clip_factor, norm_in_pieces
 from sltrain.optim.wrapper import WrappedOptimizer, only
-
-ACCUMULATIONS = ("hold", "fold")
 
 
 class PerLayerUpdate(WrappedOptimizer):
@@ -53,13 +47,11 @@ class PerLayerUpdate(WrappedOptimizer):
     parameter that gets no gradient must get none on any of them.
 
     Args:
-        inner: any optimizer of build.py; for fold, the AdamW of adamw.py.
+        inner: any optimizer of build.py.
         parameters: all parameters of the model in its order; needed with several ranks, for the order of sending.
         reduce_grad: sums a tensor over ranks, in place; None for one process.
-        num_ranks: how many ranks it sums over.
-        accumulation: hold or fold.
         grad_clip_per_parameter: largest norm of one parameter's gradient, summed over ranks and micro-batches; a larger
-            one is scaled down. Only with hold.
+            one is scaled down.
     """
 
     def __init__(
@@ -68,21 +60,15 @@ class PerLayerUpdate(WrappedOptimizer):
         *,
         parameters: Iterable[nn.Parameter] = (),
         reduce_grad: Callable[[Tensor], object] | None = None,
-        num_ranks: int = 1,
-        accumulation: str = "hold",
         grad_clip_per_parameter: float | None = None,
     ) -> None:
         super().__init__(inner)
-        assert accumulation in ACCUMULATIONS, accumulation
-        assert num_ranks == 1 or reduce_grad is not None, "several ranks need a sum over them"
-        self.folds = accumulation == "fold"
-        assert not self.folds or (isinstance(inner, AdamW) and grad_clip_per_parameter is None)
-        self.reduce_grad = reduce_grad if num_ranks > 1 else None
-        self.num_ranks = num_ranks
+        self.reduce_grad = reduce_grad
         self.grad_clip_per_parameter = grad_clip_per_parameter
         self._group_index: dict[nn.Parameter, int] = {}  # not the group: load_state_dict makes new ones
         self._order: list[nn.Parameter] = []
         self._order_is_learned = False
+        self._hooks: list[RemovableHandle] = []
         for index in range(len(self.param_groups)):
             self._hook_group(index)
         model_order = {parameter: number for number, parameter in enumerate(parameters)}
@@ -99,44 +85,39 @@ class PerLayerUpdate(WrappedOptimizer):
         self.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, and an update that was begun. What fold has put into the moments stays there."""
+        """Drop all gradients, and an update that was begun."""
         super().zero_grad(set_to_none)
         self._begin()
+
+    def close(self) -> None:
+        """Remove the hooks: from now on backward updates nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        super().close()
 
     # ---- the face towards the training step
 
     def before_backward(self, is_last: bool) -> None:
         """Announce the backward of one micro-batch, the update's last one or not."""
-        self._is_armed = self.folds or is_last
-        self._is_last = is_last
+        self._is_armed = is_last
 
     @torch.no_grad()
     def finish(self) -> tuple[float, int, int]:
-        """End the update: do what is left of it (fold: the last micro-batch may have been left out, on this rank).
+        """End the update: use the gradients that are still there.
 
         Returns:
-            the sum of the squared norms of the gradients that were used: with hold of the update's, before clipping;
-            with fold of each micro-batch's on each rank.
+            the sum of the squared norms of the gradients that were used, before clipping.
             how many tensors were updated.
-            how many gradients were not finite and left out: with hold of the update's, with fold of each micro-batch's
-            on each rank.
+            how many gradients were not finite and left out.
         """
-        self._is_armed, self._is_last = False, True
+        self._is_armed = False
         for parameter in self._order[self._num_done :]:
-            if self.folds:
-                if parameter.grad is not None:
-                    self._fold(parameter)
-                self._apply_folded(parameter)
-            elif parameter.grad is not None:
+            if parameter.grad is not None:
                 self._update(parameter)
         if self.reduce_grad is not None and not self._order_is_learned:
             self._learn_order()
-        squared, skipped = self._squared_norm, self._num_skipped
-        if self.folds and self.reduce_grad is not None:
-            over_ranks = torch.tensor([squared, skipped], dtype=torch.float64, device=self._order[0].device)
-            self.reduce_grad(over_ranks)
-            squared, skipped = over_ranks.tolist()
-        result = squared, self._num_updated, int(skipped)
+        result = self._squared_norm, self._num_updated, self._num_skipped
         self._begin()
         return result
 
@@ -144,18 +125,17 @@ class PerLayerUpdate(WrappedOptimizer):
 
     def _begin(self) -> None:
         """Nothing of the next update has been done."""
-        self._is_armed = self._is_last = False
+        self._is_armed = False
         self.has_begun = False  # whether the update under way has changed weights or moments
         self._squared_norm, self._num_updated, self._num_skipped = 0.0, 0, 0
         self._num_done = 0  # parameters that had their turn, in order
         self._arrived: dict[nn.Parameter, None] = {}  # those whose last gradient has come, as they came
-        self._num_folded: dict[nn.Parameter, int] = {}  # gradients that went into its moments, on this rank
 
     def _hook_group(self, index: int) -> None:
         for parameter in self.param_groups[index]["params"]:
             if parameter not in self._group_index:
                 self._group_index[parameter] = index
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
                 self._order.append(parameter)
 
     @torch.no_grad()
@@ -164,21 +144,16 @@ class PerLayerUpdate(WrappedOptimizer):
         if not self._is_armed:
             return
         assert isinstance(parameter, nn.Parameter)
-        if self.folds:
-            self._fold(parameter)  # local: no rank waits for another
-        if not self._is_last:
-            return
         self._arrived[parameter] = None
-        use = self._apply_folded if self.folds else self._update
         if self.reduce_grad is None:
-            use(parameter)
+            self._update(parameter)
             return
         while self._num_done < len(self._order) and self._order[self._num_done] in self._arrived:
-            use(self._order[self._num_done])
+            self._update(self._order[self._num_done])
             self._num_done += 1
 
     def _update(self, parameter: nn.Parameter) -> None:
-        """hold: update one parameter by its gradient, if that is finite, and free it."""
+        """Update one parameter by its gradient, if that is finite, and free it."""
         grad = parameter.grad
         assert grad is not None
         self.has_begun = True
@@ -186,48 +161,16 @@ class PerLayerUpdate(WrappedOptimizer):
             self.reduce_grad(grad)
         if (norm := self._count(grad)) is not None:
             if self.grad_clip_per_parameter is not None:
-                grad.mul_((self.grad_clip_per_parameter / (norm + 1e-6)).clamp_(max=1.0))
-            with only(self.inner, self._group_of(parameter), parameter):
+                grad.mul_(clip_factor(norm, self.grad_clip_per_parameter))
+            with only(self.inner, self.param_groups[self._group_index[parameter]], parameter):
                 self.inner.step()
             self._num_updated += 1
         parameter.grad = None
 
-    def _fold(self, parameter: nn.Parameter) -> None:
-        """fold: put one micro-batch's gradient into the moments, if it is finite, and free it."""
-        grad = parameter.grad
-        assert grad is not None
-        self.has_begun = True
-        if self._count(grad) is not None:
-            num_folded = self._num_folded.get(parameter, 0)
-            self._inner_adamw.fold(self._group_of(parameter), parameter, grad, None if num_folded else self._share)
-            self._num_folded[parameter] = num_folded + 1
-        parameter.grad = None
-
-    def _apply_folded(self, parameter: nn.Parameter) -> None:
-        """fold: sum the moments over ranks and move the weights, unless no rank has folded anything."""
-        num_folded = self._num_folded.pop(parameter, 0)
-        if self.reduce_grad is not None:
-            on_all = torch.tensor(float(num_folded), device=parameter.device)
-            self.reduce_grad(on_all)
-            if on_all.item() == 0:
-                return
-            if num_folded == 0:  # this rank still owes its share of the moments
-                self._inner_adamw.fold(self._group_of(parameter), parameter, None, self._share)
-            for moment in self._inner_adamw.moments(parameter):
-                if moment.numel():
-                    self.reduce_grad(moment)
-        elif num_folded == 0:
-            return
-        self._inner_adamw.apply(self._group_of(parameter), parameter)
-        self._num_updated += 1
-
     def _count(self, grad: Tensor) -> Tensor | None:
         """The gradient's norm, 0-d in float32 or more, counted with the others; None if it is not finite. Waits for
         the device."""
-        exact = torch.promote_types(grad.dtype, torch.float32)
-        # In pieces: a CPU makes a float32 copy of what it takes a norm of.
-        norms = [torch.linalg.vector_norm(piece, dtype=exact) for (piece,) in pieces(grad.contiguous())]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = norm_in_pieces(grad, torch.promote_types(grad.dtype, torch.float32))
         value = norm.item()
         if not math.isfinite(value):
             self._num_skipped += 1
@@ -245,15 +188,3 @@ class PerLayerUpdate(WrappedOptimizer):
         ranked = sorted(zip(positions.tolist(), range(len(self._order)), strict=True))
         self._order = [self._order[index] for _, index in ranked]
         self._order_is_learned = True
-
-    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        return self.param_groups[self._group_index[parameter]]
-
-    @property
-    def _share(self) -> float:
-        return 1.0 / self.num_ranks
-
-    @property
-    def _inner_adamw(self) -> AdamW:
-        assert isinstance(self.inner, AdamW)
-        return self.inner

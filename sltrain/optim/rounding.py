@@ -14,16 +14,15 @@ rank draws the same ones, and a resumed run needs none of a generator's state.
 """
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sltrain.numeric import pieces
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
-PIECE = 2**22  # elements worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is
 _LOWER_HALF = 2**16  # values that the bits have which a bfloat16 lacks
 
 
@@ -40,12 +39,6 @@ def round_into(target: Tensor, values: Tensor, generator: torch.Generator) -> No
     """Write float32 values into a contiguous bfloat16 tensor of the same shape, stochastically rounded."""
     for to, piece in pieces(target, values):
         to.copy_(stochastic_round(piece, generator))
-
-
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same up to PIECE elements of each of these contiguous tensors of one shape, one tuple after the
-    other."""
-    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
 
 
 def generator_of_update(device: torch.device, seed: int, parameter_number: int, update: int) -> torch.Generator:

@@ -18,6 +18,7 @@ class WrappedOptimizer(Optimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner  # Optimizer.__init__ would make groups and a state of its own
+        self.members = [inner]  # what it works through; Composite has several
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -44,14 +45,21 @@ class WrappedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
 
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        return self.inner.register_step_pre_hook(hook)
+    def close(self) -> None:
+        """Let go of the parameters, which another optimizer may then have."""
+        if isinstance(self.inner, WrappedOptimizer):
+            self.inner.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: hooks, numbers and pieces are made for the parameters given at the start."""
-        raise TypeError(
-            f"{type(self).__name__} has all its parameters from the start; give them to the inner optimizer"
-        )
+        raise TypeError(f"{type(self).__name__} has all its parameters from the start; see rebuild_optimizer")
+
+
+def innermost(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that have the state: those that `optimizer` works through, or itself."""
+    if not isinstance(optimizer, WrappedOptimizer):
+        return [optimizer]
+    return [leaf for member in optimizer.members for leaf in innermost(member)]
 
 
 def with_gradients(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

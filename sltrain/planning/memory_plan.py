@@ -51,7 +51,6 @@ class UpdateShape:
     seq_len: int
     num_micro_batches: int = 1
     per_layer_update: bool = False
-    holds_gradients: bool = True  # from micro-batch to micro-batch
     uses_ddp: bool = False
     device_type: str = "cuda"
     has_kernel: bool = False  # whether products with S run through the CPU kernel
@@ -205,7 +204,7 @@ class _Parts:
             "embedding backward": self.embedding_gradient,
             "update": 0,
         }[phase]
-        if shape.num_micro_batches > 1 and shape.holds_gradients:
+        if shape.num_micro_batches > 1:
             return self.all_gradients + new
         if shape.per_layer_update or shape.uses_ddp:
             return new

@@ -88,7 +88,7 @@ def other_differences(rows: list[Row]) -> str:
     keys = {
         key
         for several in models.values()
-        for key in {*itertools.chain(*several)} - {*NAMED}
+        for key in {*itertools.chain(*several)} - {*NAMED, *(f"method.{key}" for row in rows for key in row.options)}
         if len({settings.get(key) for settings in several}) > 1
     }
     if not keys:

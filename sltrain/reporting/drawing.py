@@ -30,9 +30,8 @@ BLUE, VERMILLION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 ORANGE, PURPLE, SKY_BLUE = "#E69F00", "#CC79A7", "#56B4E9"
 COLOURS = (BLUE, VERMILLION, GREEN, BLACK, ORANGE, PURPLE, SKY_BLUE)
 GREY = "#9a9a9a"
-MARKERS = ("o", "s", "^", "D", "v", "<", ">")
-METHODS = {"sltrain": ("-", "o"), "low_rank": ("--", "s"), "full": ("-.", "^")}
-OTHER_METHOD = (":", "D")
+MARKERS = ("^", "s", "o", "D", "v", "<", ">", "P", "X")
+LINES: tuple[Any, ...] = ("-.", "--", "-", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -78,9 +77,15 @@ def colours_of(rows: list[Row]) -> dict[str, str]:
     return {row.name: colour for row, colour in zip(rows[:num_named], COLOURS, strict=False)}
 
 
-def method_style(method: str | None) -> tuple[Any, str]:
-    """Line style and marker of a method."""
-    return METHODS.get(method or "", OTHER_METHOD)
+def method_styles(rows: list[Row]) -> dict[str, tuple[Any, str]]:
+    """Line style and marker of each method among the rows, by name in alphabetical order."""
+    methods = sorted({method_of(row) for row in rows})
+    return {m: (LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+
+
+def method_of(row: Row) -> str:
+    """What legends call a run's method."""
+    return row.method or "unknown"
 
 
 def tick_labels(write: Callable[[float], str]) -> Any:

@@ -17,7 +17,8 @@ from sltrain.reporting.drawing import (
     Picture,
     colours_of,
     legend_below,
-    method_style,
+    method_of,
+    method_styles,
     new_figure,
     our_style,
     tick_labels,
@@ -60,18 +61,18 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
     if not lines:
         return None
     figure, axes = new_figure(WIDTH, 4.3)
-    colours = colours_of(rows)
+    colours, styles = colours_of(rows), method_styles(rows)
     named: list[tuple[Line2D, str]] = []
     for number, (row, train, evals) in reversed(list(enumerate(lines))):  # the best on top
-        line, points = _curve_styles(number, row, colours.get(row.name))
+        line, points = _curve_styles(number, styles[method_of(row)][0], colours.get(row.name))
         axes.plot(*zip(*smooth(train), strict=True), **line)
         if row.name in colours:
             if evals:
                 axes.plot(*zip(*evals, strict=True), **points)
             named.insert(0, (Line2D([], [], **{**points, **line}), elide(row.name, MAX_LABEL)))
-    others = [row.method or "unknown" for row, _, _ in lines if row.name not in colours]
+    others = [method_of(row) for row, _, _ in lines if row.name not in colours]
     for method in sorted(set(others)):
-        handle = Line2D([], [], color=GREY, linestyle=method_style(method)[0], linewidth=1)
+        handle = Line2D([], [], color=GREY, linestyle=styles[method][0], linewidth=1)
         named.append((handle, f"{others.count(method)} more of {method}"))
     legend_below(axes, *map(list, zip(*named, strict=True)), ncols=2, columnspacing=2, handlelength=3.2)
     beyond = _cut_loss_axis(axes, [smooth(train) for _, train, _ in lines])
@@ -108,9 +109,9 @@ def _axis(
     return place, "wall time", f"wall time, {name}", plain
 
 
-def _curve_styles(number: int, row: Row, colour: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _curve_styles(number: int, linestyle: Any, colour: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """How the training loss of a run is drawn, and its validation points."""
-    line = {"color": colour or GREY, "linestyle": method_style(row.method)[0], "linewidth": 1.4 if colour else 0.6}
+    line = {"color": colour or GREY, "linestyle": linestyle, "linewidth": 1.4 if colour else 0.6}
     marker = {"marker": MARKERS[number % len(MARKERS)], "markersize": 6, "markeredgecolor": "white"}
     return line, {"color": colour, "linestyle": "none", "zorder": 3, **marker}
 
@@ -137,7 +138,7 @@ def draw_heat_maps(rows: list[Row]) -> list[Picture]:
     """Perplexity over rank and sparsity, one figure for each set of finished runs that are equal in all else."""
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
-        if row.method == "sltrain" and row.recipe and row.rank is not None and row.sparsity is not None:
+        if row.recipe and row.rank is not None and row.sparsity is not None:
             if row.is_complete and math.isfinite(row.perplexity or math.nan):
                 families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
     pictures: list[Picture] = []

@@ -14,7 +14,8 @@ from sltrain.reporting.drawing import (
     Picture,
     colours_of,
     legend_below,
-    method_style,
+    method_of,
+    method_styles,
     new_figure,
     tick_labels,
     to_picture,
@@ -39,6 +40,7 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     rows = [row for row in rows if row.peak_memory_bytes and math.isfinite(getattr(row, key) or math.nan)]
     if not rows:
         return None
+    styles = method_styles(rows)
     figure, axes = new_figure(WIDTH, 4.6)
     is_of_tensors = all(row.peak_tensor_bytes for row in rows)
     x = [((row.peak_tensor_bytes if is_of_tensors else row.peak_memory_bytes) or 0) / 1e9 for row in rows]
@@ -47,7 +49,7 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     area = [_area(row.num_parameters, largest) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].name in colours, -area[i]))  # named and small ones on top
     for i, row in ((i, rows[i]) for i in order):
-        colour, marker = colours.get(row.name, GREY), method_style(row.method)[1]
+        colour, marker = colours.get(row.name, GREY), styles[method_of(row)][1]
         face = colour if row.is_complete else "none"
         axes.scatter(x[i], y[i], s=area[i], marker=marker, facecolor=face, edgecolor=colour, alpha=0.55, linewidth=1.2)
         axes.scatter(x[i], y[i], s=6, color=colour, zorder=3)
@@ -98,8 +100,8 @@ def _bubble_legend(axes: "Axes", rows: list[Row], largest: int) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = [], []
-    for method in sorted({row.method or "unknown" for row in rows}):
-        handles.append(Line2D([], [], linestyle="none", marker=method_style(method)[1], markersize=8, color="#777777"))
+    for method, (_, marker) in method_styles(rows).items():
+        handles.append(Line2D([], [], linestyle="none", marker=marker, markersize=8, color="#777777"))
         labels.append(method)
     sizes = sorted({row.num_parameters for row in rows if row.num_parameters})
     for size in sizes[:: max(len(sizes) - 1, 1)]:

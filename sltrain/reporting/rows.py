@@ -10,9 +10,8 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-# Which numbers of the method a method uses; those it does not use are None.
-USED = {"full": (), "low_rank": ("rank", "alpha")}
-ALL_USED = ("rank", "sparsity", "alpha")
+# config.yaml holds a method's options beside its name; early versions had them at the root, whoever used them.
+EARLY_OPTIONS = {"sltrain": ("rank", "sparsity", "alpha", "support"), "low_rank": ("rank", "alpha")}
 
 
 @dataclass
@@ -54,6 +53,7 @@ class Row:
     eval_bytes: int | None = None  # of the evaluated text: tells two texts apart, wherever they lie
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
+    options: dict[str, Any] = field(default_factory=dict)  # of the method, besides rank, sparsity, alpha and support
     recipe: str = ""  # equal for runs that differ in rank, sparsity and the machine alone
     settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value, without those that steer the machine
 
@@ -119,15 +119,20 @@ def make_row(
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the configuration decides. What the method does not use is None."""
+    """The fields that the configuration decides. An option that the method does not have is None."""
     method = _text(config, "method", "name")
-    used = USED.get(method or "", ALL_USED)
+    options = _options(config, method)
     return {
         "method": method,
         "size": _text(config, "model", "name"),
-        **{key: _number(config, key) for key in used},
+        **{key: _number(options, key) for key in ("rank", "sparsity", "alpha")},
         "lr": _number(config, "lr"),
-        "support": _text(config, "support") if "sparsity" in used else None,
+        "support": _text(options, "support"),
+        "options": {
+            printable(key): printable(value) if isinstance(value, str) else value
+            for key, value in options.items()
+            if key not in EARLY_OPTIONS["sltrain"] and isinstance(value, bool | int | float | str)
+        },
         "optimizer": _text(config, "optimizer", "name"),
         "dtype": None if _text(config, "dtype") == "auto" else _text(config, "dtype"),  # until the last line says it
         "seed": _number(config, "seed"),
@@ -136,6 +141,13 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "seq_len": _number(config, "seq_len"),
         "micro_batch_size": _number(config, "micro_batch_size"),
     }
+
+
+def _options(config: Mapping[str, Any], method: str | None) -> Mapping[str, Any]:
+    """The options of the run's method."""
+    own = config.get("method")
+    options = {key: value for key, value in own.items() if key != "name"} if isinstance(own, Mapping) else {}
+    return options or {key: config.get(key) for key in EARLY_OPTIONS.get(method or "", ())}
 
 
 def _results(

@@ -34,11 +34,12 @@ class Column:
     is_text: bool = False
     is_setting: bool = False
     is_detail: bool = False  # shown only where it differs
+    is_option: bool = False  # `key` is an option of the method, not a field
     add: Callable[[Row], str] = lambda row: ""  # what else a cell says, after the value
 
     def cell(self, row: Row) -> str:
         """The value for people; a dash for none."""
-        value = getattr(row, self.key)
+        value = row.options.get(self.key) if self.is_option else getattr(row, self.key)
         return "-" if value is None or value == "" else self.show(value) + self.add(row)
 
 
@@ -112,10 +113,20 @@ COLUMNS = (
 )
 
 
+def columns_of(rows: list[Row]) -> list[Column]:
+    """COLUMNS and, after the method's usual options, a column for each other option of a method."""
+    options = dict.fromkeys(key for row in rows for key in row.options)
+    place = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "support")
+    more = [
+        Column(key, key.replace("_", " "), str, drop=6, is_text=True, is_detail=True, is_option=True) for key in options
+    ]
+    return [*COLUMNS[:place], *more, *COLUMNS[place:]]
+
+
 def shown(rows: list[Row]) -> list[Column]:
     """The columns in which some row has a value, without those that `shared` says."""
     least = {False: 1, True: 2}  # different values
-    return [c for c in COLUMNS if not _is_shared(c, rows) and _num_values(c, rows) >= least[c.is_detail]]
+    return [c for c in columns_of(rows) if not _is_shared(c, rows) and _num_values(c, rows) >= least[c.is_detail]]
 
 
 def shared(rows: list[Row]) -> str:
@@ -201,7 +212,9 @@ def csv_table(rows: list[Row]) -> str:
     """Every field of every row but its settings, raw; empty for None."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [item.name for item in fields(Row) if item.name != "settings"]
-    writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    names = [item.name for item in fields(Row) if item.name not in ("settings", "options")]
+    options = list(dict.fromkeys(key for row in rows for key in row.options))
+    writer.writerow([*names, *(f"method.{key}" for key in options)])
+    for row in rows:
+        writer.writerow([*(getattr(row, name) for name in names), *(row.options.get(key) for key in options)])
     return out.getvalue()

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sltrain.config import RETIRED_KEYS
 from sltrain.engine.metrics import to_strict_json
 from sltrain.runs.lock import RunLock
 
@@ -105,13 +106,23 @@ class RunFolder:
 
     def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
         saved = self._saved_config()
+        for key, todays in RETIRED_KEYS.items():
+            if (value := saved.pop(key, todays)) != todays:
+                raise ValueError(
+                    f"run_dir={self.path} holds a run with {key}={value}, which this version can read but not continue"
+                    f" (only {key}={todays}); name another run_dir"
+                )
         # A key that did not exist yet when the run began has the value that the run was made with: the default.
         skipped = {*changeable, *(key for key in config if key not in saved)}
+        for group in config:
+            if isinstance(config[group], dict) and isinstance(saved.get(group), dict) and "name" in saved[group]:
+                skipped |= {f"{group}.{key}" for key in config[group] if key not in saved[group]}
         old, new = flatten(saved), flatten(config)
+        skipped |= {key for key, value in old.items() if not value and key not in new}  # once an option of every source
         return [
             f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key.split(".")[0] not in skipped
+            if old.get(key) != new.get(key) and not {key, key.split(".")[0], ".".join(key.split(".")[:2])} & skipped
         ]
 
     def claim(self, config: dict[str, Any], resume: str, changeable: Collection[str], tokenizer_json: str) -> Path:

@@ -263,8 +263,8 @@ def test_a_damaged_config_yaml(case: str, model: Path, tmp_path: Path, commands:
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
-        ("rank: 8", "rank: eight", "rank"),
-        ("rank: 8", "rank: 8\nyounger_key: 1", "younger_key"),
+        ("\nrank: 8", "\nrank: eight", "rank"),
+        ("\nrank: 8", "\nrank: 8\nyounger_key: 1", "younger_key"),
         ("support: uniform", "support: diagonal", "diagonal"),
         ("name: sltrain", "name: sl_train", "sl_train"),
         ("num_hidden_layers: 2", "num_hidden_layers: 0", "num_hidden_layers"),

@@ -5,21 +5,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from sltrain.building import run
 from sltrain.building.memory import plan_model, settings_that_fit
 from sltrain.building.model import allocate, build_model
-from sltrain.building.trainer import build_updates
+from sltrain.building.trainer import build_updates, stateful_optimizer
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
+from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.runs.run_folder import RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def composed(*overrides: str) -> TrainConfig:
     return compose_config([*overrides, "data=stdlib"], TRAIN)
+
+
+def objects_of(updates: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Stateful]:
+    return {"optimizer": stateful_optimizer(updates, model)}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
@@ -44,12 +51,16 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
     updates.step()
     updates.zero_grad()
     held = held_by(model, updates)
-    path, saving = tensor_peak(lambda: Checkpointer(tmp_path, 1).save(1, model, updates, {}), held, CPU)
+    path, saving = tensor_peak(
+        lambda: Checkpointer(tmp_path, 1).save(1, model, objects_of(updates, model), {}), held, CPU
+    )
     assert saving <= 1.1 * held + largest
     other = build_model(config, 32_000, torch.bfloat16)
     allocate(other, CPU)
     other_updates = build_updates(config, other, Ranks(0, 1, CPU))
-    _, loading = tensor_peak(lambda: Checkpointer(tmp_path, 1).load(path, other, other_updates), own, CPU)
+    _, loading = tensor_peak(
+        lambda: Checkpointer(tmp_path, 1).load(path, other, objects_of(other_updates, other)), own, CPU
+    )
     assert held <= loading <= 1.1 * held + largest
 
 
@@ -89,3 +100,27 @@ def test_the_headline_run_is_found_for_a_small_card() -> None:
 def test_no_advice_where_nothing_helps() -> None:
     config = composed("model=llama_7b", "optimizer=adam8bit")
     assert settings_that_fit(config, plan_of, 10**9) is None
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_processes_of_one_machine_share_its_memory(
+    num_processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What fits one process does not fit two; torchrun says how many there are here."""
+    config = composed("model=llama_tiny", "max_steps=10", "device=cpu")
+    ranks = Ranks(0, 1, CPU)
+    model = build_model(config, 1000, torch.float32)
+    planned = plan_model(config, model, CPU, 1).total_bytes
+    monkeypatch.setattr(run, "free_bytes", lambda device: int(1.5 * planned))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
+    said: list[str] = []
+
+    def guard() -> MemoryPlan | None:
+        return run.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks, said.append)
+
+    if num_processes == 1:
+        assert guard() == plan_model(config, model, CPU, 1)
+    else:
+        with pytest.raises(ValueError, match=f"where {0.75 * planned / 1e9:,.2f} GB are free"):
+            guard()
+    assert f"{1.5 * planned / num_processes / 1e9:,.2f} GB free on cpu" in said[0]

@@ -12,6 +12,8 @@ from hydra import compose, initialize_config_dir
 from sltrain.commands.sweep import Sweep, _run_process, in_words, job_name
 from sltrain.compose import conf_dir, parse_overrides, register_schema
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("overrides", "swept", "name"),

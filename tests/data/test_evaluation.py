@@ -10,8 +10,9 @@ import tokenizers
 import torch
 
 from sltrain.data.bpe import train_bpe
+from sltrain.data.documents import DataError, is_held_out
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.sources import DataError, LocalFiles, is_held_out
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"

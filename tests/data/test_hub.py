@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sltrain.data.bpe import train_bpe
-from sltrain.data.sources import DataError, HubFiles, LocalFiles, NetworkError, RetryPolicy
+from sltrain.data.documents import DataError, NetworkError
+from sltrain.data.hub import HubFiles, RetryPolicy
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer
 
@@ -260,7 +262,7 @@ def run(code, endpoint, tmp_path):
 
 PROGRAM = f"""
 import sys
-from sltrain.data.sources import HubFiles, RetryPolicy
+from sltrain.data.hub import HubFiles, RetryPolicy
 from sltrain.data.tokenizer import load_tokenizer
 assert not {{"huggingface_hub", "datasets", "pyarrow"}} & set(sys.modules)
 def attempt(action):

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from sltrain.data.sources import DataError, LocalFiles
+from sltrain.data.documents import DataError
+from sltrain.data.sources.local import LocalFiles
 
 TEXTS = [f"text number {i}\nwith a second line, é and 漢字" for i in range(50)]
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sltrain.data.sources import DataError, StandardLibrary
+from sltrain.data.documents import DataError
+from sltrain.data.sources.stdlib import StandardLibrary
 
 
 def test_the_library_of_this_python_is_a_corpus_of_real_size():

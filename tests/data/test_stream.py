@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sltrain.data.bpe import train_bpe
-from sltrain.data.sources import DataError, LocalFiles, NetworkError, is_held_out
+from sltrain.data.documents import DataError, NetworkError, is_held_out
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer
 
@@ -334,7 +335,7 @@ def test_close_joins_the_thread_and_may_be_called_at_any_time(source, tokenizer)
 def test_the_interpreter_exits_while_the_thread_is_at_work(source, tmp_path, tokenizer):
     (tmp_path / "t.json").write_text(tokenizer.json)
     code = f"""
-from sltrain.data.sources import LocalFiles
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import load_tokenizer
 stream = TrainStream(LocalFiles({source.paths!r}), load_tokenizer({str(tmp_path / "t.json")!r}), seed=0, seq_len=16,

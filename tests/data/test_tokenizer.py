@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sltrain.data import tokenizer as module
 from sltrain.data.bpe import train_bpe
-from sltrain.data.sources import LocalFiles, is_held_out
+from sltrain.data.documents import is_held_out
+from sltrain.data.sources.local import LocalFiles
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"

@@ -15,12 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import make_optimizer
 from torch import nn
 
-from sltrain.engine import checkpoint
-from sltrain.engine.checkpoint import Checkpointer, CheckpointError, innermost, unwrap
-from sltrain.optim.build import OPTIMIZERS, build_optimizer
+from sltrain.engine import checkpoint_files
+from sltrain.engine.actions import Stateful
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import CheckpointError, load_object, unwrap
+from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.optim.named_state import OptimizerState
 from sltrain.optim.per_layer import PerLayerUpdate
+from sltrain.optim.wrapper import innermost
 
 
 class Net(nn.Module):
@@ -52,7 +57,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters()], lr=1e-2, fused=True)
+    return torch.optim.AdamW(model.named_parameters(), lr=1e-2, fused=True)
+
+
+def objects(optimizer: torch.optim.Optimizer) -> dict[str, Stateful]:
+    """What a checkpoint holds besides the model."""
+    return {"optimizer": OptimizerState(optimizer, [])}
+
+
+def saved_adamw(model: nn.Module) -> dict[str, Stateful]:
+    return objects(adamw(model))
 
 
 def flat_state(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
@@ -85,7 +99,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torc
     first_optimizer = adamw(first)
     train(first, first_optimizer, 1, 3)
     state = {"tokens": 123, "stream": {"0": {"block": 2, "epoch": 0}}, "loss": 0.1 + 0.2}
-    path = Checkpointer(tmp_path, keep_last=2).save(3, first, first_optimizer, state)
+    path = Checkpointer(tmp_path, keep_last=2).save(3, first, objects(first_optimizer), state)
     assert path == tmp_path / "checkpoints" / "step_00000003"
     assert (tmp_path / "checkpoints" / "latest").resolve() == path.resolve()
 
@@ -95,7 +109,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torc
     checkpointer = Checkpointer(tmp_path, keep_last=2)
     found = checkpointer.find_latest()
     assert found == path
-    assert checkpointer.load(found, second, second_optimizer) == {**state, "step": 3}
+    assert checkpointer.load(found, second, objects(second_optimizer)) == {**state, "step": 3}
     assert addresses == {name: tensor.data_ptr() for name, tensor in second.state_dict().items()}, "loading is in place"
     assert_same(first, second, first_optimizer, second_optimizer)
     train(second, second_optimizer, 4, 6)
@@ -104,7 +118,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torc
 
 def test_manifest_can_be_checked_with_other_tools(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {file.name for file in path.iterdir()} - {"manifest.json"}
     for name, entry in files.items():
@@ -121,10 +135,10 @@ def test_moments_keep_their_dtype(tmp_path: Path, parameters: str, moments: str)
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.randn(state[key].shape).to(getattr(torch, moments))
-    path = Checkpointer(tmp_path, 0).save(2, model, optimizer, {})
+    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizer), {})
     other = Net(dtype=getattr(torch, parameters), seed=1)
     other_optimizer = adamw(other)
-    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
     assert_same(model, other, optimizer, other_optimizer)
 
 
@@ -138,10 +152,10 @@ def sized(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
 
 
 def build(name: str, model: nn.Module, **how: Any) -> torch.optim.Optimizer:
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    return build_optimizer(model.named_parameters(), name=name, device=torch.device("cpu"), **{**settings, **how})
+    return make_optimizer(model.named_parameters(), name=name, device=torch.device("cpu"), **{**settings, **how})
 
 
 def update_sized(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -164,7 +178,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
     """As flat_state, and also for tensors that torch.equal does not know."""
-    inner = [innermost(each) for each in (left, right)]  # it may have pieces of the parameters
+    inner = [innermost(each)[0] for each in (left, right)]  # it may have pieces of the parameters
     for a, b in zip(*([p for group in each.param_groups for p in group["params"]] for each in inner), strict=True):
         assert torch.equal(a, b) and left.state[a].keys() == right.state[b].keys()
         for x, y in zip(tensors_of(left.state[a]), tensors_of(right.state[b]), strict=True):
@@ -172,32 +186,32 @@ def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     straight, first, second = sized(), sized(), sized(seed=1)
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
     update_sized(straight, optimizers[0], 1, 6)
     update_sized(first, optimizers[1], 1, 3)
-    path = Checkpointer(tmp_path, 0).save(3, first, optimizers[1], {})
-    Checkpointer(tmp_path, 0).load(path, second, optimizers[2])
+    path = Checkpointer(tmp_path, 0).save(3, first, objects(optimizers[1]), {})
+    Checkpointer(tmp_path, 0).load(path, second, objects(optimizers[2]))
     assert_same_state(optimizers[1], optimizers[2])
     update_sized(second, optimizers[2], 4, 6)
     assert_same_state(optimizers[0], optimizers[2])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is the state itself, and what is read becomes it."""
     seen: dict[str, Any] = {}
     save, load = torch.save, torch.load
 
     def spy_save(content: Any, file: Any) -> None:
-        seen["written"] = addresses(content["state_dict"]["state"])
+        seen["written"] = addresses(content["state"])
         save(content, file)
 
     def spy_load(*args: Any, **how: Any) -> Any:
         content = load(*args, **how)
-        seen["read"] = addresses(content["state_dict"]["state"])
+        seen["read"] = addresses(content["state"])
         return content
 
     def addresses(state: Any) -> set[int]:
@@ -208,13 +222,13 @@ def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: p
     model, other = sized(), sized(seed=1)
     optimizer, other_optimizer = build(name, model), build(name, other)
     update_sized(model, optimizer, 1, 1)
-    path = Checkpointer(tmp_path, 0).save(1, model, optimizer, {})
+    path = Checkpointer(tmp_path, 0).save(1, model, objects(optimizer), {})
     assert seen["written"] == addresses(optimizer.state) != set()
-    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
     assert seen["read"] == addresses(other_optimizer.state) != set()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 @pytest.mark.parametrize("is_outer_first", [True, False])
 def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is_outer_first: bool, name: str) -> None:
     """A run with updates inside backward continues one without, and the other way."""
@@ -223,9 +237,9 @@ def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is
     optimizers[0 if is_outer_first else 1] = PerLayerUpdate(optimizers[0 if is_outer_first else 1])
     update_sized(straight, optimizers[2], 1, 4)
     update_sized(model, optimizers[0], 1, 2)
-    path = Checkpointer(tmp_path, 0).save(2, model, optimizers[0], {})
-    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])).__name__
-    Checkpointer(tmp_path, 0).load(path, other, optimizers[1])
+    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizers[0]), {})
+    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])[0]).__name__
+    Checkpointer(tmp_path, 0).load(path, other, objects(optimizers[1]))
     update_sized(other, optimizers[1], 3, 4)
     assert_same_state(optimizers[1], optimizers[2])
 
@@ -234,13 +248,13 @@ def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is
 def test_both_kinds_of_adamw_read_each_others_state(tmp_path: Path, ours_first: bool) -> None:
     """Settings that only one of them has stay as they are; those of the file count for the rest."""
     model, other = sized(torch.float32), sized(torch.float32, seed=1)
-    ours, torchs = {"accumulation": "fold", "lr": 0.5}, {"lr": 0.25}
+    ours, torchs = {"stochastic_rounding": True, "lr": 0.5}, {"lr": 0.25}
     optimizer = build("adamw", model, **(ours if ours_first else torchs))
     other_optimizer = build("adamw", other, **(torchs if ours_first else ours))
     keys = set(other_optimizer.param_groups[0])
     update_sized(model, optimizer, 1, 2)
-    path = Checkpointer(tmp_path, 0).save(2, model, optimizer, {})
-    Checkpointer(tmp_path, 0).load(path, other, other_optimizer)
+    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizer), {})
+    Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
     assert_same_state(optimizer, other_optimizer)
     assert set(other_optimizer.param_groups[0]) == keys
     assert other_optimizer.param_groups[0]["lr"] == (0.5 if ours_first else 0.25)
@@ -252,16 +266,16 @@ def test_state_leaves_the_file_for_another_device(tmp_path: Path, fused: bool) -
     """As for a GPU, with the meta device in its place: tensors go where their parameter is, step counts where they are
     read, and what parameters share is shared."""
     model = sized()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    optimizer = torch.optim.AdamW(model.named_parameters(), fused=fused)
     update_sized(model, optimizer, 1, 1)
     shared = torch.ones(3)
     for state in optimizer.state.values():
         state["shared"] = shared
-    path = Checkpointer(tmp_path, 0).save(1, model, optimizer, {})
+    path = Checkpointer(tmp_path, 0).save(1, model, objects(optimizer), {})
     there = sized().to("meta")
-    elsewhere = torch.optim.AdamW(there.parameters())
+    elsewhere = torch.optim.AdamW(there.named_parameters())
     elsewhere.param_groups[0]["fused"] = fused
-    checkpoint._load_optimizer(path / "optimizer.pt", elsewhere)
+    load_object(path / "optimizer.pt", OptimizerState(elsewhere, []), is_on_cpu=False)
     for state in elsewhere.state.values():
         assert state["exp_avg"].is_meta and state["exp_avg_sq"].dtype == torch.bfloat16
         assert state["step"].is_meta == fused
@@ -274,7 +288,7 @@ def test_wrappers_are_looked_through(tmp_path: Path) -> None:
     assert unwrap(compiled) is model
     layerwise = Net()
     layerwise.up = torch.compile(layerwise.up, backend="eager")  # type: ignore[assignment]
-    path = Checkpointer(tmp_path, 0).save(1, compiled, adamw(model), {})
+    path = Checkpointer(tmp_path, 0).save(1, compiled, saved_adamw(model), {})
     other = Net(seed=5)
     Checkpointer(tmp_path, 0).load(path, other, None)
     assert_same(model, other)
@@ -288,7 +302,7 @@ def test_ddp_is_looked_through(tmp_path: Path) -> None:
         model = Net()
         wrapped = nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))
         assert unwrap(wrapped) is model
-        path = Checkpointer(tmp_path, 0).save(1, wrapped, adamw(model), {})
+        path = Checkpointer(tmp_path, 0).save(1, wrapped, saved_adamw(model), {})
         other = Net(seed=5)
         Checkpointer(tmp_path, 0).load(path, other, None)
         assert_same(model, other)
@@ -303,11 +317,11 @@ def test_keep_last_and_leftovers(tmp_path: Path) -> None:
     keeper = Checkpointer(tmp_path, keep_last=2)
     (folder / "step_00000001.tmp").mkdir(parents=True)
     for step in (5, 10, 15, 20):
-        keeper.save(step, model, optimizer, {})
+        keeper.save(step, model, objects(optimizer), {})
     assert {p.name for p in folder.iterdir()} == {"step_00000015", "step_00000020", "latest"}
-    Checkpointer(tmp_path, keep_last=1).save(17, model, optimizer, {})
+    Checkpointer(tmp_path, keep_last=1).save(17, model, objects(optimizer), {})
     assert {p.name for p in folder.glob("step_*")} == {"step_00000017", "step_00000020"}, "never a later one"
-    Checkpointer(tmp_path, keep_last=None).save(21, model, optimizer, {})
+    Checkpointer(tmp_path, keep_last=None).save(21, model, objects(optimizer), {})
     assert len(list(folder.glob("step_*"))) == 3
 
 
@@ -323,7 +337,7 @@ def test_every_dtype_of_indices(tmp_path: Path) -> None:
         return model
 
     model, other = build_indices(lambda dtype: torch.iinfo(dtype).max), build_indices(lambda dtype: 0)
-    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
     Checkpointer(tmp_path, 0).load(path, other, None)
     assert_same(model, other)
     wrong = Net()
@@ -336,7 +350,7 @@ def test_same_step_is_replaced(tmp_path: Path) -> None:
     keeper = Checkpointer(tmp_path, keep_last=1)
     model = Net()
     for note in ("a", "b", "c"):
-        path = keeper.save(7, model, adamw(model), {"note": note})
+        path = keeper.save(7, model, saved_adamw(model), {"note": note})
         assert keeper.load(path, model, None)["note"] == note
     assert {p.name for p in path.parent.iterdir()} == {"step_00000007", "latest"}
 
@@ -369,13 +383,13 @@ def damage_no_manifest(path: Path) -> None:
 def test_damaged_newest_falls_back(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     keeper = Checkpointer(tmp_path, keep_last=0)
     model = Net()
-    good, newest = (keeper.save(step, model, adamw(model), {}) for step in (1, 2))
+    good, newest = (keeper.save(step, model, saved_adamw(model), {}) for step in (1, 2))
     damage(newest)
     lines: list[str] = []
     assert keeper.find_latest(lines.append) == good
     assert len(lines) == 1 and str(newest) in lines[0] and "damaged" in lines[0]
     # Training goes on from step 1, reaches step 2 again and replaces the damaged one.
-    assert keeper.save(2, model, adamw(model), {}) == newest == keeper.find_latest(lines.append)
+    assert keeper.save(2, model, saved_adamw(model), {}) == newest == keeper.find_latest(lines.append)
     assert len(lines) == 1
 
 
@@ -400,11 +414,11 @@ def with_extra_parameter(model: Net) -> Net:
 )
 def test_another_model_is_refused_untouched(tmp_path: Path, other: Callable[[], nn.Module], words: list[str]) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
+    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
     stranger = other()
     before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
     with pytest.raises(CheckpointError, match="checkpoint of another model") as caught:
-        Checkpointer(tmp_path, 0).load(path, stranger, adamw(stranger))
+        Checkpointer(tmp_path, 0).load(path, stranger, saved_adamw(stranger))
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in stranger.state_dict().items())
@@ -412,20 +426,108 @@ def test_another_model_is_refused_untouched(tmp_path: Path, other: Callable[[], 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
-    with pytest.raises(CheckpointError, match="expects SGD with groups of 5 .* has AdamW with groups of 5"):
-        Checkpointer(tmp_path, 0).load(path, model, torch.optim.SGD(model.parameters()))
-    *some, last = model.parameters()
-    with pytest.raises(CheckpointError, match=r"groups of 4 \+ 1 parameters, .* groups of 5 parameters"):
-        Checkpointer(tmp_path, 0).load(path, model, torch.optim.AdamW([{"params": some}, {"params": [last]}]))
+    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    with pytest.raises(CheckpointError, match="another optimizer: this run expects SGD, the file has AdamW"):
+        Checkpointer(tmp_path, 0).load(path, model, objects(torch.optim.SGD(model.named_parameters())))
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    """By name: groups may be others."""
+    model = Net()
+    first, *rest = model.named_parameters()
+    *some, last = rest
+    few, all_of_them = torch.optim.AdamW(some), torch.optim.AdamW([{"params": rest, "lr": 0.5}, {"params": [first]}])
+    path = Checkpointer(tmp_path, 0).save(1, model, objects(few), {})
+    words = (
+        rf"another optimizer: parameter {last[0]}: this run trains it, the file does not \(1 more parameters differ\)"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        Checkpointer(tmp_path, 0).load(path, model, objects(all_of_them))
+    path = Checkpointer(tmp_path, 0).save(2, model, saved_adamw(model), {})
+    with pytest.raises(CheckpointError, match=f"parameter {last[0]}: the file has it, this run does not"):
+        Checkpointer(tmp_path, 0).load(path, model, objects(few))
+    Checkpointer(tmp_path, 0).load(path, model, objects(all_of_them))
+    assert [group["lr"] for group in all_of_them.param_groups] == [0.5, 1e-3], "settings go with a group's names"
+
+
+class Pool:
+    """What an action might keep: a tensor and plain data."""
+
+    def __init__(self, value: float) -> None:
+        self.tensor, self.names = torch.full((3,), value), [str(value)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "names": self.names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["tensor"].shape != self.tensor.shape:
+            raise ValueError("another size")
+        self.tensor.copy_(state["tensor"])
+        self.names = state["names"]
+
+
+def test_every_object_is_in_the_manifest_and_comes_back(tmp_path: Path) -> None:
+    model, keeper = Net(), Checkpointer(tmp_path, 0)
+    pool, other = Pool(0.25), Pool(0.0)
+    path = keeper.save(1, model, {**saved_adamw(model), "action/pool": pool}, {})
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(files) == {"model.safetensors", "optimizer.pt", "action.pool.pt", "state.json"}
+    keeper.load(path, model, {**saved_adamw(model), "action/pool": other})
+    assert torch.equal(pool.tensor, other.tensor) and other.names == ["0.25"]
+    other.tensor = torch.zeros(4)
+    with pytest.raises(CheckpointError, match=r"checkpoint of another action.pool: another size .*run_dir\.$"):
+        keeper.load(path, model, {**saved_adamw(model), "action/pool": other})
+    damage = path / "action.pool.pt"
+    damage.write_bytes(damage.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="action.pool.pt has"):
+        keeper.find(1)
+    assert Checkpointer(tmp_path, 0, to_train=False).find(1) == path, "to read a model it is not needed"
+
+
+def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    model, keeper = Net(), Checkpointer(tmp_path, 0)
+    plain = keeper.save(1, model, saved_adamw(model), {})
+    more = keeper.save(2, model, {**saved_adamw(model), "action/pool": Pool(1.0)}, {})
+    other = Net(seed=3)
+    with pytest.raises(CheckpointError, match="has no action.pool.pt, which this run needs"):
+        keeper.load(plain, other, {**saved_adamw(other), "action/pool": Pool(1.0)})
+    with pytest.raises(CheckpointError, match="also has action.pool.pt, which this run does not know"):
+        keeper.load(more, other, saved_adamw(other))
+    assert_same(other, Net(seed=3))
+    assert keeper.load(more, other, None) == {"step": 2} == keeper.read_state(more)
+
+
+@pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
+    """Files of the first format hold torch's state_dict; its groups are weights that decay, and the others."""
+    straight, first, second = (Net(width=1100, dtype=torch.bfloat16, seed=seed) for seed in (0, 0, 1))
+    optimizers = [build(name, model, **how) for model in (straight, first, second)]
+    update_sized(straight, optimizers[0], 1, 4)
+    update_sized(first, optimizers[1], 1, 2)
+    path = Checkpointer(tmp_path, 0).save(2, first, objects(optimizers[1]), {})
+    (inner,) = innermost(optimizers[1])
+    torch.save({"class": type(inner).__name__, "state_dict": inner.state_dict()}, path / "optimizer.pt")
+    names = [parameter_name for parameter_name, _ in second.named_parameters()]
+    Checkpointer(tmp_path, 0).load(path, second, {"optimizer": OptimizerState(optimizers[2], names)})
+    assert_same_state(optimizers[1], optimizers[2])
+    update_sized(second, optimizers[2], 3, 4)
+    assert_same_state(optimizers[0], optimizers[2])
+
+    few = build(name, second.up)
+    fewer = OptimizerState(few, ["weight", "bias"])
+    with pytest.raises(
+        CheckpointError, match="another optimizer: this run expects groups of .* parameters, the file has"
+    ):
+        Checkpointer(tmp_path, 0).load(path, second, {"optimizer": fewer})
 
 
 def test_code_in_an_optimizer_file_is_not_run(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, adamw(model), {})
-    torch.save({"class": "AdamW", "state_dict": Path("/")}, path / "optimizer.pt")
+    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    torch.save({"class": "AdamW", "state": Path("/")}, path / "optimizer.pt")
     with pytest.raises(CheckpointError, match="could not be loaded") as caught:
-        Checkpointer(tmp_path, 0).load(path, model, adamw(model))
+        Checkpointer(tmp_path, 0).load(path, model, saved_adamw(model))
     assert "\n" not in str(caught.value)
 
 
@@ -453,7 +555,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) 
     with monkeypatch.context() as patch:
         for owner, name in [
             (os, "fsync"), (os, "rename"), (os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rmdir"),
-            (checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (Path, "mkdir"),
+            (checkpoint_files, "save_file"), (torch, "save"), (Path, "write_text"), (Path, "mkdir"),
         ]:  # fmt: skip
             patch.setattr(owner, name, guarded(getattr(owner, name)))
         yield count
@@ -468,7 +570,7 @@ def interrupted_save(
     attempt = fail_at(monkeypatch, number, error)
     next(attempt)
     try:
-        Checkpointer(run_dir, keep_last=1).save(step, model, adamw(model), {"note": f"step {step}, new"})
+        Checkpointer(run_dir, keep_last=1).save(step, model, saved_adamw(model), {"note": f"step {step}, new"})
         return None
     except BaseException as raised:
         return raised
@@ -482,17 +584,17 @@ def test_crash_at_every_disk_operation(tmp_path: Path, monkeypatch: pytest.Monke
     for number in range(1, 100):
         run_dir = tmp_path / str(number)
         model = Net(seed=1)
-        Checkpointer(run_dir, keep_last=1).save(1, model, adamw(model), {"note": "step 1, old"})
+        Checkpointer(run_dir, keep_last=1).save(1, model, saved_adamw(model), {"note": "step 1, old"})
         raised = interrupted_save(monkeypatch, run_dir, second, number, Crash())
         found = Checkpointer(run_dir, keep_last=1).find_latest(pytest.fail)
         assert found is not None
         loaded = Net(seed=50)
-        state = Checkpointer(run_dir, keep_last=1).load(found, loaded, adamw(loaded))
+        state = Checkpointer(run_dir, keep_last=1).load(found, loaded, saved_adamw(loaded))
         assert_same(loaded, Net(seed=state["step"]))
         assert state["note"] in ("step 1, old", f"step {second}, new")
         outcomes.add(state["note"])
         # The next process finishes its work in the same folder, whatever lies about.
-        Checkpointer(run_dir, keep_last=1).save(3, model, adamw(model), {})
+        Checkpointer(run_dir, keep_last=1).save(3, model, saved_adamw(model), {})
         assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_00000003", "latest"}
         if raised is None:
             break
@@ -505,7 +607,7 @@ def test_full_disk_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
     for number in range(1, 100):
         run_dir = tmp_path / str(number)
         model = Net(seed=1)
-        Checkpointer(run_dir, keep_last=1).save(1, model, adamw(model), {})
+        Checkpointer(run_dir, keep_last=1).save(1, model, saved_adamw(model), {})
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raised = interrupted_save(monkeypatch, run_dir, 2, number, full)
         found = Checkpointer(run_dir, keep_last=1).find_latest(pytest.fail)
@@ -526,7 +628,7 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
         keeper = Checkpointer(tmp_path, 0)
         model = nn.Linear(200, 200)
         optimizer = adamw(model)
-        keeper.save(1, model, optimizer, {})
+        keeper.save(1, model, objects(optimizer), {})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for step, limit in [(2, 100_000), (3, 200_000)]:  # the model takes 160 kB, its moments 320 kB
             if step == 3:
@@ -534,7 +636,7 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
                 optimizer.step()
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             with pytest.raises(CheckpointError, match="File too large"):
-                keeper.save(step, model, optimizer, {})
+                keeper.save(step, model, objects(optimizer), {})
             assert keeper.find_latest() == keeper.folder / "step_00000001"
             assert sorted(p.name for p in keeper.folder.iterdir()) == ["latest", "step_00000001"]
 
@@ -544,11 +646,11 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
 def test_an_error_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
     model = Net()
     with pytest.raises(TypeError):
-        Checkpointer(tmp_path, 0).save(1, model, adamw(model), {"not json": object()})
+        Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {"not json": object()})
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def constant_net(value: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def constant_net(value: int) -> tuple[nn.Module, dict[str, Stateful]]:
     """A model and optimizer of about 1 MB in which everything is `value`."""
     model = nn.Linear(300, 300)
     optimizer = adamw(model)
@@ -556,7 +658,7 @@ def constant_net(value: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         nn.init.constant_(p, value)
         optimizer.state[p] = {key: torch.full_like(p, value) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p]["step"] = torch.tensor(float(value))
-    return model, optimizer
+    return model, objects(optimizer)
 
 
 def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], None]], int]) -> None:
@@ -583,12 +685,13 @@ def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], N
 
         path = keeper.find_latest(pytest.fail)
         assert path is not None
-        model, optimizer = constant_net(0)
-        state = keeper.load(path, model, optimizer)
+        model, loaded = constant_net(0)
+        state = keeper.load(path, model, loaded)
         assert state["step"] == state["value"] > newest
         newest = state["step"]
         assert all(bool((p == newest).all()) for p in model.parameters())
-        assert all(bool((tensor == newest).all()) for tensor in flat_state(optimizer).values())
+        assert isinstance(loaded["optimizer"], OptimizerState)
+        assert all(bool((tensor == newest).all()) for tensor in flat_state(loaded["optimizer"].optimizer).values())
     assert num_mid_save >= 3, "most kills are meant to hit a save"
 
 

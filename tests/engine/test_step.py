@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.micro_batch import make_micro_batch
-from sltrain.engine.step import train_step
+from sltrain.engine.step import OrdinaryStep
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
@@ -55,7 +55,8 @@ def test_micro_batches_are_weighted_by_tokens(rows: int, batch: tuple[Tensor, Te
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
 
     micro_batches = list(zip(ids.split(rows), labels.split(rows), strict=True))
-    result = train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), micro_batches, num_targets(labels), ONE)
+    step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=0.1), ONE)
+    result = step.run(micro_batches, num_targets(labels))
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert result.grad_norm == pytest.approx(reference.table.weight.grad.norm().item(), rel=1e-6)
     torch.testing.assert_close(model.table.weight, reference.table.weight)
@@ -65,9 +66,8 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(batch: tuple[Ten
     torch.manual_seed(0)
     model = Bigram()
     before = model.table.weight.detach().clone()
-    result = train_step(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], num_targets(batch[1]), ONE, grad_clip=0.01
-    )
+    step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1.0), ONE, grad_clip=0.01)
+    result = step.run([batch], num_targets(batch[1]))
     assert result.grad_norm > 0.01
     assert (model.table.weight - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -87,9 +87,8 @@ def test_clipping_by_parameter_bounds_each_gradient(batch: tuple[Tensor, Tensor]
     model = TwoTables()
     reference = copy.deepcopy(model)
     count = num_targets(batch[1])
-    result = train_step(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], count, ONE, grad_clip_per_parameter=0.01
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    result = OrdinaryStep(model, optimizer, ONE, grad_clip_per_parameter=0.01).run([batch], count)
     (reference(*batch) / count).backward()
     norms = [torch.nn.utils.clip_grad_norm_(parameter, 0.01) for parameter in reference.parameters()]
     torch.optim.SGD(reference.parameters(), lr=1.0).step()
@@ -106,11 +105,49 @@ def test_update_that_is_not_finite_is_skipped_and_named(batch: tuple[Tensor, Ten
     before = model.table.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters())
     named: list[str] = []
-    result = train_step(model, optimizer, [batch], num_targets(batch[1]), ONE, on_skip=named.append)
+    result = OrdinaryStep(model, optimizer, ONE).run([batch], num_targets(batch[1]), named.append)
     assert result.skipped
     assert named == ["gradient of table.weight"]
     assert torch.equal(model.table.weight, before)
     assert not optimizer.state
+
+
+class Sum(nn.Module):
+    """Gradients are known: one for `ones`, and 1/4 for `quarters`, whatever the input."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.ones, self.quarters = (nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16)) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.ones.float() + self.quarters.float() / 4).sum()
+
+
+def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16() -> None:
+    """Gradients of norm sqrt(n) and sqrt(n) / 4, of which bfloat16 would keep three digits."""
+    n = 1004
+    model = Sum(n)
+    result = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1.0), ONE).run([(torch.zeros(1),)], 1)
+    assert model.ones.grad is not None and model.ones.grad.dtype == torch.bfloat16
+    assert result.grad_norm == pytest.approx(n**0.5 * 17**0.5 / 4, rel=1e-6)
+    assert abs(torch.tensor(n**0.5).bfloat16().item() / n**0.5 - 1) > 1e-3, "this n tells the two apart"
+
+
+def test_an_update_that_breaks_off_leaves_weights_that_are_not_whole(batch: tuple[Tensor, Tensor]) -> None:
+    """The loop then must not save. Before the optimizer moves anything, an error leaves them whole."""
+    model = Bigram()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = OrdinaryStep(model, optimizer, ONE)
+    with pytest.raises(TypeError):
+        step.run([(batch[0],)], 1)  # no labels
+    assert step.is_whole
+    step.run([batch], num_targets(batch[1]))
+    assert step.is_whole
+    hook = optimizer.register_step_post_hook(lambda *_: torch.empty(10**15))
+    with pytest.raises(RuntimeError):
+        step.run([batch], num_targets(batch[1]))
+    assert not step.is_whole
+    hook.remove()
 
 
 @pytest.mark.parametrize("path", ["dense", "composed", "factored"])
@@ -132,7 +169,7 @@ def test_an_update_reads_one_pair_of_numbers_from_its_device(
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or [1.0, 1.0])
     micro_batches = [make_micro_batch(ids, labels, meta) for ids, labels in [batch, (batch[0], batch[0])]]
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    train_step(model, optimizer, micro_batches, 50, Ranks(0, 1, meta), **clip)
+    OrdinaryStep(model, optimizer, Ranks(0, 1, meta), **clip).run(micro_batches, 50)
     assert reads == [(2,)]
     assert all(parameter in optimizer.state for parameter in model.parameters())
 

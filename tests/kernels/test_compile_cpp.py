@@ -11,6 +11,8 @@ import pytest
 
 from sltrain.kernels import cpu_kernel  # noqa: F401  (the condition below asks it)
 
+pytestmark = pytest.mark.slow
+
 kernel = pytest.mark.skipif("cpu_kernel.status() is not None", reason="no CPU kernel here")
 
 CHECK = """

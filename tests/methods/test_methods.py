@@ -1,14 +1,15 @@
 """What each method puts in place of a linear, what overrides change, and what is refused in words."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import nn
 from toy_layers import ReLoRALinear
 
 from sltrain.layers import LowRankLinear, SLTrainLinear
-from sltrain.methods import METHODS
 from sltrain.methods.advice import warnings, weight_norms
-from sltrain.methods.settings import MethodSettings, pattern_fits
+from sltrain.methods.base import METHODS, Method, pattern_fits
 
 
 def make_model(device="meta", dtype=torch.float32):
@@ -34,15 +35,19 @@ def chosen(name, linear):
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_proj"]
 
 
-def make_settings(**changes):
-    return MethodSettings(**{"rank": 4, "sparsity": 0.1, "alpha": 8, **changes})
+def make_method(method, **changes) -> Method:
+    """With rank 4, sparsity 0.1, alpha 8 as far as the method has such options, and the changes."""
+    kind = METHODS.load(method)
+    options = {"rank": 4, "sparsity": 0.1, "alpha": 8.0, "support": "uniform"}
+    names = {item.name for item in fields(kind)}
+    return kind(name=method, **{key: value for key, value in options.items() if key in names} | changes)
 
 
 @pytest.mark.parametrize(("method", "kind"), [("sltrain", SLTrainLinear), ("low_rank", LowRankLinear)])
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.bfloat16), ("cpu", torch.float64)])
 def test_chosen_linears_are_replaced_on_their_device_in_their_dtype(method, kind, device, dtype):
     model = make_model(device, dtype)
-    assert METHODS[method].replace(model, make_settings(), chosen) == NAMES
+    assert make_method(method).replace(model, chosen) == NAMES
     for name in NAMES:
         layer = model.get_submodule(name)
         assert type(layer) is kind and layer.rank == 4 and layer.scale == 2
@@ -55,7 +60,7 @@ def test_chosen_linears_are_replaced_on_their_device_in_their_dtype(method, kind
 def test_full_keeps_every_parameter_as_it_is(device):
     model = make_model(device)
     before = model.state_dict()
-    assert METHODS["full"].replace(model, make_settings(), chosen) == NAMES
+    assert make_method("full").replace(model, chosen) == NAMES
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in NAMES)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(after[name].shape == before[name].shape for name in before)
@@ -67,18 +72,19 @@ def test_full_keeps_every_parameter_as_it_is(device):
 )
 def test_the_support_reaches_every_layer(support, block_size):
     model = make_model()
-    METHODS["sltrain"].replace(model, make_settings(support=support, block_size=block_size), chosen)
+    make_method("sltrain", support=support, block_size=block_size).replace(model, chosen)
     supports = [model.get_submodule(name).support for name in NAMES]
     assert all((s.kind, s.block_size) == (support, block_size) for s in supports)
 
 
 def test_overrides_reach_the_layers_they_name_and_the_last_wins():
     model = make_model()
-    settings = make_settings(
+    method = make_method(
+        "sltrain",
         rank_overrides={"*_proj": 5, "q_proj": 6, "layers.1.*": 0},
         sparsity_overrides={"up_proj": 0.0, "layers.1.*": 0.5},
     )
-    METHODS["sltrain"].replace(model, settings, chosen)
+    method.replace(model, chosen)
     found = {name: (model.get_submodule(name).rank, model.get_submodule(name).support.sparsity) for name in NAMES}
     assert found == {
         "layers.0.q_proj": (6, 0.1),
@@ -115,7 +121,7 @@ def test_patterns_fit_the_name_or_one_of_its_parts(pattern, fits):
 def test_a_pattern_that_fits_nothing_is_named_with_names_to_use(method, key, value, pattern):
     model = make_model()
     with pytest.raises(ValueError) as error:
-        METHODS[method].replace(model, make_settings(**{key: {"q_proj": value, pattern: value}}), chosen)
+        make_method(method, **{key: {"q_proj": value, pattern: value}}).replace(model, chosen)
     for word in (key, repr(pattern), "layers.0.q_proj", "up_proj"):
         assert word in str(error.value)
     assert type(model.get_submodule("layers.0.q_proj")) is nn.Linear  # nothing was touched
@@ -135,18 +141,18 @@ def test_a_pattern_that_fits_nothing_is_named_with_names_to_use(method, key, val
 )
 def test_impossible_settings_are_refused_by_name(method, changes, message):
     with pytest.raises(ValueError, match=message):
-        METHODS[method].replace(make_model(), make_settings(**changes), chosen)
+        make_method(method, **changes).replace(make_model(), chosen)
 
 
 @pytest.mark.parametrize("method", ["sltrain", "low_rank"])
 def test_choosing_nothing_is_refused(method):
     with pytest.raises(ValueError, match="no linear layer of ModuleDict was chosen"):
-        METHODS[method].replace(make_model(), make_settings(rank_overrides={"q_proj": 2}), lambda name, linear: False)
+        make_method(method, rank_overrides={"q_proj": 2}).replace(make_model(), lambda name, linear: False)
 
 
 def test_layers_that_cannot_pay_are_named_in_one_line():
     model = make_model()
-    METHODS["sltrain"].replace(model, make_settings(rank_overrides={"q_proj": 11}), chosen)
+    make_method("sltrain", rank_overrides={"q_proj": 11}).replace(model, chosen)
     (heavy,) = warnings(model)
     # 11 * (32 + 16) + int(0.1 * 512) = 579 values for 512; up_proj: 4 * 64 + 76 = 332 for 768
     assert "2 of 4 layers" in heavy and "layers.0.q_proj: 579 for 16 x 32" in heavy
@@ -154,27 +160,19 @@ def test_layers_that_cannot_pay_are_named_in_one_line():
 
 def test_a_product_exactly_as_large_as_the_matrix_does_not_pay():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    METHODS["low_rank"].replace(model, make_settings(rank=2), lambda name, linear: True)
+    make_method("low_rank", rank=2).replace(model, lambda name, linear: True)
     assert len(warnings(model)) == 1 and "1 of 1 layers" in warnings(model)[0]
 
 
 def test_nothing_to_warn_about():
     model = make_model()
-    METHODS["low_rank"].replace(model, make_settings(), chosen)
+    make_method("low_rank").replace(model, chosen)
     assert warnings(model) == [] == warnings(make_model())
-
-
-@pytest.mark.parametrize(
-    ("method", "key"), [("full", "rank_overrides"), ("full", "sparsity_overrides"), ("low_rank", "sparsity_overrides")]
-)
-def test_overrides_of_what_a_method_lacks_are_ignored_as_in_a_sweep_over_methods(method, key):
-    model = make_model()
-    METHODS[method].replace(model, make_settings(**{key: {"q_proj": 0}}), lambda name, linear: True)
 
 
 def test_a_support_without_full_rank_says_so():
     model = make_model()
-    METHODS["sltrain"].replace(model, make_settings(support="column"), chosen)
+    make_method("sltrain", support="column").replace(model, chosen)
     assert [line for line in warnings(model) if "rank at most rank + columns (the first layer: 4 + 3 of 16)" in line]
 
 

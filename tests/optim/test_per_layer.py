@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import make_optimizer
 from torch import Tensor, nn
 
-from sltrain.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate
+from sltrain.optim.build import set_learning_rate
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.wrapper import only
 
@@ -34,9 +36,9 @@ class Net(nn.Module):
 
 
 def build(model: nn.Module, name: str = "adamw", **how: Any) -> torch.optim.Optimizer:
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
-    return build_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
+    return make_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
@@ -91,18 +93,15 @@ def test_one_gradient_is_held_at_a_time() -> None:
     assert len(held) == len(list(model.parameters())) and max(held) <= 2
 
 
-@pytest.mark.parametrize(("accumulation", "num_sent"), [("hold", 1), ("fold", 3)])
-def test_ranks_learn_in_which_order_gradients_come(accumulation: str, num_sent: int) -> None:
+def test_ranks_learn_in_which_order_gradients_come() -> None:
     """The parameters are given in the order in which their gradients come, so in the first update all wait for the last
-    one; in later ones none does. hold sends a gradient, fold two moments and the number of gradients in them."""
+    one; in later ones none does."""
     model = Net()
     events: list[str] = []
     optimizer = PerLayerUpdate(
-        build(model, accumulation=accumulation),
+        build(model),
         parameters=list(model.parameters())[::-1],
         reduce_grad=lambda tensor: events.append("sent"),
-        num_ranks=2,
-        accumulation=accumulation,
     )
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda _: events.append("came"))  # after the optimizer's
@@ -111,18 +110,17 @@ def test_ranks_learn_in_which_order_gradients_come(accumulation: str, num_sent: 
         optimizer.before_backward(is_last=True)
         loss_of(model, step).backward()
         if step == 1:
-            assert events == ["came"] * 6 + ["sent"] * num_sent * 7 + ["came"]
+            assert events == ["came"] * 6 + ["sent"] * 7 + ["came"]
         else:
-            assert events == (["sent"] * num_sent + ["came"]) * 7
+            assert events == ["sent", "came"] * 7
         assert optimizer.finish()[1:] == (7, 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("accumulation", ["hold", "fold"])
-def test_bad_gradient_skips_its_own_tensor(accumulation: str, bad: float) -> None:
+def test_bad_gradient_skips_its_own_tensor(bad: float) -> None:
     model, reference = Net(), Net()
-    optimizer = PerLayerUpdate(build(model, accumulation=accumulation), accumulation=accumulation)
-    ordinary = PerLayerUpdate(build(reference, accumulation=accumulation), accumulation=accumulation)
+    optimizer = PerLayerUpdate(build(model))
+    ordinary = PerLayerUpdate(build(reference))
     for step in (1, 2):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         handle = model.norm.weight.register_hook(lambda grad, step=step: grad * bad if step == 2 else grad)

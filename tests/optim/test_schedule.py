@@ -70,3 +70,8 @@ def test_effective_warmup_always_fits(asked: int, max_steps: int) -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, sltrain.optim.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+
+
+def test_a_warmup_that_does_not_fit_becomes_a_tenth_of_the_run() -> None:
+    assert effective_warmup(200, 100)[0] == 10
+    assert effective_warmup(99, 100) == (99, None)

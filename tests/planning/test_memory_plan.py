@@ -236,11 +236,6 @@ def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch:
     check(measured_plan(f"dtype=bfloat16 {overrides}"))
 
 
-def test_folding_takes_what_the_plan_says() -> None:
-    """Moments take a gradient before weights move by them; the plan counts both at once."""
-    check(measured_plan(f"{FACTORED} per_layer_update=true accumulation=fold global_batch_size=6"), at_most=1.16)
-
-
 def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
     overrides = f"dtype=bfloat16 {FACTORED} {NARROW} support=block activation_checkpointing=true"
@@ -291,7 +286,7 @@ def test_what_is_always_there_has_its_real_bytes(method: str, optimizer: str) ->
     model = real_model_of(config)
     ranks = Ranks(0, 1, CPU)
     updates = build_updates(config, model, ranks)
-    build_step(config)(model, updates, [micro_batch_of(config)], 128, ranks)
+    build_step(config, model, updates, ranks).run([micro_batch_of(config)], 128)
     by_name = dict(model.named_parameters())
     low_rank = [tensor for name, tensor in by_name.items() if name.endswith((".A", ".B"))]
     sparse = [tensor for name, tensor in by_name.items() if name.endswith(".values")]
@@ -392,8 +387,6 @@ def test_gradients_that_wait_are_all_there(method: str) -> None:
         plan = plan_memory(model, shape, 0)
         assert plan.phase == "head backward" and plan.groups["gradients"] == every + head
         assert gradients(num_micro_batches=2, per_layer_update=per_layer_update)["gradients"] >= every
-    folded = gradients(num_micro_batches=2, per_layer_update=True, holds_gradients=False)
-    assert folded["gradients"] < every / 2
     for batch in (1, 2, 64):
         ddp = plan_memory(model, UpdateShape(batch, 64, uses_ddp=True), 0)
         assert ddp.groups["ddp_buckets"] == every  # all the time; what is new is not in them yet
@@ -412,14 +405,6 @@ def test_processes_share_the_update() -> None:
     per_layer = plan_of(config_of("global_batch_size=8 per_layer_update=true"), CUDA, num_processes=4)
     one_micro_batch = plan_of(config_of("global_batch_size=2 per_layer_update=true"), CUDA)
     assert per_layer == one_micro_batch
-
-
-def test_folding_frees_what_holding_keeps() -> None:
-    held, folded = (
-        plan_of(config_of(f"per_layer_update=true global_batch_size=4 accumulation={accumulation}")).groups
-        for accumulation in ("hold", "fold")
-    )
-    assert held["gradients"] > 2 * folded["gradients"] > 0
 
 
 def test_a_layer_of_unknown_kind_is_named() -> None:

@@ -263,7 +263,7 @@ def test_one_map_for_each_set_that_is_equal_in_all_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "same", [{"method": "low_rank"}, {"status": "crashed"}, {"perplexity": math.nan}, {"recipe": ""}, {"rank": 8}]
+    "same", [{"sparsity": None}, {"status": "crashed"}, {"perplexity": math.nan}, {"recipe": ""}, {"rank": 8}]
 )
 def test_no_map_of_what_is_not_a_grid_of_finished_runs(same: dict[str, Any]) -> None:
     assert draw_heat_maps(make_heat_map_rows((8, 16), (0.01, 0.05), **same)) == []

@@ -51,6 +51,14 @@ def test_a_final_line_goes_before_the_newest_evaluation() -> None:
     assert (row.perplexity, row.evaluated_step, row.wall_seconds, row.peak_memory_bytes) == (30.0, 4, 7.5, 5)
 
 
+def test_a_method_says_itself_which_options_it_has() -> None:
+    row = row_of({**CONFIG, "method": {"name": "new", "rank": 4, "merge_every": 9, "patterns": {"q": 1}}})
+    assert (row.rank, row.sparsity, row.alpha, row.support) == (4, None, None, None)
+    assert row.options == {"merge_every": 9}
+    unknown = row_of({**CONFIG, "method": {"name": "new"}})
+    assert (unknown.rank, unknown.sparsity, unknown.alpha) == (None, None, None)
+
+
 @pytest.mark.parametrize(
     ("method", "used"),
     [("full", (None, None, None)), ("low_rank", (16, None, 8.0)), ("sltrain", (16, 0.05, 8.0))],

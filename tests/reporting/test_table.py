@@ -40,13 +40,21 @@ def test_csv_reads_back_to_the_rows() -> None:
     assert len(read) == len(ROWS)
     for line, row in zip(read, ROWS, strict=True):
         assert "settings" not in line
-        for item in (item for item in fields(Row) if item.name != "settings"):
+        for item in (item for item in fields(Row) if item.name not in ("settings", "options")):
             value = getattr(row, item.name)
             if isinstance(value, float):
                 number = float(line[item.name])
                 assert number == value or math.isnan(number) and math.isnan(value)
             else:
                 assert line[item.name] == ("" if value is None else str(value))
+
+
+def test_another_option_of_a_method_has_a_column_where_it_differs() -> None:
+    rows = [Row(name, "finished", "relora", options={"merge_every": every}) for name, every in (("a", 200), ("b", 500))]
+    head, *lines = text_table(rows, 200).splitlines()
+    assert head.split()[-2:] == ["merge", "every"] and [line.split()[-1] for line in lines[:2]] == ["200", "500"]
+    assert [line["method.merge_every"] for line in csv.DictReader(io.StringIO(csv_table(rows)))] == ["200", "500"]
+    assert "merge" not in text_table(rows[:1], 200) + text_table([rows[0], rows[0]], 200)
 
 
 def test_every_column_shows_a_field() -> None:

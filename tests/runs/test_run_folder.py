@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sltrain.config import RETIRED_KEYS
 from sltrain.engine.stop import StopRequest
 from sltrain.runs.run_folder import RunFolder
 
@@ -53,6 +54,21 @@ def test_changes_are_refused_by_name_once_there_is_training_to_lose(tmp_path: Pa
         folder.check({**CONFIG, "rank_overrides": {"q_proj": 4}}, "auto", [])
     with pytest.raises(ValueError, match="resume=auto continues it"):
         folder.check(CONFIG, "never", [])
+
+
+def test_a_retired_key_is_no_change_unless_it_meant_something_else(tmp_path: Path) -> None:
+    """An earlier version wrote it into every config.yaml."""
+    trained(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    for key, todays in RETIRED_KEYS.items():
+        folder.write_config({**CONFIG, key: todays})
+        folder.check(CONFIG, "auto", ["path"])
+        folder.write_config({**CONFIG, key: "otherwise"})
+        with pytest.raises(
+            ValueError, match=rf"holds a run with {key}=otherwise, .* \(only {key}={todays}\)"
+        ) as caught:
+            folder.check(CONFIG, "auto", ["path"])
+        assert "\n" not in str(caught.value)
 
 
 def test_a_key_that_a_run_began_without_is_no_change(tmp_path: Path) -> None:

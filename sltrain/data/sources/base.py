@@ -1,0 +1,47 @@
+"""A source of text is one file:
+
+    @SOURCES.register("local")
+    @dataclass
+    class Local(SourceConfig):
+        path: Any = MISSING                      # the keys under `data.`, with defaults in conf/data/local.yaml
+        def open_training(self, report): ...     # -> Source, see data/documents.py
+
+`data=NAME` chooses it, and `config.data` is the object.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from sltrain.data.documents import Source
+from sltrain.registry import Registry
+
+Report = Callable[[str], None]  # what is damaged or slow, a line each
+
+
+@dataclass
+class SourceConfig:
+    """The face of a source, and the options that all have. Only `open_training` must be defined."""
+
+    name: str = MISSING
+    num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
+    shuffle_block: int = 1024  # documents shuffled together
+    holdout_every: int = 100  # one document in this many is held out when there is no validation set
+
+    def check(self) -> None:
+        """Raise ValueError, naming key, value and remedy, for options that cannot be."""
+        for key, least in {"num_streams": 1, "shuffle_block": 1, "holdout_every": 2}.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"data.{key}={getattr(self, key)}: must be at least {least}")
+
+    def open_training(self, report: Report) -> Source:
+        """The documents to train on. Raises ValueError or OSError for a corpus that cannot be had."""
+        raise TypeError(f"{type(self).__name__} does not say what to train on")
+
+    def open_validation(self, report: Report) -> Source | None:
+        """The documents of the corpus's own validation split; None: one in `holdout_every` documents of training."""
+        return None
+
+
+SOURCES: Registry[SourceConfig] = Registry("data", "sltrain.data.sources", "sltrain.sources")

@@ -1,0 +1,99 @@
+"""data=local: files on this machine, one shard a file, in the order of their paths."""
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from sltrain.data.documents import BadData, DataError, Document, Source
+from sltrain.data.records import SUFFIXES, read_documents
+from sltrain.data.sources.base import SOURCES, Report, SourceConfig
+
+
+@SOURCES.register("local")
+@dataclass
+class Local(SourceConfig):
+    """Options of data=local."""
+
+    path: Any = None  # a glob or a list of globs
+    on_bad_data: str = "skip"  # skip or stop
+
+    def check(self) -> None:
+        super().check()
+        if not self.path:
+            raise ValueError(
+                "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
+            )
+
+    def open_training(self, report: Report) -> Source:
+        return LocalFiles(self.path, on_bad_data=self.on_bad_data, report=report)
+
+
+class LocalFiles:
+    """The documents of some files.
+
+    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is what the user typed them
+    after. Raises ValueError if a pattern matches no file or a file has an unknown ending.
+    """
+
+    def __init__(
+        self,
+        patterns: str | Sequence[str],
+        on_bad_data: str = "skip",
+        report: Callable[[str], None] = print,
+        key: str = "path",
+    ) -> None:
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        if not patterns:
+            raise ValueError(f"no path given; set {key} to a file, a glob or a list of them")
+        self.paths = sorted({path for pattern in patterns for path in _expand(pattern, key)})
+        for path in self.paths:
+            if not path.endswith(SUFFIXES):
+                raise ValueError(f"{path}: unknown ending; a text corpus is read from {' '.join(SUFFIXES)}")
+        self.name = " ".join(patterns)
+        self.num_shards = len(self.paths)
+        self.bad = BadData(on_bad_data, report)
+
+    def fingerprint(self) -> str:
+        """File names and sizes; the folder may move."""
+        sizes = self.shard_sizes()
+        files = list(zip(map(os.path.basename, self.paths), sizes, strict=True))
+        return f"{len(files)} files, {sum(sizes):,} bytes, {_digest(repr(files))}"
+
+    def shard_sizes(self) -> list[int]:
+        try:
+            return [os.path.getsize(path) for path in self.paths]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    def shard_name(self, shard: int) -> str:
+        return self.paths[shard]
+
+    def check(self) -> None:
+        for path in self.paths:
+            if not os.access(path, os.R_OK):
+                raise DataError(f"{path} may not be read: it is gone or its permissions forbid it")
+
+    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
+        path = self.paths[shard]
+        return read_documents(lambda: open(path, "rb"), path, self.bad, start, step, offset)
+
+
+def _expand(pattern: str, key: str) -> list[str]:
+    path = os.path.expanduser(str(pattern))
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        raise ValueError(
+            f"{key}={pattern} is a folder; name the files in it, for example {key}={pattern.rstrip('/')}/*.json.gz"
+        )
+    files = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+    if not files:
+        raise ValueError(f"{key}={pattern} matches no file (searched from {os.getcwd()})")
+    return files
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,160 @@
+"""Folders that survive a kill at any instant: one with the final name is complete.
+
+`step_00000100` is written as `step_00000100.tmp`, every file and folder is fsynced, and one rename gives it its name.
+manifest.json, written last, holds size and SHA-256 of all the other files. A folder that is replaced is `.old` for a
+moment; one that is deleted is first renamed to `.tmp`. Reading trusts the manifest alone, so damage done later by the
+disk is seen too.
+
+SHA-256 runs at 1.9 GB/s on a CPU with SHA instructions, while the same file is still being fsynced: 1 GB took 3.1 s to
+write and 0.3 s more to hash. So a 32-bit checksum, three times faster, would gain nothing that one notices, and anyone
+can repeat this one with `sha256sum`. Verifying the 20 GB of a 7B run takes 10 s, once a resume.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_sealed(final: Path, fill: Callable[[Path], None], facts: dict[str, Any]) -> None:
+    """Write the folder `final`, with the files that `fill` writes into the folder it is given and a manifest that also
+    says `facts`. A folder of that name is replaced; until then it stays. On an error nothing new remains, except after
+    a kill a `.tmp`."""
+    partial = final.with_name(f"{final.name}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        fsync(final.parent.parent)
+        remove(partial)
+        partial.mkdir()
+        fill(partial)
+        files = {path.name: _seal(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST_FILE).write_text(json.dumps({**facts, "files": files}, indent=1))
+        fsync(partial / MANIFEST_FILE)
+        fsync(partial)
+        _publish(partial, final)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give the complete folder `partial` its name."""
+    if final.exists():  # a kill between these two renames leaves `.old`, which counts as complete
+        replaced = final.with_name(f"{final.name}.old")
+        remove(replaced)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync(final.parent)
+
+
+def point_to(folder: Path, pointer: Path) -> None:
+    """Make the symbolic link `pointer` lead to `folder` beside it, where the file system has such links."""
+    partial = pointer.with_name(f"{pointer.name}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(folder.name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        return
+    os.replace(partial, pointer)
+    fsync(pointer.parent)
+
+
+def sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of all files: name -> {"bytes", "sha256"}. Raises OSError, or ValueError for what is no
+    manifest."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("no manifest")
+    return files
+
+
+def find_damage(folder: Path, names: Collection[str] = (), has_more: bool = True) -> str | None:
+    """What is wrong with the folder in a few words; None if its files match the manifest: those of `names`, which must
+    be there, and all others in the manifest unless `has_more` is False."""
+    try:
+        files = sealed_files(folder)
+        for name in dict.fromkeys([*names, *(files if has_more else ())]):
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes instead of {files[name]['bytes']}"
+            if _sha256(folder / name) != files[name]["sha256"]:
+                return f"{name} does not match its SHA-256"
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except OSError as error:
+        return f"unreadable: {first_line(error)}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST_FILE} is not a manifest"
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or link; half of it deleted still ends in `.tmp`."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        if path.suffix != ".tmp":
+            doomed = path.with_name(f"{path.name}.tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            path = doomed
+        shutil.rmtree(path)
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """What the operating system said, when it caused `error`; else None.
+
+    torch.save raises a RuntimeError with the OSError as its context; safetensors puts the text "(os error 28)" into its
+    own exception.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return os.strerror(cause.errno) if cause.errno else first_line(cause)
+        if isinstance(cause, SafetensorError) and (number := re.search(r"os error (\d+)", str(cause))):
+            return os.strerror(int(number[1]))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def fsync(path: Path) -> None:
+    """Return when the file's bytes, or the folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Bring a written file to the disk and return its manifest entry. The hash reads memory while the disk works."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digest = pool.submit(_sha256, path)
+        fsync(path)
+        return {"bytes": path.stat().st_size, "sha256": digest.result()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

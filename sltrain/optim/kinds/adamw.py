@@ -1,0 +1,71 @@
+"""optimizer=adamw: torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101). With weight_decay=0, as in the paper, it
+is Adam.
+
+Its two moments are in the parameters' dtype: bfloat16 parameters have bfloat16 moments, the paper's setting. The fused
+kernel is 6 times faster on a CPU too (3.3 ms against 19 ms for 5.6M parameters on one thread), gives the same bits at
+any number of threads, and rounds a bfloat16 update once instead of at every operation. On a CPU it ignores a gradient's
+strides (measured on torch 2.13). Those that autograd accumulates have their parameter's; never assign `.grad` a
+transposed tensor by hand. It cannot round stochastically; optim/adamw.py does.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sltrain.optim.kinds.base import OPTIMIZERS, OptimizerConfig
+from sltrain.parameters import PIECE, ParamInfo
+
+if TYPE_CHECKING:
+    import torch
+
+WORKING_COPIES = 6  # float32 copies of a piece that optim/adamw.py makes
+
+
+@dataclass
+class AdamOptions(OptimizerConfig):
+    """What all of Adam's kin have."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
+    eps: float = 1e-8
+
+    locality: ClassVar[str] = "element"
+
+    def check(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"optimizer.betas={self.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]"
+            )
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"optimizer.eps={self.eps}: must be a number above 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As torch's optimizers take them."""
+        return {"betas": (float(self.betas[0]), float(self.betas[1])), "eps": self.eps}
+
+
+@OPTIMIZERS.register("adamw")
+@dataclass
+class AdamWOptions(AdamOptions):
+    """Options of optimizer=adamw."""
+
+    rounds: ClassVar[bool] = True
+    smaller: ClassVar[str | None] = "adam8bit"
+
+    def make(self, groups: list[dict[str, Any]], lr: float, device: "torch.device") -> "torch.optim.Optimizer":
+        import torch
+
+        return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cpu", "cuda"), **self.settings)
+
+    def make_rounding(
+        self, groups: list[dict[str, Any]], lr: float, device: "torch.device", seed: int
+    ) -> "torch.optim.Optimizer":
+        from sltrain.optim.adamw import AdamW
+
+        return AdamW(groups, lr=lr, seed=seed, **self.settings)
+
+    def state_bytes(self, parameter: ParamInfo) -> int:
+        return 2 * parameter.numel * parameter.element_size + 4  # two moments and a step count
+
+    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
+        """The fused kernel takes nothing; optim/adamw.py works on float32 copies of a piece of a narrower tensor."""
+        return 4 * min(parameter.numel, PIECE) * WORKING_COPIES if rounding and parameter.element_size < 4 else 0
