@@ -8,9 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from sltrain import kernels
 from sltrain.building.model import build_model
 from sltrain.compose import conf_dir, register_schema, to_train_config
-from sltrain.kernels import cpu_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_a_compiled_model_is_the_model(
     name: str, overrides: list[str], kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr(cpu_kernel, "status", lambda: "switched off")
+        monkeypatch.setattr(kernels, "status", lambda: "switched off")
     if "factored" not in name and not kernel:
         pytest.skip("the kernel has no part in it")
     torch._dynamo.reset()

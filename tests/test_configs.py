@@ -112,7 +112,7 @@ def test_overrides_of_single_layers_reach_the_model() -> None:
     model = build_model(config, 32_000, torch.float32)
     assert model.model.layers[3].self_attn.q_proj.rank == 16
     assert model.model.layers[3].self_attn.k_proj.rank == 128
-    assert model.model.layers[3].mlp.up_proj.num_sparse == 0
+    assert model.model.layers[3].mlp.up_proj.values.numel() == 0
 
 
 def test_every_key_of_the_schema_is_read_somewhere() -> None:

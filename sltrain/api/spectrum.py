@@ -3,26 +3,24 @@
     section = look_inside(Path("outputs/run"), layers=["q_proj"], steps=[10000, 11000])
     write_report(report, output, more=section)                # api/report.py: on the page, and files beside it
 
-What is computed and why: reporting/spectrum.py. Of every projection the energies of its parts are read off its factors;
-singular values, which cost a decomposition, are those of the chosen layers: every kind of projection in the first, the
-middle and the last decoder layer, or what name patterns fit. One layer is in memory at a time.
+What is shown and why: reporting/spectrum.py. Of every projection with an S the energies of its parts are read off its
+tensors; singular values, which cost a decomposition, are those of the chosen layers: every kind of projection in the
+first, the middle and the last decoder layer, or what name patterns fit. One layer is in memory at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sltrain.api.saved import Saved, open_saved
-from sltrain.layers.linear import FactoredLinear, SLTrainLinear
+from sltrain.layers.base import ReplacedLinear, parts_of
+from sltrain.layers.parts import LowRankPart, Part, singular_values
 from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
-from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values
-from sltrain.reporting.spectrum_figures import draw_energy, draw_spectra
-from sltrain.reporting.spectrum_table import Found, by_kind, by_layer, energy_csv, markdown, place, spectrum_csv
+from sltrain.reporting.spectrum import Found, Spectrum, place, spectrum_section
 
 
 def look_inside(
@@ -36,7 +34,7 @@ def look_inside(
 
     `layers` are name patterns as in `rank_overrides`, `steps` updates with a checkpoint (default: the newest intact
     one). Raises ValueError or OSError for a run that cannot be opened, a step it does not have, a pattern that fits no
-    layer, and weights that are not finite.
+    layer, a layer of whose W nothing is known, and weights that are not finite.
     """
     opened = _open_steps(path, steps, report)
     names = _projections(opened[0].model)
@@ -45,17 +43,7 @@ def look_inside(
     for saved in opened:
         report(f"step {saved.step}: singular values of {len(chosen)} of {len(names)} layers")
         found.append(_examine(saved, names, chosen))
-    pictures = [picture for at in found for picture in draw_spectra(at.step, at.spectra_by_place())]
-    if any(at.energies for at in found):
-        pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
-    title = f"Spectrum of {Path(path).expanduser().resolve().name}"
-    tables = [by_kind(found), by_layer(found)]
-    texts = {
-        "spectrum.csv": spectrum_csv(found),
-        "energy.csv": energy_csv(found),
-        "spectrum.md": "\n".join([f"# {title}\n", *map(markdown, tables)]),
-    }
-    return Section(title, pictures, tables, {name: text for name, text in texts.items() if text})
+    return spectrum_section(f"Spectrum of {Path(path).expanduser().resolve().name}", found)
 
 
 def _open_steps(path: str | Path, steps: list[int] | None, report: Callable[[str], None]) -> list[Saved]:
@@ -74,9 +62,6 @@ def _open_steps(path: str | Path, steps: list[int] | None, report: Callable[[str
     for problem in errors:
         report(f"note: {problem}")
     return opened
-
-
-# ---- layers
 
 
 def _projections(model: nn.Module) -> list[str]:
@@ -104,13 +89,15 @@ def _examine(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> Found
     """Read each layer of `names` that is needed, once."""
     found = Found(saved.step, {}, {})
     for name in names:
-        if name not in chosen and not isinstance(saved.model.get_submodule(name), SLTrainLinear):
+        module = saved.model.get_submodule(name)
+        has_sparse = isinstance(module, ReplacedLinear) and "sparse" in module.GROUPS.values()
+        if name not in chosen and not has_sparse:
             continue
         layer = _read_layer(saved, name)
-        if isinstance(layer, SLTrainLinear):
-            found.energies[name] = Energy(float(layer.low_rank_norm()) ** 2, float(layer.sparse_norm()) ** 2)
+        if has_sparse:
+            found.energies[name] = _energies(parts_of(name, layer))
         if name in chosen:
-            found.spectra[name] = _spectrum(layer)
+            found.spectra[name] = _spectrum(name, layer)
         del layer  # before the next is read
     return found
 
@@ -123,22 +110,24 @@ def _read_layer(saved: Saved, name: str) -> nn.Module:
     return layer
 
 
-def _spectrum(layer: nn.Module) -> Spectrum:
+def _energies(parts: Mapping[str, Part]) -> dict[str, float]:
+    """Squared norms by group of parts."""
+    energies = {"low_rank": 0.0, "sparse": 0.0}
+    for part in parts.values():
+        energies[part.group] = energies.get(part.group, 0.0) + float(part.norm()) ** 2
+    return energies
+
+
+def _spectrum(name: str, layer: nn.Module) -> Spectrum:
     """Singular values of W, and of what the layer makes it of."""
-    if not isinstance(layer, FactoredLinear):
-        assert isinstance(layer, nn.Linear)
-        return Spectrum(singular_values(layer.weight))
-    low_rank = layer.scale * product_singular_values(layer.B, layer.A) if layer.rank else None
-    if isinstance(layer, SLTrainLinear) and layer.num_sparse:
-        return Spectrum(singular_values(layer.dense_weight()), low_rank, singular_values(_sparse_matrix(layer)))
-    assert low_rank is not None  # a layer has one or the other
-    return Spectrum(F.pad(low_rank, (0, min(layer.in_features, layer.out_features) - layer.rank)), low_rank)
-
-
-@torch.no_grad()
-def _sparse_matrix(layer: SLTrainLinear) -> Tensor:
-    """S, (out, in)."""
-    flat = layer.values.new_zeros(layer.out_features * layer.in_features)
-    for entries, positions in layer.support.pieces(layer.indices):
-        flat[positions] = layer.values[entries]
-    return flat.view(layer.out_features, layer.in_features)
+    parts = parts_of(name, layer)
+    values = {part: summand.singular_values().tolist() for part, summand in parts.items()}
+    if not isinstance(layer, ReplacedLinear):
+        return Spectrum(values["W"])
+    if len(parts) > 1:
+        whole = singular_values(layer.dense_weight()).tolist()
+    else:  # W is its only part: no second decomposition
+        (known,) = values.values()
+        whole = known + [0.0] * (min(layer.in_features, layer.out_features) - len(known))
+    ranks = [part.rank for part in parts.values() if isinstance(part, LowRankPart)]
+    return Spectrum(whole, values, sum(ranks) if ranks else None)

@@ -89,7 +89,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 def spectrum_of(typed: argparse.Namespace) -> "Section":
     """Look inside the one run, and print what there is by kind of projection."""
     from sltrain.api.spectrum import look_inside
-    from sltrain.reporting.spectrum_table import aligned
+    from sltrain.reporting.spectrum import aligned
 
     spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
     (say if typed.json else tell)(f"\n{aligned(spectrum.tables[0])}\n")

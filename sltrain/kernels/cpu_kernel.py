@@ -37,10 +37,15 @@ logger = logging.getLogger(__name__)
 
 def status() -> str | None:
     """None when the kernel can be used, else one line that says why not. The first call builds it (seconds, once a
-    machine) or loads it from the cache, and should come before torch.compile traces one."""
+    machine) or loads it from the cache."""
     if not _kernel.tried:
         _kernel.prepare()
     return _kernel.problem
+
+
+# torch.compile takes the answer for a constant instead of tracing how the kernel is built. This is
+# torch.compiler.assume_constant_result, without importing the compiler, which takes a second.
+status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward(

@@ -1,93 +1,391 @@
-"""Where the singular values of a trained W = L + S come from, when L has rank r and S few entries.
+"""Where the singular values of a trained W come from: numbers, tables and figures.
 
     W (out, in) = sum over i of sigma_i u_i v_i^T         sigma_1 >= sigma_2 >= ... >= 0
-    L = s B A                                             B (out, r), A (r, in)
+    W = L + S                                             L = (alpha / rank) B A of rank r, S with few entries
 
 L has r singular values above 0, S as a rule min(out, in) of them, small and alike. In W the two hardly meet: sigma_1
 to sigma_r are about those of L, the others about those of S, and between them is a cliff, sigma_r / sigma_(r+1)
-(figures 2, 10 and 11 of arXiv 2406.02214). How much of W either part carries is told by energies, squared Frobenius
-norms: |L|^2 + |S|^2 is |W|^2 up to 2 <L, S>, which is small where the entries of S lie at random.
+(figures 2, 10 and 11 of arXiv 2406.02214). How much of W a part carries is told by energies, squared Frobenius norms:
+|L|^2 + |S|^2 is |W|^2 up to 2 <L, S>, which is small where the entries of S lie at random.
 
     rank of W              how many sigma_i are not 0: full, says the paper, although L alone would allow r
     effective rank of W    exp(-sum p_i log p_i), p_i = sigma_i / sum sigma: k if k values are equal and the others 0
                            (Roy and Vetterli 2007)
 
-Everything is computed in float64, on one matrix at a time. L is never formed: with B = Q_B R_B and A^T = Q_A R_A its
-singular values are those of R_B R_A^T, an (r, r) matrix.
+Layers of other methods have other parts; each gets its curve and its energy.
+
+Singular values are drawn as small multiples, a panel a layer, all with the same axes: rows are kinds of projection,
+columns depths, as long as there are few depths. W is a broad pale line, so that the part which makes it can be seen on
+top of it. The last values of a square matrix fall steeply, over many powers of ten; the log axis ends before most of
+that fall, or it would show little else.
 """
 
+import csv
+import io
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from sltrain.reporting.drawing import COLOURS, DPI, MARKERS, WIDTH, Picture, our_style, to_picture
+from sltrain.reporting.page import Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Place = tuple[str, int]  # kind of projection, and the number of the decoder layer it is in
+Shares = dict[str, list[tuple[int, float]]]  # kind of projection -> (depth, share of S in the energy)
+
+LAYER_HEADINGS = ["step", "layer", "rank", "largest", "cliff", "effective rank", "numerical rank", "of", "energy in S"]
+KIND_HEADINGS = ["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S, all"]
+LAYER_LEGEND = (
+    "Of each W: its largest singular value; the cliff, the singular value at the rank over the next one; its effective"
+    " rank, exp of the entropy of its singular values; its numerical rank, of how many; and the share of S in the"
+    " energy, |S|^2 / (|L|^2 + |S|^2) with L = (alpha / rank) BA."
+)
+KIND_LEGEND = "Medians over the chosen layers of a kind, and of the energy over all of them."
+MAX_COLUMNS = 4
+MAX_PANELS = 28  # in one figure
+SHOWN = 0.98  # of the values of each matrix
+MAX_DECADES = 5  # of singular values on the axis
+LINES: dict[str, dict[str, Any]] = {
+    "W": {"label": "W", "color": "#a6a6a6", "linestyle": "-", "linewidth": 3.4},
+    "BA": {"label": "(alpha / rank) BA", "color": COLOURS[0], "linestyle": "--", "linewidth": 1.5},
+    "S": {"label": "S", "color": COLOURS[1], "linestyle": "-.", "linewidth": 1.5},
+}
+OTHER_LINE: dict[str, Any] = {"color": COLOURS[2], "linestyle": (0, (1, 1)), "linewidth": 1.5}
+RANK_LINE: dict[str, Any] = {"color": "#000000", "linestyle": ":", "linewidth": 0.9}
 
 
 @dataclass
 class Spectrum:
-    """Singular values of one W and of its parts, descending; None for a part that W does not have."""
+    """Singular values of one W and of its parts by name, descending; `rank` is r of a low-rank part, if there is one.
+    A part may leave out values that cannot be above 0."""
 
-    whole: Tensor  # (min(out, in),)
-    low_rank: Tensor | None = None  # (rank,)
-    sparse: Tensor | None = None  # (min(out, in),)
+    whole: list[float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    rank: int | None = None
 
     @property
-    def rank(self) -> int | None:
-        """r, the number of columns of B."""
-        return None if self.low_rank is None else len(self.low_rank)
+    def curves(self) -> dict[str, list[float]]:
+        """All of them; the one of W is called W."""
+        return {"W": self.whole, **self.parts}
 
     @property
     def cliff(self) -> float:
         """sigma_r / sigma_(r+1) of W: infinite if only the latter is 0, nan where there is no such pair."""
         if not self.rank or self.rank >= len(self.whole):
             return math.nan
-        before, after = self.whole[self.rank - 1 : self.rank + 1].tolist()
+        before, after = self.whole[self.rank - 1 : self.rank + 1]
         return before / after if after else math.inf if before else math.nan
 
     @property
     def numerical_rank(self) -> int:
         """How many singular values of W are not 0."""
-        return int(self.whole.count_nonzero())
+        return sum(value > 0 for value in self.whole)
 
     @property
     def effective_rank(self) -> float:
         """How many singular values W has, each counted by its size; 0 for W = 0."""
-        positive = self.whole[self.whole > 0]
-        shares = positive / positive.sum()
-        return float(torch.exp(-(shares * shares.log()).sum())) if len(positive) else 0.0
+        total = math.fsum(self.whole)
+        shares = [value / total for value in self.whole if value > 0]
+        return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
 @dataclass
-class Energy:
-    """Squared Frobenius norms of L and S."""
+class Found:
+    """What one checkpoint holds, by layer name."""
 
-    low_rank: float
-    sparse: float
+    step: int
+    spectra: dict[str, Spectrum]  # of the chosen layers
+    energies: dict[str, dict[str, float]]  # of every layer that may have an S: squared norms by group of parts
 
-    @property
-    def sparse_share(self) -> float:
-        """The part of S, 0 to 1; nan if both are 0."""
-        total = self.low_rank + self.sparse
-        return self.sparse / total if total else math.nan
+    def share(self, name: str) -> float:
+        """The part of S in a layer's energy, 0 to 1; nan if the energy is 0, or not known."""
+        energies = self.energies.get(name, {})
+        total = sum(energies.values())
+        return energies["sparse"] / total if total else math.nan
 
-
-@torch.no_grad()
-def singular_values(matrix: Tensor) -> Tensor:
-    """(out, in) -> (min(out, in),) float64, descending. What rounding cannot tell from 0 is 0."""
-    matrix = matrix.double()
-    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.t()  # several times faster than a wide one
-    return _without_noise(torch.linalg.svdvals(tall), max(matrix.shape))
-
-
-@torch.no_grad()
-def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """B (out, r), A (r, in) -> the singular values of B A that can be above 0, (r,) float64, descending."""
-    left = torch.linalg.qr(B.double(), mode="r").R
-    right = torch.linalg.qr(A.double().t(), mode="r").R
-    return _without_noise(torch.linalg.svdvals(left @ right.t()), max(len(B), A.shape[1]))
+    def shares_by_kind(self) -> Shares:
+        """Every layer with an energy."""
+        shares: Shares = {}
+        for name in self.energies:
+            kind, depth = place(name)
+            shares.setdefault(kind, []).append((depth, self.share(name)))
+        return shares
 
 
-def _without_noise(values: Tensor, longer: int) -> Tensor:
-    """With 0 for what is below the rounding of a matrix whose longer side is `longer`: NumPy's rule for ranks."""
-    tolerance = values.max() * longer * torch.finfo(values.dtype).eps if len(values) else 0.0
-    return torch.where(values > tolerance, values, torch.zeros_like(values))
+def place(name: str) -> Place:
+    """model.layers.3.self_attn.q_proj -> (q_proj, 3)."""
+    _, _, depth, _, kind = name.split(".")
+    return kind, int(depth)
+
+
+def spectrum_section(title: str, found: Sequence[Found]) -> Section:
+    """Figures and tables, by kind of projection and by chosen layer, and every number as CSV."""
+    pictures = [picture for at in found for picture in draw_spectra(at.step, by_place(at.spectra))]
+    if any(at.energies for at in found):
+        pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
+    tables = [by_kind(found), by_layer(found)]
+    texts = {
+        "spectrum.csv": spectrum_csv(found),
+        "energy.csv": energy_csv(found),
+        "spectrum.md": "\n".join([f"# {title}\n", *map(markdown, tables)]),
+    }
+    return Section(title, pictures, tables, {name: text for name, text in texts.items() if text})
+
+
+def by_place(spectra: Mapping[str, Spectrum]) -> dict[Place, Spectrum]:
+    """(kind of projection, depth) -> spectrum, from those by layer name."""
+    return {place(name): spectrum for name, spectrum in spectra.items()}
+
+
+# ---- tables
+
+
+def by_layer(found: Sequence[Found]) -> Table:
+    """One row a chosen layer and step."""
+    rows = [_row(at, name, spectrum) for at in found for name, spectrum in at.spectra.items()]
+    return Table(LAYER_HEADINGS, rows, LAYER_LEGEND, ("layer",))
+
+
+def _row(at: Found, name: str, spectrum: Spectrum) -> list[str]:
+    numbers = [_number(value) for value in (spectrum.whole[0], spectrum.cliff, spectrum.effective_rank)]
+    ranks = [str(spectrum.numerical_rank), str(len(spectrum.whole))]
+    return [str(at.step), name, str(spectrum.rank or "-"), *numbers, *ranks, _percent(at.share(name))]
+
+
+def by_kind(found: Sequence[Found]) -> Table:
+    """One row a kind of projection and step."""
+    rows = []
+    for at in found:
+        shares = at.shares_by_kind()
+        for kind in dict.fromkeys(place(name)[0] for name in at.spectra):
+            spectra = [spectrum for name, spectrum in at.spectra.items() if place(name)[0] == kind]
+            ranks = sorted({spectrum.rank for spectrum in spectra if spectrum.rank})
+            medians = [
+                _median(spectrum.whole[0] for spectrum in spectra),
+                _median(spectrum.cliff for spectrum in spectra),
+                _median(spectrum.effective_rank for spectrum in spectra),
+            ]
+            rank = "-".join(str(rank) for rank in dict.fromkeys([*ranks[:1], *ranks[-1:]])) or "-"
+            share = _percent(_median(share for _, share in shares.get(kind, [])))
+            rows.append([str(at.step), kind, str(len(spectra)), rank, *map(_number, medians), share])
+    return Table(KIND_HEADINGS, rows, KIND_LEGEND, ("projection",))
+
+
+def aligned(table: Table) -> str:
+    """For a terminal."""
+    lines = [table.headings, *table.rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    is_text = [heading in table.texts for heading in table.headings]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text, strict=True)
+        )
+        for line in lines
+    )
+
+
+def markdown(table: Table) -> str:
+    """With its legend below."""
+    rule = ["---" if heading in table.texts else "---:" for heading in table.headings]
+    lines = [f"| {' | '.join(cells)} |\n" for cells in [table.headings, rule, *table.rows]]
+    return f"{''.join(lines)}\n{table.legend}\n"
+
+
+def spectrum_csv(found: Sequence[Found]) -> str:
+    """Every singular value; index 1 is the largest."""
+    lines = [
+        (at.step, name, matrix, index, value)
+        for at in found
+        for name, spectrum in at.spectra.items()
+        for matrix, values in spectrum.curves.items()
+        for index, value in enumerate(values, 1)
+    ]
+    return _csv([("step", "layer", "matrix", "index", "singular_value"), *lines])
+
+
+def energy_csv(found: Sequence[Found]) -> str:
+    """The energies of every layer that may have an S; empty if none may."""
+    groups = dict.fromkeys(group for at in found for energies in at.energies.values() for group in energies)
+    lines = [
+        (at.step, name, *place(name), *(energies.get(group, 0.0) for group in groups), at.share(name))
+        for at in found
+        for name, energies in at.energies.items()
+    ]
+    headings = ("step", "layer", "projection", "depth", *(f"{group}_energy" for group in groups), "sparse_share")
+    return _csv([headings, *lines]) if lines else ""
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of those that are numbers; nan if none is."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return statistics.median(numbers) if numbers else math.nan
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point; a dash for nan."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+# ---- figures
+
+
+def draw_spectra(step: int, spectra: Mapping[Place, Spectrum]) -> list[Picture]:
+    """The singular values of these layers, in their order, at `step`: one figure, or more if there are many panels."""
+    places = list(spectra)
+    pages = [places[first : first + MAX_PANELS] for first in range(0, len(places), MAX_PANELS)]
+    pictures = []
+    for number, page in enumerate(pages, 1):
+        several = f", part {number} of {len(pages)}" if len(pages) > 1 else ""
+        name = f"spectrum_{step}.png" if number == 1 else f"spectrum_{step}_{number}.png"
+        alt = f"Singular values of {len(page)} layers at step {step}, {_name(page[0])} to {_name(page[-1])}."
+        caption = _explain([spectra[place] for place in page])
+        with our_style():
+            figure = spectrum_figure({place: spectra[place] for place in page})
+            pictures.append(to_picture(figure, name, f"Singular values at step {step}{several}", caption, alt))
+    return pictures
+
+
+def _explain(spectra: Sequence[Spectrum]) -> str:
+    """What there is to see in these panels, which depends on the parts that W has."""
+    parts = {name for spectrum in spectra for name in spectrum.parts}
+    if all(spectrum.rank is None for spectrum in spectra):
+        text = "Singular values of each W against their index."
+    elif parts == {"BA"}:
+        text = "Singular values of each W, which are those of the low-rank product; behind its rank (dotted) all are 0."
+    elif parts == {"BA", "S"}:
+        text = (
+            "Singular values of each W and of its two parts. In a well trained layer W follows the low-rank product up"
+            " to the rank (dotted) and S behind it; the drop between is the cliff."
+        )
+    else:
+        text = "Singular values of each W and of its parts. The rank of the low-rank product is dotted."
+    is_cut = any(0 < value < _limits(spectra)[0] for values in _curves(spectra) for value in values)
+    return f"{text} All panels have the same axes" + ("; the lowest values are below them." if is_cut else ".")
+
+
+def spectrum_figure(spectra: Mapping[Place, Spectrum]) -> "Figure":
+    """Panels of singular values against their index."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    num_depths = len({depth for _, depth in spectra})
+    num_columns = min(num_depths if num_depths > 1 else len(spectra), MAX_COLUMNS)
+    figure, grid = _panels(len(spectra), num_columns, row_height=1.4 if num_columns > 2 else 1.8)
+    for axes, (place, spectrum) in zip(grid, spectra.items(), strict=True):
+        axes.set_title(_name(place), fontsize=9.5)
+        for name, values in spectrum.curves.items():
+            shown = [value if value > 0 else math.nan for value in values]  # a log axis has no zero
+            axes.plot(range(1, len(values) + 1), shown, **_line(name))
+        if spectrum.rank:
+            axes.axvline(spectrum.rank, **RANK_LINE)
+
+    low, high = _limits(list(spectra.values()))
+    grid[0].set_yscale("log")
+    grid[0].set_ylim(low, high)
+    longest = max(len(spectrum.whole) for spectrum in spectra.values())
+    grid[0].set_xlim(-0.03 * longest, 1.03 * longest)
+    steps = (1.0,) if high / low > 30 else (1.0, 2.0, 5.0)
+    grid[0].yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    grid[0].yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    grid[0].yaxis.set_minor_locator(NullLocator())
+    grid[0].xaxis.set_major_locator(MaxNLocator(6 - num_columns if num_columns > 2 else 5, integer=True))
+    figure.supxlabel("index", fontsize=10)
+    figure.supylabel("singular value", fontsize=10)
+
+    used = dict.fromkeys([*LINES, *(name for spectrum in spectra.values() for name in spectrum.parts)])
+    there = {name for spectrum in spectra.values() for name in spectrum.curves}
+    handles = [Line2D([], [], **_line(name)) for name in used if name in there]
+    ranks = {spectrum.rank for spectrum in spectra.values() if spectrum.rank}
+    if ranks:
+        label = f"rank {min(ranks)}" if len(ranks) == 1 else "rank"
+        handles.append(Line2D([], [], label=label, **RANK_LINE))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=3.2)
+    return figure
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}, layer {place[1]}"
+
+
+def _line(name: str) -> dict[str, Any]:
+    return LINES.get(name, {"label": name, **OTHER_LINE})
+
+
+def _curves(spectra: Sequence[Spectrum]) -> list[list[float]]:
+    return [values for spectrum in spectra for values in spectrum.curves.values()]
+
+
+def _limits(spectra: Sequence[Spectrum]) -> tuple[float, float]:
+    """The ends of the axis: a little beyond the largest value, and beyond SHOWN of each curve."""
+    curves = [[value for value in values if value > 0] for values in _curves(spectra)]
+    curves = [values for values in curves if values] or [[1.0]]
+    high = max(values[0] for values in curves)
+    low = min(values[int(SHOWN * (len(values) - 1))] for values in curves)
+    return max(low, high / 10**MAX_DECADES) / 1.5, high * 1.5
+
+
+def draw_energy(shares: Mapping[int, Shares]) -> Picture:
+    """The share of S in the energy at each step."""
+    steps = [str(step) for step in shares]
+    when = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps)}"
+    caption = (
+        "How much of each W is in S: its squared Frobenius norm over that of S and of the low-rank product together, by"
+        " kind of projection and depth."
+    )
+    alt = f"Share of S in the energy of every projection against depth, at {when}."
+    with our_style():
+        return to_picture(energy_figure(shares), "energy.png", "Share of S in the energy", caption, alt)
+
+
+def energy_figure(shares: Mapping[int, Shares]) -> "Figure":
+    """A panel a step, a line a kind of projection."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, grid = _panels(len(shares), min(len(shares), 2), row_height=2.2)
+    for axes, (step, by_kind) in zip(grid, shares.items(), strict=True):
+        axes.set_title(f"step {step}", fontsize=9.5)
+        for (kind, points), colour, marker in zip(by_kind.items(), COLOURS, MARKERS, strict=False):
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "markeredgecolor": "white"}
+            axes.plot(*zip(*points, strict=True), linewidth=1.2, label=kind, **style)
+    known = [share for by_kind in shares.values() for points in by_kind.values() for _, share in points if share > 0]
+    grid[0].set_ylim(0, min(1.06 * max(known, default=1), 1.04))
+    grid[0].yaxis.set_major_formatter(PercentFormatter(1))
+    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("decoder layer", fontsize=10)
+    figure.supylabel("share of S in the energy", fontsize=10)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure with this many panels, row by row, all with the same axes; a single row is higher."""
+    from matplotlib.figure import Figure
+
+    num_rows = math.ceil(num_panels / num_columns)
+    height = 0.9 + max(num_rows * row_height, 2.8)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.07)
+    grid = list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten())
+    for axes in grid[num_panels:]:
+        axes.remove()
+    for axes in grid[max(0, num_panels - num_columns) : num_panels]:
+        axes.tick_params(labelbottom=True)  # also above a place that stays empty
+    return figure, grid[:num_panels]

@@ -15,9 +15,9 @@ from sltrain.api import spectrum as build_spectrum
 from sltrain.api.report import read_report, write_report
 from sltrain.api.saved import open_saved
 from sltrain.api.spectrum import choose_layers, look_inside
-from sltrain.layers.support import Support
+from sltrain.layers.support import make_support
 from sltrain.models.llama import PROJECTIONS
-from sltrain.reporting.spectrum_table import aligned
+from sltrain.reporting.spectrum import aligned
 
 Train = Callable[..., tuple[int, str, str]]
 RANK, ALPHA = 8, 16.0
@@ -67,7 +67,7 @@ def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: 
         own_rank = 4 if name.endswith("k_proj") else RANK
         low_rank = ALPHA / own_rank * B @ A
         sparse = np.zeros(low_rank.size)
-        kept = Support(*low_rank.shape, 0.1, support)
+        kept = make_support(*low_rank.shape, 0.1, support)
         sparse[kept.positions(tensors[f"{name}.indices"]).numpy()] = tensors[f"{name}.values"].double().numpy()
         sparse = sparse.reshape(low_rank.shape)
 

@@ -149,14 +149,10 @@ def test_refuses_positions_that_would_reach_outside(block, wrong) -> None:
 def test_operations_are_registered_as_torch_asks() -> None:
     entries, blocks = Problem(6, 20, [9, 4], 0.3), Problem(6, 20, [9, 4], 0.3, 4)
     checks = ("test_schema", "test_faketensor")
-    for p, kind, last in ((entries, "sparse", ()), (blocks, "block", (4,))):
+    for p in (entries, blocks):
         ops = torch.ops.sltrain
-        torch.library.opcheck(
-            getattr(ops, f"{kind}_forward"), (p.x, p.values, p.places, p.outs, *last), test_utils=checks
-        )
-        torch.library.opcheck(
-            getattr(ops, f"{kind}_backward"), (p.x, p.grads, p.values, p.places, *last), test_utils=checks
-        )
+        torch.library.opcheck(ops.forward, (p.x, p.values, p.places, p.outs, p.block), test_utils=checks)
+        torch.library.opcheck(ops.backward, (p.x, p.grads, p.values, p.places, p.block), test_utils=checks)
 
 
 @kernel

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from toy_layers import ReLoRALinear, TwoMatrices
 
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import layer_settings, merge_to_dense, replace_linears, restore_layers
@@ -101,6 +102,13 @@ def test_merging_gives_the_same_function_in_plain_linears(make):
     assert merge_to_dense(model) == []
 
 
+def test_a_layer_without_one_matrix_is_not_merged():
+    model = nn.Sequential(TwoMatrices(12, 12, 4, 8))
+    with pytest.raises(ValueError, match="no one W"):
+        merge_to_dense(model)
+    assert type(model[0]) is TwoMatrices
+
+
 def test_merging_copies_instead_of_sharing_the_bias():
     model = nn.Sequential(sltrain_layer("", nn.Linear(12, 20)))
     bias = model[0].bias
@@ -140,6 +148,9 @@ KINDS = {
     "block of its own size": partial(sltrain_layer, support="block"),
     "column": partial(sltrain_layer, support="column"),
     "low rank": low_rank_layer,
+    "of somebody else": lambda name, linear: ReLoRALinear(
+        linear.in_features, linear.out_features, rank=4, alpha=8, bias=linear.bias is not None
+    ),
 }
 
 
@@ -170,11 +181,17 @@ def test_settings_name_every_layer_by_itself():
     replace_linears(model, lambda name, linear: name == "0", low_rank_layer)
     replace_linears(model, lambda name, linear: name == "1", partial(sltrain_layer, support="column"))
     settings = layer_settings(model)
-    assert settings["0"] == {"rank": 4, "alpha": 8}
-    assert settings["1"] == {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "column", "block_size": None}
+    assert settings["0"] == {"kind": "low_rank", "rank": 4, "alpha": 8}
+    own = {"kind": "sltrain", "rank": 4, "alpha": 8, "sparsity": 0.1, "support": "column", "block_size": None}
+    assert settings["1"] == own
     assert settings.keys() == {"0", "1"} and layer_settings(two_linears()) == {}
     restored = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 6))
     restore_layers(restored, settings)
+    assert [type(layer) for layer in restored] == [LowRankLinear, SLTrainLinear, nn.Linear]
+    # format 1 named no kind
+    old = {name: {key: value for key, value in own.items() if key != "kind"} for name, own in settings.items()}
+    restored = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 6))
+    restore_layers(restored, old)
     assert [type(layer) for layer in restored] == [LowRankLinear, SLTrainLinear, nn.Linear]
 
 
@@ -189,6 +206,7 @@ def test_settings_name_every_layer_by_itself():
         ({"0": {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "odd"}}, "0: unknown support"),
         ({"0": {"rank": 4, "alpha": 8, "colour": 1}}, "0: .*colour"),
         ({"": {"rank": 4, "alpha": 8}}, "no linear"),
+        ({"0": {"kind": "toy_other", "rank": 4}}, "0: layer=toy_other does not exist; there are: .*sltrain"),
     ],
 )
 def test_settings_that_no_layer_has_are_refused(settings, words):

@@ -5,21 +5,31 @@ In float64, which no operation here copies to another dtype and no kernel of our
 
 import pytest
 import torch
-from sltrain.layers.footprint import Footprint, footprint
 from torch import Tensor, nn
+from toy_layers import ReLoRALinear, SilentLinear
 
 from sltrain.engine.memory import tensor_peak
-from sltrain.layers import AlignedLinear, LowRankLinear, SLTrainLinear
+from sltrain.layers import Footprint, LowRankLinear, Rows, SLTrainLinear
+from sltrain.layers.aligned import AlignedLinear
+from sltrain.layers.base import footprint as footprint_of
 from sltrain.models.llama import project
 
 RANK, IN, OUT = 16, 256, 384
 SUPPORTS = ("uniform", "stratified", "block", "column")
-KINDS = ["dense", "aligned", "low_rank", *(f"{kind} {path}" for kind in SUPPORTS for path in ("composed", "factored"))]
+KINDS = [
+    "dense",
+    "aligned",
+    "low_rank",
+    "relora",
+    *(f"{kind} {path}" for kind in SUPPORTS for path in ("composed", "factored")),
+]
 
 
 def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64) -> nn.Module:
     if kind in ("dense", "aligned"):
         return (nn.Linear if kind == "dense" else AlignedLinear)(IN, out_features, bias=False, dtype=dtype)
+    if kind == "relora":
+        return ReLoRALinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "low_rank":
         return LowRankLinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     support, path = kind.split()
@@ -27,8 +37,14 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
     return SLTrainLinear(IN, out_features, RANK, 0.1, alpha=8, dtype=dtype, support=support, block_size=size, path=path)
 
 
+def footprint(layers: list[nn.Module], num_rows: int, has_kernel: bool) -> Footprint:
+    element_size = next(layers[0].parameters()).element_size()
+    return footprint_of(layers, Rows(num_rows, element_size, has_kernel))
+
+
 def num_bytes(*layers: nn.Module) -> list[int]:
-    return [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    """Of the parameters that get a gradient."""
+    return [sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad) for layer in layers]
 
 
 def saved_besides(x: Tensor, layers: list[nn.Module]) -> int:
@@ -65,7 +81,7 @@ def test_kept_is_what_autograd_saves(kind: str, outs: list[int], dtype: torch.dt
     x = torch.randn(64, IN, dtype=dtype, requires_grad=True)
     found = footprint(layers, 64, has_kernel=dtype == torch.float32)
     assert found.kept == saved_besides(x, layers)
-    has_hidden = kind == "low_rank" or kind.endswith("factored")
+    has_hidden = kind in ("low_rank", "relora") or kind.endswith("factored")
     assert (found.kept > 0) == has_hidden  # otherwise 0 == 0 would say nothing
 
 
@@ -118,7 +134,27 @@ def test_mixed_layers_of_one_input() -> None:
 
 
 def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="Bilinear.*footprint.py"):
+    with pytest.raises(ValueError, match="Bilinear: make it a ReplacedLinear"):
         footprint([nn.Bilinear(4, 4, 4)], 8, has_kernel=False)
     with pytest.raises(ValueError, match="Bilinear"):
         footprint([make("dense"), nn.Bilinear(4, 4, 4)], 8, has_kernel=True)
+    with pytest.raises(ValueError, match="SilentLinear"):
+        footprint([SilentLinear(4, 4)], 8, has_kernel=True)
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    layer = make("uniform factored")
+    (every,) = num_bytes(layer)
+    layer.A.requires_grad_(False)
+    assert footprint([layer], 8, has_kernel=False).gradients == every - layer.A.numel() * 8
+    linear = make("dense").requires_grad_(False)
+    assert footprint([linear], 8, has_kernel=False).gradients == 0
+    (trained,) = num_bytes(make("relora"))
+    assert trained == RANK * (IN + OUT) * 8 == footprint([make("relora")], 8, has_kernel=False).gradients
+
+
+def test_a_path_that_is_not_chosen_counts_as_the_one_that_will_be() -> None:
+    for rank, path in ((16, "factored"), (256, "composed")):
+        layers = [SLTrainLinear(IN, OUT, rank, 0.03, 8, path=how) for how in ("auto", path)]
+        ours, typed = (footprint([layer], 2048, has_kernel=True) for layer in layers)
+        assert ours == typed and layers[0].path == "auto"

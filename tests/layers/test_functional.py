@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sltrain.kernels import cpu_kernel
-from sltrain.layers import functional
-from sltrain.layers import support as support_module
+from sltrain import kernels
+from sltrain.layers import aligned
 from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
-from sltrain.layers.support import Support
+from sltrain.layers.support import base as support_module
+from sltrain.layers.support import make_support
 
 SCALE = 0.75
 SHAPES = [  # input shape, out, rank, sparsity
@@ -33,9 +33,9 @@ every_path = pytest.mark.parametrize("path, kind", PATHS)
 def arithmetic(request, monkeypatch):
     """float32 through the CPU kernel where there is one, and through plain torch."""
     if request.param == "plain":
-        monkeypatch.setattr(cpu_kernel, "status", lambda: "switched off")
-    elif cpu_kernel.status() is not None:
-        pytest.skip(cpu_kernel.status())
+        monkeypatch.setattr(kernels, "status", lambda: "switched off")
+    elif kernels.status() is not None:
+        pytest.skip(kernels.status())
 
 
 def make(shape, out_features, rank, sparsity, bias=True, dtype=torch.float64, kind="uniform", seed=0):
@@ -43,7 +43,7 @@ def make(shape, out_features, rank, sparsity, bias=True, dtype=torch.float64, ki
     source, in_features = torch.Generator().manual_seed(seed), shape[-1]
     if kind in ("block", "column"):
         sparsity = max(sparsity, 0.1)  # they need some
-    support = Support(out_features, in_features, sparsity, kind)
+    support = make_support(out_features, in_features, sparsity, kind)
 
     def normal(*size):
         return torch.randn(*size, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
@@ -318,7 +318,7 @@ def test_compose_weight_is_the_formula(kind):
 @pytest.mark.parametrize("shape", [((5, 12), 7), ((2, 3, 16), 8), ((4, 13), 16)], ids=str)
 def test_aligned_products_are_those_of_the_sides_as_they_are(shape, monkeypatch):
     """As on CUDA, where sides are filled up with zeros inside a product."""
-    monkeypatch.setattr(functional, "alignment", lambda tensor: 8)
+    monkeypatch.setattr(aligned, "alignment", lambda tensor: 8)
     x, weight = make(*shape, 3, 0.3)
     upstream = torch.randn(*shape[0][:-1], shape[1], dtype=torch.float64)
     assert_same(run(composed_linear, x, weight, upstream), run(dense_linear, x, weight, upstream))

@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 import torch
 from torch import nn
+from toy_layers import ReLoRALinear
 
 from sltrain.layers import LowRankLinear, SLTrainLinear
-from sltrain.methods.advice import warnings
+from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.base import METHODS, Method, pattern_fits
 
 
@@ -173,3 +174,33 @@ def test_a_support_without_full_rank_says_so():
     model = make_model()
     make_method("sltrain", support="column").replace(model, chosen)
     assert [line for line in warnings(model) if "rank at most rank + columns (the first layer: 4 + 3 of 16)" in line]
+
+
+def test_norms_are_the_roots_of_sums_of_squares_over_all_layers():
+    """Two products with norms 3 and 4 make 5, and so do two S."""
+    model = nn.Sequential(SLTrainLinear(4, 4, 1, 0.5, alpha=2), SLTrainLinear(4, 4, 1, 0.5, alpha=2))
+    for layer, norm in zip(model, (3.0, 4.0), strict=True):
+        for tensor in layer.parameters():
+            nn.init.zeros_(tensor)
+        with torch.no_grad():
+            layer.A[0, 0], layer.B[2, 0], layer.values[0] = norm, 0.5, 2 * norm
+    assert weight_norms(model) == {"low_rank_norm": pytest.approx(5), "sparse_norm": pytest.approx(10)}
+    assert weight_norms(nn.Sequential(nn.Linear(4, 4))) == {}
+
+
+def test_norms_of_other_parts_come_beside_them():
+    layer = ReLoRALinear(4, 4, 1, alpha=1)
+    for tensor in layer.parameters():
+        nn.init.zeros_(tensor)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+    low_rank = LowRankLinear(4, 4, 1, 1)
+    product = (low_rank.B @ low_rank.A).norm().item()
+    found = weight_norms(nn.Sequential(layer, low_rank))
+    assert found == {"low_rank_norm": pytest.approx(product), "sparse_norm": 0, "dense_norm": 8}
+
+
+def test_only_trained_values_have_to_pay():
+    assert warnings(nn.Sequential(ReLoRALinear(8, 8, 2, alpha=1))) == []  # 32 of 64 are trained
+    (line,) = warnings(nn.Sequential(ReLoRALinear(8, 8, 4, alpha=1)))
+    assert "64 for 8 x 8" in line

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from toy_layers import Adapted, ReLoRALinear, SilentLinear
 
 from sltrain.config import ModelConfig
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
-from sltrain.planning.accounting import count_parameters, stored_bytes
+from sltrain.planning.accounting import count_parameters, stored_bytes, sum_of_groups
 
 # arXiv 2406.02214, table 2 and appendix F: hidden, feed-forward, layers, heads, rank, sparsity; then the published
 # millions (rounded before they were added, so a total may be 0.06 off): total, base, low-rank, sparse
@@ -71,3 +72,39 @@ def test_a_dense_model_has_only_dense_parameters():
     model = nn.Linear(4, 10)
     assert count_parameters(model) == {"total": 50, "dense": 50, "low_rank": 0, "sparse": 0}
     assert stored_bytes(model)["indices"] == 0
+
+
+def test_frozen_parameters_are_stored_but_not_trained() -> None:
+    model = nn.Sequential(nn.Embedding(10, 6), ReLoRALinear(6, 8, rank=2, alpha=4, bias=True), nn.Linear(8, 10))
+    model[2].weight.requires_grad_(False)
+    counts = count_parameters(model)
+    assert counts == {"total": 60 + 28 + 8 + 10, "dense": 60 + 8 + 10, "low_rank": 28, "sparse": 0, "frozen": 48 + 80}
+    assert sum_of_groups(counts, str) == "78 dense + 28 low-rank + 0 sparse, and 128 frozen"
+    stored = stored_bytes(model)
+    assert stored.pop("frozen_weights") == 4 * 128
+    assert stored == {"dense_weights": 4 * 78, "low_rank_weights": 4 * 28, "sparse_values": 0, "indices": 0}
+    model[1].weight.requires_grad_(True)  # then it is trained, whatever its layer calls it
+    assert count_parameters(model)["dense"] == 78 + 48 and count_parameters(model)["frozen"] == 80
+
+
+def test_a_buffer_has_the_group_that_its_layer_names() -> None:
+    class Masked(ReLoRALinear, kind="toy_masked"):
+        GROUPS = ReLoRALinear.GROUPS | {"mask": "mask"}
+
+        def __init__(self) -> None:
+            super().__init__(6, 8, rank=2, alpha=4)
+            self.register_buffer("mask", torch.ones(48, dtype=torch.uint8))
+
+    stored = stored_bytes(Masked())
+    assert (stored["mask_weights"], stored["frozen_weights"]) == (48, 4 * 48)
+    assert sum(stored.values()) == 48 + 4 * (48 + 28)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Bilinear(4, 4, 4), SilentLinear(4, 4), Adapted(4, 4)], ids=lambda m: type(m).__name__
+)
+def test_an_unknown_layer_in_a_projections_place_is_not_counted(module: nn.Module) -> None:
+    model = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": module})})
+    for count in (count_parameters, stored_bytes):
+        with pytest.raises(ValueError, match=f"attention.q_proj.*{type(module).__name__}"):
+            count(model)

@@ -239,7 +239,7 @@ def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch:
 def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
     overrides = f"dtype=bfloat16 {FACTORED} {NARROW} support=block activation_checkpointing=true"
-    check(measured_plan(overrides), at_most=1.08)  # a bound of what blocks gather
+    check(measured_plan(overrides), at_most=1.1)  # a bound of what blocks gather
 
 
 def test_every_phase_was_the_highest_once() -> None:

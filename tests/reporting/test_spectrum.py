@@ -1,76 +1,23 @@
-"""Singular values against NumPy's of the dense matrices and against planted ones; figures by what they draw."""
+"""Numbers of spectra by hand, tables as text, figures by what they draw."""
 
 import io
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from sltrain.reporting.spectrum import Energy, Spectrum, product_singular_values, singular_values
-from sltrain.reporting.spectrum_figures import (
+from sltrain.reporting.spectrum import (
     LINES,
     MAX_PANELS,
+    Found,
+    Spectrum,
     draw_energy,
     draw_spectra,
+    energy_csv,
     energy_figure,
+    spectrum_csv,
     spectrum_figure,
 )
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def with_values(values: list[float], out: int, inner: int) -> Tensor:
-    """A matrix (out, inner) with these singular values, the others 0."""
-    left, _ = torch.linalg.qr(torch.randn(out, len(values), generator=generator(), dtype=torch.float64))
-    right, _ = torch.linalg.qr(torch.randn(inner, len(values), generator=generator(), dtype=torch.float64))
-    return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.t()
-
-
-@pytest.mark.parametrize("shape", [(7, 7), (5, 12), (12, 5), (1, 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_singular_values_are_numpys(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    matrix = torch.randn(shape, generator=generator()).to(dtype)
-    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
-    np.testing.assert_allclose(singular_values(matrix).numpy(), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("out", "rank", "inner"), [(9, 3, 14), (14, 3, 9), (9, 9, 14), (6, 1, 6), (6, 0, 4)])
-def test_a_product_has_the_values_of_the_dense_matrix(out: int, rank: int, inner: int) -> None:
-    B, A = torch.randn(out, rank, generator=generator()), torch.randn(rank, inner, generator=generator())
-    dense = np.linalg.svd(B.double().numpy() @ A.double().numpy(), compute_uv=False)
-    values = product_singular_values(B, A)
-    assert len(values) == rank
-    np.testing.assert_allclose(values.numpy(), dense[:rank], rtol=1e-11)
-
-
-def test_noise_of_rounding_is_zero() -> None:
-    matrix = with_values([5.0, 2.0, 1e-6], 20, 30)
-    assert singular_values(matrix)[:3].tolist() == pytest.approx([5, 2, 1e-6], rel=1e-8)
-    assert singular_values(matrix)[3:].tolist() == [0.0] * 17
-    B, A = torch.ones(20, 4), torch.ones(4, 30)  # rank 1
-    assert product_singular_values(B, A).tolist() == pytest.approx([math.sqrt(20 * 30) * 4, 0, 0, 0])
-    assert product_singular_values(B, A)[1:].count_nonzero() == 0
-    assert singular_values(torch.zeros(3, 4)).tolist() == [0, 0, 0]
-
-
-def test_planted_low_rank_and_sparse_parts_are_found_again() -> None:
-    """L in the upper left corner and a diagonal S elsewhere do not touch: the values of W are those of both."""
-    B, A = torch.zeros(30, 3), torch.zeros(3, 40)
-    B[:10] = with_values([9.0, 8.0, 7.0], 10, 3).float()
-    A[:, :10] = torch.linalg.qr(torch.randn(10, 3, generator=generator())).Q.t()
-    S = torch.zeros(30, 40)
-    S[range(10, 30), range(10, 30)] = torch.linspace(0.1, 0.5, 20)
-    spectrum = Spectrum(singular_values(B @ A + S), product_singular_values(B, A), singular_values(S))
-    assert spectrum.rank == 3
-    assert spectrum.low_rank is not None and spectrum.low_rank.tolist() == pytest.approx([9, 8, 7], rel=1e-5)
-    tail = sorted(torch.linspace(0.1, 0.5, 20).tolist(), reverse=True)
-    assert spectrum.whole[:23].tolist() == pytest.approx([9, 8, 7, *tail], rel=1e-5)
-    assert spectrum.cliff == pytest.approx(7 / 0.5, rel=1e-5)
-    assert singular_values(S).count_nonzero() == 20
 
 
 @pytest.mark.parametrize(
@@ -85,12 +32,12 @@ def test_planted_low_rank_and_sparse_parts_are_found_again() -> None:
     ],
 )
 def test_cliff(values: list[float], rank: int, cliff: float) -> None:
-    spectrum = Spectrum(torch.tensor(values), torch.ones(rank))
+    spectrum = Spectrum(values, {"BA": [1.0] * rank}, rank)
     assert spectrum.cliff == pytest.approx(cliff, nan_ok=True)
 
 
 def test_a_dense_matrix_has_no_cliff() -> None:
-    spectrum = Spectrum(torch.tensor([2.0, 1.0]))
+    spectrum = Spectrum([2.0, 1.0])
     assert math.isnan(spectrum.cliff) and spectrum.rank is None
 
 
@@ -103,23 +50,46 @@ def test_a_dense_matrix_has_no_cliff() -> None:
     ],
 )
 def test_ranks(values: list[float], effective: float, numerical: int) -> None:
-    spectrum = Spectrum(torch.tensor(values, dtype=torch.float64))
+    spectrum = Spectrum(values)
     assert spectrum.effective_rank == pytest.approx(effective)
     assert spectrum.numerical_rank == numerical
 
 
 def test_energy_share() -> None:
-    assert Energy(3.0, 1.0).sparse_share == 0.25
-    assert math.isnan(Energy(0.0, 0.0).sparse_share)
+    name, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    found = Found(3, {}, {name: {"low_rank": 3.0, "sparse": 1.0}, other: {"low_rank": 0.0, "sparse": 0.0}})
+    assert found.share(name) == 0.25 and math.isnan(found.share(other)) and math.isnan(found.share("unknown"))
+    assert energy_csv([found]).splitlines()[:2] == [
+        "step,layer,projection,depth,low_rank_energy,sparse_energy,sparse_share",
+        f"3,{name},up_proj,0,3.0,1.0,0.25",
+    ]
+    assert energy_csv([Found(3, {}, {})]) == ""
+
+
+def test_other_parts_have_their_columns_and_rows() -> None:
+    name = "model.layers.0.mlp.up_proj"
+    spectrum = Spectrum([3.0, 1.0], {"W0": [2.0, 1.0], "BA": [1.5]}, 1)
+    found = Found(3, {name: spectrum}, {name: {"low_rank": 2.0, "sparse": 1.0, "dense": 5.0}})
+    assert [line.split(",")[2:] for line in spectrum_csv([found]).splitlines()[1:]] == [
+        ["W", "1", "3.0"],
+        ["W", "2", "1.0"],
+        ["W0", "1", "2.0"],
+        ["W0", "2", "1.0"],
+        ["BA", "1", "1.5"],
+    ]
+    head, line = energy_csv([found]).splitlines()
+    assert head.endswith("low_rank_energy,sparse_energy,dense_energy,sparse_share") and line.endswith(
+        "2.0,1.0,5.0,0.125"
+    )
 
 
 # ---- figures
 
 
 def spectrum(rank: int = 4, size: int = 12) -> Spectrum:
-    tail = torch.linspace(0.5, 0.1, size, dtype=torch.float64)
-    head = torch.linspace(9, 5, rank, dtype=torch.float64)
-    return Spectrum(torch.cat([head, tail[rank:]]), head, tail)
+    tail = torch.linspace(0.5, 0.1, size, dtype=torch.float64).tolist()
+    head = torch.linspace(9, 5, rank, dtype=torch.float64).tolist()
+    return Spectrum([*head, *tail[rank:]], {"BA": head, "S": tail}, rank)
 
 
 def png_size(png: bytes) -> tuple[int, int]:
@@ -135,12 +105,19 @@ def test_a_panel_draws_the_three_spectra_and_the_rank() -> None:
     axes = spectrum_figure({("q_proj", 3): own}).axes
     assert [panel.get_title() for panel in axes] == ["q_proj, layer 3"]
     whole, low_rank, sparse, rank = axes[0].get_lines()
-    for line, values in ((whole, own.whole), (low_rank, own.low_rank), (sparse, own.sparse)):
-        assert values is not None
+    for line, values in ((whole, own.whole), (low_rank, own.parts["BA"]), (sparse, own.parts["S"])):
         assert list(line.get_xdata()) == list(range(1, len(values) + 1))
-        assert list(line.get_ydata()) == values.tolist()
+        assert list(line.get_ydata()) == values
     assert list(rank.get_xdata()) == [4, 4]
     assert axes[0].get_yscale() == "log"
+
+
+def test_a_part_of_another_name_has_a_line_of_its_own() -> None:
+    (axes,) = spectrum_figure({("q_proj", 0): Spectrum([3.0, 2.0], {"W0": [2.5, 2.0], "BA": [1.0]}, 1)}).axes
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels[:3] == ["W", "W0", "(alpha / rank) BA"]
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["W", "(alpha / rank) BA", "W0", "rank 1"]
 
 
 def test_lines_differ_in_print_too() -> None:
@@ -160,8 +137,7 @@ def test_panels_are_rows_of_kinds_and_share_their_axes() -> None:
 
 
 def test_zeros_and_the_steep_end_do_not_stretch_the_axis() -> None:
-    values = torch.linspace(2, 1, 200, dtype=torch.float64)
-    values[-2:] = torch.tensor([1e-12, 0.0])
+    values = [*torch.linspace(2, 1, 198, dtype=torch.float64).tolist(), 1e-12, 0.0]
     figure = spectrum_figure({("q_proj", 0): Spectrum(values)})
     low, high = figure.axes[0].get_ylim()
     assert 0.5 < low < 1 and 2 < high < 4
@@ -171,8 +147,8 @@ def test_zeros_and_the_steep_end_do_not_stretch_the_axis() -> None:
 
 
 def test_a_matrix_of_zeros_is_drawn() -> None:
-    zeros = torch.zeros(4, dtype=torch.float64)
-    (picture,) = draw_spectra(0, {("q_proj", 0): Spectrum(zeros, zeros[:2], zeros)})
+    zeros = [0.0] * 4
+    (picture,) = draw_spectra(0, {("q_proj", 0): Spectrum(zeros, {"BA": zeros[:2], "S": zeros}, 2)})
     assert png_size(picture.png)[0] > 500
 
 
@@ -210,10 +186,16 @@ def test_captions_say_which_parts_there_are() -> None:
     own = spectrum()
     captions = [
         draw_spectra(1, {("q_proj", 0): one})[0].caption
-        for one in (own, Spectrum(own.whole, own.low_rank), Spectrum(own.whole))
+        for one in (
+            own,
+            Spectrum(own.whole, {"BA": own.parts["BA"]}, own.rank),
+            Spectrum(own.whole),
+            Spectrum(own.whole, {"W0": own.whole, "BA": own.parts["BA"]}, own.rank),
+        )
     ]
-    assert ["cliff" in caption for caption in captions] == [True, False, False]
-    assert ["low-rank" in caption for caption in captions] == [True, True, False]
+    assert ["cliff" in caption for caption in captions] == [True, False, False, False]
+    assert ["low-rank" in caption for caption in captions] == [True, True, False, True]
+    assert ["all are 0" in caption for caption in captions] == [False, True, False, False]
 
 
 def test_energy_has_a_panel_a_step_and_a_line_a_kind() -> None:

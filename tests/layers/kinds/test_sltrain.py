@@ -1,16 +1,17 @@
-"""The modules: the paper's start, meta construction, state, norms and refusals."""
+"""SLTrain's layer: the paper's start, its function on every path, meta construction, state and refusals."""
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from sltrain.layers import AlignedLinear, LowRankLinear, SLTrainLinear, linear
-from sltrain.layers.support import Support
+from sltrain.layers import LAYERS, LowRankLinear, SLTrainLinear
+from sltrain.layers.aligned import AlignedLinear
+from sltrain.layers.support import make_support
 
 
 def generator(seed=0):
@@ -28,7 +29,7 @@ def test_the_start_is_the_papers():
         assert tensor.abs().max() > 0.99 * bound
         assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         assert tensor.mean().item() == pytest.approx(0, abs=0.1 * bound)
-    assert torch.equal(layer.indices, Support(300, 400, 0.03).draw(generator()))
+    assert torch.equal(layer.indices, make_support(300, 400, 0.03).draw(generator()))
 
 
 @pytest.mark.parametrize("make", [
@@ -54,11 +55,7 @@ def test_every_support_and_path_is_the_dense_weight(support, path):
     layer = SLTrainLinear(48, 36, 4, 0.1, 8, dtype=torch.float64, support=support, path=path)
     nn.init.normal_(layer.B)
     x = torch.randn(3, 5, 48, dtype=torch.float64)
-    assert (
-        layer.num_sparse
-        == layer.values.numel()
-        == torch.count_nonzero(layer.dense_weight() - layer.scale * layer.B @ layer.A)
-    )
+    assert layer.values.numel() == torch.count_nonzero(layer.dense_weight() - layer.scale * layer.B @ layer.A)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight()))
 
 
@@ -81,40 +78,6 @@ def test_an_aligned_linear_is_a_linear():
     torch.testing.assert_close(aligned(x), plain(x))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_low_rank_forward_is_the_dense_weight(bias):
-    layer = LowRankLinear(24, 16, 4, alpha=8, bias=bias, dtype=torch.float64)
-    x = torch.randn(3, 5, 24, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias))
-    layer(x).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
-
-
-@settings(max_examples=25, deadline=None)
-@given(rank=st.integers(0, 12), sparsity=st.sampled_from([0.01, 0.2, 0.9]), seed=st.integers(0, 1000))
-def test_norms_are_those_of_the_dense_matrices(rank, sparsity, seed):
-    layer = SLTrainLinear(20, 12, rank, sparsity, alpha=5, generator=generator(seed), dtype=torch.float64)
-    with torch.no_grad():
-        layer.B.normal_(generator=generator(seed))
-        product = layer.scale * layer.B @ layer.A
-        sparse = layer.dense_weight() - product
-    assert layer.low_rank_norm().dtype == layer.sparse_norm().dtype == torch.float32
-    assert layer.low_rank_norm().shape == layer.sparse_norm().shape == ()
-    assert layer.low_rank_norm().item() == pytest.approx(product.norm().item(), rel=1e-4, abs=1e-6)
-    assert layer.sparse_norm().item() == pytest.approx(sparse.norm().item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(8))  # without the clamp rounding gives a negative square for some of them
-def test_low_rank_norm_of_cancelling_factors_is_not_nan(seed):
-    layer = LowRankLinear(64, 64, 2, alpha=2, generator=generator(seed))
-    with torch.no_grad():
-        layer.A[1] = -layer.A[0]
-        layer.B[:, 1] = layer.B[:, 0] * (1 + 1e-7)
-    assert layer.low_rank_norm().item() == pytest.approx(0, abs=0.01)
-    assert layer.sparse_norm().item() == 0
-    assert (layer.num_low_rank, layer.num_sparse) == (256, 0)
-
-
 @pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
 def test_every_support_is_complete_on_meta(support):
     direct = SLTrainLinear(40, 30, 4, 0.1, 8, generator=generator(), support=support)
@@ -131,21 +94,11 @@ def test_meta_then_empty_then_reset_is_direct_construction(dtype):
     with torch.device("meta"):
         layer = SLTrainLinear(40, 30, 4, 0.1, 8, bias=True, dtype=dtype)
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
-    assert (layer.num_low_rank, layer.num_sparse) == (direct.num_low_rank, direct.num_sparse) == (280, 120)
+    assert layer.num_trained == direct.num_trained == 280 + 120 == layer.multiply_adds()
     layer.to_empty(device="cpu").reset_parameters(generator())
     for name, tensor in direct.state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
         assert tensor.dtype == (torch.uint16 if name == "indices" else dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_once", [101, 1009, 10**6])  # primes: no piece ends where a row does
-def test_drawing_in_pieces_changes_no_number(at_once, dtype, monkeypatch):
-    monkeypatch.setattr(linear, "DRAWN_AT_ONCE", at_once)
-    layer = LowRankLinear(97, 53, 11, alpha=11, bias=True, generator=generator(), dtype=dtype)
-    source, bound = generator(), 1 / math.sqrt(97)
-    for tensor, b in ((layer.A, bound), (layer.B, math.sqrt(3 / 11)), (layer.bias, bound)):
-        assert torch.equal(tensor, torch.empty(tensor.shape).uniform_(-b, b, generator=source).to(dtype))
 
 
 def kept_for_backward(function):
@@ -214,13 +167,10 @@ def test_repr_names_what_a_reader_wants_to_know():
     text = repr(SLTrainLinear(40, 30, 4, 0.1, 8))
     assert text == (
         "SLTrainLinear(in_features=40, out_features=30, rank=4, sparsity=0.1, alpha=8, bias=False, "
-        "support=uniform, path=composed)"
+        "support=uniform, path=auto)"
     )
     assert "support=block, block_size=4, path=factored" in repr(
         SLTrainLinear(40, 40, 4, 0.1, 8, support="block", path="factored")
-    )
-    assert repr(LowRankLinear(40, 30, 4, 8, bias=True)) == (
-        "LowRankLinear(in_features=40, out_features=30, rank=4, alpha=8, bias=True)"
     )
 
 
@@ -242,10 +192,104 @@ def test_impossible_settings_are_refused(rank, sparsity, alpha, message):
 
 
 def test_an_unknown_path_is_refused():
-    with pytest.raises(ValueError, match="unknown path 'fast': choose one of composed, factored"):
+    with pytest.raises(ValueError, match="unknown path 'fast': choose one of auto, composed, factored"):
         SLTrainLinear(40, 30, 4, 0.1, 8, path="fast")
 
 
-def test_a_low_rank_layer_needs_a_rank():
-    with pytest.raises(ValueError, match="rank of at least 1"):
-        LowRankLinear(40, 30, 0, 8)
+# ---- the layer's own choice of a path
+
+NARROW = dict(in_features=256, out_features=384, rank=16, sparsity=0.03, alpha=8)  # far cheaper through the factors
+WIDE = dict(in_features=64, out_features=64, rank=60, sparsity=0.1, alpha=8)  # a rank that saves nothing
+
+
+@pytest.mark.parametrize(("shape", "path"), [(NARROW, "factored"), (WIDE, "composed")], ids=["narrow", "wide"])
+def test_the_first_forward_fixes_the_cheaper_path(shape, path):
+    layer = SLTrainLinear(**shape)
+    assert layer.path == "auto" and "path=auto" in repr(layer)
+    layer(torch.randn(4, 1024, shape["in_features"]))
+    assert layer.path == path and f"path={path}" in repr(layer)
+    layer(torch.randn(1, shape["in_features"]))
+    assert layer.path == path
+
+
+def test_the_number_of_rows_decides_where_w_has_to_be_built():
+    """In float64 no kernel helps: S is made dense for many rows, and W for few would cost more than it saves."""
+    shape = dict(in_features=512, out_features=512, rank=256, sparsity=0.03, alpha=8, dtype=torch.float64)
+    few, many = SLTrainLinear(**shape), SLTrainLinear(**shape)
+    few(torch.randn(1, 512, dtype=torch.float64))
+    many(torch.randn(2048, 512, dtype=torch.float64))
+    assert (few.path, many.path) == ("factored", "composed")
+    assert (few.path, many.path) == tuple(SLTrainLinear(**shape).choose_path(n, torch.device("cpu")) for n in (1, 2048))
+
+
+def test_what_is_typed_is_never_changed():
+    layer = SLTrainLinear(**NARROW, path="composed")
+    layer(torch.randn(4096, 256))
+    assert layer.path == "composed"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_path_chosen_at_first_gives_the_bits_of_the_same_path_typed(together):
+    def outputs(**path):
+        layers = [SLTrainLinear(**NARROW, generator=generator(seed), **path) for seed in (1, 2)]
+        x = torch.randn(100, 256, generator=generator(3), requires_grad=True)
+        ys = SLTrainLinear.forward_together(x, layers) if together else [layer(x) for layer in layers]
+        assert [layer.path for layer in layers] == ["factored"] * 2
+        return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *layers[0].parameters()])]
+
+    for ours, typed in zip(outputs(), outputs(path="factored"), strict=True):
+        assert torch.equal(ours, typed)
+
+
+def test_copies_and_state_dicts_of_a_layer_that_has_not_chosen():
+    layer = SLTrainLinear(**NARROW)
+    before, state = copy.deepcopy(layer), layer.state_dict()
+    x = torch.randn(8, 256)
+    y = layer(x)
+    assert before.path == "auto" and copy.deepcopy(layer).path == layer.path != "auto"
+    assert state.keys() == layer.state_dict().keys() == {"A", "B", "values", "indices"}
+    torch.testing.assert_close(before(x), y)
+    fresh = SLTrainLinear(**NARROW)
+    fresh.load_state_dict(state)
+    assert fresh.path == "auto"
+    torch.testing.assert_close(fresh(x), y)
+
+
+def test_shapes_alone_fix_nothing():
+    layer = SLTrainLinear(**NARROW, device="meta")
+    assert layer(torch.empty(8, 256, device="meta")).shape == (8, 384)
+    assert layer.path == "auto"
+
+
+COMPILED_FIRST = """
+import torch
+from sltrain.layers import SLTrainLinear
+layer = SLTrainLinear(256, 384, 16, 0.03, 8)
+compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+for num_rows in (128, 128, 64):
+    x = torch.randn(num_rows, 256)
+    y = compiled(x)
+    y.sum().backward()
+    assert layer.path == "factored", layer.path
+    grad, layer.A.grad = layer.A.grad, None
+    layer(x).sum().backward()
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(grad, layer.A.grad)
+    layer.zero_grad()
+"""
+
+
+def test_a_layer_that_is_compiled_before_anything_else_chooses_too():
+    """In a process of its own, where the kernel is built while the layer is traced."""
+    done = subprocess.run([sys.executable, "-c", COMPILED_FIRST], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_its_kind_is_registered():
+    assert LAYERS.load("sltrain") is SLTrainLinear and {"sltrain", "low_rank"} <= set(LAYERS.names())
+
+
+def test_a_column_support_warns_of_the_rank():
+    assert SLTrainLinear(40, 30, 4, 0.1, 8).warnings() == {}
+    (line,) = SLTrainLinear(40, 30, 4, 0.1, 8, support="column").warnings().values()
+    assert "(the first layer: 4 + 4 of 30)" in line

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sltrain.layers import support as support_module
-from sltrain.layers.support import KINDS, Support, _draw_distinct
+from sltrain.layers.support import KINDS, make_support
+from sltrain.layers.support import base as support_module
+from sltrain.layers.support import uniform as uniform_module
+from sltrain.layers.support.base import draw_distinct
 
 
 def generator(seed=0):
@@ -27,7 +29,7 @@ def generator(seed=0):
     seed=st.integers(0, 2**31),
 )
 def test_positions_are_sorted_distinct_in_range_and_as_many_as_promised(rows, columns, sparsity, seed):
-    support = Support(rows, columns, sparsity)
+    support = make_support(rows, columns, sparsity)
     indices = support.draw(generator(seed))
     positions = support.positions(indices)
     assert positions.dtype == torch.int32
@@ -36,7 +38,7 @@ def test_positions_are_sorted_distinct_in_range_and_as_many_as_promised(rows, co
     if len(positions):
         assert positions[0] >= 0 and positions[-1] < rows * columns
         assert indices.nbytes == 2 * len(positions) + 4 * (rows + 1)
-    assert torch.equal(indices, Support(rows, columns, sparsity).draw(generator(seed)))
+    assert torch.equal(indices, make_support(rows, columns, sparsity).draw(generator(seed)))
 
 
 def drawn_plainly(population, count, source):
@@ -57,7 +59,7 @@ def drawn_plainly(population, count, source):
 @pytest.mark.parametrize("sparsity", [0.001, 0.03, 0.3, 0.7, 0.99])
 @pytest.mark.parametrize("shape", [(60, 50), (200, 301), (3, 65536), (2, 65537)], ids=str)
 def test_a_seed_gives_the_positions_it_always_gave(shape, sparsity):
-    support = Support(*shape, sparsity)
+    support = make_support(*shape, sparsity)
     expected = sorted(drawn_plainly(support.num_entries, support.num_nonzero, generator(7)))
     assert support.positions(support.draw(generator(7))).tolist() == expected
 
@@ -67,7 +69,7 @@ def test_a_seed_gives_the_positions_it_always_gave(shape, sparsity):
 def test_a_seed_gives_the_offsets_it_always_gave(shape, chunk, monkeypatch):
     """In float64, one number a stratum, rounded down; drawing in pieces changes nothing."""
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", chunk)
-    support = Support(*shape, 0.07, "stratified")
+    support = make_support(*shape, 0.07, "stratified")
     count, entries = support.num_nonzero, support.num_entries
     starts = [k * entries // count for k in range(count + 1)]
     drawn = torch.rand(count, generator=generator(3), dtype=torch.float64).tolist()
@@ -78,7 +80,7 @@ def test_a_seed_gives_the_offsets_it_always_gave(shape, chunk, monkeypatch):
 def chosen_positions(support, positions):
     """What `draw` returns when it happens to draw these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(support_module, "_draw_distinct", lambda *_: positions.int())
+        patch.setattr(uniform_module, "draw_distinct", lambda *_: positions.int())
         return support.draw()
 
 
@@ -89,7 +91,7 @@ def test_positions_survive_where_uint16_ends(monkeypatch):
     full = torch.arange(columns) + 2 * columns
     ends = torch.tensor([columns, 2 * columns - 1, 4 * columns - 1, 4 * columns])
     positions = torch.cat([full, ends]).sort().values  # rows 1 to 4 of 0 to 5; row 3 has its last column alone
-    support = Support(6, columns, len(positions) / (6 * columns))
+    support = make_support(6, columns, len(positions) / (6 * columns))
     assert support.num_nonzero == len(positions)
     indices = chosen_positions(support, positions)
     assert (indices.dtype, len(indices)) == (torch.uint16, support.num_indices) == (torch.uint16, len(positions) + 14)
@@ -97,13 +99,13 @@ def test_positions_survive_where_uint16_ends(monkeypatch):
     assert indices[:14].view(torch.int32).tolist() == [0, 0, 2, 65538, 65539, 65540, 65540]
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", 1000)
     assert torch.equal(support.positions(indices).long(), positions)
-    wide = Support(6, columns + 1, 0.1)
+    wide = make_support(6, columns + 1, 0.1)
     assert wide.index_dtype == torch.int32 and wide.num_indices == wide.num_nonzero
-    assert Support(6, columns, 0.0).draw().tolist() == []
+    assert make_support(6, columns, 0.0).draw().tolist() == []
 
 
 def test_a_file_keeps_the_positions(tmp_path):
-    support = Support(300, 401, 0.1)
+    support = make_support(300, 401, 0.1)
     indices = support.draw(generator())
     save_file({"indices": indices}, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size <= 2 * support.num_nonzero + 4 * 301 + 200  # the header
@@ -118,7 +120,7 @@ PIECE_SHAPES = [("uniform", 0.1), ("uniform", 0.9), ("stratified", 0.1), ("colum
 @pytest.mark.parametrize("shape", [(96, 64), (37, 61), (130, 75)], ids=str)
 @pytest.mark.parametrize(("kind", "sparsity"), PIECE_SHAPES)
 def test_pieces_are_all_values_once_in_order_within_the_bound(kind, sparsity, shape, chunk, monkeypatch):
-    support = Support(*shape, sparsity, kind)
+    support = make_support(*shape, sparsity, kind)
     indices = support.draw(generator())
     whole = support.positions(indices)
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", chunk)
@@ -156,7 +158,7 @@ def test_wide_positions_exist_for_a_piece_at_a_time(kind, monkeypatch):
     """What is announced for a memory plan is what is held, and does not grow with the matrix."""
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", 2**14)
     for rows in (512, 1024):
-        support = Support(rows, 2048, 0.1, kind)
+        support = make_support(rows, 2048, 0.1, kind)
         indices = support.draw(generator())
         with LiveBytes() as pieces:
             for _ in support.pieces(indices):
@@ -166,13 +168,13 @@ def test_wide_positions_exist_for_a_piece_at_a_time(kind, monkeypatch):
         with LiveBytes() as whole:
             support.positions(indices)
         assert whole.most < 4 * support.num_nonzero + 1.1 * support.piece_bytes
-    assert Support(8, 8, 0.0).piece_bytes == 0
+    assert make_support(8, 8, 0.0).piece_bytes == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_of_positions_are_known_without_them(kind):
     """On meta, and so to torch.compile: nothing asks what was drawn."""
-    support = Support(37, 61, 0.1, kind)
+    support = make_support(37, 61, 0.1, kind)
     indices = torch.empty(support.num_indices, dtype=support.index_dtype, device="meta")
     assert support.positions(indices).shape == (support.num_nonzero,)
     assert [positions.device.type for _, positions in support.pieces(indices)] == ["meta"]
@@ -186,7 +188,7 @@ def test_every_subset_is_equally_likely(count, limit, monkeypatch):
     source, num_draws = generator(count), 3000
     seen = dict.fromkeys(combinations(range(8), count), 0)
     for _ in range(num_draws):
-        seen[tuple(_draw_distinct(8, count, source).tolist())] += 1
+        seen[tuple(draw_distinct(8, count, source).tolist())] += 1
     assert_uniform(list(seen.values()), num_draws / math.comb(8, count))
 
 
@@ -199,7 +201,7 @@ def test_no_region_of_a_large_matrix_is_favoured(kind, sparsity):
     """Cutting sorted positions off would empty the last rows: blocks of positions and of columns are counted."""
     rows, columns, num_draws = 256, 128, 40
     source = generator(1)
-    support = Support(rows, columns, sparsity, kind)
+    support = make_support(rows, columns, sparsity, kind)
     drawn = torch.cat([support.positions(support.draw(source)) for _ in range(num_draws)])
     expected = num_draws * support.num_nonzero / 64
     assert_uniform(torch.bincount(drawn // (rows * columns // 64), minlength=64).tolist(), expected)
@@ -215,7 +217,7 @@ def assert_uniform(counts, expected):
 
 def test_drawing_for_a_7b_projection_costs_what_is_kept_not_the_matrix():
     with LiveBytes() as drawing:
-        indices = Support(4096, 11008, 0.05).draw(generator())
+        indices = make_support(4096, 11008, 0.05).draw(generator())
     assert drawing.most < 4096 * 11008, "less than a byte for each position; shuffling all of them takes 8"
     assert indices.nbytes == 2 * int(0.05 * 4096 * 11008) + 4 * 4097
 
@@ -223,13 +225,13 @@ def test_drawing_for_a_7b_projection_costs_what_is_kept_not_the_matrix():
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 3, math.nan])
 def test_a_sparsity_outside_the_range_is_refused(sparsity):
     with pytest.raises(ValueError, match=r"sparsity .* must be in \[0, 1\)"):
-        Support(4, 4, sparsity)
+        make_support(4, 4, sparsity)
 
 
 def test_a_matrix_beyond_int32_is_refused():
     with pytest.raises(ValueError, match="more than 2147483647 entries"):
-        Support(2**16, 2**15, 0.01)
-    assert Support(2**16, 2**15 - 1, 0.0).num_nonzero == 0
+        make_support(2**16, 2**15, 0.01)
+    assert make_support(2**16, 2**15 - 1, 0.0).num_nonzero == 0
 
 
 SHAPES = [(96, 96), (172, 64), (64, 172), (128, 342), (37, 61), (130, 75), (1, 8), (9, 5)]
@@ -243,7 +245,7 @@ def test_every_kind_keeps_its_word(kind, shape, sparsity, seed):
     """Counts and dtype are known before the draw, positions are distinct and inside, the draw repeats."""
     rows, columns = shape
     try:
-        support = Support(rows, columns, sparsity, kind)
+        support = make_support(rows, columns, sparsity, kind)
     except ValueError as error:
         assert kind in ("block", "column") and sparsity * max(shape) < 1, error
         return
@@ -261,7 +263,7 @@ def test_every_kind_keeps_its_word(kind, shape, sparsity, seed):
 def test_the_rank_of_the_papers_square_projection(kind, rank):
     """512 x 512, rank 128, 3 %: a uniform S completes B A to full rank with high probability, a block permutation
     always, 15 columns add 15."""
-    support = Support(512, 512, 0.03, kind)
+    support = make_support(512, 512, 0.03, kind)
     for seed in range(2):
         weight = torch.randn(512, 128, dtype=torch.float64, generator=generator(seed)) @ torch.randn(
             128, 512, dtype=torch.float64, generator=generator(seed + 10)
@@ -273,19 +275,19 @@ def test_the_rank_of_the_papers_square_projection(kind, rank):
 
 
 def test_a_stratum_holds_one_position_in_one_byte():
-    support = Support(300, 401, 0.03, "stratified")
+    support = make_support(300, 401, 0.03, "stratified")
     indices = support.draw(generator())
     positions, count = support.positions(indices).long(), support.num_nonzero
     assert indices.dtype == torch.uint8 and indices.element_size() * count == count == int(0.03 * 300 * 401)
     starts = torch.arange(count) * (300 * 401) // count
     ends = torch.cat([starts[1:], torch.tensor([300 * 401])])
     assert ((positions >= starts) & (positions < ends)).all()
-    assert Support(300, 401, 0.003, "stratified").index_dtype == torch.int32  # strata of more than 256
+    assert make_support(300, 401, 0.003, "stratified").index_dtype == torch.int32  # strata of more than 256
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draw_is_on_the_cpu_whatever_the_default_device(kind):
-    support = Support(64, 64, 0.1, kind)
+    support = make_support(64, 64, 0.1, kind)
     with torch.device("meta"):
         indices = support.draw(generator())
     assert torch.equal(indices, support.draw(generator()))
@@ -294,7 +296,7 @@ def test_a_draw_is_on_the_cpu_whatever_the_default_device(kind):
 @pytest.mark.parametrize("shape", [(96, 96), (172, 64), (64, 172), (130, 75)], ids=str)
 @pytest.mark.parametrize("block", [4, 8])
 def test_blocks_are_spread_evenly_over_rows_and_columns(shape, block):
-    support = Support(*shape, 0.1, "block", block)
+    support = make_support(*shape, 0.1, "block", block)
     num_rows, num_columns = support.grid
     numbers = support.draw(generator(3)).long()
     per_row = torch.bincount(numbers // num_columns, minlength=num_rows)
@@ -305,7 +307,7 @@ def test_blocks_are_spread_evenly_over_rows_and_columns(shape, block):
 
 
 def test_every_block_permutation_is_equally_likely():
-    support, source = Support(16, 16, 0.25, "block", 4), generator(5)  # one block in each of four block rows
+    support, source = make_support(16, 16, 0.25, "block", 4), generator(5)  # one block in each of four block rows
     draws = [tuple(support.draw(source).tolist()) for _ in range(1200)]
     assert_uniform([draws.count(one) for one in set(draws)] + [0] * (24 - len(set(draws))), 1200 / 24)
 
@@ -320,7 +322,7 @@ def test_every_block_permutation_is_equally_likely():
 )
 def test_block_supports_of_any_shape_are_drawn(rows, columns, sparsity, block, seed):
     try:
-        support = Support(rows, columns, sparsity, "block", block)
+        support = make_support(rows, columns, sparsity, "block", block)
     except ValueError:
         return
     indices = support.draw(generator(seed))
@@ -334,7 +336,7 @@ def test_block_supports_of_any_shape_are_drawn(rows, columns, sparsity, block, s
 def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
     rows, columns = size if isinstance(size, tuple) else (size, size)
     for shape in ((rows, columns), (columns, rows)):
-        support = Support(*shape, 0.03, "block")
+        support = make_support(*shape, 0.03, "block")
         assert support.block >= 8
         assert support.num_nonzero / (rows * columns) == pytest.approx(0.03, rel=0.1)
 
@@ -353,4 +355,4 @@ def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
 )
 def test_what_a_support_cannot_be_is_refused_in_words(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Support(*arguments)
+        make_support(*arguments)
