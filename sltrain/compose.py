@@ -28,9 +28,11 @@ from sltrain.config import RETIRED_KEYS, TrainConfig, validate
 from sltrain.data.sources.base import SOURCES
 from sltrain.errors import first_line
 from sltrain.methods.base import METHODS
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.registry import Registry
 
-PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "data": SOURCES}  # the config groups that are plug-ins
+# The config groups that are plug-ins.
+PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "optimizer": OPTIMIZERS, "data": SOURCES}
 
 SCHEMA = "_schema"  # the end of the names under which Hydra knows schemas
 

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from sltrain.data.sources.base import SourceConfig
 from sltrain.methods.base import Method
+from sltrain.optim.kinds.base import OptimizerConfig
 
 
 @dataclass
@@ -35,15 +36,6 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     initializer_range: float = 0.02  # standard deviation of embeddings, head and dense projections
-
-
-@dataclass
-class OptimizerConfig:
-    """The update rule. Learning rate and weight decay are top-level keys."""
-
-    name: str = MISSING  # adamw, adam8bit or adam4bit
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
 
 
 @dataclass
@@ -120,7 +112,6 @@ class TrainConfig:
 
 
 CHOICES = {
-    "optimizer.name": ("adamw", "adam8bit", "adam4bit"),
     "tracker.name": ("none", "wandb"),
     "support": ("uniform", "stratified", "block", "column"),
     "layer_path": ("auto", "composed", "factored"),
@@ -152,7 +143,7 @@ AT_LEAST = {
     "seed": 0,
 }
 ABOVE_ZERO = (
-    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter optimizer.eps model.rms_norm_eps model.rope_theta"
+    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
     " model.initializer_range"
 ).split()
 # Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. The files
@@ -191,10 +182,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{key}={value}: must be a number above 0")
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ValueError(
-            f"optimizer.betas={config.optimizer.betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]"
-        )
+    config.optimizer.check()
     config.method.check()
     longest = config.model.max_position_embeddings
     if config.seq_len > longest:

@@ -1,12 +1,13 @@
-"""Numbers and small functions of tensors that several packages share; it imports nothing of ours."""
+"""Numbers and small functions of tensors that several packages share."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sltrain.parameters import PIECE
+
 IGNORED_LABEL = -100  # label of a position without a target, as in torch and transformers
-PIECE = 2**22  # elements worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from math import prod
 
-# head, embedding: the rows of ids; projection: a dense attention or MLP matrix; factor: A or B; values: the trained
-# entries of a sparse matrix; gain: of a norm; bias.
+# projection: a dense attention or MLP matrix; factor: A or B; values: the trained entries of a sparse matrix;
+# embedding, head: a row for each id of the vocabulary; gain: of a norm.
 ROLES = ("projection", "factor", "values", "embedding", "head", "gain", "bias")
+# Elements of a tensor worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is.
+PIECE = 2**22
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,22 @@ class ParamInfo:
     def numel(self) -> int:
         """Elements."""
         return prod(self.shape)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay is for it. Norm gains and biases are left out: pulling them to zero is no
+        regularization. The values of S decay: they are entries of a weight matrix although their tensor is 1-D."""
+        return self.role not in ("gain", "bias")
+
+
+def is_gain_or_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias, or the weight of a module whose name contains "norm"."""
+    *parents, leaf = name.split(".")
+    return leaf == "bias" or (leaf == "weight" and bool(parents) and "norm" in parents[-1].lower())
+
+
+def role_by_name(name: str) -> str:
+    """The role of a parameter of which only the name is known: bias, gain or projection."""
+    if is_gain_or_bias(name):
+        return "bias" if name.rpartition(".")[2] == "bias" else "gain"
+    return "projection"

@@ -36,6 +36,7 @@ from sltrain.layers.cost import set_paths
 from sltrain.layers.linear import FactoredLinear
 from sltrain.models.llama import is_projection
 from sltrain.optim.build import build_optimizer
+from sltrain.optim.kinds.adamw import AdamWOptions
 from sltrain.planning.accounting import count_parameters
 
 STEP_ORDER = (  # what matters most comes first: time may not suffice for all
@@ -170,10 +171,8 @@ def build_stepper(bench: Bench, name: str) -> Stepper:
         leave_zero(module)
     optimizer = build_optimizer(
         model.named_parameters(),
-        name="adamw",
+        AdamWOptions(name="adamw"),
         lr=1e-4,
-        betas=(0.9, 0.999),
-        eps=1e-8,
         weight_decay=0.0,
         device=bench.device,
     )

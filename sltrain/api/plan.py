@@ -7,7 +7,6 @@ updates on random tokens, on the machine it runs on.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import check_optimizer, state_bytes
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
@@ -122,7 +121,11 @@ def run_columns(
     if config.method.name != "full":
         columns.append(_column("method=full", dense, of_dense))
     if config.rank > 0:
-        galore = galore_state_bytes(dense, config.rank, partial(state_bytes, config.optimizer.name))
+
+        def state_of(numel: int, element_size: int) -> int:
+            return config.optimizer.state_bytes(ParamInfo("", (numel,), element_size, "projection"))
+
+        galore = galore_state_bytes(dense, config.rank, state_of)
         at_work = update_temporaries(config, dense, device)
         columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
     if config.method.name == "sltrain":
@@ -178,8 +181,7 @@ def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_pro
         check_updates_of(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
-    if config.optimizer.name == "adam4bit" and device.type == "cuda":
-        lines.append("adam4bit: how much its compiled step takes for itself was measured on a CPU only")
+    lines += config.optimizer.notes(device.type)
     if config.method.name == "sltrain":
         lines.append("GaLore and published SLTrain: their weights, positions and moments, with our activations")
     else:
@@ -202,7 +204,7 @@ def check_free(planned_bytes: int, device: torch.device) -> None:
 
 def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:
     """The peak of tensor bytes in one update of the real model on random tokens."""
-    check_optimizer(config.optimizer.name)
+    config.optimizer.check_package()
     check_updates_of(config, dtype)
     ranks = Ranks(0, 1, device)
     assert config.model.vocab_size is not None

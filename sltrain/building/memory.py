@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.layers.cost import set_paths
 from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import OPTIMIZERS, state_bytes, step_bytes
+from sltrain.optim.build import state_bytes, step_bytes
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.planning.memory_plan import MemoryPlan, UpdateShape, plan_memory
+from sltrain.planning.roles import parameters_of
 
 PlanOf = Callable[[TrainConfig], MemoryPlan]
 
@@ -36,19 +39,12 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:
     """The optimizer's whole state for the parameters of a model."""
-    name, rounds = config.optimizer.name, config.stochastic_rounding
-    own = sum(state_bytes(name, p.numel(), p.element_size(), rounds) for p in set(model.parameters()))
-    return OPTIMIZERS[name].shared_bytes + own
+    return state_bytes(config.optimizer, parameters_of(model).values(), config.stochastic_rounding)
 
 
 def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device) -> int:
     """What the optimizer takes while it works."""
-    return step_bytes(
-        config.optimizer.name,
-        [(p.numel(), p.element_size()) for p in model.parameters()],
-        device.type,
-        stochastic_rounding=config.stochastic_rounding,
-    )
+    return step_bytes(config.optimizer, parameters_of(model).values(), device.type, config.stochastic_rounding)
 
 
 def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> UpdateShape:
@@ -117,8 +113,10 @@ def _switches(config: TrainConfig) -> list[Change]:
     changes: list[Change] = []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
-    if config.optimizer.name == "adamw" and importlib.util.find_spec("bitsandbytes") is not None:
-        changes.append({"optimizer": "adam8bit"})
+    if (smaller := config.optimizer.smaller) is not None:
+        package = OPTIMIZERS.load(smaller).package
+        if package is None or importlib.util.find_spec(package) is not None:
+            changes.append({"optimizer": smaller})
     if not config.per_layer_update and not config.compile:
         clip = config.grad_clip
         instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}
@@ -128,9 +126,9 @@ def _switches(config: TrainConfig) -> list[Change]:
 
 def _apply(config: TrainConfig, changes: list[Change]) -> TrainConfig:
     values = {key: value for change in changes for key, value in change.items()}
-    if "optimizer" in values:
-        values["optimizer"] = dataclasses.replace(config.optimizer, name=values["optimizer"])
-    return dataclasses.replace(config, **values)
+    chosen = values.pop("optimizer", None)
+    changed = dataclasses.replace(config, **values)
+    return changed if chosen is None else with_plugin(changed, "optimizer", chosen)
 
 
 def _as_typed(changes: list[Change]) -> str:

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,6 @@ from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from sltrain.errors import tell
 from sltrain.methods.advice import warnings
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import check_optimizer
 from sltrain.planning.accounting import count_parameters
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
@@ -154,18 +152,13 @@ def build_run(config: TrainConfig, report: Say) -> Run:
     return Run(folder, ranks, config, trainer, cadence)
 
 
-_COMPILING: dict[str, Callable[[TrainConfig], bool]] = {
-    "compile=true": lambda config: config.compile,
-    "optimizer=adam4bit": lambda config: config.optimizer.name == "adam4bit",
-}
-
-
 def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """What the configuration asks of the machine and of the number of ranks. Raises ValueError."""
     check_batch(config, ranks.world_size)
-    check_optimizer(config.optimizer.name)
+    config.optimizer.check_package()
     check_updates_of(config, pick_dtype(config.dtype, ranks.device))
-    compiles = [text for text, does in _COMPILING.items() if does(config)]
+    candidates = {"compile=true": config.compile, f"optimizer={config.optimizer.name}": config.optimizer.compiles}
+    compiles = [text for text, does in candidates.items() if does]
     if compiles and ranks.device.type == "cpu":
         compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
         if shutil.which(compiler) is None:

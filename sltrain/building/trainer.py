@@ -33,6 +33,7 @@ from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup, warmup_cosine
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -140,14 +141,14 @@ def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.
     """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
     optimizer = build_optimizer(
         model.named_parameters(),
-        name=config.optimizer.name,
+        config.optimizer,
         lr=config.lr,
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
         weight_decay=config.weight_decay,
         device=ranks.device,
         stochastic_rounding=config.stochastic_rounding,
         seed=config.seed,
+        infos=parameters_of(model),
+        group_options=config.method.group_options,
     )
     if not config.per_layer_update:
         return optimizer

@@ -1,10 +1,10 @@
 """An optimizer's state by the names of its parameters, as a checkpoint stores it and as it outlives a changed model.
 
-    {"class":  name of the optimizer's class,
+    {"class":  name of the optimizer's class; of several, joined by " + ",
      "groups": [{"names": [...], "weight_decay": ..., ...}, ...],      settings of each parameter group
      "state":  {name: {"step": ..., "exp_avg": ..., ...}}}             nothing for a parameter that was never updated
 
-It is that of the innermost optimizer: one that works through another has no state of its own (wrapper.py), so
+It is that of the innermost optimizers: one that works through another has no state of its own (wrapper.py), so
 per-layer update can be switched on and off between two runs. An optimizer over pieces of the parameters calls them
 layer.weight#0, layer.weight#1, ... (in_pieces.py). Names come from "param_names" of the parameter groups, which torch
 keeps for an optimizer that was given named parameters; a tied parameter goes by its first name.
@@ -12,15 +12,15 @@ keeps for an optimizer that was given named parameters; a tied parameter goes by
 Checkpoints used to hold torch's state_dict, by index; `OptimizerState` converts it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sltrain.optim.build import is_gain_or_bias
 from sltrain.optim.wrapper import WrappedOptimizer, innermost
+from sltrain.parameters import is_gain_or_bias
 
 NamedState = dict[str, Any]  # as above
 
@@ -37,12 +37,13 @@ def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def named_state(optimizer: Optimizer) -> NamedState:
     """The state by name. Its tensors are the optimizer's own, not copies."""
-    inner = innermost(optimizer)
-    named = named_parameters(inner)
+    leaves = innermost(optimizer)
+    groups = [group for leaf in leaves for group in leaf.param_groups]
+    states = ((name, leaf.state.get(p)) for leaf in leaves for name, p in named_parameters(leaf).items())
     return {
-        "class": type(inner).__name__,
-        "groups": [{"names": list(group["param_names"]), **_settings(group)} for group in inner.param_groups],
-        "state": {name: dict(inner.state[p]) for name, p in named.items() if inner.state.get(p)},
+        "class": _class_name(leaves),
+        "groups": [{"names": list(group["param_names"]), **_settings(group)} for group in groups],
+        "state": {name: dict(state) for name, state in states if state},
     }
 
 
@@ -57,19 +58,20 @@ def load_named_state(optimizer: Optimizer, saved: NamedState, strict: bool = Tru
     Otherwise a parameter that is new to the state starts as in a new optimizer, and the state of one that is gone is
     dropped.
     """
-    inner = innermost(optimizer)
-    named = named_parameters(inner)
-    _check(inner, named, saved, strict)
-    inner.state.clear()
+    leaves = innermost(optimizer)
+    named = {name: parameter for leaf in leaves for name, parameter in named_parameters(leaf).items()}
+    _check(_class_name(leaves), named, saved, strict)
     place = _Placing(named.values())
     groups = {tuple(group["names"]): group for group in saved["groups"]}
-    for group in inner.param_groups:
-        settings = groups.get(tuple(group["param_names"]), {})
-        for key in _settings(group).keys() & settings.keys():  # torch's AdamW has settings that ours has not
-            group[key] = place(settings[key], torch.device("cpu"))
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for key, value in saved["state"].get(name, {}).items():
-                inner.state[parameter][key] = place(value, _device_of_state(key, parameter, group))
+    for leaf in leaves:
+        leaf.state.clear()
+        for group in leaf.param_groups:
+            settings = groups.get(tuple(group["param_names"]), {})
+            for key in _settings(group).keys() & settings.keys():  # torch's AdamW has settings that ours has not
+                group[key] = place(settings[key], torch.device("cpu"))
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                for key, value in saved["state"].get(name, {}).items():
+                    leaf.state[parameter][key] = place(value, _device_of_state(key, parameter, group))
 
 
 def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
@@ -78,10 +80,10 @@ def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
     unknown = set(names) - named_parameters(optimizer).keys()
     if unknown:
         raise ValueError(f"the optimizer has no parameter {min(unknown)}")
-    inner = innermost(optimizer)
-    for name, parameter in named_parameters(inner).items():
-        if _whole_name(name) in names:
-            inner.state.pop(parameter, None)
+    for leaf in innermost(optimizer):
+        for name, parameter in named_parameters(leaf).items():
+            if _whole_name(name) in names:
+                leaf.state.pop(parameter, None)
 
 
 def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimizer:
@@ -98,7 +100,8 @@ def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimiz
     kept = {name for name, parameter in named_parameters(new).items() if shapes.get(name) == parameter.shape}
     saved["state"] = {name: state for name, state in saved["state"].items() if _whole_name(name) in kept}
     load_named_state(new, saved, strict=False)
-    innermost(old).state.clear()
+    for leaf in innermost(old):
+        leaf.state.clear()
     return new
 
 
@@ -126,7 +129,8 @@ class OptimizerState:
         others, in the model's order."""
         groups, states = by_index["state_dict"]["param_groups"], by_index["state_dict"]["state"]
         numbers = {name: number for number, name in enumerate(self.model_names)}
-        names = sorted(named_parameters(innermost(self.optimizer)), key=lambda name: numbers[_whole_name(name)])
+        (only_leaf,) = innermost(self.optimizer)  # there was but one kind of optimizer
+        names = sorted(named_parameters(only_leaf), key=lambda name: numbers[_whole_name(name)])
         by_group = [
             [name for name in names if is_gain_or_bias(_whole_name(name)) != decays] for decays in (True, False)
         ]
@@ -150,10 +154,14 @@ class OptimizerState:
         }
 
 
-def _check(inner: Optimizer, named: Mapping[str, Tensor], saved: NamedState, strict: bool) -> None:
+def _class_name(leaves: Sequence[Optimizer]) -> str:
+    return " + ".join(type(leaf).__name__ for leaf in leaves)
+
+
+def _check(class_name: str, named: Mapping[str, Tensor], saved: NamedState, strict: bool) -> None:
     """Raise ValueError if `saved` is not a state of this optimizer."""
-    if saved["class"] != type(inner).__name__:
-        raise ValueError(f"this run expects {type(inner).__name__}, the file has {saved['class']}")
+    if saved["class"] != class_name:
+        raise ValueError(f"this run expects {class_name}, the file has {saved['class']}")
     have = [name for group in saved["groups"] for name in group["names"]]
     differing = [*(named.keys() - have), *(set(have) - named.keys())]
     if strict and differing:

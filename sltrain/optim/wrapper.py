@@ -18,6 +18,7 @@ class WrappedOptimizer(Optimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner  # Optimizer.__init__ would make groups and a state of its own
+        self.members = [inner]  # what it works through; Composite has several
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -54,11 +55,11 @@ class WrappedOptimizer(Optimizer):
         raise TypeError(f"{type(self).__name__} has all its parameters from the start; see rebuild_optimizer")
 
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that has the state: what `optimizer` works through, or itself."""
-    while isinstance(optimizer, WrappedOptimizer):
-        optimizer = optimizer.inner
-    return optimizer
+def innermost(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that have the state: those that `optimizer` works through, or itself."""
+    if not isinstance(optimizer, WrappedOptimizer):
+        return [optimizer]
+    return [leaf for member in optimizer.members for leaf in innermost(member)]
 
 
 def with_gradients(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import make_optimizer
 from torch import nn
 
 from sltrain.engine import checkpoint_files
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.checkpoint_files import CheckpointError, load_object, unwrap
-from sltrain.optim.build import OPTIMIZERS, build_optimizer
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import OptimizerState
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.wrapper import innermost
@@ -151,10 +152,10 @@ def sized(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
 
 
 def build(name: str, model: nn.Module, **how: Any) -> torch.optim.Optimizer:
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    return build_optimizer(model.named_parameters(), name=name, device=torch.device("cpu"), **{**settings, **how})
+    return make_optimizer(model.named_parameters(), name=name, device=torch.device("cpu"), **{**settings, **how})
 
 
 def update_sized(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -177,7 +178,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
     """As flat_state, and also for tensors that torch.equal does not know."""
-    inner = [innermost(each) for each in (left, right)]  # it may have pieces of the parameters
+    inner = [innermost(each)[0] for each in (left, right)]  # it may have pieces of the parameters
     for a, b in zip(*([p for group in each.param_groups for p in group["params"]] for each in inner), strict=True):
         assert torch.equal(a, b) and left.state[a].keys() == right.state[b].keys()
         for x, y in zip(tensors_of(left.state[a]), tensors_of(right.state[b]), strict=True):
@@ -185,7 +186,7 @@ def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     straight, first, second = sized(), sized(), sized(seed=1)
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
@@ -198,7 +199,7 @@ def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, how: dic
     assert_same_state(optimizers[0], optimizers[2])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is the state itself, and what is read becomes it."""
     seen: dict[str, Any] = {}
@@ -227,7 +228,7 @@ def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: p
     assert seen["read"] == addresses(other_optimizer.state) != set()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 @pytest.mark.parametrize("is_outer_first", [True, False])
 def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is_outer_first: bool, name: str) -> None:
     """A run with updates inside backward continues one without, and the other way."""
@@ -237,7 +238,7 @@ def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is
     update_sized(straight, optimizers[2], 1, 4)
     update_sized(model, optimizers[0], 1, 2)
     path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizers[0]), {})
-    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])).__name__
+    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])[0]).__name__
     Checkpointer(tmp_path, 0).load(path, other, objects(optimizers[1]))
     update_sized(other, optimizers[1], 3, 4)
     assert_same_state(optimizers[1], optimizers[2])
@@ -497,7 +498,7 @@ def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     """Files of the first format hold torch's state_dict; its groups are weights that decay, and the others."""
     straight, first, second = (Net(width=1100, dtype=torch.bfloat16, seed=seed) for seed in (0, 0, 1))
@@ -505,7 +506,7 @@ def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: 
     update_sized(straight, optimizers[0], 1, 4)
     update_sized(first, optimizers[1], 1, 2)
     path = Checkpointer(tmp_path, 0).save(2, first, objects(optimizers[1]), {})
-    inner = innermost(optimizers[1])
+    (inner,) = innermost(optimizers[1])
     torch.save({"class": type(inner).__name__, "state_dict": inner.state_dict()}, path / "optimizer.pt")
     names = [parameter_name for parameter_name, _ in second.named_parameters()]
     Checkpointer(tmp_path, 0).load(path, second, {"optimizer": OptimizerState(optimizers[2], names)})

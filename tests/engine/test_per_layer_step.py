@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from optimizers import make_optimizer
 from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
@@ -19,7 +20,8 @@ from sltrain.engine.step import OrdinaryStep, PerLayerStep, StepResult
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
-from sltrain.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate
+from sltrain.optim.build import set_learning_rate
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import OptimizerState
 from sltrain.optim.per_layer import PerLayerUpdate
 
@@ -62,9 +64,9 @@ def num_targets(number: int) -> int:
 
 
 def build_ordinary(model: nn.Module, name: str = "adamw", **how: Any) -> torch.optim.Optimizer:
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
-    return build_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
+    return make_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
 
 
 def build_per_layer(

@@ -7,17 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import make_optimizer, make_options
 from torch import nn
 
 from sltrain.optim.build import (
-    OPTIMIZERS,
     build_optimizer,
     check_updates,
-    is_gain_or_bias,
     parameter_groups,
     set_learning_rate,
     state_bytes,
+    step_bytes,
+    trained_parameters,
 )
+from sltrain.optim.composite import Composite
+from sltrain.optim.kinds.base import OPTIMIZERS, OptimizerConfig
+from sltrain.optim.named_state import load_named_state, named_state
+from sltrain.optim.per_layer import PerLayerUpdate
+from sltrain.parameters import ParamInfo, is_gain_or_bias
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "device": CPU}
@@ -41,9 +47,9 @@ class Block(nn.Module):
 
 def build(name: str, named: Any, **how: Any) -> torch.optim.Optimizer:
     """The optimizer, or a skipped test where its package is missing."""
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
-    return build_optimizer(named, name=name, **{**SETTINGS, **how})
+    return make_optimizer(named, name=name, **{**SETTINGS, **how})
 
 
 def set_gradients(parameters: Any, step: int) -> None:
@@ -76,7 +82,7 @@ def test_gains_and_biases_by_name(name: str, expected: bool) -> None:
 
 def test_groups_of_a_model() -> None:
     block = Block()
-    decay, no_decay = parameter_groups(block.named_parameters(), 0.1)
+    decay, no_decay = parameter_groups(trained_parameters(block.named_parameters(), {}), 0.1)
     assert decay["weight_decay"] == 0.1 and no_decay["weight_decay"] == 0.0
     assert [id(p) for p in decay["params"]] == [id(p) for p in (block.values, block.A, block.q_proj.weight)]
     others = [block.q_proj.bias, block.input_layernorm.weight, block.input_layernorm.bias]
@@ -98,9 +104,9 @@ def test_each_trainable_parameter_is_in_exactly_one_group(described: list[tuple[
     wanted = {id(parameter) for _, parameter in named if parameter.requires_grad}
     if not wanted:
         with pytest.raises(ValueError, match="no trainable parameter"):
-            parameter_groups(named, 0.1)
+            trained_parameters(named, {})
         return
-    groups = parameter_groups(named, 0.1)
+    groups = parameter_groups(trained_parameters(named, {}), 0.1)
     got = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(got) == len(set(got)) and set(got) == wanted
     assert all(group["params"] for group in groups)
@@ -112,7 +118,7 @@ def test_each_trainable_parameter_is_in_exactly_one_group(described: list[tuple[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_is_torchs_step_for_step(dtype: torch.dtype) -> None:
     ours, fused, plain = Block(dtype), Block(dtype), Block(dtype)
-    optimizer = build_optimizer(ours.named_parameters(), name="adamw", **{**SETTINGS, "weight_decay": 0.0})
+    optimizer = make_optimizer(ours.named_parameters(), name="adamw", **{**SETTINGS, "weight_decay": 0.0})
     references = [
         torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0, **how
@@ -136,7 +142,7 @@ def test_adamw_is_torchs_step_for_step(dtype: torch.dtype) -> None:
 def test_weight_decay_reaches_weights_only() -> None:
     block = Block()
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    optimizer = build_optimizer(block.named_parameters(), name="adamw", **SETTINGS)
+    optimizer = make_optimizer(block.named_parameters(), name="adamw", **SETTINGS)
     for parameter in block.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -155,7 +161,7 @@ def test_gradient_with_transposed_memory_is_applied_right() -> None:
         (parameter * pull.t()).sum().backward()
         groups = [("weight", parameter)]
         optimizer = (
-            build_optimizer(groups, name="adamw", **SETTINGS)
+            make_optimizer(groups, name="adamw", **SETTINGS)
             if name == "ours"
             else torch.optim.AdamW([parameter], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
         )
@@ -171,7 +177,7 @@ def test_eight_bit_adam_follows_adam_on_a_quadratic() -> None:
     losses: dict[str, list[float]] = {}
     for name in ("adamw", "adam8bit"):
         weight = nn.Parameter(torch.zeros(80, 64))
-        optimizer = build_optimizer([("weight", weight)], name=name, **{**SETTINGS, "lr": 0.05, "weight_decay": 0.0})
+        optimizer = make_optimizer([("weight", weight)], name=name, **{**SETTINGS, "lr": 0.05, "weight_decay": 0.0})
         losses[name] = []
         for _ in range(50):
             optimizer.zero_grad()
@@ -187,7 +193,7 @@ def test_eight_bit_adam_follows_adam_on_a_quadratic() -> None:
 
 def test_eight_bit_groups_and_learning_rate() -> None:
     pytest.importorskip("bitsandbytes")
-    optimizer = build_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
+    optimizer = make_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
     set_learning_rate(optimizer, 0.5)
     assert [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups] == [
         (0.5, 0.1, (0.9, 0.95)),
@@ -227,7 +233,7 @@ def storages(value: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize("shape", [(1,), (10,), (4095,), (4096,), (4097,), (4224,), (64, 72), (5, 1000), (127, 129)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_state_has_the_bytes_that_the_table_says(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Below and above the size from which states are quantized, and where blocks do not come out even. What several
     parameters share counts once."""
@@ -240,8 +246,10 @@ def test_state_has_the_bytes_that_the_table_says(name: str, dtype: torch.dtype, 
     everything = {key: size for state in optimizer.state.values() for key, size in storages(state).items()}
     shared = shared_addresses(optimizer)
     of_each = sum(size for address, size in everything.items() if address not in shared)
-    assert of_each == sum(state_bytes(name, p.numel(), p.element_size()) for p in parameters)
-    assert sum(everything.values()) == OPTIMIZERS[name].shared_bytes + of_each
+    infos = [ParamInfo(f"{i}.weight", tuple(p.shape), p.element_size(), "projection") for i, p in enumerate(parameters)]
+    options = make_options(name)
+    assert of_each == sum(map(options.state_bytes, infos))
+    assert sum(everything.values()) == options.shared_bytes + of_each == state_bytes(options, infos)
 
 
 def shared_addresses(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -280,13 +288,146 @@ def test_updates_that_go_together(how: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of adamw, adam8bit"):
-        build_optimizer(Block().named_parameters(), name="sgd", **SETTINGS)
+    with pytest.raises(ValueError, match="optimizer=sgd does not exist; there are: adam4bit, adam8bit, adamw"):
+        make_optimizer(Block().named_parameters(), name="sgd", **SETTINGS)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        build_optimizer([], name="adamw", **SETTINGS)
+        make_optimizer([], name="adamw", **SETTINGS)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ValueError, match="adam4bit needs torchao.*pip install 'sltrain.adam4bit.'.*optimizer=adamw"):
-        build_optimizer(Block().named_parameters(), name="adam4bit", **SETTINGS)
+        make_optimizer(Block().named_parameters(), name="adam4bit", **SETTINGS)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs bitsandbytes.*pip install bitsandbytes.*optimizer=adamw"):
-        build_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
+        make_optimizer(Block().named_parameters(), name="adam8bit", **SETTINGS)
+
+
+# ---- an optimizer that needs whole matrices, and leaves the rest to another
+
+
+class ColumnNormalised(torch.optim.Optimizer):
+    """w <- w - lr g / |g|, column by column; "step" counts updates."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+                    norms = parameter.grad.norm(dim=0, keepdim=True)
+                    parameter.sub_(parameter.grad / norms, alpha=group["lr"])
+
+
+class MatrixOptions(OptimizerConfig):
+    """Takes matrices with elements; AdamW gets the rest."""
+
+    def takes(self, parameter: ParamInfo) -> bool:
+        return len(parameter.shape) == 2 and parameter.numel > 0
+
+    def make(self, groups: Any, lr: float, device: torch.device) -> torch.optim.Optimizer:
+        return ColumnNormalised(groups, lr)
+
+    def state_bytes(self, parameter: ParamInfo) -> int:
+        return 0
+
+
+def build_matrix(block: Block, **how: Any) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "device": CPU, **how}
+    return build_optimizer(block.named_parameters(), MatrixOptions(name="matrix"), **settings)
+
+
+def expected_after(block: Block, steps: int) -> dict[str, torch.Tensor]:
+    """What the two optimizers do to their parameters, each by itself."""
+    named = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.ndim == 2 and p.numel()]
+    rest = [(name, p) for name, p in named if not (p.ndim == 2 and p.numel())]
+    optimizers = [
+        ColumnNormalised([p for _, p in matrices], 1e-2),
+        make_optimizer(rest, name="adamw", lr=1e-2, weight_decay=0.1, device=CPU),
+    ]
+    for step in range(steps):
+        set_gradients([p for _, p in named], step)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: p.detach().clone() for name, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_each_parameter_has_the_optimizer_that_takes_it(per_layer: bool) -> None:
+    block = Block()
+    optimizer = build_matrix(block)
+    assert isinstance(optimizer, Composite)
+    assert [[group["param_names"] for group in member.param_groups] for member in optimizer.members] == [
+        [["q_proj.weight"]],
+        [
+            ["values", "A"],
+            ["q_proj.bias", *(f"{norm}.{leaf}" for norm in ("input_layernorm", "norm") for leaf in ("weight", "bias"))],
+        ],
+    ]
+    if per_layer:
+        optimizer = PerLayerUpdate(optimizer, parameters=block.parameters())
+    for step in range(3):
+        set_gradients([p for p in block.parameters() if p.requires_grad], step)
+        optimizer.step()
+    expected = expected_after(Block(), 3)
+    assert all(torch.equal(p, expected[name]) for name, p in block.named_parameters())
+
+
+def test_a_matrix_is_never_cut_and_rounds_as_a_whole() -> None:
+    block = Block(torch.bfloat16)
+    optimizer = build_matrix(block, stochastic_rounding=True)
+    before = block.q_proj.weight.detach().clone()
+    set_gradients([p for p in block.parameters() if p.requires_grad], 0)
+    gradient = block.q_proj.weight.grad.float()
+    optimizer.step()
+    exact = before.float() - 1e-2 * gradient / gradient.norm(dim=0, keepdim=True)
+    spacing = exact.abs() * 2**-7
+    assert ((block.q_proj.weight.float() - exact).abs() <= spacing).all()
+    infos = [ParamInfo("w", (3000, 3000), 2, "projection")]
+    assert step_bytes(MatrixOptions(name="matrix"), infos, "cpu", True) == 2 * 4 * 3000 * 3000
+
+
+def test_the_state_of_several_optimizers_is_kept_by_name() -> None:
+    first, second, straight = Block(), Block(), Block()
+    optimizer, later, reference = build_matrix(first), build_matrix(second), build_matrix(straight)
+    for step in range(4):
+        for block, member in ((first, optimizer), (straight, reference)):
+            set_gradients([p for p in block.parameters() if p.requires_grad], step)
+            if step < 2 or block is straight:
+                member.step()
+    saved = named_state(optimizer)
+    assert saved["class"] == "ColumnNormalised + AdamW" and saved["state"]["q_proj.weight"] == {"step": 2}
+    second.load_state_dict(first.state_dict())
+    load_named_state(later, saved)
+    for step in (2, 3):
+        set_gradients([p for p in second.parameters() if p.requires_grad], step)
+        later.step()
+    assert all(torch.equal(p, q) for p, q in zip(second.parameters(), straight.parameters(), strict=True))
+
+
+def test_an_optimizer_that_takes_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer=matrix takes none of the model's parameters"):
+        build_optimizer(
+            [("norm.weight", nn.Parameter(torch.ones(3)))],
+            MatrixOptions(name="matrix"),
+            lr=1,
+            weight_decay=0,
+            device=CPU,
+        )
+
+
+def test_single_parameters_may_have_a_learning_rate_and_a_decay_of_their_own() -> None:
+    def options(parameter: ParamInfo) -> dict[str, float]:
+        return (
+            {"lr_scale": 0.5} if parameter.name == "values" else {"weight_decay": 0.0} if parameter.name == "A" else {}
+        )
+
+    optimizer = make_optimizer(Block().named_parameters(), name="adamw", group_options=options, **SETTINGS)
+    set_learning_rate(optimizer, 0.4)
+    groups = {tuple(group["param_names"]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert (
+        groups[("values",)] == (0.2, 0.1) and groups[("A",)] == (0.4, 0.0) and groups[("q_proj.weight",)] == (0.4, 0.1)
+    )
+    assert sum(map(len, groups)) == 8

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import make_optimizer
 from torch import Tensor, nn
 
-from sltrain.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate
+from sltrain.optim.build import set_learning_rate
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.wrapper import only
 
@@ -34,9 +36,9 @@ class Net(nn.Module):
 
 
 def build(model: nn.Module, name: str = "adamw", **how: Any) -> torch.optim.Optimizer:
-    if (package := OPTIMIZERS[name].package) is not None:
+    if (package := OPTIMIZERS.load(name).package) is not None:
         pytest.importorskip(package)
-    return build_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
+    return make_optimizer(model.named_parameters(), name=name, **{**SETTINGS, **how})
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import make_optimizer
 from torch import Tensor, nn
 
-from sltrain.optim.build import build_optimizer
 from sltrain.optim.rounding import StochasticRounding, generator_of_update, stochastic_round
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_random_numbers_depend_on_seed_parameter_and_update_alone() -> None:
 
 def build(name: str, parameter: nn.Parameter, lr: float, stochastic_rounding: bool = True) -> torch.optim.Optimizer:
     pytest.importorskip({"adam8bit": "bitsandbytes", "adam4bit": "torchao"}.get(name, "torch"))
-    return build_optimizer(
+    return make_optimizer(
         [("weight", parameter)], name=name, lr=lr, seed=3, stochastic_rounding=stochastic_rounding, **SETTINGS
     )
 

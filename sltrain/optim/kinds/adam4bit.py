@@ -41,3 +41,8 @@ class Adam4bit(AdamOptions):
         if numel < 4096 or numel % 128:
             return 2 * numel * parameter.element_size + 4
         return 2 * (numel // 2 + 4 * (numel // 128) + 4 * 16) + 4  # codes, scales and the values of the 16 codes
+
+    def notes(self, device_type: str) -> list[str]:
+        if device_type != "cuda":
+            return []
+        return ["adam4bit: how much its compiled step takes for itself was measured on a CPU only"]

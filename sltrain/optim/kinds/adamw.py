@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS, OptimizerConfig
-from sltrain.parameters import ParamInfo
+from sltrain.parameters import PIECE, ParamInfo
 
 if TYPE_CHECKING:
     import torch
+
+WORKING_COPIES = 6  # float32 copies of a piece that optim/adamw.py makes
 
 
 @dataclass
@@ -46,6 +48,9 @@ class AdamOptions(OptimizerConfig):
 class AdamWOptions(AdamOptions):
     """Options of optimizer=adamw."""
 
+    rounds: ClassVar[bool] = True
+    smaller: ClassVar[str | None] = "adam8bit"
+
     def make(self, groups: list[dict[str, Any]], lr: float, device: "torch.device") -> "torch.optim.Optimizer":
         import torch
 
@@ -60,3 +65,7 @@ class AdamWOptions(AdamOptions):
 
     def state_bytes(self, parameter: ParamInfo) -> int:
         return 2 * parameter.numel * parameter.element_size + 4  # two moments and a step count
+
+    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
+        """The fused kernel takes nothing; optim/adamw.py works on float32 copies of a piece of a narrower tensor."""
+        return 4 * min(parameter.numel, PIECE) * WORKING_COPIES if rounding and parameter.element_size < 4 else 0

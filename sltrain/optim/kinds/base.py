@@ -15,6 +15,8 @@ updates; settings in `param_groups`, read in every step.
 The files of optimizers import torch only inside functions: a mistyped key is refused before torch is loaded.
 """
 
+import importlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +42,8 @@ class OptimizerConfig:
         shared_bytes: state that all parameters share.
         package, install: what `make` imports, and the command that brings it.
         compiles: whether its step is compiled on first use, which needs a compiler.
+        rounds: whether `make_rounding` rounds bfloat16 weights stochastically by itself.
+        smaller: the name of one with a smaller state, to be advised where memory is short.
     """
 
     name: str = MISSING
@@ -52,9 +56,26 @@ class OptimizerConfig:
     package: ClassVar[str | None] = None
     install: ClassVar[str] = ""
     compiles: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    smaller: ClassVar[str | None] = None
 
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for options that cannot be."""
+
+    def check_package(self) -> None:
+        """Raise ValueError if the package it needs cannot be imported."""
+        if self.package is None:
+            return
+        try:
+            logging.disable(logging.WARNING)  # about kernels that no optimizer here uses
+            importlib.import_module(self.package)  # seconds
+        except ImportError as error:
+            raise ValueError(
+                f"optimizer={self.name} needs {self.package}, which cannot be imported ({error}): "
+                f"run `{self.install}`, or take optimizer=adamw."
+            ) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
     def takes(self, parameter: ParamInfo) -> bool:
         """Whether it updates this parameter. What it does not take is updated by `rest()`."""
@@ -72,20 +93,24 @@ class OptimizerConfig:
 
     def make_rounding(
         self, groups: list[dict[str, Any]], lr: float, device: "torch.device", seed: int
-    ) -> "torch.optim.Optimizer | None":
-        """One that rounds bfloat16 weights stochastically by itself; None if it needs rounding.StochasticRounding
-        around it."""
-        return None
+    ) -> "torch.optim.Optimizer":
+        """Where `rounds`: the same, with weights rounded stochastically. For others rounding.StochasticRounding does
+        that, by updating a float32 copy of one parameter at a time."""
+        raise TypeError(f"{type(self).__name__} does not round by itself")
 
     def state_bytes(self, parameter: ParamInfo) -> int:
         """Bytes that it keeps of one parameter between updates."""
         raise TypeError(f"{type(self).__name__} does not say what it keeps of a parameter")
 
-    def step_bytes(self, parameter: ParamInfo, device_type: str) -> int:
-        """Bytes that it takes while it updates one parameter."""
+    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
+        """Bytes that it takes while it updates one parameter; `rounding`: made by `make_rounding`."""
         narrower = device_type == "cpu" and self.copies_on_cpu > 0 and parameter.element_size < 4
         copies = self.copies_on_cuda if device_type == "cuda" else self.copies_on_cpu + narrower
         return 4 * parameter.numel * copies
+
+    def notes(self, device_type: str) -> list[str]:
+        """What a reader of a memory plan should know about it."""
+        return []
 
 
 OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "sltrain.optim.kinds", "sltrain.optimizers")

@@ -1,0 +1,28 @@
+"""A model -> what each of its trained parameters is for."""
+
+from torch import nn
+
+from sltrain.parameters import ParamInfo, role_by_name
+
+ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values"}  # of a layer's GROUPS
+
+
+def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:
+    """The trained parameters by name, in the model's order; frozen ones are left out, and a tied one goes by its first
+    name. Works on the meta device."""
+    found: dict[nn.Parameter, ParamInfo] = {}
+    for module_name, module in model.named_modules():
+        groups = getattr(module, "GROUPS", {})
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in found:
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                role = ROLE_OF_GROUP.get(groups.get(leaf, "")) or _role(name, module_name, module)
+                found[parameter] = ParamInfo(name, tuple(parameter.shape), parameter.element_size(), role)
+    order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    return {info.name: info for info in sorted(found.values(), key=lambda info: order[info.name])}
+
+
+def _role(name: str, module_name: str, module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "head" if module_name.rpartition(".")[2] == "lm_head" else role_by_name(name)
