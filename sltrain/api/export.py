@@ -30,10 +30,10 @@ from sltrain.formats.folder import (
     write_json,
 )
 from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
+from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.convert import layer_settings
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.planning.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters, sum_of_groups
 from sltrain.runs.run_record import read_run
 
 
@@ -49,8 +49,7 @@ def export(
     OSError, and then leaves nothing behind."""
     if saved.config is None:
         raise ValueError(f"{saved.path} is an export already; name the run folder it came from")
-    if format == "compressed" and saved.config.method.name == "full":
-        raise ValueError(f"{saved.path} was trained with method=full: there is nothing to compress; use --format dense")
+    _check_format(saved, saved.config.method.name, format)
     output = output.resolve()  # a link's target, and a name where there was a dot
     _check_free(output)
     dtype = dtype or saved.dtype
@@ -69,6 +68,19 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _check_format(saved: Saved, method: str, format: str) -> None:
+    layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
+    if format == "compressed" and not layers:
+        raise ValueError(
+            f"{saved.path} was trained with method={method}: there is nothing to compress; use --format dense"
+        )
+    kinds = sorted({layer.kind for layer in layers if not layer.is_mergeable})
+    if format == "dense" and kinds:
+        raise ValueError(
+            f"{saved.path}: layers of kind {', '.join(kinds)} are not one matrix each; use --format compressed"
+        )
 
 
 def _check_free(output: Path) -> None:
@@ -111,12 +123,15 @@ def _dense(saved: Saved, name: str) -> Tensor:
     """The tensor that a dense model has under `name`, merged if need be, in float32 then."""
     module_name, _, leaf = name.rpartition(".")
     layer = saved.model.get_submodule(module_name)
-    if leaf != "weight" or not isinstance(layer, SLTrainLinear | LowRankLinear):
+    if leaf != "weight" or not isinstance(layer, ReplacedLinear):
         return saved.files.read(name)
     return saved.read_layer(module_name, torch.float32).dense_weight()
 
 
 def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) -> str:
+    layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
+    parts = dict.fromkeys(name for layer in layers if layer.is_mergeable for name in layer.parts())
+    counts = count_parameters(saved.model)
     record = read_run(saved.path)
     evaluations = [line for line in [*record.evals, record.final] if line and line["step"] == saved.step]
     return model_card(
@@ -125,6 +140,10 @@ def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) ->
         dtype=dtype_name(dtype),
         step=saved.step,
         progress=saved.progress,
-        parameters=count_parameters(saved.model),
+        parameters=f"{counts['total']:,}",
+        groups=sum_of_groups(counts, "{:,}".format),
+        parts=[{"BA": "(alpha / rank) B A"}.get(name, name) for name in parts],
+        tensors={name: group for layer in layers for name, group in layer.GROUPS.items()},
+        settings=list(dict.fromkeys(key for layer in layers for key in layer.settings())),
         evaluation=evaluations[-1] if evaluations else None,
     )

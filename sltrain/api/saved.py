@@ -19,7 +19,7 @@ from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
-from sltrain.formats.folder import FORMAT_VERSION, STEMS, Facts, read_json
+from sltrain.formats.folder import READABLE_VERSIONS, STEMS, Facts, read_json
 from sltrain.formats.weights import WeightFiles
 from sltrain.layers.convert import restore_layers
 from sltrain.layers.cost import set_paths
@@ -112,8 +112,9 @@ def open_export(path: Path, report: Say) -> Saved:
     own, kind = content.get("sltrain"), content.get("model_type")
     if not isinstance(own, dict) or kind not in STEMS:
         raise ValueError(f"{path} was not exported by sltrain; name a run folder or a folder that sltrain-export wrote")
-    if own.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {FORMAT_VERSION}")
+    if own.get("format_version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {readable}")
     files = WeightFiles(path, STEMS[kind])
     dtype = files.dtype(HEAD)
     try:

@@ -1,14 +1,16 @@
 """Is an export the model it came from? Read back from its files, asked in two ways, one layer in memory at a time.
 
 tensors   What was only copied or cast is equal, bit for bit. A merged W gives random rows x the same products as
-          the trained layer computes them through A, B and S, up to the rounding of W. That sees a lost S or a wrong
-          scale in any layer, also in bfloat16.
-logits    In float32 arithmetic, of random ids. Where W was not rounded they are the trained model's, up to the
-          order of summation. Rounded weights move them, how far depends on the model: it is said.
+          the trained layer computes them from its own tensors, up to the rounding of W. That sees a lost part or a
+          wrong scale in any layer, also in bfloat16.
+logits    In float32 arithmetic, of random ids. They are the trained model's, up to the order of summation. Where the
+          export rounds, they are those of the trained model whose tensors, merged as the export has them, are rounded
+          in the same way: how far rounding moves the logits depends on the model, and is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,7 @@ from torch import Tensor, nn
 
 from sltrain.api.saved import Saved, open_export
 from sltrain.formats.weights import cast
-from sltrain.layers.cost import set_paths
-from sltrain.layers.linear import FactoredLinear
+from sltrain.layers import ReplacedLinear, merge_to_dense, set_paths
 
 IDS_SHAPE = (2, 64)  # sequences and positions whose logits are compared
 NUM_ROWS = 16  # of x
@@ -44,10 +45,12 @@ def verify(saved: Saved, folder: Path, dtype: torch.dtype) -> str:
     said = (
         f"logits differ by {difference:.1e} (up to {largest:.1f}; {num_same} of {ids.numel()} next tokens are the same)"
     )
+    limit = MAX_LOGIT_ERROR * max(1.0, largest)
     if dtype != torch.float32 and (error is not None or saved.dtype != dtype):
         merged = "" if error is None else f"; W x by {error:.1e} of its norm, {MAX_PRODUCT_ERROR[dtype]:.1e} is allowed"
-        return f"{said} as W is rounded{merged}"
-    limit = MAX_LOGIT_ERROR * max(1.0, largest)
+        is_merged = not any(isinstance(module, ReplacedLinear) for module in exported.model.modules())
+        difference = float((rounded_logits(saved, ids, dtype, is_merged) - found).abs().max())
+        said = f"{said} as W is rounded{merged}; from the rounded trained model's by {difference:.1e}"
     if not difference <= limit:  # also where it is no number
         raise AssertionError(f"the exported model is another one: {said}; {limit:.1e} is allowed")
     return f"{said}; {limit:.1e} is allowed"
@@ -60,42 +63,60 @@ def compare_tensors(saved: Saved, exported: Saved, dtype: torch.dtype) -> float 
     names, errors = set(saved.files.names()), []
     for name in exported.files.names():
         found = exported.files.read(name)
-        if name in names:
-            if not torch.equal(found, cast(saved.files.read(name), dtype)):
-                raise AssertionError(f"the exported {name} is another one")
-            continue
-        errors.append(product_error(saved.read_layer(name.removesuffix(".weight"), torch.float32), found))
-        if not errors[-1] <= MAX_PRODUCT_ERROR[dtype]:
-            raise AssertionError(f"the exported {name} is another one: W x differs by {errors[-1]:.1e} of its norm")
+        module, _, leaf = name.rpartition(".")
+        is_layer = [isinstance(model.get_submodule(module), ReplacedLinear) for model in (saved.model, exported.model)]
+        if leaf == "weight" and is_layer == [True, False]:
+            errors.append(product_error(saved.read_layer(module, torch.float32), found))
+            if not errors[-1] <= MAX_PRODUCT_ERROR[dtype]:
+                raise AssertionError(f"the exported {name} is another one: W x differs by {errors[-1]:.1e} of its norm")
+        elif name not in names or not torch.equal(found, cast(saved.files.read(name), dtype)):
+            raise AssertionError(f"the exported {name} is another one")
     return max(errors, default=None)
 
 
-def product_error(layer: nn.Module, weight: Tensor) -> float:
-    """|x W^T - layer(x)| / |layer(x)| for random rows x, in float32, layer(x) through A, B and S."""
-    assert isinstance(layer, FactoredLinear)
+def product_error(layer: ReplacedLinear, weight: Tensor) -> float:
+    """|x W^T - layer(x)| / |layer(x)| for random rows x, in float32, layer(x) without the bias and from the tensors
+    that were trained."""
     set_paths(layer, "factored", NUM_ROWS, torch.device("cpu"))
+    layer.bias = None
     x = torch.randn(NUM_ROWS, layer.in_features, generator=torch.Generator().manual_seed(1))
     y = layer(x)
     return float((x @ weight.float().t() - y).norm() / y.norm().clamp(min=1e-30))
 
 
-@torch.no_grad()
 def logits(saved: Saved, ids: Tensor) -> Tensor:
-    """Logits (B, T, V) in float32, through A, B and S where there are any."""
-    set_paths(saved.model, "factored", ids.numel(), torch.device("cpu"))
-    with _one_part_at_a_time(saved):
-        return saved.model(ids)
+    """Logits (B, T, V) in float32, from the tensors that were trained."""
+    return _logits(saved, deepcopy(saved.model), ids, lambda part: None)
+
+
+def rounded_logits(saved: Saved, ids: Tensor, dtype: torch.dtype, merges: bool) -> Tensor:
+    """As `logits`, with the tensors of an export in `dtype`: merged first if `merges`, in float32, then rounded."""
+
+    def change(part: nn.Module) -> None:
+        if merges:
+            merge_to_dense(part)
+        part.to(dtype).to(torch.float32)
+
+    return _logits(saved, deepcopy(saved.model), ids, change)
+
+
+@torch.no_grad()
+def _logits(saved: Saved, model: Any, ids: Tensor, change: Callable[[nn.Module], None]) -> Tensor:
+    set_paths(model, "factored", ids.numel(), torch.device("cpu"))
+    with _one_part_at_a_time(saved, model, change):
+        return model(ids)
 
 
 @contextmanager
-def _one_part_at_a_time(saved: Saved) -> Iterator[None]:
-    """While this lasts, each part of the model has its weights, in float32, only while it computes."""
-    model = saved.model.model
-    parts = [model.embed_tokens, *model.layers, model.norm, saved.model.lm_head]
-    names = {module: name for name, module in saved.model.named_modules()}
+def _one_part_at_a_time(saved: Saved, model: Any, change: Callable[[nn.Module], None]) -> Iterator[None]:
+    """While this lasts, each part of `model`, which is a copy of the saved one, has its weights, in float32, only while
+    it computes; `change` is done to them first."""
+    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
+    names = {module: name for name, module in model.named_modules()}
 
     def load(part: nn.Module, inputs: Any) -> None:
         saved.files.fill(part, f"{names[part]}.", dtype=torch.float32)
+        change(part)
 
     def drop(part: nn.Module, inputs: Any, output: Any) -> None:
         part.to("meta")

@@ -36,7 +36,7 @@ from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from sltrain.errors import tell
 from sltrain.methods.advice import warnings
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.planning.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters, sum_of_groups
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
 
@@ -197,13 +197,13 @@ def describe(
     say: Say,
 ) -> None:
     """What the user should know before step 1."""
-    c, count = config, {group: _short(number) for group, number in count_parameters(model).items()}
+    c, counts = config, count_parameters(model)
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
     dtype = dtype_name(next(model.parameters()).dtype)
     say(
-        f"model      {c.model.name}, method {c.method.name}: {count['total']} parameters = {count['dense']} dense"
-        f" + {count['low_rank']} low-rank + {count['sparse']} sparse"
+        f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
+        f" = {sum_of_groups(counts, _short)}"
     )
     processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
     say(

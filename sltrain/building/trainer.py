@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain import kernels
 from sltrain.building import Say
 from sltrain.building.model import allocate, dtype_name
 from sltrain.config import TrainConfig
@@ -23,7 +24,6 @@ from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewr
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import Progress, Trainer
-from sltrain.kernels import cpu_kernel
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM
@@ -122,7 +122,7 @@ def fix_arithmetic(
     machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
     if saved.get("machine", machine) != machine:
         say(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
-    if paths and device.type == "cpu" and (reason := cpu_kernel.status()) is not None:
+    if paths and device.type == "cpu" and (reason := kernels.status()) is not None:
         say(f"note       {reason}")
     return {"layer_paths": paths, "machine": machine}
 

@@ -101,8 +101,9 @@ def as_table(plan: "Plan", reserve_gb: float) -> str:
     columns = plan.columns
     rows = [["GB (1e9 bytes)", *(column.name for column in columns)]]
     for group in columns[0].groups:
-        if any(column.groups[group] for column in columns):
-            rows.append([group.replace("_", " "), *(f"{column.groups[group] / 1e9:.3f}" for column in columns)])
+        num_bytes = [column.groups.get(group, 0) for column in columns]
+        if any(num_bytes):
+            rows.append([group.replace("_", " "), *(f"{number / 1e9:.3f}" for number in num_bytes)])
     rows.append(["total", *(f"{column.total_bytes / 1e9:.3f}" for column in columns)])
     if plan.measured_bytes is not None:
         rows.append(["measured here", f"{plan.measured_bytes / 1e9:.3f}", *[""] * (len(columns) - 1)])

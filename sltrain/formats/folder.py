@@ -17,7 +17,8 @@ from typing import Any
 
 DENSE, COMPRESSED = "llama", "sltrain_llama"  # model_type
 STEMS = {DENSE: "model", COMPRESSED: "sltrain"}  # of the weight files' names
-FORMAT_VERSION = 1  # of the compressed layout
+FORMAT_VERSION = 2  # of the compressed layout; layers name their kind since 2
+READABLE_VERSIONS = (1, 2)
 CARD = Path(__file__).with_name("model_card.md.j2")
 
 

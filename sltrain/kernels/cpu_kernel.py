@@ -43,31 +43,26 @@ def status() -> str | None:
     return _kernel.problem
 
 
-def sparse_forward(x: Tensor, values: list[Tensor], positions: list[Tensor], outs: list[int]) -> list[Tensor]:
-    """x (N, in), and for each S its values (nnz,), positions (nnz,) flat in row-major order, sorted, and number of rows
-    -> x S^T (N, out), new tensors. float32 and int32."""
-    return torch.ops.sltrain.sparse_forward.default(x, values, positions, outs)
-
-
-def sparse_backward(x: Tensor, grads: list[Tensor], values: list[Tensor], positions: list[Tensor]) -> list[Tensor]:
-    """As sparse_forward, with a gradient (N, out) for each S -> [sum of grad S (N, in), then the gradient of each S's
-    values (nnz,)]."""
-    return torch.ops.sltrain.sparse_backward.default(x, grads, values, positions)
-
-
-def block_forward(
-    x: Tensor, values: list[Tensor], blocks: list[Tensor], outs: list[int], block_size: int
+def forward(
+    x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int = 0
 ) -> list[Tensor]:
-    """As sparse_forward for blocks of side b: values (T, b, b), blocks (T,) = block row * ceil(in / b) + block column,
-    sorted. What sticks out of the matrix is not read."""
-    return torch.ops.sltrain.block_forward.default(x, values, blocks, outs, block_size)
+    """x S^T (N, out), new tensors, for each S: its number of rows in `outs`, and
+
+    block_size 0    values (nnz,) and places (nnz,): positions flat in row-major order, sorted
+    block_size b    values (T, b, b) and places (T,): block row * ceil(in / b) + block column, sorted; what sticks out
+                    of the matrix is not read
+
+    x (N, in) and values are float32, places int32.
+    """
+    return torch.ops.sltrain.forward.default(x, values, places, outs, block_size)
 
 
-def block_backward(
-    x: Tensor, grads: list[Tensor], values: list[Tensor], blocks: list[Tensor], block_size: int
+def backward(
+    x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int = 0
 ) -> list[Tensor]:
-    """As sparse_backward for blocks; gradients of what sticks out of the matrix are 0."""
-    return torch.ops.sltrain.block_backward.default(x, grads, values, blocks, block_size)
+    """As `forward`, with a gradient (N, out) for each S -> [sum of grad S (N, in), then the gradient of each S's
+    values]; 0 for what sticks out of the matrix."""
+    return torch.ops.sltrain.backward.default(x, grads, values, places, block_size)
 
 
 def scratch_bytes(
@@ -118,24 +113,22 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-# What torch sees: four operations with shapes that torch.compile can ask for without running them.
+# What torch sees: two operations with shapes that torch.compile can ask for without running them.
 
 
 def _forward_fake(
-    x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int = 0
+    x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int
 ) -> list[Tensor]:
     return [x.new_empty((x.shape[0], out)) for out in outs]
 
 
 def _backward_fake(
-    x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int = 0
+    x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int
 ) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *values)]
 
 
-def _forward(
-    x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int = 0
-) -> list[Tensor]:
+def _forward(x: Tensor, values: list[Tensor], places: list[Tensor], outs: list[int], block_size: int) -> list[Tensor]:
     problem = _Problem(x, values, places, outs, block_size)
     results = [torch.empty((len(x), out), dtype=torch.float32, device="cpu") for out in outs]
     problem.run("forward", _addresses(results))
@@ -143,12 +136,12 @@ def _forward(
 
 
 def _backward(
-    x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int = 0
+    x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int
 ) -> list[Tensor]:
     problem = _Problem(x, values, places, [grad.shape[1] for grad in grads], block_size)
     assert all(grad.dtype == torch.float32 and len(grad) == len(x) for grad in grads)
     grads = [grad.contiguous() for grad in grads]
-    grad_x, *grad_values = _backward_fake(x, grads, values, places)
+    grad_x, *grad_values = _backward_fake(x, grads, values, places, block_size)
     problem.run("backward", _addresses(grads), ctypes.c_void_p(grad_x.data_ptr()), _addresses(grad_values))
     return [grad_x, *grad_values]
 
@@ -193,14 +186,11 @@ def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
 
 
 def _register() -> None:
-    forward, backward = "Tensor x, Tensor[] values, Tensor[] places, int[] outs", "Tensor x, Tensor[] grads"
     for name, arguments, function, fake in (
-        ("sparse_forward", forward, _forward, _forward_fake),
-        ("block_forward", f"{forward}, int block_size", _forward, _forward_fake),
-        ("sparse_backward", f"{backward}, Tensor[] values, Tensor[] places", _backward, _backward_fake),
-        ("block_backward", f"{backward}, Tensor[] values, Tensor[] places, int block_size", _backward, _backward_fake),
+        ("forward", "Tensor x, Tensor[] values, Tensor[] places, int[] outs", _forward, _forward_fake),
+        ("backward", "Tensor x, Tensor[] grads, Tensor[] values, Tensor[] places", _backward, _backward_fake),
     ):
-        torch.library.define(f"sltrain::{name}", f"({arguments}) -> Tensor[]")
+        torch.library.define(f"sltrain::{name}", f"({arguments}, int block_size) -> Tensor[]")
         torch.library.impl(f"sltrain::{name}", "CPU", function)
         torch.library.register_fake(f"sltrain::{name}", fake)
 
@@ -269,11 +259,12 @@ def _check() -> None:
         padded = torch.nn.functional.pad(matrix, padding).view(grid[0], block, grid[1], block)
         return padded.transpose(1, 2).reshape(-1, block, block)[blocks.long()]
 
+    at_positions, in_blocks = S.flatten()[positions.long()], as_blocks(S)
     results = [
-        *sparse_forward(x, [S.flatten()[positions.long()]], [positions], [out_features]),
-        *sparse_backward(x, [grad], [S.flatten()[positions.long()]], [positions]),
-        *block_forward(x, [as_blocks(S)], [blocks], [out_features], block),
-        *block_backward(x, [grad], [as_blocks(S)], [blocks], block),
+        *forward(x, [at_positions], [positions], [out_features]),
+        *backward(x, [grad], [at_positions], [positions]),
+        *forward(x, [in_blocks], [blocks], [out_features], block),
+        *backward(x, [grad], [in_blocks], [blocks], block),
     ]
     expected = [y, grad_x, grad_S.flatten()[positions.long()], y, grad_x, as_blocks(grad_S)]
     for result, right in zip(results, expected, strict=True):

@@ -1,1 +1,24 @@
-"""The paper's layers, and replacing the linears of any model with them."""
+"""Layers that stand for the matrix of an nn.Linear, and replacing the linears of any model with them."""
+
+from sltrain.layers.base import LAYERS, Footprint, ReplacedLinear, Rows
+from sltrain.layers.convert import merge_to_dense, replace_linears
+from sltrain.layers.cost import set_paths
+from sltrain.layers.kinds.low_rank import LowRankLinear
+from sltrain.layers.kinds.sltrain import SLTrainLinear
+from sltrain.layers.parts import DensePart, LowRankPart, Part, SparsePart
+
+__all__ = [
+    "LAYERS",
+    "DensePart",
+    "Footprint",
+    "LowRankLinear",
+    "LowRankPart",
+    "Part",
+    "ReplacedLinear",
+    "Rows",
+    "SLTrainLinear",
+    "SparsePart",
+    "merge_to_dense",
+    "replace_linears",
+    "set_paths",
+]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltrain.layers.linear import FactoredLinear, LowRankLinear, SLTrainLinear
+from sltrain.layers.base import LAYERS, ReplacedLinear
 
 
 def replace_linears(
@@ -42,36 +42,34 @@ def replace_linears(
 
 
 def merge_to_dense(model: nn.Module) -> list[str]:
-    """Replace in place every SLTrainLinear and LowRankLinear by an nn.Linear that computes the same; return names."""
+    """Replace in place every ReplacedLinear by an nn.Linear that computes the same; return names. Raises ValueError for
+    a layer whose W is not one matrix."""
 
     def matches(name: str, module: nn.Module) -> bool:
-        return isinstance(module, FactoredLinear)
+        return isinstance(module, ReplacedLinear)
 
     return _replace(model, matches, _dense_linear)
 
 
 def layer_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{name: settings} of every SLTrainLinear and LowRankLinear: plain data, from which `restore_layers` makes them."""
-    settings: dict[str, dict[str, Any]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactoredLinear):
-            settings[name] = {"rank": layer.rank, "alpha": layer.alpha}
-        if isinstance(layer, SLTrainLinear):
-            s = layer.support
-            block = s.block if s.kind == "block" else None
-            settings[name] |= {"sparsity": s.sparsity, "support": s.kind, "block_size": block}
-    return settings
+    """{name: settings} of every ReplacedLinear, with its kind: plain data, from which `restore_layers` makes them."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ReplacedLinear)}
+    return {name: {"kind": layer.kind, **layer.settings()} for name, layer in layers.items()}
 
 
 def restore_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace in place each named linear by the layer that its settings (`layer_settings`) describe; those with a
-    sparsity by an SLTrainLinear. Raises ValueError for a name without a linear and for settings no layer can have."""
+    """Replace in place each named linear by the layer that its settings (`layer_settings`) describe. Raises ValueError
+    for a name without a linear, a kind that is not installed, and settings no layer can have.
+
+    Settings of export format 1 name no kind: those with a sparsity are SLTrain's, the others low-rank.
+    """
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
-        kind: type[FactoredLinear] = SLTrainLinear if "sparsity" in settings[name] else LowRankLinear
+        own = dict(settings[name])
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         try:
-            return kind(linear.in_features, linear.out_features, bias=linear.bias is not None, **settings[name], **like)
+            kind: Any = LAYERS.load(own.pop("kind", "sltrain" if "sparsity" in own else "low_rank"))
+            return kind(linear.in_features, linear.out_features, bias=linear.bias is not None, **own, **like)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -99,7 +97,7 @@ def _replace(
 
 
 @torch.no_grad()
-def _dense_linear(name: str, layer: SLTrainLinear | LowRankLinear) -> nn.Linear:
+def _dense_linear(name: str, layer: ReplacedLinear) -> nn.Linear:
     weight = layer.dense_weight()
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sltrain.layers.linear import SLTrainLinear
+from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.sparse import has_kernel
 
 PASSES = 8  # over a dense W in forward and backward: written, read and changed twice, dW written and read
@@ -53,40 +53,36 @@ def composed_cost(num_rows: int, out_features: int, in_features: int, rank: int,
 
 
 def factored_cost(
-    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, kind: str, costs: Costs
+    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, price: str, costs: Costs
 ) -> float:
-    """Forward and backward through A, B and S, in multiply-adds. `kind` is the support's."""
-    price = {"block": costs.block_entry, "column": costs.column_entry}.get(kind, costs.entry)
+    """Forward and backward through A, B and S, in multiply-adds. `price` is that of the support: a field of Costs."""
     dense = (num_rows + costs.weight_pass) * out_features * in_features
-    sparse = dense if price is None else num_rows * num_nonzero * price
+    of_entry: float | None = getattr(costs, price)
+    sparse = dense if of_entry is None else num_rows * num_nonzero * of_entry
     return 3 * (num_rows * rank * (in_features + out_features) + (sparse if num_nonzero else 0))
 
 
 def choose_path(
-    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, kind: str, machine: str
+    num_rows: int, out_features: int, in_features: int, rank: int, num_nonzero: int, price: str, machine: str
 ) -> str:
     """composed or factored, for `num_rows` rows of x at a time; `machine` is a key of COSTS."""
     costs = COSTS[machine]
     composed = composed_cost(num_rows, out_features, in_features, rank, costs)
-    factored = factored_cost(num_rows, out_features, in_features, rank, num_nonzero, kind, costs)
+    factored = factored_cost(num_rows, out_features, in_features, rank, num_nonzero, price, costs)
     return "factored" if factored < composed else "composed"
 
 
 def set_paths(
     model: nn.Module, layer_path: str, num_rows: int, device: torch.device, saved: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Set the path of every SLTrainLinear and return them by name: `layer_path`, or for auto the one a run was `saved`
-    with, or the cheaper one."""
+    """Fix the path of every layer that has several, and return them by name: `layer_path` where the layer knows it, or
+    else the one a run was `saved` with, or the layer's own choice for `num_rows` rows of x at a time on `device`."""
     paths = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SLTrainLinear):
-            if layer_path != "auto":
+        if isinstance(layer, ReplacedLinear) and layer.PATHS:
+            if layer_path in layer.PATHS:
                 layer.path = layer_path
-            elif saved and name in saved:
-                layer.path = saved[name]
             else:
-                machine = machine_kind(device, layer.values.dtype)
-                sizes = (layer.out_features, layer.in_features, layer.rank, layer.support.num_nonzero)
-                layer.path = choose_path(num_rows, *sizes, layer.support.kind, machine)
+                layer.path = (saved or {}).get(name) or layer.choose_path(num_rows, device)
             paths[name] = layer.path
     return paths

@@ -18,9 +18,7 @@ an x S^T beside every h B^T (factored), from forward to backward. Here x, the pa
 else lives inside one call; W and dW never at the same time. Positions are distinct, so a dense S is added by gather and
 assignment instead of by atomic additions, whose order (and so whose result) changes from run to run on CUDA.
 
-Matrix units read rows in pieces of 16 bytes and are slow on matrices whose sides do not divide into them, such as the
-5461 of LLaMA 1B. On CUDA such sides are filled up with zeros inside the products with a dense matrix, composed or of a
-dense layer; nothing filled up is kept for backward.
+The products with a dense W are computed on aligned sides (aligned.py).
 
 Under autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor. Differentiable
 once.
@@ -30,11 +28,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain.layers import sparse
+from sltrain.layers.aligned import aligned, aligned_columns, aligned_linear, autocast_dtype, cast_to
 from sltrain.layers.sparse import Sparse
 from sltrain.layers.support import Support
 
@@ -53,31 +51,6 @@ class Weight:
     bias: Tensor | None = None
 
 
-def alignment(tensor: Tensor) -> int:
-    """Entries that the sides of matrices of this kind should be a multiple of; 1 where it makes no difference."""
-    return 16 // tensor.element_size() if tensor.is_cuda and tensor.element_size() < 4 else 1
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    """A matrix filled up with zeros to aligned sides; itself if it has them."""
-    multiple = alignment(matrix)
-    missing_rows, missing_columns = -matrix.shape[0] % multiple, -matrix.shape[1] % multiple
-    return F.pad(matrix, (0, missing_columns, 0, missing_rows)) if missing_rows or missing_columns else matrix
-
-
-def _aligned_columns(matrix: Tensor) -> Tensor:
-    missing = -matrix.shape[1] % alignment(matrix)
-    return F.pad(matrix, (0, missing)) if missing else matrix
-
-
-def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out), computed on aligned sides."""
-    multiple = alignment(weight)
-    if weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0:
-        return F.linear(x, weight, bias)
-    return _AlignedLinear.apply(x, weight, bias, _autocast_dtype(x))
-
-
 def compose_weight(weight: Weight) -> Tensor:
     """Dense W, (out, in), in the factors' dtype."""
     dense = weight.B @ (weight.scale * weight.A)
@@ -90,49 +63,14 @@ def compose_weight(weight: Weight) -> Tensor:
 def composed_linear(x: Tensor, weight: Weight) -> Tensor:
     """x (..., in) -> x W^T + bias (..., out), through a dense W."""
     w = weight
-    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, w.support, w.scale, _autocast_dtype(x))
+    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, w.support, w.scale, autocast_dtype(x))
 
 
 def factored_linears(x: Tensor, weights: list[Weight]) -> list[Tensor]:
     """x (..., in) -> x W^T + bias (..., out) for each W, through their factors. x is read once for all of them."""
     tensors = [t for w in weights for t in (w.A, w.B, w.values, w.indices, w.bias)]
     constants = [(w.support, w.scale) for w in weights]
-    return list(_Factored.apply(x, constants, _autocast_dtype(x), *tensors))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast computes x W^T in; None without autocast, and for float64, which autocast leaves alone."""
-    device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)
-    if available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
-class _AlignedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        rows = _aligned_columns(_to(x, cast).reshape(-1, x.shape[-1]))
-        y = (rows @ _aligned(_to(weight, cast)).t())[:, : len(weight)].unflatten(0, x.shape[:-1])
-        return y if bias is None else y.add_(_to(bias, cast))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        out_features, in_features = weight.shape
-        rows = _aligned_columns(grad_y.reshape(-1, out_features))
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ _aligned(weight.to(grad_y.dtype)))[:, :in_features].reshape(x.shape).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            columns = _aligned_columns(x.to(grad_y.dtype).reshape(-1, in_features))
-            grad_weight = (rows.t() @ columns)[:out_features, :in_features].contiguous().to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+    return list(_Factored.apply(x, constants, autocast_dtype(x), *tensors))
 
 
 class _Composed(torch.autograd.Function):
@@ -150,8 +88,9 @@ class _Composed(torch.autograd.Function):
         cast: torch.dtype | None,
     ) -> Tensor:
         # Without a cast mixed dtypes are left for matmul to refuse, as in nn.Linear.
-        weight = compose_weight(Weight(_to(A, cast), _to(B, cast), _to(values, cast), indices, support, scale))
-        y = aligned_linear(_to(x, cast), weight, None if bias is None else _to(bias, cast))
+        A_cast, B_cast, values_cast = (cast_to(t, cast) for t in (A, B, values))
+        weight = compose_weight(Weight(A_cast, B_cast, values_cast, indices, support, scale))
+        y = aligned_linear(cast_to(x, cast), weight, None if bias is None else cast_to(bias, cast))
         needs_weight_grad = any(ctx.needs_input_grad[1:4])
         # The originals are saved, not their casts: parameters are alive anyway, and q, k, v (gate, up) share one x.
         ctx.save_for_backward(x if needs_weight_grad else None, A, B, values, indices)
@@ -166,15 +105,15 @@ class _Composed(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
         dtype, out_features, in_features = grad_y.dtype, B.shape[0], A.shape[1]
         A_cast, B_cast = A.to(dtype), B.to(dtype)
-        rows = _aligned_columns(grad_y.reshape(-1, out_features))  # (N, out), or a few more
+        rows = aligned_columns(grad_y.reshape(-1, out_features))  # (N, out), or a few more
         grad_x = grad_A = grad_B = grad_values = grad_bias = None
         if needs_x:
             weight = compose_weight(Weight(A_cast, B_cast, values.to(dtype), indices, ctx.support, ctx.scale))
-            grad_x = (rows @ _aligned(weight))[:, :in_features].reshape(*grad_y.shape[:-1], in_features)
+            grad_x = (rows @ aligned(weight))[:, :in_features].reshape(*grad_y.shape[:-1], in_features)
             grad_x = grad_x.to(ctx.x_dtype)
             del weight  # before dW is made
         if needs_A or needs_B or needs_values:
-            columns = _aligned_columns(x.to(dtype).reshape(-1, in_features))
+            columns = aligned_columns(x.to(dtype).reshape(-1, in_features))
             grad_weight = (rows.t() @ columns)[:out_features, :in_features].contiguous()  # (out, in)
             if needs_A:
                 grad_A = (ctx.scale * (B_cast.t() @ grad_weight)).to(A.dtype)
@@ -197,7 +136,7 @@ class _Factored(torch.autograd.Function):
         ctx: Any, x: Tensor, constants: list[tuple[Support, float]], cast: torch.dtype | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights = _unflatten(tensors, constants, cast)
-        rows = _to(x, cast).reshape(-1, x.shape[-1]).contiguous()  # (N, in)
+        rows = cast_to(x, cast).reshape(-1, x.shape[-1]).contiguous()  # (N, in)
         hidden = rows @ torch.cat([w.A for w in weights]).t()  # (N, sum of ranks)
         ys = []
         products = sparse.forward(rows, [_sparse(w) for w in weights])
@@ -237,14 +176,10 @@ def _unflatten(tensors: Any, constants: list[tuple[Support, float]], cast: torch
     for (A, B, values, indices, bias), (support, scale) in zip(
         zip(*[iter(tensors)] * 5, strict=True), constants, strict=True
     ):
-        bias = None if bias is None else _to(bias, cast)
-        weights.append(Weight(_to(A, cast), _to(B, cast), _to(values, cast), indices, support, scale, bias))
+        bias = None if bias is None else cast_to(bias, cast)
+        weights.append(Weight(cast_to(A, cast), cast_to(B, cast), cast_to(values, cast), indices, support, scale, bias))
     return weights
 
 
 def _sparse(weight: Weight) -> Sparse:
     return Sparse(weight.support, weight.indices, weight.values)
-
-
-def _to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)

@@ -1,47 +1,45 @@
-"""What a method has to say about a model: where it cannot pay, before a run, and how its parts grow, during one."""
+"""Start-up warnings about the layers of a model, and the norms of their parts for the log."""
 
 import torch
 from torch import nn
 
-from sltrain.layers.linear import FactoredLinear, SLTrainLinear
+from sltrain.layers import Part, ReplacedLinear
+
+ALWAYS = ("low_rank", "sparse")  # groups whose norm is logged even where no layer has such a part
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """At most two lines: layers that train no fewer values than a dense matrix, and a support that leaves W without
-    full rank."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    """A line if there are layers that train no fewer values than a dense matrix, and what the layers warn of
+    themselves, a line a topic."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
     lines = []
-
-    heavy = [name for name, layer in layers.items() if _num_trained(layer) >= layer.in_features * layer.out_features]
+    heavy = [name for name, layer in layers.items() if layer.num_trained >= layer.in_features * layer.out_features]
     if heavy:
         first = layers[heavy[0]]
         lines.append(
             f"{len(heavy)} of {len(layers)} layers train no fewer values than a dense matrix (the first, {heavy[0]}: "
-            f"{_num_trained(first):,} for {first.out_features} x {first.in_features}): lower rank or sparsity there"
+            f"{first.num_trained:,} for {first.out_features} x {first.in_features}): lower rank or sparsity there"
         )
-
-    sparse = [layer for layer in layers.values() if isinstance(layer, SLTrainLinear)]
-    columns = [layer for layer in sparse if layer.support.kind == "column"]
-    if columns:
-        first = columns[0]
-        lines.append(
-            f"support=column: W has rank at most rank + columns (the first layer: {first.rank} + "
-            f"{first.support.num_columns} of {min(first.in_features, first.out_features)}), not full rank as with the "
-            "other supports"
-        )
-    return lines
+    own: dict[str, str] = {}
+    for layer in layers.values():
+        own = {**layer.warnings(), **own}  # the first layer's line stays
+    return [*lines, *own.values()]
 
 
 @torch.no_grad()
 def weight_norms(model: nn.Module) -> dict[str, float]:
-    """Frobenius norms of scale * B A and of S, each over all replaced layers together; nothing for a dense model."""
-    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
+    """Frobenius norms of the low-rank and the sparse parts of W, and of dense ones if there are any, each over all
+    layers together; nothing for a model without such layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, ReplacedLinear) and layer.is_mergeable]
     if not layers:
         return {}
-    norms = torch.stack([torch.stack([layer.low_rank_norm(), layer.sparse_norm()]) for layer in layers])  # (layers, 2)
-    low_rank, sparse = norms.square().sum(0).sqrt().tolist()
-    return {"low_rank_norm": low_rank, "sparse_norm": sparse}
+    parts = [list(layer.parts().values()) for layer in layers]
+    groups = list(dict.fromkeys([*ALWAYS, *(part.group for own in parts for part in own)]))
+    zero = torch.zeros((), device=next(layers[0].parameters()).device)
 
+    def square(own: list[Part], group: str) -> torch.Tensor:
+        return sum((part.norm().square() for part in own if part.group == group), zero)
 
-def _num_trained(layer: FactoredLinear) -> int:
-    return layer.num_low_rank + layer.num_sparse
+    squares = torch.stack([torch.stack([square(own, group) for group in groups]) for own in parts])  # (layers, groups)
+    norms = squares.sum(0).sqrt().tolist()
+    return {f"{group}_norm": norm for group, norm in zip(groups, norms, strict=True)}

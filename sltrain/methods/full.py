@@ -21,7 +21,7 @@ class Full(Method):
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         """Put an AlignedLinear, with the same parameters, in place of each chosen linear."""
-        from sltrain.layers.linear import AlignedLinear
+        from sltrain.layers.aligned import AlignedLinear
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             aligned = AlignedLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")

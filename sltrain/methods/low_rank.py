@@ -30,7 +30,7 @@ class LowRank(Method):
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         """Put a LowRankLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
         rank a layer cannot have, and for a pattern that fits nothing."""
-        from sltrain.layers.linear import LowRankLinear
+        from sltrain.layers import LowRankLinear
 
         check_patterns("rank_overrides", self.rank_overrides, chosen_names(model, chosen))
 

@@ -57,7 +57,7 @@ class SLTrain(Method):
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         """Put an SLTrainLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
         rank, sparsity or block size a layer cannot have, and for a pattern that fits nothing."""
-        from sltrain.layers.linear import SLTrainLinear
+        from sltrain.layers import SLTrainLinear
 
         names = chosen_names(model, chosen)
         check_patterns("rank_overrides", self.rank_overrides, names)

@@ -15,7 +15,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from torch import nn
 
 from sltrain.models.llama import is_projection
-from sltrain.planning.accounting import count_parameters, stored_bytes
+from sltrain.planning.accounting import count_parameters, stored_bytes, trained_groups
 
 BFLOAT16, INT64 = 2, 8  # bytes
 
@@ -29,7 +29,7 @@ def galore_state_bytes(dense_model: nn.Module, rank: int, state_bytes: Callable[
     """GaLore's optimizer state for a dense model; `state_bytes(numel, element_size)` is that of one tensor."""
     projected = {module.weight for name, module in dense_model.named_modules() if is_projection(name, module)}
     total = 0
-    for parameter in set(dense_model.parameters()):
+    for parameter in {parameter for parameter in dense_model.parameters() if parameter.requires_grad}:
         size = parameter.element_size()
         if parameter in projected:
             shorter, longer = min(parameter.shape), max(parameter.shape)
@@ -53,7 +53,7 @@ def paper_groups(model: nn.Module, galore_rank: int | None = None) -> dict[str, 
 
     trained = moments(counts["total"], BFLOAT16)
     return {
-        "parameters": BFLOAT16 * counts["total"],
+        "parameters": BFLOAT16 * (counts["total"] + counts.get("frozen", 0)),
         "indices": INT64 * counts["sparse"],
         "optimizer_state": trained if galore_rank is None else galore_state_bytes(model, galore_rank, moments),
     }
@@ -61,7 +61,7 @@ def paper_groups(model: nn.Module, galore_rank: int | None = None) -> dict[str, 
 
 def paper_millions(model: nn.Module) -> Decimal:
     """Parameters in millions as the paper prints them: groups rounded to 0.01, then added and rounded to 0.1."""
-    counts = count_parameters(model)
-    groups = [Decimal(counts[name]) / 1_000_000 for name in ("dense", "low_rank", "sparse")]
+    counts = trained_groups(count_parameters(model))
+    groups = [Decimal(number) / 1_000_000 for number in counts.values()]
     total = sum((group.quantize(Decimal("0.01"), ROUND_HALF_UP) for group in groups), Decimal(0))
     return total.quantize(Decimal("0.1"), ROUND_HALF_UP)

@@ -7,7 +7,7 @@
     kept, a layer    e N (6 D + 2 G d + 2 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate
                                                 and up
                      4 N (2 + H)                the norms' divisors, the softmax's
-                     e N r                      of each factored or low-rank projection (layers/footprint.py)
+                     and what projections keep  N r e of each factored or low-rank one: their `footprint`
                      with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
                      another e N I for the product of gate and up
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
@@ -22,7 +22,7 @@ rounding. Rows are counted as if none were padded.
 
 from dataclasses import dataclass
 
-from sltrain.layers.footprint import footprint
+from sltrain.layers.base import Rows, footprint, gradient_bytes
 from sltrain.models.llama import DecoderLayer, LlamaForCausalLM
 from sltrain.models.loss import default_chunk_rows, keeps_logit_gradients
 from sltrain.planning.accounting import stored_bytes
@@ -31,6 +31,7 @@ GROUPS = (
     "dense_weights low_rank_weights sparse_values indices optimizer_state gradients ddp_buckets activations logits"
     " temporaries"
 ).split()
+NUM_STORED = 4  # of these are stored in the model
 PHASES = (
     "loss",
     "head backward",
@@ -63,7 +64,7 @@ class UpdateShape:
 class MemoryPlan:
     """Bytes at the moment when most are in use."""
 
-    groups: dict[str, int]  # name of GROUPS -> bytes
+    groups: dict[str, int]  # name -> bytes: those of GROUPS, and between them other groups of what is stored
     phase: str  # one of PHASES
 
     @property
@@ -78,8 +79,8 @@ def plan_memory(
     stored: dict[str, int] | None = None,
     update_temporaries: int = 0,
 ) -> MemoryPlan:
-    """The plan for a model on any device, meta included. Raises ValueError for a kind of layer that is not accounted
-    for.
+    """The plan for a model on any device, meta included. Frozen parameters have no gradient. Raises ValueError for a
+    kind of layer that is not accounted for.
 
     `optimizer_state` is the optimizer's, in bytes, and `update_temporaries` what it allocates while it works; `stored`
     are the stored bytes of another layout than the model's own (layouts.py).
@@ -91,7 +92,9 @@ def plan_memory(
         phases[name]["temporaries"] += update_temporaries
     highest = max(PHASES, key=lambda name: sum(phases[name].values()))
     at_peak = {**always, **phases[highest]}
-    return MemoryPlan({name: at_peak.get(name, 0) for name in GROUPS}, highest)
+    others = [name for name in always if name not in GROUPS]
+    names = [*GROUPS[:NUM_STORED], *others, *GROUPS[NUM_STORED:]]
+    return MemoryPlan({name: at_peak.get(name, 0) for name in names}, highest)
 
 
 class _Parts:
@@ -99,16 +102,16 @@ class _Parts:
 
     def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
         self.shape, self.config = shape, model.config
-        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-        self.element = head.element_size()
+        embedding, head = model.model.embed_tokens, model.lm_head
+        self.element = head.weight.element_size()
         self.num_layers = len(model.model.layers)
         self.checkpointing = model.model.activation_checkpointing
         self.hidden = self.element * shape.num_rows * model.config.hidden_size  # one (N, D)
         self.wide = self.element * shape.num_rows * model.config.intermediate_size  # one (N, I)
-        self.vocabulary_size = head.shape[0]
-        self.all_gradients = sum(p.numel() * p.element_size() for p in set(model.parameters()))
-        self.head_gradient = head.numel() * self.element
-        self.embedding_gradient = embedding.numel() * self.element
+        self.vocabulary_size = head.out_features
+        self.all_gradients = gradient_bytes(model)
+        self.head_gradient = gradient_bytes(head)
+        self.embedding_gradient = gradient_bytes(embedding)
         layers = [self._of_layer(layer) for layer in model.model.layers if isinstance(layer, DecoderLayer)]
         self.layer_kept = max(kept for kept, _ in layers)
         self.all_kept = sum(kept for kept, _ in layers)
@@ -123,7 +126,8 @@ class _Parts:
             [mlp.gate_proj, mlp.up_proj],
             [mlp.down_proj],
         )
-        parts = [footprint(layers, num_rows, self.shape.has_kernel) for layers in together]
+        rows = Rows(num_rows, self.element, self.shape.has_kernel)
+        parts = [footprint(layers, rows) for layers in together]
         kv_size = attention.num_kv_heads * attention.head_size
         keeps_product = layer.mlp.keeps_product
         kept = 6 * self.hidden + (2 + keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
@@ -165,7 +169,9 @@ class _Parts:
 
     @property
     def _keeps_logit_gradients(self) -> bool:
-        return keeps_logit_gradients(self.shape.num_rows, self.config.hidden_size, self.element)
+        return self.head_gradient > 0 and keeps_logit_gradients(
+            self.shape.num_rows, self.config.hidden_size, self.element
+        )
 
     def _loss_forward(self) -> int:
         """What is being collected for backward, and a chunk at work."""

@@ -16,8 +16,8 @@ from sltrain.building.model import build_model
 from sltrain.commands import evaluate, export, generate
 from sltrain.commands.train import run_command as train
 from sltrain.compose import read_config
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import merge_to_dense
-from sltrain.layers.linear import SLTrainLinear
 
 KINDS = ("run", "dense", "compressed")
 

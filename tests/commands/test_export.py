@@ -27,7 +27,7 @@ from sltrain.building.model import build_model
 from sltrain.commands import export as command
 from sltrain.commands.train import run_command as train
 from sltrain.compose import read_config
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+from sltrain.layers import LowRankLinear, SLTrainLinear
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -17,8 +17,8 @@ from sltrain.config import ModelConfig
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, StepResult
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.optim.build import set_learning_rate
 from sltrain.optim.kinds.base import OPTIMIZERS

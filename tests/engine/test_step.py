@@ -11,8 +11,8 @@ from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.step import OrdinaryStep
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 ONE = Ranks(0, 1, torch.device("cpu"))

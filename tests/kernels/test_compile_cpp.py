@@ -22,7 +22,7 @@ print("status:", cpu_kernel.status())
 if cpu_kernel.status() is None:
     S = torch.tensor([[0., 2.], [3., 0.]])
     x = torch.tensor([[1., 10.]])
-    y = cpu_kernel.sparse_forward(x, [S[S != 0]], [torch.tensor([1, 2], dtype=torch.int32)], [2])[0]
+    y = cpu_kernel.forward(x, [S[S != 0]], [torch.tensor([1, 2], dtype=torch.int32)], [2])[0]
     assert torch.equal(y, x @ S.t())
 """
 
@@ -50,7 +50,7 @@ def test_can_be_switched_off(tmp_path) -> None:
 
 
 def test_says_that_there_is_no_compiler(tmp_path) -> None:
-    code = CHECK + "\ntry: cpu_kernel.sparse_forward(torch.ones(1, 1), [], [], [])\nexcept RuntimeError as e: print(e)"
+    code = CHECK + "\ntry: cpu_kernel.forward(torch.ones(1, 1), [], [], [])\nexcept RuntimeError as e: print(e)"
     lines = finish(start(tmp_path, code, PATH=str(tmp_path), CXX="")).splitlines()
     assert lines[0] == "no C++ compiler found (CXX, g++, clang++, c++)"
     assert lines[1] == f"the CPU kernel cannot be used: {lines[0]}"
@@ -116,7 +116,7 @@ def test_builds_once_repairs_damage_and_shares_torchs_threads(tmp_path) -> None:
     no_compiling = "from sltrain.kernels import compile_cpp\ncompile_cpp._compile = None\n"
     no_second_pool = """
 torch.set_num_threads(2)
-cpu_kernel.sparse_forward(torch.ones(500, 4), [torch.ones(1)], [torch.zeros(1, dtype=torch.int32)], [3])
+cpu_kernel.forward(torch.ones(500, 4), [torch.ones(1)], [torch.zeros(1, dtype=torch.int32)], [3])
 import re, pathlib
 maps = pathlib.Path("/proc/self/maps")
 pools = set(re.findall(r"/\\S*lib[gi]?omp\\S*", maps.read_text())) if maps.exists() else {1}

@@ -55,12 +55,10 @@ class Problem:
         return grid.reshape(-1, b, b)[self.places[i].long()]
 
     def forward(self) -> list[torch.Tensor]:
-        function = cpu_kernel.block_forward if self.block else cpu_kernel.sparse_forward
-        return function(self.x, self.values, self.places, self.outs, *([self.block] if self.block else []))
+        return cpu_kernel.forward(self.x, self.values, self.places, self.outs, self.block)
 
     def backward(self) -> list[torch.Tensor]:
-        function = cpu_kernel.block_backward if self.block else cpu_kernel.sparse_backward
-        return function(self.x, self.grads, self.values, self.places, *([self.block] if self.block else []))
+        return cpu_kernel.backward(self.x, self.grads, self.values, self.places, self.block)
 
     def expected(self) -> list[torch.Tensor]:
         x = self.x.double()
@@ -196,10 +194,10 @@ x, grads = torch.ones(n, in_features), [torch.ones(n, out) for out in outs]
 cells = [-(-out // side) * -(-in_features // side) for out in outs]
 places = [torch.arange(num) * c // num for c in cells]  # int64, so that the call decodes them
 values = [torch.ones(num, block, block) if block else torch.ones(num) for _ in outs]
-function = getattr(cpu_kernel, f"{'block' if block else 'sparse'}_{direction}")
+function = getattr(cpu_kernel, direction)
 arguments = (x, values, places, outs) if direction == "forward" else (x, grads, values, places)
 before = bytes_of("VmRSS")
-results = function(*arguments, *([block] if block else []))
+results = function(*arguments, block)
 print(bytes_of("VmHWM") - before - sum(t.nbytes for t in results))
 """
 

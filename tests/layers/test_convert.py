@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import layer_settings, merge_to_dense, replace_linears, restore_layers
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 
 
 def sltrain_layer(name, linear, **kind):

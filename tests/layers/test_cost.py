@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.cost import COSTS, choose_path, composed_cost, factored_cost, machine_kind, set_paths
-from sltrain.layers.linear import SLTrainLinear
 
 
 @pytest.mark.parametrize(

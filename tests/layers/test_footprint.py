@@ -5,11 +5,11 @@ In float64, which no operation here copies to another dtype and no kernel of our
 
 import pytest
 import torch
+from sltrain.layers.footprint import Footprint, footprint
 from torch import Tensor, nn
 
 from sltrain.engine.memory import tensor_peak
-from sltrain.layers.footprint import Footprint, footprint
-from sltrain.layers.linear import AlignedLinear, LowRankLinear, SLTrainLinear
+from sltrain.layers import AlignedLinear, LowRankLinear, SLTrainLinear
 from sltrain.models.llama import project
 
 RANK, IN, OUT = 16, 256, 384

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sltrain.layers import linear
-from sltrain.layers.linear import AlignedLinear, LowRankLinear, SLTrainLinear
+from sltrain.layers import AlignedLinear, LowRankLinear, SLTrainLinear, linear
 from sltrain.layers.support import Support
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.methods.advice import warnings
 from sltrain.methods.base import METHODS, Method, pattern_fits
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sltrain.config import ModelConfig
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 

@@ -7,8 +7,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sltrain.config import ModelConfig
+from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection, project
 
 VOCABULARY = 61

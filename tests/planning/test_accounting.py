@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sltrain.config import ModelConfig
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.planning.accounting import count_parameters, stored_bytes
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sltrain.config import ModelConfig
+from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.layers.linear import LowRankLinear, SLTrainLinear
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes

@@ -1,0 +1,232 @@
+"""A layer that stands for the matrix of an nn.Linear, and what it says of itself.
+
+    class ReLoRALinear(ReplacedLinear, kind="relora"):       # in layers/kinds/relora.py, or in another package
+        GROUPS = {"A": "low_rank", "B": "low_rank"}
+        def __init__(self, in_features, out_features, rank, alpha, bias=False, device=None, dtype=None): ...
+        def forward(self, x): ...
+        def reset_parameters(self, generator): ...
+        def parts(self): return {"W0": DensePart(self.W0), "BA": LowRankPart(self.B, self.A, self.alpha / self.rank)}
+        def settings(self): return {"rank": self.rank, "alpha": self.alpha}
+        def footprint(self, rows): ...
+        def multiply_adds(self): ...
+
+Counts, plans, exports, spectra, norms and benchmarks ask the layer and know no kind. The subclass is registered in
+LAYERS under its kind, which is what a compressed export names; `LAYERS.load(kind)` finds it again.
+
+Bytes that layers need besides their parameters, for N rows of x, are a Footprint:
+
+    kept          from forward to backward, besides x itself, which layers of the same x keep once
+    temporary     at most at once inside forward or backward, besides x, y and their gradients
+    gradients     of the trained parameters of one call, which all come at once
+
+They are counted from shapes alone, so it works on the meta device. Temporaries are bounds of the largest terms: in a
+whole model they are a few per cent of the sum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sltrain.layers.parts import DensePart, Part
+from sltrain.registry import Registry
+
+DRAWN_AT_ONCE = 2**22  # random numbers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The x that a footprint is counted for."""
+
+    num_rows: int
+    element_size: int  # bytes
+    has_kernel: bool  # whether products with S run through the CPU kernel
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of the layers that are applied to one x."""
+
+    kept: int
+    temporary: int
+    gradients: int
+
+
+class ReplacedLinear(nn.Module):
+    """y = x W^T + bias for x (..., in_features) -> (..., out_features), with a W that is kept as something else.
+
+    A subclass calls `super().__init__` and sets `bias` to a parameter or None. It is ready after construction; on the
+    meta device only shapes exist, and `reset_parameters` fills it after `to_empty(device=...)`.
+    """
+
+    kind: ClassVar[str]
+    GROUPS: ClassVar[dict[str, str]] = {}  # tensor -> low_rank, sparse, indices, frozen, mask, ...; others are dense
+    PATHS: ClassVar[tuple[str, ...]] = ()  # ways to compute x W^T that give the same function, if there are several
+    is_mergeable: ClassVar[bool] = True  # False where W is not one matrix; then `parts` and `dense_weight` raise
+
+    path: str  # one of PATHS, or auto until the first forward chooses
+    bias: nn.Parameter | None
+
+    def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if kind is not None:
+            cls.kind = kind
+            LAYERS.register(kind)(cls)
+
+    def __init__(self, in_features: int, out_features: int, path: str = "auto") -> None:
+        super().__init__()
+        if path not in ("auto", *self.PATHS):
+            raise ValueError(f"unknown path {path!r}: choose one of {', '.join(('auto', *self.PATHS))}")
+        self.in_features, self.out_features, self.path = in_features, out_features, path
+
+    # ---- what a kind has to say
+
+    def parts(self) -> dict[str, Part]:
+        """The summands of W by name, such as W0, BA, S. Raises ValueError for a kind that does not say."""
+        raise ValueError(f"{type(self).__name__} does not say what its W is made of: define parts()")
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data that, with the sizes, bias, device and dtype, make the layer: LAYERS.load(kind)(in_features,
+        out_features, bias=..., device=..., dtype=..., **settings)."""
+        raise ValueError(f"{type(self).__name__} does not say what it is made with: define settings()")
+
+    def footprint(self, rows: Rows) -> Footprint:
+        """The bytes of one call. Raises ValueError for a kind that does not say."""
+        raise ValueError(f"no memory is accounted for layers of kind {type(self).__name__}: define footprint()")
+
+    def multiply_adds(self) -> int:
+        """Those of x W^T for one row of x, by the method's mathematics, however it is computed."""
+        raise ValueError(f"{type(self).__name__} does not say what a product costs: define multiply_adds()")
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw every parameter and buffer, from a CPU generator (None: torch's)."""
+        raise NotImplementedError(f"{type(self).__name__}.reset_parameters")
+
+    def choose_path(self, num_rows: int, device: torch.device) -> str:
+        """The cheapest of PATHS, by shape, number of rows of x, dtype and device alone."""
+        return self.PATHS[0] if self.PATHS else ""
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        generator: torch.Generator | None = None,
+        bias: Tensor | None = None,
+        **settings: Any,
+    ) -> "ReplacedLinear":
+        """A layer that starts as the dense W (out, in). Raises ValueError for a kind that cannot."""
+        raise ValueError(f"layers of kind {cls.kind} cannot start from a dense matrix")
+
+    def warnings(self) -> dict[str, str]:
+        """What a user should know before training with it: topic -> line. Of several layers the first one's is said."""
+        return {}
+
+    @classmethod
+    def forward_together(cls, x: Tensor, layers: "Sequence[Any]") -> list[Tensor]:
+        """The output of each of these layers, all of this class, for the same x. Layers that are not called one by one
+        run no forward hooks."""
+        return [layer(x) for layer in layers]
+
+    @classmethod
+    def footprint_together(cls, layers: "Sequence[Any]", rows: Rows) -> Footprint:
+        """The bytes of `forward_together`."""
+        return one_by_one([layer.footprint(rows) for layer in layers])
+
+    # ---- what follows from that
+
+    def dense_weight(self) -> Tensor:
+        """W, (out, in), detached: what nn.Linear would hold."""
+        summands = [part.dense() for part in self.parts().values()]
+        return sum(summands[1:], summands[0])
+
+    @property
+    def num_trained(self) -> int:
+        """Trained values that stand for W: all but the bias's."""
+        return sum(p.numel() for name, p in self.named_parameters() if p.requires_grad and name != "bias")
+
+    def chosen_path(self, x: Tensor) -> str:
+        """The path for x. The first x fixes it, unless it is on the meta device."""
+        if self.path != "auto":
+            return self.path
+        path = self.choose_path(x.numel() // self.in_features, x.device)
+        if not x.is_meta:
+            self.path = path
+        return path
+
+    def extra_repr(self) -> str:
+        shown: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}
+        if type(self).settings is not ReplacedLinear.settings:
+            shown |= self.settings()
+        shown |= {"bias": self.bias is not None, **({"path": self.path} if self.PATHS else {})}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+LAYERS: Registry[ReplacedLinear] = Registry("layer", "sltrain.layers.kinds", "sltrain.layers")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear that holds its weight and bias, and nothing else."""
+    return isinstance(module, nn.Linear) and module.state_dict().keys() <= {"weight", "bias"}
+
+
+def check_known(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a module in place of a linear that is neither one nor says what its W is."""
+    if is_plain_linear(module):
+        return
+    if not isinstance(module, ReplacedLinear):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}: neither an nn.Linear nor a ReplacedLinear (sltrain/layers/base.py),"
+            " so nothing is known of its W"
+        )
+    if module.is_mergeable and type(module).parts is ReplacedLinear.parts:
+        raise ValueError(f"{name}: {type(module).__name__} does not say what its W is made of: define parts()")
+
+
+def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
+    """The summands of a module's W; an nn.Linear has one, W. Raises ValueError where nothing is known of it."""
+    check_known(name, module)
+    if isinstance(module, ReplacedLinear):
+        return module.parts()
+    assert isinstance(module, nn.Linear)
+    return {"W": DensePart(module.weight)}
+
+
+def footprint(layers: Sequence[nn.Module], rows: Rows) -> Footprint:
+    """The bytes of layers applied to the same x (num_rows, in). Raises ValueError for a module that is neither an
+    nn.Linear nor a ReplacedLinear, and for a kind that does not say."""
+    kind = type(layers[0])
+    if issubclass(kind, ReplacedLinear) and all(type(layer) is kind for layer in layers):
+        return kind.footprint_together(layers, rows)
+    return one_by_one([_footprint_alone(layer, rows) for layer in layers])
+
+
+def one_by_one(footprints: Sequence[Footprint]) -> Footprint:
+    """Of layers that share nothing but x."""
+    return Footprint(
+        kept=sum(part.kept for part in footprints),
+        temporary=max(part.temporary for part in footprints),
+        gradients=max(part.gradients for part in footprints),
+    )
+
+
+def gradient_bytes(layer: nn.Module) -> int:
+    """Bytes of the gradients of its trained parameters."""
+    return sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
+
+
+def _footprint_alone(layer: nn.Module, rows: Rows) -> Footprint:
+    if isinstance(layer, ReplacedLinear):
+        return layer.footprint(rows)
+    if is_plain_linear(layer):
+        return Footprint(kept=0, temporary=0, gradients=gradient_bytes(layer))
+    raise ValueError(f"no memory is accounted for layers of kind {type(layer).__name__}: make it a ReplacedLinear")
+
+
+def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fill with numbers uniform in +-bound, drawn on the CPU in float32 and copied, so that one generator gives one
+    layer on every device and dtype. Pieces of one sequence: no second copy of all is made."""
+    for piece in parameter.detach().view(-1).split(DRAWN_AT_ONCE):
+        drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
+        piece.copy_(drawn.uniform_(-bound, bound, generator=generator))

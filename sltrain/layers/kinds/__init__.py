@@ -1,0 +1,1 @@
+"""The kinds of layers, one a file, named as the kind."""

@@ -1,0 +1,174 @@
+"""W = (alpha / rank) B A + S, S on a fixed random support (SLTrain, arXiv 2406.02214)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltrain import kernels
+from sltrain.layers import cost
+from sltrain.layers.base import Footprint, Rows, fill_uniform, gradient_bytes, one_by_one
+from sltrain.layers.factors import FactoredLinear
+from sltrain.layers.functional import Weight, compose_weight, composed_linear, factored_linears
+from sltrain.layers.parts import Part, SparsePart
+from sltrain.layers.sparse import Sparse, can_share
+from sltrain.layers.support import make_support
+
+
+class SLTrainLinear(FactoredLinear, kind="sltrain"):
+    """y = x W^T + bias with W = (alpha / rank) B A + S; x (..., in_features) -> (..., out_features).
+
+    `sparsity` is the paper's delta, the fraction of the entries of S that are trained. rank = 0 trains S alone,
+    sparsity = 0 trains B A alone. `support` and `block_size` say where the entries lie (support/), `path` how the
+    product is computed (functional.py): composed, factored, or auto, the cheaper of the two for the first x. It
+    changes rounding, not the function, and may be set at any time. The layer is ready after construction; on the meta
+    device only shapes exist, and `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a CPU
+    generator (None: torch's default one).
+
+    Parameters A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; buffer indices, as the support draws
+    them. Raises ValueError for a rank outside [0, min(in, out)], a sparsity or block size that the support cannot have,
+    and where nothing is left to train.
+    """
+
+    GROUPS = FactoredLinear.GROUPS | {"values": "sparse", "indices": "indices"}
+    PATHS = ("composed", "factored")
+
+    indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        sparsity: float,
+        alpha: float,
+        bias: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        support: str = "uniform",
+        block_size: int | None = None,
+        path: str = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, rank, alpha, bias, device, dtype, path)
+        self.support = make_support(out_features, in_features, sparsity, support, block_size)
+        nnz = self.support.num_nonzero
+        if rank == 0 and nnz == 0:
+            raise ValueError(
+                f"rank {rank} and sparsity {sparsity} leave nothing to train in a {out_features} x {in_features} "
+                "matrix; raise one of them"
+            )
+        self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
+        indices = torch.empty(self.support.num_indices, device=device, dtype=self.support.index_dtype)
+        self.register_buffer("indices", indices)
+        if not self.values.is_meta:
+            self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the support and every parameter."""
+        self.indices.copy_(self.support.draw(generator))
+        self.reset_factors(generator, zero_B=self.support.num_nonzero > 0)
+        fill_uniform(self.values, 1 / math.sqrt(self.in_features), generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chosen_path(x) == "composed":
+            return composed_linear(x, self._weight)
+        return factored_linears(x, [self._weight])[0]
+
+    @classmethod
+    def forward_together(cls, x: Tensor, layers: "Sequence[SLTrainLinear]") -> list[Tensor]:
+        """The output of each layer for the same x, which factored layers read once for all. These are not called one by
+        one then, so their forward hooks do not run."""
+        if all(layer.chosen_path(x) == "factored" for layer in layers) and _can_share(layers):
+            return factored_linears(x, [layer._weight for layer in layers])
+        return [layer(x) for layer in layers]
+
+    @property
+    def _weight(self) -> Weight:
+        return Weight(self.A, self.B, self.values, self.indices, self.support, self.scale, self.bias)
+
+    def parts(self) -> dict[str, Part]:
+        sparse = SparsePart(self.values.detach(), self.indices, self.support)
+        return super().parts() | ({"S": sparse} if self.support.num_nonzero else {})
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """W, (out, in), detached: what nn.Linear would hold."""
+        return compose_weight(self._weight)
+
+    def settings(self) -> dict[str, Any]:
+        s = self.support
+        return super().settings() | {"sparsity": s.sparsity, "support": s.kind, "block_size": s.block}
+
+    def multiply_adds(self) -> int:
+        return super().multiply_adds() + self.support.num_nonzero
+
+    def choose_path(self, num_rows: int, device: torch.device) -> str:
+        s = self.support
+        machine = cost.machine_kind(device, self.values.dtype)
+        return cost.choose_path(
+            num_rows, self.out_features, self.in_features, self.rank, s.num_nonzero, s.price, machine
+        )
+
+    def footprint(self, rows: Rows) -> Footprint:
+        """composed: W or dW and what it is made of or taken apart into, (out, in) each, and a piece of positions.
+        factored: h = x A^T is kept; temporary is u = dy B with what the products with S take."""
+        if self._planned_path(rows) == "factored":
+            return _factored_footprint([self], rows)
+        dense = 2 * self.out_features * self.in_features * rows.element_size
+        return Footprint(kept=0, temporary=dense + self.support.piece_bytes, gradients=gradient_bytes(self))
+
+    @classmethod
+    def footprint_together(cls, layers: "Sequence[SLTrainLinear]", rows: Rows) -> Footprint:
+        if all(layer._planned_path(rows) == "factored" for layer in layers) and _can_share(layers):
+            return _factored_footprint(layers, rows)
+        return one_by_one([layer.footprint(rows) for layer in layers])
+
+    def _planned_path(self, rows: Rows) -> str:
+        return self.choose_path(rows.num_rows, self.values.device) if self.path == "auto" else self.path
+
+    def warnings(self) -> dict[str, str]:
+        most, limit = self.support.max_rank, min(self.in_features, self.out_features)
+        if most is None:
+            return {}
+        kind = self.support.kind
+        line = (
+            f"support={kind}: W has rank at most rank + {kind}s (the first layer: {self.rank} + {most} of {limit}), "
+            "not full rank as with the other supports"
+        )
+        return {kind: line}
+
+    def extra_repr(self) -> str:
+        s = self.support
+        blocks = f", block_size={s.block}" if s.block else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"sparsity={s.sparsity}, alpha={self.alpha}, bias={self.bias is not None}, "
+            f"support={s.kind}{blocks}, path={self.path}"
+        )
+
+
+def _can_share(layers: Sequence[SLTrainLinear]) -> bool:
+    return can_share([Sparse(layer.support, layer.indices, layer.values) for layer in layers])
+
+
+def _factored_footprint(layers: Sequence[SLTrainLinear], rows: Rows) -> Footprint:
+    """Of one call for several layers."""
+    num_rows, size = rows.num_rows, rows.element_size
+    supports = [layer.support for layer in layers]
+    block = supports[0].kernel_block
+    if block is None or not rows.has_kernel:
+        of_sparse = max(support.temporary_bytes(num_rows, size) for support in supports)
+    else:
+        nums = [support.num_indices if block else support.num_nonzero for support in supports]
+        outs, threads = [layer.out_features for layer in layers], torch.get_num_threads()
+        of_sparse = kernels.scratch_bytes(num_rows, layers[0].in_features, outs, nums, threads, "backward", block)
+    return Footprint(
+        kept=sum(layer.rank for layer in layers) * num_rows * size,
+        temporary=max(layer.rank for layer in layers) * num_rows * size + of_sparse,
+        gradients=sum(gradient_bytes(layer) for layer in layers),
+    )

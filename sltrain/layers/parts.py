@@ -1,0 +1,116 @@
+"""The summands of a W, each with its dense matrix, Frobenius norm and singular values by the cheapest way.
+
+    DensePart      a matrix as it is
+    LowRankPart    scale * B A, with B (out, r), A (r, in): norm and r singular values through (r, r) matrices
+    SparsePart     the S with these values on a support
+
+|B A|^2 is the sum of (B^T B) * (A A^T). With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of
+R_B R_A^T. Singular values are computed in float64; what rounding cannot tell from 0 is 0.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sltrain.layers.support import Support
+
+
+class Part(ABC):
+    """One summand of W, (out, in), detached from autograd."""
+
+    group: ClassVar[str]  # under which norms are added up: dense, low_rank or sparse
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix, (out, in), in the dtype of the parameters."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Frobenius norm, 0-d float32."""
+
+    def singular_values(self) -> Tensor:
+        """Those that can be above 0, at most min(out, in), float64, descending."""
+        return singular_values(self.dense())
+
+
+@dataclass(frozen=True)
+class DensePart(Part):
+    """A matrix as it is, (out, in)."""
+
+    matrix: Tensor
+    group = "dense"
+
+    def dense(self) -> Tensor:
+        return self.matrix.detach()
+
+    def norm(self) -> Tensor:
+        return self.matrix.detach().float().norm()
+
+
+@dataclass(frozen=True)
+class LowRankPart(Part):
+    """scale * B A with B (out, r), A (r, in)."""
+
+    B: Tensor
+    A: Tensor
+    scale: float = 1.0
+    group = "low_rank"
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of B."""
+        return self.B.shape[1]
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        return self.B @ (self.scale * self.A)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        A, B = self.A.float(), self.B.float()
+        square = ((B.t() @ B) * (A @ A.t())).sum()
+        return self.scale * square.clamp(min=0).sqrt()  # rounding can take a tiny square below 0
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        left = torch.linalg.qr(self.B.double(), mode="r").R
+        right = torch.linalg.qr(self.A.double().t(), mode="r").R
+        values = torch.linalg.svdvals(left @ right.t())
+        return self.scale * _without_noise(values, max(len(self.B), self.A.shape[1]))
+
+
+@dataclass(frozen=True)
+class SparsePart(Part):
+    """S: its values (nnz,), and where they are, the indices that `support` drew."""
+
+    values: Tensor
+    indices: Tensor
+    support: Support
+    group = "sparse"
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        flat = self.values.new_zeros(self.support.num_entries)
+        for entries, positions in self.support.pieces(self.indices):
+            flat[positions] = self.values[entries]
+        return flat.view(self.support.out_features, self.support.in_features)
+
+    def norm(self) -> Tensor:
+        return self.values.detach().float().norm()
+
+
+@torch.no_grad()
+def singular_values(matrix: Tensor) -> Tensor:
+    """(out, in) -> (min(out, in),) float64, descending."""
+    matrix = matrix.double()
+    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.t()  # several times faster than a wide one
+    return _without_noise(torch.linalg.svdvals(tall), max(matrix.shape))
+
+
+def _without_noise(values: Tensor, longer: int) -> Tensor:
+    """With 0 for what is below the rounding of a matrix whose longer side is `longer`: NumPy's rule for ranks."""
+    tolerance = values.max() * longer * torch.finfo(values.dtype).eps if len(values) else 0.0
+    return torch.where(values > tolerance, values, torch.zeros_like(values))

@@ -1,0 +1,272 @@
+"""Blocks of b x b, kept as int32 block numbers (block row * block columns + block column), sorted.
+
+The block lines of the shorter side hold k blocks each, those of the longer side equally many, give or take one. A
+regular bipartite graph is a sum of permutations (König), so every such support contains a block permutation matrix, and
+that alone has full rank; blocks thrown at random leave block rows empty and do not. Blocks that stick out of a matrix
+whose sides they do not divide train only what is inside.
+
+A product is one batched product in which a block row meets the columns of x that its blocks read, or, on a CPU in
+float32, the kernel's: N nnz multiply-adds on matrix units either way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sltrain.layers.support.base import Support, lines_of
+
+BLOCK_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tried in this order: large blocks make efficient products
+BLOCK_TOLERANCE = 0.1  # a block size is taken if its sparsity is this near, relatively, to the one asked for
+
+
+class BlockSupport(Support):
+    """See the head of the file. Values come block after block, each row by row, without what sticks out."""
+
+    kind = "block"
+    price = "block_entry"
+    piece_entry_bytes = 40
+
+    def _check(self) -> None:
+        if self.sparsity == 0:
+            raise ValueError("support=block needs sparsity above 0; for B A alone use support=uniform")
+        size = self.block
+        shape = f"{self.out_features} x {self.in_features}"
+        if not 1 <= size <= min(self.out_features, self.in_features):
+            raise ValueError(
+                f"block_size={size} does not fit into a {shape} matrix; use at most "
+                f"{min(self.out_features, self.in_features)}, or leave it out"
+            )
+        if self.sparsity > 0.5:
+            raise ValueError(f"support=block takes sparsity up to 0.5, got {self.sparsity}; use support=uniform")
+        if round(self.sparsity * self.longer) == 0:
+            raise ValueError(
+                f"one block of {size} x {size} a block line is a sparsity of {1 / self.longer:.2g} in a {shape} matrix "
+                f"already, {self.sparsity} was asked for; use a smaller block_size, or support=uniform"
+            )
+
+    @cached_property
+    def block(self) -> int:
+        """Block side b: the one given, or the largest of BLOCK_SIZES whose sparsity is near."""
+        if self.block_size is not None:
+            return self.block_size
+        longer = max(self.out_features, self.in_features)
+
+        def error(size: int) -> float:
+            lines = -(-longer // size)
+            return abs(round(self.sparsity * lines) / lines - self.sparsity) / self.sparsity
+
+        sizes = [size for size in BLOCK_SIZES if size <= min(self.out_features, self.in_features)]
+        fitting = [size for size in sizes if round(self.sparsity * -(-longer // size)) > 0] or [1]
+        return next((size for size in fitting if error(size) <= BLOCK_TOLERANCE), min(fitting, key=error))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns, those that stick out included."""
+        return -(-self.out_features // self.block), -(-self.in_features // self.block)
+
+    @property
+    def longer(self) -> int:
+        """Block lines of the longer side."""
+        return max(self.grid)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the blocks divide both sides, so that none sticks out."""
+        return self.out_features % self.block == 0 and self.in_features % self.block == 0
+
+    @property
+    def _blocks_per_line(self) -> int:
+        """k: blocks in each block line of the shorter side."""
+        return min(round(self.sparsity * self.longer), max(1, self.longer - 1))
+
+    @cached_property
+    def num_nonzero(self) -> int:
+        """The entries inside the matrix. How many blocks lie in the last lines is fixed (`draw`)."""
+        size, (num_rows, num_columns) = self.block, self.grid
+        missing_rows, missing_columns = num_rows * size - self.out_features, num_columns * size - self.in_features
+        per_long_line = self.num_indices // self.longer
+        in_last_row = self._blocks_per_line if num_rows <= num_columns else per_long_line
+        in_last_column = self._blocks_per_line if num_columns < num_rows else per_long_line
+        return self.num_indices * size * size - size * (missing_rows * in_last_row + missing_columns * in_last_column)
+
+    @property
+    def num_indices(self) -> int:
+        """Blocks."""
+        return self._blocks_per_line * min(self.grid)
+
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
+        """Sorted block numbers: lines are paired uniformly, then pairs that come twice are separated by swaps.
+
+        If the blocks do not divide a side, its last line gets no extra block and the corner stays empty, so that the
+        number of trained entries does not depend on the draw.
+        """
+        shorter, longer, per_line = min(self.grid), self.longer, self._blocks_per_line
+        count = shorter * per_line
+        candidates = torch.randperm(longer if self.tiles else longer - 1, generator=generator, device="cpu")
+        extra = candidates[: count % longer]
+        balanced = torch.cat([torch.arange(longer, device="cpu").repeat(count // longer), extra])
+        of_longer = balanced[torch.randperm(count, generator=generator, device="cpu")].tolist()
+        of_shorter = [line for line in range(shorter) for _ in range(per_line)]
+        corner = None if self.tiles else (shorter - 1, longer - 1)
+        _separate(of_shorter, of_longer, corner, generator)
+        num_rows, num_columns = self.grid
+        rows, columns = (of_shorter, of_longer) if num_rows <= num_columns else (of_longer, of_shorter)
+        numbers = sorted(row * num_columns + column for row, column in zip(rows, columns, strict=True))
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu")
+
+    def _flat(self, indices: Tensor, entries: slice) -> Tensor:
+        blocks, rows, columns = self._places(indices, entries)
+        first_rows, first_columns = self._corners(indices)
+        rows.add_(first_rows[blocks]).mul_(self.in_features)
+        return rows.add_(first_columns[blocks]).add_(columns)
+
+    def _corners(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """First row and first column of each block, (T,) int64."""
+        numbers = indices.long()
+        return numbers // self.grid[1] * self.block, numbers % self.grid[1] * self.block
+
+    def _places(self, indices: Tensor, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The block of each of these entries, and its row and column inside the block, three times (n,) int64.
+
+        What sticks out of the matrix is no entry. How many entries each block has is computed on the device.
+        """
+        first_rows, first_columns = self._corners(indices)
+        heights = (self.out_features - first_rows).clamp(max=self.block)  # (T,)
+        widths = (self.in_features - first_columns).clamp(max=self.block)
+        starts = F.pad((heights * widths).cumsum(0), (1, 0))  # (T + 1,)
+        blocks = lines_of(starts, entries)
+        numbers = torch.arange(entries.start, entries.stop, device=indices.device)
+        numbers -= starts[blocks]
+        width = widths[blocks]
+        return blocks, numbers // width, numbers.remainder_(width)
+
+    # ---- products
+
+    @property
+    def kernel_block(self) -> int:
+        return self.block
+
+    @property
+    def sharing(self) -> tuple[str, int]:
+        return "block", self.block
+
+    def to_kernel(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self._to_blocks(indices, values), indices
+
+    def from_kernel(self, indices: Tensor, grad_values: Tensor) -> Tensor:
+        """(T, b, b) -> (nnz,): the entries inside the matrix."""
+        flat = grad_values.flatten()
+        if self.tiles:
+            return flat
+        values = flat.new_empty(self.num_nonzero)
+        for entries, places in self._pieces_in_blocks(indices):
+            values[entries] = flat[places]
+        return values
+
+    def forward(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        y = _block_product(x, self._to_blocks(indices, values), indices, self.grid)
+        return y[:, : self.out_features].contiguous()
+
+    def backward(self, x: Tensor, grad: Tensor, indices: Tensor, values: Tensor, grad_x: Tensor) -> Tensor:
+        size, (num_rows, num_columns) = self.block, self.grid
+        # dx = grad S is a product with the transposed blocks, put into the order of their block columns.
+        transposed = indices % num_columns * num_rows + indices // num_columns
+        transposed, order = transposed.sort()
+        blocks = self._to_blocks(indices, values)[order].transpose(1, 2)
+        grad_x += _block_product(grad, blocks, transposed, (num_columns, num_rows))[:, : x.shape[1]]
+
+        slots = _place(indices, self.grid)
+        grad_rows = F.pad(grad, (0, num_rows * size - grad.shape[1])).view(len(grad), num_rows, size)
+        grad_weights = grad_rows.permute(1, 2, 0) @ _read(x, slots, self.grid, size)  # (R, b, m b)
+        grad_blocks = grad_weights.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)[slots.of_block]
+        return self.from_kernel(indices, grad_blocks).to(values.dtype)
+
+    def temporary_bytes(self, num_rows: int, element_size: int) -> int:
+        shorter, longer = min(self.grid), self.longer  # each block row gathers the columns of x that it reads
+        gathered = num_rows * -(-self.num_indices // shorter) * shorter * self.block
+        padded = num_rows * longer * self.block
+        return (2 * gathered + padded + 3 * self.num_indices * self.block**2) * element_size
+
+    def _to_blocks(self, indices: Tensor, values: Tensor) -> Tensor:
+        """Values (nnz,) -> (T, b, b), zero where a block sticks out of the matrix."""
+        shape = (len(indices), self.block, self.block)
+        if self.tiles:
+            return values.view(shape)
+        blocks = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        for entries, places in self._pieces_in_blocks(indices):
+            blocks.view(-1)[places] = values[entries]
+        return blocks
+
+    def _pieces_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As `pieces`, with places among the entries of all blocks, T * b * b, instead of positions in the matrix."""
+        for entries in self._chunks():
+            blocks, rows, columns = self._places(indices, entries)
+            yield entries, blocks.mul_(self.block).add_(rows).mul_(self.block).add_(columns)
+
+
+@dataclass
+class _Slots:
+    """Where blocks go when each block row gets equally many places, and which columns of x those places read."""
+
+    of_block: Tensor  # (T,) place of each block
+    columns: Tensor  # (R, m) block column that each place reads; a free place reads the first one, and meets zeros
+
+
+def _place(indices: Tensor, grid: tuple[int, int]) -> _Slots:
+    num_rows, num_columns = grid
+    rows, columns = indices.long() // num_columns, indices.long() % num_columns
+    per_row = -(-len(rows) // num_rows)
+    number_in_row = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    places = rows * per_row + number_in_row
+    read = torch.zeros(num_rows * per_row, dtype=torch.int64, device=rows.device)
+    read[places] = columns
+    return _Slots(places, read.view(num_rows, per_row))
+
+
+def _read(x: Tensor, slots: _Slots, grid: tuple[int, int], size: int) -> Tensor:
+    """x (N, in) -> (R, N, m b): what the blocks of each block row multiply."""
+    blocks = F.pad(x, (0, grid[1] * size - x.shape[1])).view(len(x), grid[1], size)
+    return blocks[:, slots.columns].transpose(0, 1).flatten(2)  # (N, R, m, b) before
+
+
+def _block_product(x: Tensor, blocks: Tensor, indices: Tensor, grid: tuple[int, int]) -> Tensor:
+    """x (N, in) times the transposed blocks (T, b, b): (N, R b)."""
+    size, slots = blocks.shape[1], _place(indices, grid)
+    weights = torch.zeros(slots.columns.numel(), size, size, dtype=x.dtype, device=x.device)
+    weights[slots.of_block] = blocks.to(x.dtype)
+    weights = weights.view(*slots.columns.shape, size, size).transpose(2, 3).flatten(1, 2)  # (R, m b, b)
+    return (_read(x, slots, grid, size) @ weights).transpose(0, 1).flatten(1)
+
+
+def _separate(
+    first: list[int], second: list[int], forbidden: tuple[int, int] | None, generator: torch.Generator | None
+) -> None:
+    """Swap entries of `second`, in place, until all pairs (first[i], second[i]) are distinct and none is
+    `forbidden`. No swap makes a pair that is there already, so every one leaves fewer bad ones; at most half of all
+    possible pairs are taken, so there are always some to swap with."""
+    taken: dict[tuple[int, int], int] = {}
+    for pair in zip(first, second, strict=True):
+        taken[pair] = taken.get(pair, 0) + 1
+
+    def is_bad(i: int) -> bool:
+        pair = (first[i], second[i])
+        return taken[pair] > 1 or pair == forbidden
+
+    bad = [i for i in range(len(first)) if is_bad(i)]
+    while bad:
+        i, j = bad[-1], int(torch.randint(len(first), (), generator=generator, device="cpu"))
+        if not is_bad(i):
+            bad.pop()
+            continue
+        new = (first[i], second[j]), (first[j], second[i])
+        if second[i] == second[j] or first[i] == first[j] or any(taken.get(p) or p == forbidden for p in new):
+            continue
+        for pair in ((first[i], second[i]), (first[j], second[j])):
+            taken[pair] -= 1
+        for pair in new:
+            taken[pair] = 1
+        second[i], second[j] = second[j], second[i]

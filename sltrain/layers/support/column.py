@@ -1,0 +1,82 @@
+"""round(sparsity * in) whole columns, kept as their int32 numbers; values row after row.
+
+S is then a small dense matrix that meets the trained columns of x: N nnz multiply-adds on matrix units. W has at most
+the rank of B A and as many more as there are columns.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sltrain.layers.support import base
+from sltrain.layers.support.base import Support, draw_distinct
+
+
+class ColumnSupport(Support):
+    """See the head of the file."""
+
+    kind = "column"
+    price = "column_entry"
+    piece_entry_bytes = 16
+
+    def _check(self) -> None:
+        if self.sparsity == 0:
+            raise ValueError("support=column needs sparsity above 0; for B A alone use support=uniform")
+        if self.num_columns == 0:
+            least = 1 / self.in_features
+            raise ValueError(
+                f"support=column with sparsity {self.sparsity} trains no column of {self.in_features}; use sparsity "
+                f"{least:.2g} or more, or support=uniform"
+            )
+
+    @property
+    def num_columns(self) -> int:
+        """Trained columns."""
+        return round(self.sparsity * self.in_features)
+
+    @property
+    def num_nonzero(self) -> int:
+        return self.out_features * self.num_columns
+
+    @property
+    def num_indices(self) -> int:
+        return self.num_columns
+
+    @property
+    def max_rank(self) -> int:
+        return self.num_columns
+
+    @property
+    def kernel_block(self) -> None:
+        return None
+
+    @property
+    def sharing(self) -> tuple[str, int]:
+        return "column", 0
+
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
+        return draw_distinct(self.in_features, self.num_columns, generator)
+
+    def _chunks(self) -> Iterator[slice]:
+        """Whole rows, one at least."""
+        step = max(1, base.CHUNK_ENTRIES // self.num_columns) * self.num_columns
+        return base.slices(self.num_nonzero, step)
+
+    def _flat(self, indices: Tensor, entries: slice) -> Tensor:
+        rows = torch.arange(entries.start, entries.stop, self.num_columns, device=indices.device)
+        return (rows.floor_divide_(self.num_columns).mul_(self.in_features)[:, None] + indices).flatten()
+
+    def forward(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        return x.index_select(1, indices) @ self._matrix(values, x.dtype).t()
+
+    def backward(self, x: Tensor, grad: Tensor, indices: Tensor, values: Tensor, grad_x: Tensor) -> Tensor:
+        columns = indices.long()
+        grad_x[:, columns] += grad @ self._matrix(values, x.dtype)
+        return (grad.t() @ x.index_select(1, columns)).flatten().to(values.dtype)
+
+    def temporary_bytes(self, num_rows: int, element_size: int) -> int:
+        return self.num_columns * (num_rows + self.out_features) * element_size
+
+    def _matrix(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.view(self.out_features, -1).to(dtype)
