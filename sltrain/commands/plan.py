@@ -12,15 +12,19 @@ unless device=cpu or dtype=float32 says otherwise. With format=json the last lin
 
 import difflib
 import json
+import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sltrain.api.plan_config import PlanConfig, validate
 from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 if TYPE_CHECKING:
     from sltrain.api.plan import Column, Plan
+
+logger = logging.getLogger(__name__)
 
 PLAN = Schema(
     "plan",
@@ -38,6 +42,7 @@ def main() -> None:
     run_as_process(run_command)
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-plan` with these arguments and return its exit code."""
     if "--help" in arguments or "-h" in arguments:
@@ -48,12 +53,12 @@ def run_command(arguments: list[str]) -> ExitCode:
         settings, config = compose_config(own, PLAN), compose_config(others, TRAIN)
         from sltrain.api.plan import build_plan  # torch and the rest, seconds after the cheap checks
 
-        plan = build_plan(settings, config, say)
+        plan = build_plan(settings, config)
     except Exception as error:
         return report_error(error)
     if settings.format == "json":
         for note in plan.notes:
-            say(f"note: {note}")
+            logger.info(f"note: {note}")
         print(json.dumps(as_object(plan)), flush=True)
     else:
         print(as_table(plan, settings.reserve_gb), flush=True)
