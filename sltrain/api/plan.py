@@ -70,12 +70,12 @@ def build_plan(plan: PlanConfig, config: TrainConfig, say: Callable[[str], None]
     # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = pick_dtype(config.dtype, device)
-    columns, phase = run_columns(config, device, dtype, plan.num_processes)
+    columns, highest = run_columns(config, device, dtype, plan.num_processes)
     if plan.measure:
         check_free(columns[0].total_bytes, device)
         say(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
-    headline = f"{_headline(config, where)}; highest during: {phase}"
+    headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
     return Plan(columns, cards, headline, notes(config, device, dtype, plan.num_processes), measured)
 
@@ -134,7 +134,7 @@ def run_columns(
         at_work = update_temporaries(config, model, device)
         published = plan_memory(model, shape, optimizer_state_bytes(config, model), stored, at_work)
         columns.append(_column("published SLTrain", model, published))
-    return columns, own.phase
+    return columns, f"{own.stage}, in phase {own.phase}" if own.phase else own.stage
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:
