@@ -59,11 +59,10 @@ def outsider(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     """The package as one that this process can import, and forgets after the test."""
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    registries = [*PLUGINS.values(), LAYERS]
-    before = [dict(registry._classes) for registry in registries]
     yield site
-    for registry, classes in zip(registries, before, strict=True):
-        registry._classes = classes
+    for registry in (*PLUGINS.values(), LAYERS):
+        for name in [n for n, cls in registry._classes.items() if cls.__module__.startswith("sltrain_outsider")]:
+            del registry._classes[name]
     for name in [name for name in sys.modules if name.startswith("sltrain_outsider")]:
         del sys.modules[name]
 

@@ -114,7 +114,7 @@ def run_columns(
     model = build_model(config, config.model.vocab_size, dtype)
     own = plan_model(config, model, device, num_processes)
     dense = build_model(as_dense(config), config.model.vocab_size, dtype)
-    of_dense = plan_model(config, dense, device, num_processes)
+    of_dense = plan_model(as_dense(config), dense, device, num_processes)
     shape = update_shape(config, device, dtype, num_processes)
 
     columns = [_column("this run", model, own)]
