@@ -40,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"engine", "config"},
     "formats": set(),
     "reporting": set(),  # rows, curves and notes come as plain data
-    "benchmarks": set(),  # what is measured comes as arguments
     "building": {*ROOMS, "compose", "config", "errors"},
+    "benchmarks": {"building", *ROOMS, "formats", "compose", "config"},
     "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors"},
-    "commands": {"api", "building", "compose", "config", "engine", "errors", "reporting"},
+    "commands": {"api", "benchmarks", "building", "compose", "config", "engine", "errors", "reporting"},
 }
 
 # Slow to import (seconds each), or needed by few runs: only inside the function that uses them.

@@ -42,12 +42,11 @@ def same_checkpoint(a: Path, b: Path) -> None:
     first, second = load_file(newest(a) / "model.safetensors"), load_file(newest(b) / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    states = [
-        torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state_dict"]["state"] for folder in (a, b)
-    ]
-    for i, state in states[0].items():
+    states = [torch.load(newest(folder) / "optimizer.pt", weights_only=True)["state"] for folder in (a, b)]
+    assert states[0] and states[0].keys() == states[1].keys()
+    for name, state in states[0].items():
         assert all(
-            torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][key])) for key, value in state.items()
+            torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key])) for key, value in state.items()
         )
 
 

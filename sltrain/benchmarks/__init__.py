@@ -1,1 +1,1 @@
-"""What `sltrain-bench` measures. Everything comes in as an argument: modules, functions, and a place for progress."""
+"""What `sltrain-bench` measures: a layer, an update of a model, or the training stream."""

@@ -1,157 +1,169 @@
-"""Text to rows of ids: the training stream against tokenizing document by document, and against a GPU's appetite.
+"""Text to rows of ids: the training stream beside tokenizing document by document, and beside the appetite of a GPU.
 
 Throughput is in tokens that are not pads, a second of processor time. That counts every thread, so that neither a
 background thread nor the tokenizer's own threads hide work: it is the rate of one core. A stream fills its queue while
-others are timed; therefore each turn begins and ends when the process has come to rest.
+others are timed, so each turn starts and ends when the process is at rest. The words that a stream has met make it
+faster, so it is timed after a warm-up. A corpus smaller than that has been seen before, as it has in its training from
+the second epoch on.
 
-The words that a stream has met make it faster, so it is timed after a warm-up, on text behind it. A corpus smaller
-than the warm-up has been seen before, as it has in its training from the second epoch on.
-
-The consumer takes a batch, is busy as long as a GPU would be with the update, and takes the next one. A GPU does 6 N
-floating-point operations for each position, N being the model's parameters.
+The consumer takes a batch, is busy as long as a GPU would be with the update, and takes the next one. A GPU does 6 P
+floating-point operations for each position, P being the model's parameters.
 """
 
-import statistics
+import itertools
+import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tokenizers
 
-from sltrain.benchmarks.table import Column, format_table, two_digits
-from sltrain.benchmarks.timing import Say
+from sltrain.benchmarks.base import SEED, Bench, Column, Result, Row, format_table, vocab_size
+from sltrain.benchmarks.timing import Task, in_turns
+from sltrain.building.data import build_tokenizer
+from sltrain.building.model import build_model
+from sltrain.data.documents import Source
+from sltrain.data.stream import TrainStream
+from sltrain.engine.distributed import Ranks
+from sltrain.planning.accounting import count_parameters
 
+PADDINGS = ("truncate_pad", "pack")
 ONE_BY_ONE = "document by document"
-ROUNDS = 5
-DOCUMENTS_PER_ROUND = 128  # of document by document
-BATCHES_PER_ROUND = 4  # of a stream
-WARM_UP_BATCHES = 16
-# For streams whose throughput is measured: what they read and tokenize at a time is then little beside a round, so
-# that rounds are alike. A document costs the same in any other shape.
+ROUNDS, DOCUMENTS_PER_ROUND, BATCHES_PER_ROUND, WARM_UP_BATCHES = 5, 128, 4, 16
+# A stream whose throughput is measured reads and tokenizes little at a time, so that rounds are alike. A document costs
+# the same in any other shape.
 NUM_STREAMS, SHUFFLE_BLOCK = 1, 256
 GPU_FLOPS = 400e12 * 0.4  # a GPU of 400 TFLOP/s at 40 % utilisation
-UPDATES = 24  # of the consumer, behind the first ones
-WARM_UP_UPDATES = 4
-BATCHES_AT_ONCE = 16  # taken by one that is never busy
-REST_SECONDS = 0.02  # a process that does nothing for so long is at rest
-MAX_REST_WAIT_SECONDS = 10.0
+UPDATES, WARM_UP_UPDATES = 24, 4  # of the consumer
+REST_SECONDS, MAX_REST_WAIT_SECONDS = 0.02, 10.0  # a process that does nothing for so long is at rest
 
 
-def document_by_document(texts: Iterable[str], tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:
-    """Tokenize one text a call, truncated to `seq_len` ids, into the rows of padded batches, as the published
-    training code does. Yields the number of ids kept of each text."""
+def measure_data(bench: Bench) -> Result:
+    """Throughput of the training stream beside tokenizing document by document, and how long a GPU would wait for it.
+    Raises ValueError or OSError for text or a tokenizer that cannot be read."""
+    overrides = [f"tokenizer={json.dumps(bench.config.tokenizer, ensure_ascii=False)}"]  # quoted as Hydra wants it
+    if bench.config.path:
+        overrides += ["data=local", f"path={json.dumps(bench.config.path, ensure_ascii=False)}"]
+    train = bench.train_config(*overrides)
+    source, ranks = train.data.open_training(bench.say), Ranks(rank=0, world_size=1, device=bench.device)
+    streams: list[TrainStream] = []
+
+    def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
+        """Tokens of each batch of a run's stream, with a tokenizer, and so a memory of words, of its own."""
+        streams.append(
+            TrainStream(
+                source,
+                build_tokenizer(train, source, ranks, bench.say),
+                seed=SEED,
+                seq_len=train.seq_len,
+                padding=padding,
+                global_batch_size=train.global_batch_size,
+                num_streams=num_streams,
+                shuffle_block=shuffle_block,
+                on_event=lambda line: None,  # a small corpus begins again and again
+                prefetch=2,
+            )
+        )
+        return (batch.num_tokens for batch in streams[-1])
+
+    try:
+        tokenizer_json = build_tokenizer(train, source, ranks, bench.say).json
+        texts = document_by_document(source, tokenizer_json, train.seq_len, train.global_batch_size)
+        small = {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS}
+        rows = measure_throughput(bench, texts, small)
+        positions = train.global_batch_size * train.seq_len
+        num_parameters = count_parameters(build_model(train, vocab_size(train), bench.dtype))["total"]
+        for padding in PADDINGS:
+            name = f"training of {train.model.name}, {padding}"
+            batches = stream(padding, train.data.num_streams, train.data.shuffle_block)
+            row = measure_waiting(batches, busy=positions * 6 * num_parameters / GPU_FLOPS)
+            rows.append({"measured": name, **row, "positions_per_second": positions * row["updates_per_second"]})
+    finally:
+        for opened in streams:
+            opened.close()
+    tables = (format_table([row for row in rows if columns[1][0] in row], columns) for columns in (RATES, WAITS))
+    return rows, "\n\n".join(tables)
+
+
+def document_by_document(source: Source, tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:
+    """Tokenize the texts of a corpus, again and again, one a call, truncated to `seq_len` ids, into the rows of padded
+    batches, as the published training code does. Yields the number of ids kept of each text."""
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     tokenizer.enable_truncation(seq_len)
     tokenizer.no_padding()
-    for number, text in enumerate(texts):
-        ids = tokenizer.encode(text).ids
+    shards = itertools.cycle(range(source.num_shards))
+    documents = itertools.chain.from_iterable(map(source.documents, shards))
+    for number, document in enumerate(documents):
+        ids = tokenizer.encode(document.text).ids
         if number % batch_size == 0:
             batch = np.zeros((batch_size, seq_len), np.int64)
         batch[number % batch_size, : len(ids)] = ids
         yield len(ids)
 
 
-def measure_throughput(
-    one_by_one: Iterator[int],
-    streams: Mapping[str, Iterator[int]],
-    *,
-    say: Say,
-    rounds: int = ROUNDS,
-    warm_up_batches: int = WARM_UP_BATCHES,
-) -> list[dict[str, Any]]:
-    """A row for tokenizing document by document and one for each stream, timed in turns: medians of `rounds`.
-
-    `one_by_one` gives the tokens of each next document, a stream those of each next batch, without end. Streams may
-    not share what they remember of words, and have NUM_STREAMS and SHUFFLE_BLOCK. `seconds` are for a million tokens.
-    """
+def measure_throughput(bench: Bench, texts: Iterator[int], streams: dict[str, Iterator[int]]) -> list[Row]:
+    """A row for tokenizing document by document and one for each stream, timed in turns. Each iterator gives the tokens
+    of its next document or batch, without end. `seconds` are for a million tokens."""
     for name, batches in streams.items():
-        say(f"{name}: {warm_up_batches} batches to warm up")
-        _take(batches, warm_up_batches)
-    rates: dict[str, list[float]] = {ONE_BY_ONE: [], **{name: [] for name in streams}}
-    for number in range(rounds):
-        say(f"throughput, round {number + 1} of {rounds}")
-        rates[ONE_BY_ONE].append(_rate(one_by_one, DOCUMENTS_PER_ROUND))
-        for name, batches in streams.items():
-            rates[name].append(_rate(batches, BATCHES_PER_ROUND))
-    return [_throughput_row(name, rates[name], rates[ONE_BY_ONE]) for name in rates]
+        bench.say(f"{name}: {WARM_UP_BATCHES} batches to warm up")
+        _take(batches, WARM_UP_BATCHES)()
+    tasks = {ONE_BY_ONE: Task(_take(texts, DOCUMENTS_PER_ROUND))}
+    tasks |= {name: Task(_take(batches, BATCHES_PER_ROUND)) for name, batches in streams.items()}
+    rounds = bench.config.repeats or ROUNDS
+    timings = in_turns(tasks, repeats=rounds, deadline=0, say=bench.say, clock=_cpu_seconds_at_rest)
+    return [
+        {
+            "measured": name,
+            "seconds": 1e6 * timing.median,
+            "ratio_to_dense": None,
+            "tokens_per_second": 1 / timing.median,
+            "ratio_to_document_by_document": timings[ONE_BY_ONE].median / timing.median,
+            "repeats": rounds,
+        }
+        for name, timing in timings.items()
+    ]
 
 
-def measure_waiting(
-    name: str,
-    batches: Iterator[int],
-    *,
-    positions_per_batch: int,
-    num_parameters: int,
-    say: Say,
-    gpu_flops: float = GPU_FLOPS,
-    updates: int = UPDATES,
-    warm_up_updates: int = WARM_UP_UPDATES,
-) -> dict[str, Any]:
-    """A row for a consumer: the fraction of time that it waits for `batches`, and how fast these come if it is never
-    busy. `seconds` are those that it is busy with an update."""
-    positions_per_second = gpu_flops / (6 * num_parameters)
-    busy = positions_per_batch / positions_per_second
-    say(f"{name}: {positions_per_second:,.0f} positions a second, {busy * (warm_up_updates + updates):.0f} s")
+def measure_waiting(batches: Iterator[int], busy: float) -> Row:
+    """A consumer that is busy for so many seconds with each of `batches`: how fast it is, and the fraction of time that
+    it waits."""
     waits, tokens = list[float](), list[int]()
-    for _ in range(warm_up_updates + updates):
+    for _ in range(WARM_UP_UPDATES + UPDATES):
         start = time.perf_counter()
         tokens.append(next(batches))
         waits.append(time.perf_counter() - start)
         time.sleep(busy)
-    waited = sum(waits[warm_up_updates:])
-    seconds = waited + busy * updates
-    _take(batches, warm_up_updates)  # those that were ready
-    start = time.perf_counter()
-    _take(batches, BATCHES_AT_ONCE)
-    possible = positions_per_batch * BATCHES_AT_ONCE / (time.perf_counter() - start)
+    waited = sum(waits[WARM_UP_UPDATES:])
+    seconds = waited + busy * UPDATES
     return {
-        "what": name,
         "seconds": busy,
-        "tokens_per_second": sum(tokens[warm_up_updates:]) / seconds,
-        "ratio_to_document_by_document": None,
-        "positions_per_second": positions_per_batch * updates / seconds,
+        "ratio_to_dense": None,
+        "tokens_per_second": sum(tokens[WARM_UP_UPDATES:]) / seconds,
+        "updates_per_second": UPDATES / seconds,
         "data_wait_fraction": waited / seconds,
-        "longest_wait_seconds": max(waits[warm_up_updates:]),
-        "possible_positions_per_second": possible,
+        "longest_wait_seconds": max(waits[WARM_UP_UPDATES:]),
     }
 
 
-def data_table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people: throughput, then consumers."""
-    throughput = [
-        Column("what", "what"),
-        Column("tokens_per_second", "tokens/s of one core", "{:,.0f}".format),
-        Column("seconds", "s for 1M tokens", two_digits),
-        Column("ratio_to_document_by_document", "over document by document", two_digits),
-    ]
-    consumers = [
-        Column("what", "what"),
-        Column("positions_per_second", "positions/s it gets", "{:,.0f}".format),
-        Column("data_wait_fraction", "it waits", "{:.2%}".format),
-        Column("possible_positions_per_second", "positions/s it could get", "{:,.0f}".format),
-    ]
-    parts = [
-        ([row for row in rows if "data_wait_fraction" not in row], throughput),
-        ([row for row in rows if "data_wait_fraction" in row], consumers),
-    ]
-    return "\n\n".join(format_table(group, columns) for group, columns in parts if group)
+RATES: list[Column] = [
+    ("measured", "measured", ""),
+    ("ratio_to_document_by_document", "over document by document", ".2f"),
+    ("tokens_per_second", "tokens/s of one core", ",.0f"),
+    ("seconds", "s for 1M tokens", ".2f"),
+]
+WAITS: list[Column] = [
+    ("measured", "measured", ""),
+    ("data_wait_fraction", "it waits", ".2%"),
+    ("positions_per_second", "positions/s it gets", ",.0f"),
+]
 
 
-def _take(items: Iterator[int], count: int) -> int:
-    return sum(islice(items, count))
-
-
-def _rate(items: Iterator[int], count: int) -> float:
-    """Tokens a second of processor time."""
-    start = _cpu_seconds_at_rest()
-    tokens = _take(items, count)
-    return tokens / (_cpu_seconds_at_rest() - start)
+def _take(items: Iterator[int], count: int) -> Callable[[], int]:
+    return lambda: sum(itertools.islice(items, count))
 
 
 def _cpu_seconds_at_rest() -> float:
-    """The processor time of this process, read when no thread of it is at work."""
+    """The processor time of this process, read when none of its threads is at work."""
     deadline = time.monotonic() + MAX_REST_WAIT_SECONDS
     now = time.process_time()
     while True:
@@ -160,14 +172,3 @@ def _cpu_seconds_at_rest() -> float:
         now = time.process_time()
         if now - last < REST_SECONDS / 10 or time.monotonic() > deadline:
             return now
-
-
-def _throughput_row(name: str, rates: list[float], reference: list[float]) -> dict[str, Any]:
-    rate = statistics.median(rates)
-    return {
-        "what": name,
-        "seconds": 1e6 / rate,
-        "tokens_per_second": rate,
-        "ratio_to_document_by_document": statistics.median(a / b for a, b in zip(rates, reference, strict=True)),
-        "repeats": len(rates),
-    }

@@ -1,188 +1,166 @@
-"""One projection, forward and backward, in every way to compute it.
+"""One projection, forward and backward, as each layer kind computes it.
 
-    N rows of x, in and out features, rank r, nnz trained entries of S; multiply-adds, forward and both gradients:
+    N rows of x, m multiply-adds of x W^T for one row by the layer's mathematics, however it is computed:
 
-    floor_dense      3 N in out                      what nn.Linear has to do
-    floor_factored   3 N r (in + out) + 3 N nnz      what W = scale*BA + S has to do
-    floor_composed   3 N in out + 4 r in out         what it has to do if W is made dense on the way
+    floor    3 N m, forward and both gradients, over the rate of the machine's dense product of that shape
 
-each over the rate of the machine's dense product of that shape (row `product`), timed in the same rounds. Beside the
-times: the bytes of parameters and indices, and what a layer keeps from forward to backward besides those and x.
+The product is timed in the same rounds as the candidates.
 """
 
-from dataclasses import dataclass
+import inspect
+import statistics
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sltrain.benchmarks.table import Column, format_table, milliseconds, percent, size, two_digits
-from sltrain.benchmarks.timing import Say, Task, Timing, geometric_mean, in_turns, product_task
+from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
+from sltrain.benchmarks.published import PublishedLinear
+from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
+from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
+from sltrain.layers.base import LAYERS, ReplacedLinear
 
-MEAN = "geometric mean"
-FLOORS = ("floor_dense", "floor_factored", "floor_composed")
-
-
-TOTAL_COLUMNS = [
-    Column("measured", "measured"),
-    Column("path", "path"),
-    Column("seconds", "time", milliseconds),
-    Column("spread", "+-", percent),
-    Column("ratio_to_dense", "over dense", two_digits),
-    Column("fastest_ratio_to_dense", "fastest over fastest", two_digits),
-    Column("parameter_bytes", "parameters and indices", size),
-    Column("saved_bytes", "kept for backward", size),
-]
+SPARSITY = 0.03  # the paper's, from 60M to 1B
+ALPHA = 16  # has no influence on time
+MEAN, PRODUCT, DENSE = "geometric mean", "product", "dense"
+REFERENCES: dict[str, type[nn.Module]] = {"nn.Linear": nn.Linear, "published": PublishedLinear}
 
 
-@dataclass
-class Case:
-    """One shape and the modules (..., in) -> (..., out) that are compared on it. A module that goes by two names is
-    timed once. `paths` says how a candidate computes W x, where there is a choice."""
-
-    out_features: int
-    in_features: int
-    rank: int
-    num_nonzero: int
-    candidates: dict[str, nn.Module]
-    paths: dict[str, str]
-
-    @property
-    def label(self) -> str:
-        return f"{self.out_features}x{self.in_features} r{self.rank}"
-
-    def floors(self, num_rows: int) -> dict[str, int]:
-        """Multiply-adds of each floor."""
-        dense = 3 * num_rows * self.in_features * self.out_features
-        factored = 3 * num_rows * (self.rank * (self.in_features + self.out_features) + self.num_nonzero)
-        composed = dense + 4 * self.rank * self.in_features * self.out_features
-        return {"floor_dense": dense, "floor_factored": factored, "floor_composed": composed}
-
-
-def measure_layers(
-    cases: list[Case],
-    num_rows: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int | None,
-    deadline: float,
-    say: Say,
-) -> list[dict[str, Any]]:
-    """Rows for every shape and candidate, the floors, and geometric means over the shapes."""
-    tasks: dict[str, Task] = {}
-    saved: dict[nn.Module, int] = {}
-    for case in cases:
-        x = torch.randn(num_rows, case.in_features, device=device, dtype=dtype, requires_grad=True)
-        grad_y = torch.randn(num_rows, case.out_features, device=device, dtype=dtype)
-        for module in dict.fromkeys(case.candidates.values()):
-            tasks[_key(case, module)] = layer_task(module, x, grad_y)
-            saved[module] = saved_bytes(module, x)
-        tasks[_key(case, None)] = product_task(num_rows, case.out_features, case.in_features, device, dtype)
-    timings = in_turns(tasks, device, repeats=repeats, deadline=deadline, say=say)
-    rows = [row for case in cases for row in _rows_of_case(case, num_rows, timings, saved)]
-    return rows + _mean_rows(rows)
-
-
-def layer_task(module: nn.Module, x: Tensor, grad_y: Tensor) -> Task:
-    """Forward and backward of a module at x, down to the gradients of x and of every parameter."""
-
-    def clear() -> None:
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-
-    return Task(lambda: module(x).backward(grad_y), before=clear, after=clear)
-
-
-def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that forward keeps for backward, besides x, parameters and buffers."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x)
-    del y  # until here nothing that was kept could be freed, and its address given to another
-    return sum(kept.values())
-
-
-def _key(case: Case, module: nn.Module | None) -> str:
-    return f"{case.label} {id(module)}"
-
-
-def _rows_of_case(
-    case: Case, num_rows: int, timings: dict[str, Timing], saved: dict[nn.Module, int]
-) -> list[dict[str, Any]]:
-    dense_module = case.candidates.get("dense")
-    dense = None if dense_module is None else timings[_key(case, dense_module)]
-    rows: list[dict[str, Any]] = []
-    for name, module in case.candidates.items():
-        tensors = [*module.parameters(), *module.buffers()]
+def measure_layer(bench: Bench) -> Result:
+    """Every candidate on every shape, and geometric means over the shapes. Raises ValueError for a candidate that does
+    not exist or that a shape cannot have."""
+    config = bench.config
+    names = config.candidates or USUAL["layer"]
+    layers = {(label(shape), name): make_layer(bench, name, shape) for shape in config.shapes for name in names}
+    tasks: dict[Any, Task] = {}
+    for shape in config.shapes:
+        for name in names:
+            tasks[label(shape), name] = layer_task(bench, layers[label(shape), name], shape, config.tokens)
+        tasks[label(shape), PRODUCT] = product_task(config.tokens, shape[:2], **bench.like)
+    timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline, say=bench.say)
+    rows: list[Row] = []
+    for (where, name), layer in layers.items():
+        dense = timings.get((where, DENSE))
+        unit = timings[where, PRODUCT].median  # seconds of a multiply-add
+        floor = 3 * config.tokens * multiply_adds(layer) * unit
         rows.append(
             {
                 "measured": name,
-                "shape": case.label,
-                "path": case.paths.get(name),
-                **timings[_key(case, module)].as_row(dense),
-                "parameter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-                "saved_bytes": saved[module],
+                "shape": where,
+                "path": layer.path if isinstance(layer, ReplacedLinear) and layer.PATHS else None,
+                **compare(timings[where, name], dense),
+                "floor_seconds": floor,
+                "floor_ratio_to_dense": floor / dense.median if dense else None,
+                "parameter_bytes": sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())),
+                "product_flops_per_second": 2 / unit,
             }
         )
-    product = timings[_key(case, None)]
-    rate = num_rows * case.in_features * case.out_features / product.median  # multiply-adds a second
-    for name, work in case.floors(num_rows).items():
-        over_dense = None if dense is None else work / rate / dense.median
-        row = {"measured": name, "shape": case.label, "seconds": work / rate, "ratio_to_dense": over_dense}
-        rows.append(row)
-    rows.append(
-        {"measured": "product", "shape": case.label, **product.as_row(None), "flops_per_second": 2 * rate},
-    )
-    return rows
+    rows += [mean_row([row for row in rows if row["measured"] == name]) for name in names]
+    return rows, layer_tables(rows)
 
 
-def _mean_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over the shapes of everything but the product, whose time alone says nothing."""
-    means = []
-    for name in dict.fromkeys(row["measured"] for row in rows if row["measured"] != "product"):
-        of_name = [row for row in rows if row["measured"] == name]
-        keys = ("seconds", "ratio_to_dense", "fastest_ratio_to_dense")
-        mean = {key: geometric_mean([row.get(key) for row in of_name]) for key in keys}
-        means.append({"measured": name, "shape": MEAN, **mean})
-    return means
+def label(shape: list[int]) -> str:
+    """512x512 r128."""
+    return f"{shape[0]}x{shape[1]} r{shape[2]}"
 
 
-def layer_tables(rows: list[dict[str, Any]]) -> str:
-    """Two tables: time over dense by shape, and every candidate over all shapes."""
+def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
+    """The layer that a candidate's name stands for: one of the table, or any registered kind; as NAME_PATH, computed
+    that way. Raises ValueError."""
+    known: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in LAYERS.names()} | LAYER_CANDIDATES
+    base, named_path, path = (name, "", "") if name in known else name.rpartition("_")
+    if base not in known:
+        there_are = ", ".join(known)
+        raise ValueError(f"candidates: {name} is nothing that what=layer compares; there are: {there_are}, NAME_PATH")
+    kind, settings = known[base]
+    if settings.get("support") == "block":
+        settings = {**settings, "block_size": bench.config.block_size}
+    layer = build_layer(bench, kind, shape, settings)
+    paths = layer.PATHS if isinstance(layer, ReplacedLinear) else ()
+    if named_path and path not in paths:
+        raise ValueError(f"candidates: {name}: the paths of {base} are: {', '.join(paths) or 'none'}")
+    if named_path and isinstance(layer, ReplacedLinear):
+        layer.path = path
+    return layer
+
+
+def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, Any]) -> nn.Module:
+    """A layer of this kind without zeros. It gets what its constructor takes of bias, rank, sparsity, alpha and
+    `settings`. Raises ValueError for what it cannot be."""
+    out_features, in_features, rank = shape
+    cls = REFERENCES.get(kind) or LAYERS.load(kind)
+    sparsity = bench.config.sparsity or SPARSITY
+    offered = {"bias": False, "rank": rank, "sparsity": sparsity, "alpha": ALPHA, **settings}
+    taken = {key: value for key, value in offered.items() if key in inspect.signature(cls).parameters}
+    try:
+        layer: nn.Module = cls(in_features, out_features, **bench.like, **taken)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{kind}, {out_features}x{in_features}: {error}") from error
+    fill_zeros(layer)
+    return layer
+
+
+def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) -> Task:
+    """Forward and backward of a layer at `num_rows` of x, down to the gradients of x and of every parameter."""
+    x = torch.randn(num_rows, shape[1], **bench.like, requires_grad=True)
+    grad_y = torch.randn(num_rows, shape[0], **bench.like)
+
+    def clear() -> None:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+
+    return Task(lambda: layer(x).backward(grad_y), before=clear, after=clear)
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Of the linear layers of a model, or of one, for one row of x."""
+    if isinstance(model, ReplacedLinear | PublishedLinear):
+        return model.multiply_adds()
+    own = model.in_features * model.out_features if isinstance(model, nn.Linear) else 0
+    return own + sum(map(multiply_adds, model.children()))
+
+
+def mean_row(rows: list[Row]) -> Row:
+    """Of one candidate over the shapes: geometric means of times and ratios, the widest spread, the sum of bytes."""
+    keys = ("seconds", "ratio_to_dense", "fastest_ratio_to_dense", "floor_seconds", "floor_ratio_to_dense")
+    values = {key: [row[key] for row in rows] for key in keys}
+    return {
+        "measured": rows[0]["measured"],
+        "shape": MEAN,
+        "path": " ".join(sorted({row["path"] for row in rows if row["path"]})) or None,
+        "spread": max(row["spread"] for row in rows),
+        "parameter_bytes": sum(row["parameter_bytes"] for row in rows),
+        **{key: None if None in values[key] else statistics.geometric_mean(values[key]) for key in keys},
+    }
+
+
+def layer_tables(rows: list[Row]) -> str:
+    """Two tables: time over dense by shape, with the floor of `uniform`, and every candidate over all shapes."""
     names = list(dict.fromkeys(row["measured"] for row in rows))
-    by_shape: dict[str, dict[str, Any]] = {}
+    floor_of = "uniform" if "uniform" in names else names[-1]
+    by_shape: dict[str, Row] = {}
     for row in rows:
-        line = by_shape.setdefault(row["shape"], {"shape": row["shape"]})
-        line[row["measured"]] = row["seconds"] if row["measured"] in ("dense", "product") else row["ratio_to_dense"]
-        if row["measured"] == "product" and "flops_per_second" in row:
-            line["product"] = row["flops_per_second"] / 1e9
-    columns = [Column("shape", "out x in, rank"), Column("dense", "dense", milliseconds)]
-    columns += [Column(name, name, two_digits) for name in names if name not in ("dense", "product")]
-    columns.append(Column("product", "GFLOP/s", lambda rate: f"{rate:,.0f}"))
-
-    totals = []
-    for mean in (row for row in rows if row["shape"] == MEAN and row["measured"] not in FLOORS):
-        of_name = [row for row in rows if row["measured"] == mean["measured"] and row["shape"] != MEAN]
-        totals.append(
-            {
-                **mean,
-                "path": " ".join(sorted({row["path"] for row in of_name if row["path"]})) or None,
-                "spread": max(row["spread"] for row in of_name),
-                "parameter_bytes": sum(row["parameter_bytes"] for row in of_name),
-                "saved_bytes": sum(row["saved_bytes"] for row in of_name),
-            }
-        )
+        line = by_shape.setdefault(row["shape"], {"shape": row["shape"], PRODUCT: row.get("product_flops_per_second")})
+        line[row["measured"]] = row["seconds"] if row["measured"] == DENSE else row["ratio_to_dense"]
+        if row["measured"] == floor_of:
+            line["floor"] = row["floor_ratio_to_dense"]
+    columns: list[Column] = [("shape", "out x in, rank", ""), (DENSE, DENSE, "time")]
+    columns += [(name, name, ".2f") for name in names if name != DENSE]
+    columns += [("floor", f"floor of {floor_of}", ".2f"), (PRODUCT, "GFLOP/s", "giga")]
+    means = [row for row in rows if row["shape"] == MEAN]
     return (
-        "time over dense\n\n"
-        + format_table(list(by_shape.values()), columns)
-        + ("\n\nall shapes: geometric means, widest spread, sums of bytes\n\n" + format_table(totals, TOTAL_COLUMNS))
+        f"time over dense\n\n{format_table(list(by_shape.values()), columns)}\n\n"
+        f"all shapes: geometric means, widest spread, sums of bytes\n\n{format_table(means, TOTALS)}"
     )
+
+
+TOTALS: list[Column] = [
+    ("measured", "measured", ""),
+    ("path", "path", ""),
+    ("seconds", "time", "time"),
+    ("spread", "+-", ".0%"),
+    ("ratio_to_dense", "over dense", ".2f"),
+    ("fastest_ratio_to_dense", "fastest over fastest", ".2f"),
+    ("floor_ratio_to_dense", "floor", ".2f"),
+    ("parameter_bytes", "parameters and indices", "bytes"),
+]

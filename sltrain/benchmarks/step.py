@@ -1,246 +1,294 @@
-"""One update of a whole model: forward, backward and AdamW on full rows of random ids.
+"""One update of a whole model: forward, backward and optimizer on full rows of random ids.
 
-Each candidate first runs alone in a process of its own: that gives its peak memory and a first time, from which the
-rounds are planned. Then all are timed in turns in this process. If their weights and moments do not fit side by side,
-each is built anew for its turn.
+Each candidate first runs in a process of its own, which gives its peak memory and a first time. Then all are timed in
+turns in this process. If their weights, gradients and optimizer states do not fit side by side, each model is built for
+its turn and released after it.
 
-    floor              the arithmetic of all products (projections, head, causal attention; 3 times forward, with
-                       activation checkpointing the layers 4 times) over the rate of the machine's dense product
-    limit              floor of full over floor of the candidate: the speed-up if nothing but products took time
-    limit_of_products  the speed-up if everything but the products took as long as it does in full
-    share_of_limit     measured speed-up over limit
+    floor           the multiply-adds of all products (projections, head, causal attention; 3 times forward, and a
+                    fourth time what activation checkpointing recomputes) over the rate of the machine's dense product
+    limit           floor of full over floor of the candidate: the speed-up if nothing but products took time
+    share_of_limit  measured speed-up over limit
 """
 
 import gc
+import importlib.util
+import math
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Measurement
 
-from sltrain.benchmarks.table import Column, format_table, milliseconds, percent, size, two_digits
-from sltrain.benchmarks.timing import MIN_REPEATS, Say, Task, Timing, in_turns
+from sltrain.benchmarks.base import SEED, Bench, Column, Result, Row, format_table, start_bench, vocab_size
+from sltrain.benchmarks.layer import multiply_adds
+from sltrain.benchmarks.published import PublishedLinear
+from sltrain.benchmarks.settings import STEP_CANDIDATES, USUAL, BenchConfig
+from sltrain.benchmarks.timing import MIN_REPEATS, Task, compare, fill_zeros, in_turns, product_task
+from sltrain.building.model import allocate, build_model, dtype_name
+from sltrain.building.trainer import build_step, build_updates
+from sltrain.config import TrainConfig
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.memory import PeakMemory, free_bytes
+from sltrain.formats.folder import llama_config
+from sltrain.layers.convert import replace_linears
+from sltrain.layers.cost import set_paths
+from sltrain.methods.base import METHODS
+from sltrain.models.llama import is_projection
+from sltrain.planning.accounting import count_parameters
 
 DENSE, PUBLISHED = "full", "transformers_published"
-OVERHEAD = 1.5  # a step's time over its floor, for a first guess
-START_SECONDS = 8  # to start a process and build the model, for a first guess
+TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
+LEAST_CANDIDATES = 3  # measured even if time_limit_s is over
+NUM_PRODUCTS = 8  # timed as one, because an update takes so much longer
+
+Update = Callable[[Tensor], float]  # trains a model on ids (rows, tokens) and returns the loss
 
 
 @dataclass
-class Stepper:
-    """A model and a function that updates it on ids (rows, tokens)."""
-
-    model: nn.Module
-    update: Callable[[Tensor], object]
-
-    def first_update(self, ids: Tensor) -> None:
-        """A tiny update: optimizer moments come into being, kernels are loaded."""
-        self.update(ids[:1, :8])
-        self.rest()
-
-    def rest(self) -> None:
-        """Let go of the gradients."""
-        self.model.zero_grad(set_to_none=True)
-
-
-@dataclass
-class Alone:
-    """What a candidate needed in a process of its own."""
-
-    peak_bytes: int
-    build_seconds: float
-    step_seconds: float
-
-
-@dataclass
-class StepCandidate:
-    """One way to train the model."""
+class Candidate:
+    """One way to train the model, and what is known of it before the rounds."""
 
     name: str
-    build: Callable[[], Stepper]
-    measure_alone: Callable[[], Alone]  # in another process
+    train: TrainConfig
+    path: str | None  # how W x is computed, where there is a choice
     multiply_adds: int  # of the products of an update
     num_parameters: int
-    state_bytes: int  # weights, gradients and two moments
-    path: str | None = None  # how W x is computed, where there is a choice
-    alone: Alone | None = field(default=None, init=False)
+    peak_bytes: int = 0  # in a process of its own
+    step_seconds: float = 0.0  # there
 
 
-def run_alone_in_here(build: Callable[[], Stepper], ids: Tensor, peak_bytes: Callable[[], int]) -> Alone:
-    """What a candidate's own process does: build it, update it twice, and read the peak."""
+def measure_step(bench: Bench) -> Result:
+    """Every candidate's update of the same model. Raises ValueError for a candidate that does not exist, and for a
+    recipe that the model cannot have."""
+    usual = [name for name in USUAL["step"] if name not in TRANSFORMERS or importlib.util.find_spec("transformers")]
+    names = bench.config.candidates or usual
+    candidates = measure_each_alone(bench, [describe(bench, name) for name in names])
+    state_bytes = 4 * sum(c.num_parameters for c in candidates) * bench.dtype.itemsize  # with gradients, two moments
+    stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
+    if not stays:
+        bench.say("the models do not fit side by side: each is built for its turn")
+    ids = random_ids(bench, candidates[0].train)
+    tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
+    shape = candidates[0].train.model
+    for task in tasks.values() if stays else ():
+        task.before()  # not part of a round
+    sides = (shape.intermediate_size, shape.hidden_size)
+    tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
+    timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
+    rows = step_rows(candidates, timings, ids.numel())
+    return rows, format_table(rows, COLUMNS)
+
+
+def train_config(bench: Bench, name: str) -> TrainConfig:
+    """The run that a candidate stands for: overrides of the table, or `method=NAME`. Raises ValueError."""
+    config = bench.config
+    if name not in STEP_CANDIDATES and name not in METHODS.names():
+        known = ", ".join(dict.fromkeys([*STEP_CANDIDATES, *METHODS.names()]))
+        raise ValueError(f"candidates: {name} is nothing that what=step compares; there are: {known}")
+    block_size = "null" if config.block_size is None else config.block_size
+    overrides = [text.format(block_size=block_size) for text in STEP_CANDIDATES.get(name, (f"method={name}",))]
+    overrides += [f"global_batch_size={config.batch}", f"micro_batch_size={config.batch}"]
+    overrides += ["lr=1e-4"]  # a loss that is not finite would skip the update
+    typed = {"layer_path": config.layer_path, "rank": config.rank, "sparsity": config.sparsity}
+    overrides += [f"{key}={value}" for key, value in typed.items() if value is not None]
+    return bench.train_config(*overrides)
+
+
+def describe(bench: Bench, name: str) -> Candidate:
+    """A candidate, from its model on the meta device; for those of transformers, from ours of the same mathematics.
+    Raises ValueError for a recipe that the model cannot have, and where transformers is needed and not installed."""
+    if name in TRANSFORMERS and importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"candidates: {name} needs transformers: run `pip install transformers`, or leave it out")
+    train = train_config(bench, name)
+    model = build_model(train, vocab_size(train), bench.dtype)
+    paths = set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
+    path = None if name in TRANSFORMERS else " ".join(sorted(set(paths.values()))) or None
+    return Candidate(name, train, path, update_multiply_adds(model, train), count_parameters(model)["total"])
+
+
+def update_multiply_adds(model: nn.Module, train: TrainConfig) -> int:
+    """Multiply-adds that the products of an update must do, by the method's mathematics, not by how it is computed.
+    Attention: scores and sums over the values, each position with those up to itself."""
+    rows, tokens, shape = train.global_batch_size, train.seq_len, train.model
+    attention = rows * shape.num_hidden_layers * shape.hidden_size * tokens * (tokens + 1)
+    head = multiply_adds(model.get_submodule("lm_head"))
+    forward = rows * tokens * (multiply_adds(model) - head) + attention
+    return (4 if train.activation_checkpointing else 3) * forward + 3 * rows * tokens * head
+
+
+def random_ids(bench: Bench, train: TrainConfig) -> Tensor:
+    """Full rows (batch, seq_len): on padding a model spends nothing."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(vocab_size(train), (bench.config.batch, train.seq_len), generator=generator).to(bench.device)
+
+
+# ---- the update
+
+
+def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
+    """A model with memory and values, its optimizer, and the update that `sltrain-train` makes; for models of
+    transformers the plain loop of their users, with the same optimizer."""
+    ranks = Ranks(rank=0, world_size=1, device=bench.device)
+    model = transformers_model(bench, name, train) if name in TRANSFORMERS else our_model(bench, train)
+    fill_zeros(model)
+    optimizer = build_updates(train, model, ranks)
+    step = build_step(train, model, optimizer, ranks)
+
+    def update(ids: Tensor) -> float:
+        loss = step.run([(ids, ids, None)], ids[:, 1:].numel()).loss
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def plain_update(ids: Tensor) -> float:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return plain_update if name in TRANSFORMERS else update
+
+
+def our_model(bench: Bench, train: TrainConfig) -> nn.Module:
+    """The model of `sltrain-train`, with values."""
+    model = build_model(train, vocab_size(train), bench.dtype)
+    allocate(model, bench.device)
+    model.init_weights(SEED)
+    set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
+    return model
+
+
+def transformers_model(bench: Bench, name: str, train: TrainConfig) -> nn.Module:
+    """transformers' LLaMA of the same shape, its projections dense or as published."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = llama_config(asdict(train.model), vocab_size(train), dtype_name(bench.dtype), {})
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape))
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        return PublishedLinear(linear.in_features, linear.out_features, train.rank, train.sparsity, train.alpha)
+
+    if name == PUBLISHED:
+        replace_linears(model, is_projection, make)
+    return model.to(**bench.like)
+
+
+# ---- measuring
+
+
+def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candidate]:
+    """Run each in a process of its own, one after the other, and return those that were run. Candidates that nobody
+    named are left out when only enough time remains for the rounds of the others, except the first few. Raises
+    ValueError if a process was killed."""
+    for number, candidate in enumerate(candidates):
+        rounds = (1 + MIN_REPEATS) * sum(other.step_seconds for other in candidates)
+        is_optional = bench.config.candidates is None and number >= LEAST_CANDIDATES
+        if is_optional and time.monotonic() + rounds > bench.deadline:
+            names = ", ".join(other.name for other in candidates[number:])
+            bench.say(f"left out: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
+            return candidates[:number]
+        try:
+            candidate.peak_bytes, candidate.step_seconds = run_alone(_alone_here, bench.config, candidate.name)
+        except BrokenProcessPool as error:
+            name, advice = candidate.name, "lower batch or seq_len, or leave it out"
+            raise ValueError(f"the process of {name} was killed, probably for want of memory; {advice}") from error
+        seconds, peak = candidate.step_seconds, candidate.peak_bytes / 1e9
+        bench.say(f"{candidate.name}: {seconds:.2f} s a step, peak {peak:.2f} GB, alone")
+    return candidates
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a new interpreter, so that a peak of memory is its own (a forked process would begin
+    with this one's). Raises what the function raises, and BrokenProcessPool if the process was killed."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BaseException:
+            for child in multiprocessing.active_children():  # after SIGTERM nobody waits for the update
+                child.terminate()
+            raise
+
+
+def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
+    """What the process of a candidate does: build the model, update it twice, and return peak bytes and seconds of the
+    second update."""
+    bench = start_bench(config, lambda line: None)
+    train = train_config(bench, name)
+    memory = PeakMemory(bench.device)
+    ids = random_ids(bench, train)
+    update = build_update(bench, name, train)
+    update(ids[:1, :8])
     start = time.perf_counter()
-    stepper = build()
-    stepper.first_update(ids)
-    built = time.perf_counter()
-    stepper.update(ids)
-    peak = peak_bytes()  # reading a GPU's counter does not wait, but an update reads its loss
-    return Alone(peak, built - start, time.perf_counter() - built)
+    update(ids)
+    return memory.peak_bytes(), time.perf_counter() - start
 
 
-def those_that_fit(
-    candidates: list[StepCandidate],
-    seconds: Callable[[StepCandidate], float],
-    seconds_left: float,
-    least: int,
-    say: Say,
-) -> list[StepCandidate]:
-    """The first candidates that together take the time that is left, `least` of them in any case."""
-    kept = list(candidates)
-    while len(kept) > least and sum(map(seconds, kept)) > seconds_left:
-        kept.pop()
-    if len(kept) < len(candidates):
-        names = ", ".join(candidate.name for candidate in candidates[len(kept) :])
-        say(
-            f"left out: {names}; all together would take about {sum(map(seconds, candidates)):.0f} s, and "
-            f"{max(seconds_left, 0):.0f} s are left of time_limit_s; candidates=[...] asks for them in spite of that"
-        )
-    return kept
-
-
-def guessed_seconds(product_rate: float) -> Callable[[StepCandidate], float]:
-    """What a candidate will take in all, from its floor at `product_rate` multiply-adds a second."""
-
-    def seconds(candidate: StepCandidate) -> float:
-        step_seconds = OVERHEAD * candidate.multiply_adds / product_rate
-        return START_SECONDS + (1 + MIN_REPEATS) * step_seconds
-
-    return seconds
-
-
-def measure_each_alone(candidates: list[StepCandidate], deadline: float, least: int, say: Say) -> list[StepCandidate]:
-    """Run each in a process of its own, one after the other, and return those that were: behind the first `least`, none
-    once the time that is left is just enough for the others' turns."""
-    done: list[StepCandidate] = []
-    for candidate in candidates:
-        turns = MIN_REPEATS * sum(other.alone.step_seconds for other in done if other.alone)
-        if len(done) >= least and time.monotonic() + turns > deadline:
-            names = ", ".join(other.name for other in candidates[len(done) :])
-            say(f"left out: {names}; time_limit_s leaves no time for it (candidates=[...] asks for it all the same)")
-            break
-        candidate.alone = alone = candidate.measure_alone()
-        say(f"{candidate.name}: {alone.step_seconds:.2f} s a step, peak {alone.peak_bytes / 1e9:.2f} GB, alone")
-        done.append(candidate)
-    return done
-
-
-def measure_steps(
-    candidates: list[StepCandidate],
-    ids: Tensor,
-    product: Task,
-    product_multiply_adds: int,
-    *,
-    memory_bytes: int,
-    repeats: int | None,
-    deadline: float,
-    least: int,
-    say: Say,
-) -> list[dict[str, Any]]:
-    """A row for each candidate, the last ones left out if time gets short, but for `least` of them. `memory_bytes` is
-    what the device has in all."""
-    candidates = measure_each_alone(candidates, deadline, least, say)
-    together = _fit_together(candidates, memory_bytes)
-    if not together:
-        say("the models do not fit side by side: each is built anew for its turn")
-
-    def turn_seconds(candidate: StepCandidate) -> float:
-        assert candidate.alone is not None
-        return candidate.alone.step_seconds + (0 if together else candidate.alone.build_seconds)
-
-    def seconds(candidate: StepCandidate) -> float:
-        return turn_seconds(candidate) * (repeats or MIN_REPEATS)
-
-    candidates = those_that_fit(candidates, seconds, deadline - time.monotonic(), least, say)
-    tasks = {candidate.name: step_task(candidate, ids, together) for candidate in candidates}
-    round_seconds = sum(map(turn_seconds, candidates))
-    seconds_left = deadline - time.monotonic()
-    if seconds_left < (MIN_REPEATS + 1) * round_seconds:  # no time for a warm-up at full size
-        for task in tasks.values():
-            task.warm_up = task.before
-    tasks["product"] = product
-    timings = in_turns(tasks, ids.device, repeats=repeats, deadline=deadline, say=say, round_seconds=round_seconds)
-    rate = product_multiply_adds / timings.pop("product").median
-    return _rows(candidates, timings, rate, ids.numel())
-
-
-def _fit_together(candidates: list[StepCandidate], memory_bytes: int) -> bool:
-    """Whether weights and moments of all, and one's gradients, take at most a third of the memory: activations, other
-    processes and the caches of the allocator want the rest."""
-    kept = sum(candidate.state_bytes * 3 / 4 for candidate in candidates)
-    gradients = max(candidate.state_bytes for candidate in candidates) / 4
-    return kept + gradients <= memory_bytes / 3
-
-
-def step_task(candidate: StepCandidate, ids: Tensor, stays: bool) -> Task:
-    """One update; the model stays from turn to turn, or is built before and dropped after each."""
-    built: list[Stepper] = []
+def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
+    """One update; the model stays from turn to turn, or is built before and released after each. A first, tiny update
+    makes the optimizer's state."""
+    built: list[Update] = []
 
     def before() -> None:
         if not built:
-            built.append(candidate.build())
-            built[0].first_update(ids)
+            built.append(build())
+            built[0](ids[:1, :8])
+
+    def run() -> None:
+        built[0](ids)
 
     def after() -> None:
-        built[0].rest()
         if not stays:
             built.clear()
             gc.collect()
 
-    return Task(lambda: built[0].update(ids), before, after)
+    return Task(run, before, after)
 
 
-def _rows(
-    candidates: list[StepCandidate], timings: dict[str, Timing], rate: float, num_tokens: int
-) -> list[dict[str, Any]]:
+def step_rows(candidates: list[Candidate], timings: dict[str, Measurement], num_tokens: int) -> list[Row]:
+    """A row for each candidate, compared with `full` and with the published layer where they were measured."""
     by_name = {candidate.name: candidate for candidate in candidates}
-    dense, published = by_name.get(DENSE), by_name.get(PUBLISHED)
+    full, published = by_name.get(DENSE), by_name.get(PUBLISHED)
     rows = []
     for name, candidate in by_name.items():
-        assert candidate.alone is not None
-        timing = timings[name]
-        row: dict[str, Any] = {
+        seconds = timings[name].median
+        row: Row = {
             "measured": name,
             "path": candidate.path,
-            **timing.as_row(timings.get(DENSE)),
-            "tokens_per_second": num_tokens / timing.median,
-            "peak_memory_bytes": candidate.alone.peak_bytes,
+            **compare(timings[name], timings.get(DENSE)),
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_bytes": candidate.peak_bytes,
             "parameters": candidate.num_parameters,
-            "floor_seconds": candidate.multiply_adds / rate,
+            "floor_seconds": candidate.multiply_adds * timings["product"].median,
         }
-        if published is not None and published.alone is not None:
-            row["speedup_over_published"] = timings[PUBLISHED].median / timing.median
-            row["memory_over_published"] = candidate.alone.peak_bytes / published.alone.peak_bytes
-        if dense is not None:
-            dense_seconds = timings[DENSE].median
-            row["limit"] = dense.multiply_adds / candidate.multiply_adds
-            rest = dense_seconds - (dense.multiply_adds - candidate.multiply_adds) / rate
-            row["limit_of_products"] = dense_seconds / rest if rest > 0 else None
-            row["share_of_limit"] = dense_seconds / timing.median / row["limit"]
+        if full is not None:
+            speedup, limit = timings[DENSE].median / seconds, full.multiply_adds / candidate.multiply_adds
+            row |= {"speedup_over_dense": speedup, "limit": limit, "share_of_limit": speedup / limit}
+        if published is not None:
+            row["speedup_over_published"] = timings[PUBLISHED].median / seconds
+            row["memory_over_published"] = candidate.peak_bytes / published.peak_bytes
         rows.append(row)
     return rows
 
 
-COLUMNS = [
-    Column("measured", "measured"),
-    Column("path", "path"),
-    Column("seconds", "time", milliseconds),
-    Column("spread", "+-", percent),
-    Column("tokens_per_second", "tokens/s", lambda rate: f"{rate:,.0f}"),
-    Column("ratio_to_dense", "time over full", two_digits),
-    Column("limit", "speed-up limit", two_digits),
-    Column("limit_of_products", "rest as in full", two_digits),
-    Column("share_of_limit", "share of limit", percent),
-    Column("peak_memory_bytes", "peak memory", size),
-    Column("speedup_over_published", "speed-up over published", two_digits),
-    Column("memory_over_published", "memory over published", two_digits),
+COLUMNS: list[Column] = [
+    ("measured", "measured", ""),
+    ("path", "path", ""),
+    ("seconds", "time", "time"),
+    ("spread", "+-", ".0%"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("speedup_over_dense", "speed-up over full", ".2f"),
+    ("limit", "all products", ".2f"),
+    ("share_of_limit", "share of that", ".0%"),
+    ("speedup_over_published", "over published", ".2f"),
+    ("peak_memory_bytes", "peak memory", "bytes"),
+    ("memory_over_published", "memory over published", ".2f"),
 ]
-
-
-def step_table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
-    return format_table(rows, COLUMNS)
-
-
-def attention_multiply_adds(rows: int, tokens: int, hidden_size: int, num_layers: int) -> int:
-    """Of one forward pass: scores and sums over the values, each position with those up to itself."""
-    return rows * num_layers * hidden_size * tokens * (tokens + 1)

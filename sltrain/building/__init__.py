@@ -2,7 +2,7 @@
 
 model.py, trainer.py, data.py and memory.py are shared by what trains, plans or measures, saved.py by what opens a
 trained model. The others are a command's: run.py is sltrain-train's, spectrum.py belongs to report.py, verify.py to
-export.py, and bench_*.py are the three benchmarks.
+export.py.
 """
 
 from collections.abc import Callable

@@ -38,8 +38,8 @@ def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
 def named_state(optimizer: Optimizer) -> NamedState:
     """The state by name. Its tensors are the optimizer's own, not copies."""
     leaves = innermost(optimizer)
+    states = [(name, leaf.state.get(p)) for leaf in leaves for name, p in named_parameters(leaf).items()]
     groups = [group for leaf in leaves for group in leaf.param_groups]
-    states = ((name, leaf.state.get(p)) for leaf in leaves for name, p in named_parameters(leaf).items())
     return {
         "class": _class_name(leaves),
         "groups": [{"names": list(group["param_names"]), **_settings(group)} for group in groups],
@@ -60,7 +60,9 @@ def load_named_state(optimizer: Optimizer, saved: NamedState, strict: bool = Tru
     """
     leaves = innermost(optimizer)
     named = {name: parameter for leaf in leaves for name, parameter in named_parameters(leaf).items()}
-    _check(_class_name(leaves), named, saved, strict)
+    _check_class(leaves, saved)
+    if strict:
+        _check_names(named, saved)
     place = _Placing(named.values())
     groups = {tuple(group["names"]): group for group in saved["groups"]}
     for leaf in leaves:
@@ -129,8 +131,9 @@ class OptimizerState:
         others, in the model's order."""
         groups, states = by_index["state_dict"]["param_groups"], by_index["state_dict"]["state"]
         numbers = {name: number for number, name in enumerate(self.model_names)}
-        (only_leaf,) = innermost(self.optimizer)  # there was but one kind of optimizer
-        names = sorted(named_parameters(only_leaf), key=lambda name: numbers[_whole_name(name)])
+        leaves = innermost(self.optimizer)
+        _check_class(leaves, by_index)  # so there is one, as there was
+        names = sorted(named_parameters(leaves[0]), key=lambda name: numbers[_whole_name(name)])
         by_group = [
             [name for name in names if is_gain_or_bias(_whole_name(name)) != decays] for decays in (True, False)
         ]
@@ -158,13 +161,16 @@ def _class_name(leaves: Sequence[Optimizer]) -> str:
     return " + ".join(type(leaf).__name__ for leaf in leaves)
 
 
-def _check(class_name: str, named: Mapping[str, Tensor], saved: NamedState, strict: bool) -> None:
-    """Raise ValueError if `saved` is not a state of this optimizer."""
-    if saved["class"] != class_name:
-        raise ValueError(f"this run expects {class_name}, the file has {saved['class']}")
-    have = [name for group in saved["groups"] for name in group["names"]]
-    differing = [*(named.keys() - have), *(set(have) - named.keys())]
-    if strict and differing:
+def _check_class(leaves: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
+    """Raise ValueError for the state of another class of optimizer."""
+    if saved["class"] != (expected := _class_name(leaves)):
+        raise ValueError(f"this run expects {expected}, the file has {saved['class']}")
+
+
+def _check_names(named: Mapping[str, Tensor], saved: NamedState) -> None:
+    """Raise ValueError if the state is one of other parameters."""
+    have = {name for group in saved["groups"] for name in group["names"]}
+    if differing := named.keys() ^ have:
         first = min(differing)
         whose = "this run trains it, the file does not" if first in named else "the file has it, this run does not"
         more = f" ({len(differing) - 1} more parameters differ)" if len(differing) > 1 else ""

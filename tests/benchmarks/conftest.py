@@ -1,9 +1,12 @@
-"""A clock that only the test moves: what is measured is then known, however busy the machine is."""
+"""A clock that only the test moves, and a benchmark as the command starts it."""
 
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+
+from sltrain.benchmarks.base import Bench, start_bench
+from sltrain.commands.bench import read_arguments
 
 
 class Clock:
@@ -34,12 +37,19 @@ class Clock:
 
 
 @pytest.fixture
-def clock_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Clock]:
-    """Gives a module a clock of its own."""
+def clock_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
+    """Gives modules one clock of their own."""
 
-    def replace(module: ModuleType) -> Clock:
+    def replace(*modules: ModuleType) -> Clock:
         clock = Clock()
-        monkeypatch.setattr(module, "time", clock)
+        for module in modules:
+            monkeypatch.setattr(module, "time", clock)
         return clock
 
     return replace
+
+
+@pytest.fixture
+def bench() -> Callable[..., Bench]:
+    """A benchmark from the arguments of the command."""
+    return lambda *arguments: start_bench(read_arguments(list(arguments)), lambda line: None)

@@ -1,95 +1,187 @@
-"""What is compared follows the time that is left, and rows compare with dense and with the published layer."""
+"""What is timed is training, floors count what torch counts, and any method can be a candidate."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.benchmark import Measurement, TaskSpec
+from torch.utils.flop_counter import FlopCounterMode
 
-from sltrain.benchmarks.step import (
-    Alone,
-    StepCandidate,
-    Stepper,
-    guessed_seconds,
-    measure_each_alone,
-    measure_steps,
-    run_alone_in_here,
-    step_table,
-    step_task,
-    those_that_fit,
-)
-from sltrain.benchmarks.timing import Task
+from sltrain.benchmarks import step
+from sltrain.benchmarks.base import Bench
+from sltrain.benchmarks.published import PublishedLinear
+from sltrain.benchmarks.step import Candidate, describe, measure_step, run_alone, step_rows, step_task, train_config
+from sltrain.layers.base import ReplacedLinear
+from sltrain.layers.convert import replace_linears
+from sltrain.methods.base import METHODS, Method
 
+STEP = ["what=step", "model=llama_tiny", "batch=2", "seq_len=16", "repeats=2", "device=cpu", "time_limit_s=600"]
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 
 
-def candidate(name: str, multiply_adds: int, updates: list[str] | None = None, peak: int = 100) -> StepCandidate:
-    done = updates if updates is not None else []
-
-    def build() -> Stepper:
-        done.append(f"build {name}")
-        return Stepper(nn.Linear(2, 2), lambda ids: done.append(f"{name} {tuple(ids.shape)}"))
-
-    return StepCandidate(name, build, lambda: Alone(peak, 0.01, 0.01), multiply_adds, 6, 4 * 6 * 4)
+def build(subject: Bench, name: str) -> Callable[[torch.Tensor], float]:
+    return step.build_update(subject, name, train_config(subject, name))
 
 
-def test_the_last_candidates_go_first_and_the_first_stay() -> None:
-    said: list[str] = []
-    some = [candidate(name, 10) for name in "abcd"]
-    assert [c.name for c in those_that_fit(some, lambda c: 10, 25, 1, said.append)] == ["a", "b"]
-    assert "left out: c, d" in said[0] and "40 s" in said[0]
-    assert [c.name for c in those_that_fit(some, lambda c: 10, 0, 3, said.append)] == ["a", "b", "c"]
-    assert len(those_that_fit(some, lambda c: 10, 40, 0, pytest.fail)) == 4
+# ---- candidates
 
 
-def test_a_guess_grows_with_the_arithmetic() -> None:
-    seconds = guessed_seconds(product_rate=100.0)
-    assert seconds(candidate("a", 2000)) - seconds(candidate("b", 1000)) == pytest.approx(3 * 1.5 * 10)
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new interpreter does not know a method of a test."""
+    monkeypatch.setattr(step, "run_alone", lambda function, *arguments: function(*arguments))
+
+
+@pytest.fixture
+def scaled() -> Iterator[None]:
+    """A method that no file knows: every projection is an nn.Linear, and nothing is replaced by anything else."""
+
+    @METHODS.register("scaled")
+    @dataclass
+    class Scaled(Method):
+        def replace(self, model: nn.Module, chosen: Callable[[str, nn.Linear], bool]) -> list[str]:
+            def make(name: str, linear: nn.Linear) -> nn.Module:
+                made = nn.Linear(linear.in_features, linear.out_features, False, linear.weight.device)
+                made.weight = nn.Parameter(torch.empty_like(linear.weight))
+                return made
+
+            return replace_linears(model, chosen, make)
+
+    yield
+    METHODS._classes.pop("scaled")
+
+
+@pytest.mark.usefixtures("scaled", "in_this_process")
+def test_a_method_that_this_package_has_never_heard_of_is_a_candidate(bench: Callable[..., Bench]) -> None:
+    full, scaled = measure_step(bench(*STEP, "candidates=[full,scaled]"))[0]
+    assert (full["measured"], scaled["measured"]) == ("full", "scaled")
+    assert scaled["limit"] == 1 and scaled["parameters"] == full["parameters"] and scaled["seconds"] > 0
+
+
+def test_candidates_are_what_they_are_called(bench: Callable[..., Bench]) -> None:
+    subject = bench(*STEP, "block_size=16", "rank=8", "sparsity=0.2")
+    assert train_config(subject, "full").method.name == train_config(subject, "transformers").method.name == "full"
+    block = train_config(subject, "block")
+    assert (block.method.name, block.support, block.block_size, block.rank) == ("sltrain", "block", 16, 8)
+    assert (block.sparsity, block.global_batch_size, block.seq_len) == (0.2, 2, 16)
+    assert train_config(subject, "checkpointing").activation_checkpointing
+    uniform = train_config(subject, "uniform")
+    assert (uniform.support, uniform.block_size, uniform.activation_checkpointing) == ("uniform", None, False)
+    published = step.transformers_model(subject, "transformers_published", train_config(subject, "uniform"))
+    assert sum(isinstance(module, PublishedLinear) for module in published.modules()) == 4 * 7
+    ours = step.our_model(subject, uniform)
+    assert sum(isinstance(module, ReplacedLinear) for module in ours.modules()) == 4 * 7
+
+
+@pytest.mark.parametrize("name", ["full", "low_rank", "transformers"])
+def test_the_floor_counts_the_products_that_torch_counts(name: str, bench: Callable[..., Bench]) -> None:
+    subject = bench(*STEP)
+    update = build(subject, name)
+    with FlopCounterMode(display=False) as counter:
+        update(torch.randint(4096, (2, 16)))
+    # torch counts attention as if every position saw all others; ours is apart: layers * hidden * (1 + ... + 16) * 2
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 3 * 2 * 4 * 128 * 2 * sum(range(1, 17))
+    without_targets = 3 * 2 * 128 * 4096  # a head may leave out the last position of each row
+    assert describe(subject, name).multiply_adds - attention - products // 2 in (0, without_targets)
+
+
+def test_the_floor_counts_s_and_what_is_recomputed(bench: Callable[..., Bench]) -> None:
+    subject = bench(*STEP, "sparsity=0.5")
+    work = {name: describe(subject, name).multiply_adds for name in ("low_rank", "uniform", "checkpointing")}
+    num_nonzero = 4 * (4 * 128 * 128 + 3 * 128 * 352) // 2
+    assert work["uniform"] - work["low_rank"] == 3 * 32 * num_nonzero
+    head = 3 * 32 * 128 * 4096
+    assert 3 * (work["checkpointing"] - head) == 4 * (work["uniform"] - head)
+
+
+@pytest.mark.parametrize("name", ["uniform", "column", "transformers_published"])
+def test_updates_learn(name: str, bench: Callable[..., Bench]) -> None:
+    """What is timed is training: the loss of the same rows falls."""
+    update = build(bench(*STEP), name)
+    ids = torch.randint(4096, (2, 16), generator=torch.Generator().manual_seed(0))
+    losses = [update(ids) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+# ---- measuring
+
+
+def candidate(name: str, multiply_adds: int = 1, peak: int = 0) -> Candidate:
+    return Candidate(name, train=None, path=None, multiply_adds=multiply_adds, num_parameters=6, peak_bytes=peak)
 
 
 def test_a_model_is_built_once_if_it_stays_and_for_each_turn_if_not() -> None:
-    updates: list[str] = []
-    task = step_task(candidate("a", 1, updates), IDS, stays=True)
-    for _ in range(2):
-        task.before(), task.run(), task.after()
-    assert updates == ["build a", "a (1, 8)", "a (2, 16)", "a (2, 16)"]
-    updates.clear()
-    task = step_task(candidate("a", 1, updates), IDS, stays=False)
-    for _ in range(2):
-        task.before(), task.run(), task.after()
-    assert updates == ["build a", "a (1, 8)", "a (2, 16)"] * 2
+    done: list[str] = []
+
+    def make() -> Any:
+        done.append("build")
+        return lambda ids: done.append(str(tuple(ids.shape)))
+
+    for stays, expected in (
+        (True, ["build", "(1, 8)", "(2, 16)", "(2, 16)"]),
+        (False, ["build", "(1, 8)", "(2, 16)"] * 2),
+    ):
+        done.clear()
+        task = step_task(make, IDS, stays)
+        for _ in range(2):
+            task.before(), task.run(), task.after()
+        assert done == expected
 
 
-def test_alone_it_is_updated_twice_before_the_peak_is_read() -> None:
-    updates: list[str] = []
-    alone = run_alone_in_here(candidate("a", 1, updates).build, IDS, lambda: 100 * len(updates))
-    assert updates == ["build a", "a (1, 8)", "a (2, 16)"]
-    assert alone.peak_bytes == 300
+def test_the_last_candidates_are_left_out_when_time_is_over(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "run_alone", lambda function, config, name: (100, 0.5))
+    subject = bench(*STEP[:-1], "time_limit_s=1e-9")
+    done = step.measure_each_alone(subject, [candidate(name) for name in "abcde"])
+    assert [(c.name, c.peak_bytes) for c in done] == [("a", 100), ("b", 100), ("c", 100)]
+    asked = bench(*STEP[:-1], "time_limit_s=1e-9", "candidates=[a,b,c,d,e]")
+    assert len(step.measure_each_alone(asked, [candidate(name) for name in "abcde"])) == 5
 
 
-def test_alone_the_last_candidates_are_left_out_when_time_is_over() -> None:
-    said: list[str] = []
-    done = measure_each_alone([candidate(name, 1) for name in "abcd"], 0, 2, said.append)
-    assert [c.name for c in done] == ["a", "b"] and "left out: c, d" in said[-1]
-    assert all(c.alone is not None for c in done)
+def test_a_process_of_its_own_answers_fails_or_is_killed(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_alone(os.getpid) != os.getpid()
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_alone(int, "x")
+
+    def killed(*arguments: Any) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(step, "run_alone", killed)
+    with pytest.raises(ValueError, match="the process of a was killed.*lower batch"):
+        step.measure_each_alone(bench(*STEP), [candidate("a")])
 
 
-def test_rows() -> None:
-    candidates = [candidate("full", 300), candidate("uniform", 200), candidate("transformers_published", 200, peak=400)]
-    rows = measure_steps(
-        candidates,
-        IDS,
-        Task(lambda: None),
-        10,
-        memory_bytes=10**9,
-        repeats=3,
-        deadline=0,
-        least=3,
-        say=lambda line: None,
-    )
-    by_name = {row["measured"]: row for row in rows}
-    full, uniform = by_name["full"], by_name["uniform"]
-    assert (full["limit"], uniform["limit"]) == (1, 1.5)
-    assert uniform["memory_over_published"] == 0.25
-    assert uniform["tokens_per_second"] == pytest.approx(32 / uniform["seconds"])
-    assert uniform["ratio_to_dense"] == pytest.approx(uniform["seconds"] / full["seconds"])
-    assert uniform["share_of_limit"] == pytest.approx(full["seconds"] / uniform["seconds"] / 1.5)
-    assert "transformers_published" in step_table(rows)
+def test_a_killed_process_does_not_hang() -> None:
+    with pytest.raises(BrokenProcessPool):
+        run_alone(os._exit, 3)
+
+
+def test_rows_compare_with_dense_and_with_the_published_layer() -> None:
+    seconds = {
+        "full": [3.0, 3.0, 9.0],
+        "uniform": [2.5, 2.5, 0.1],
+        "transformers_published": [5.0] * 3,
+        "product": [0.01],
+    }
+    timings = {name: Measurement(1, times, TaskSpec(name, "")) for name, times in seconds.items()}
+    candidates = [
+        candidate("full", 300, 300),
+        candidate("uniform", 200, 100),
+        candidate("transformers_published", 200, 400),
+    ]
+    row = {row["measured"]: row for row in step_rows(candidates, timings, num_tokens=50)}["uniform"]
+    assert row["ratio_to_dense"] == pytest.approx(2.5 / 3)
+    assert (row["speedup_over_dense"], row["speedup_over_published"]) == (pytest.approx(1.2), 2)
+    assert (row["limit"], row["share_of_limit"], row["floor_seconds"]) == (1.5, pytest.approx(0.8), pytest.approx(2))
+    assert (row["tokens_per_second"], row["peak_memory_bytes"], row["memory_over_published"]) == (20, 100, 0.25)
+    (alone,) = step_rows([candidate("uniform")], timings | {"uniform": timings["uniform"]}, 50)
+    assert "limit" not in alone and "speedup_over_published" not in alone

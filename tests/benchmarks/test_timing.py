@@ -1,66 +1,76 @@
 """Candidates are timed in turns, equally often, and each round begins with another one."""
 
-import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sltrain.benchmarks.timing as timing_module
-from sltrain.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Task, Timing, fitting_repeats, geometric_mean, in_turns
+from sltrain.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Task, compare, fill_zeros, in_turns, product_task
 
-CPU = torch.device("cpu")
+
+def quiet(line: str) -> None:
+    """Where progress goes."""
 
 
 def test_rounds_rotate_after_one_warm_up() -> None:
     calls: list[str] = []
     tasks = {name: Task(lambda name=name: calls.append(name)) for name in "abc"}
-    timings = in_turns(tasks, CPU, repeats=4, deadline=0, say=lambda line: None)
+    timings = in_turns(tasks, repeats=4, deadline=0, say=quiet)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert all(len(timing.samples) == 4 for timing in timings.values())
+    assert {len(timing.times) for timing in timings.values()} == {4}
 
 
-def test_only_run_is_timed(clock_of: Callable[[ModuleType], Any]) -> None:
+def test_only_run_is_timed_and_only_after_the_warm_up(clock_of: Callable[..., Any]) -> None:
     clock = clock_of(timing_module)
-    order: list[str] = []
-    task = Task(
-        lambda: (order.append("run"), clock.work(2.0)),
-        before=lambda: (order.append("before"), clock.work(10.0)),
-        after=lambda: (order.append("after"), clock.work(20.0)),
-    )
-    timing = in_turns({"a": task}, CPU, repeats=1, deadline=0, say=lambda line: None)["a"]
-    assert order == ["before", "run", "after"] * 2
-    assert timing.median == 2.0
+    seconds = iter([100.0, 2.0, 4.0, 9.0])  # the first is the warm-up
+    task = Task(lambda: clock.work(next(seconds)), before=lambda: clock.work(10.0), after=lambda: clock.work(20.0))
+    timing = in_turns({"a": task}, repeats=3, deadline=0, say=quiet, clock=clock.perf_counter)["a"]
+    assert timing.times == [2.0, 4.0, 9.0] and timing.median == 4.0
 
 
-def test_a_warm_up_of_its_own_stands_in_for_the_first_call() -> None:
-    calls: list[str] = []
-    task = Task(lambda: calls.append("run"), warm_up=lambda: calls.append("warm up"))
-    in_turns({"a": task}, CPU, repeats=2, deadline=0, say=lambda line: None)
-    assert calls == ["warm up", "run", "run"]
+def test_work_is_timed_by_the_unit(clock_of: Callable[..., Any]) -> None:
+    clock = clock_of(timing_module)
+    work = iter([1, 5, 10])
+
+    def run() -> int:
+        units = next(work)
+        clock.work(3.0 * units)
+        return units
+
+    timing = in_turns({"a": Task(run)}, repeats=2, deadline=0, say=quiet, clock=clock.perf_counter)["a"]
+    assert timing.times == [3.0, 3.0]
 
 
-def test_repeats_follow_the_time_that_is_left() -> None:
-    assert fitting_repeats(50, 10) == 5
-    assert fitting_repeats(-3, 10) == MIN_REPEATS
-    assert fitting_repeats(1e9, 10) == MAX_REPEATS
+@pytest.mark.parametrize(("deadline", "repeats"), [(65, 5), (0, MIN_REPEATS), (1e9, MAX_REPEATS)])
+def test_repeats_follow_the_time_that_is_left(deadline: float, repeats: int, clock_of: Callable[..., Any]) -> None:
+    """A round takes 10 s, and the warm-up is one."""
+    clock = clock_of(timing_module)
+    timing = in_turns({"a": Task(lambda: clock.work(10.0))}, repeats=None, deadline=deadline, say=quiet)["a"]
+    assert len(timing.times) == repeats
 
 
-def test_a_row_compares_medians_and_fastest_samples() -> None:
-    dense, other = Timing([2.0, 4.0, 6.0]), Timing([3.0, 1.0, 8.0])
-    row = other.as_row(dense)
-    assert (row["seconds"], row["ratio_to_dense"]) == (3.0, 0.75)
+def test_a_row_compares_medians_and_fastest_samples(clock_of: Callable[..., Any]) -> None:
+    clock = clock_of(timing_module)
+    samples = {"dense": iter([0, 2.0, 4.0, 6.0]), "other": iter([0, 3.0, 1.0, 8.0])}
+    tasks = {name: Task(lambda name=name: clock.work(next(samples[name]))) for name in samples}
+    timings = in_turns(tasks, repeats=3, deadline=0, say=quiet, clock=clock.perf_counter)
+    row = compare(timings["other"], timings["dense"])
+    assert (row["seconds"], row["ratio_to_dense"], row["repeats"]) == (3.0, 0.75, 3)
     assert (row["fastest_seconds"], row["fastest_ratio_to_dense"]) == (1.0, 0.5)
-    assert other.as_row(None)["ratio_to_dense"] is None
+    assert row["spread"] == pytest.approx((5.5 - 2.0) / 2 / 3.0)  # quartiles of 1, 3, 8
+    assert compare(timings["other"], None)["ratio_to_dense"] is None
 
 
-def test_spread_leaves_out_a_quarter_at_each_end() -> None:
-    assert Timing([1.0, 10.0, 11.0, 100.0]).spread == pytest.approx(0.5 / 10.5)
+def test_the_unit_of_a_product_is_a_multiply_add() -> None:
+    assert product_task(3, (5, 7), times=2).run() == 2 * 3 * 5 * 7
 
 
-def test_geometric_mean() -> None:
-    assert geometric_mean([2.0, 8.0]) == pytest.approx(math.sqrt(16))
-    assert geometric_mean([2.0, None]) is None
-    assert geometric_mean([]) is None
+def test_zeros_get_values_and_nothing_else_changes() -> None:
+    module = nn.Linear(3, 2)
+    nn.init.zeros_(module.bias)
+    weight = module.weight.detach().clone()
+    fill_zeros(module)
+    assert module.bias.all() and torch.equal(module.weight, weight)

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from sltrain.api.bench import Bench, build_bench
-from sltrain.api.bench_config import SCOPE, BenchConfig
-from sltrain.api.bench_step import build_stepper, step_candidate, train_config
-from sltrain.benchmarks.published import PublishedLinear
-from sltrain.commands.bench import read_arguments, run_command, train_overrides
-from sltrain.compose import TRAIN, compose_config
+from sltrain.api.bench import measure
+from sltrain.benchmarks.base import format_table, write
+from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig
+from sltrain.commands.bench import read_arguments, run_command
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -33,33 +30,26 @@ def sltrain_bench(capfd: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def bench(*arguments: str) -> Bench:
-    config = read_arguments([*STEP, *arguments])
-    return build_bench(config, compose_config(train_overrides(config), TRAIN), lambda line: None)
-
-
-def test_layer_prints_tables(sltrain_bench: Run) -> None:
+def test_the_usual_layers_as_a_table(sltrain_bench: Run) -> None:
+    """The columns of README's table."""
     code, out, err = sltrain_bench(*LAYER)
     assert code == 0, err
-    assert "24x16 r4" in out and "geometric mean" in out and "uniform_factored" in out
+    title = next(line for line in out.splitlines() if line.startswith("| out x in"))
+    columns = [cell.strip() for cell in title.strip("|").split("|")]
+    named = ["dense", "uniform", "stratified", "block", "column", "low_rank", "uniform_composed", "published"]
+    assert columns == ["out x in, rank", *named, "floor of uniform", "GFLOP/s"]
+    assert "24x16 r4" in out and "geometric mean" in out
     assert "rounds" in err and "rounds" not in out
 
 
-def test_layer_as_json(sltrain_bench: Run) -> None:
+def test_json_is_the_last_line(sltrain_bench: Run) -> None:
     code, out, err = sltrain_bench(*LAYER, "format=json", "candidates=[dense,published,block]")
     assert code == 0, err
     answer = json.loads(out.splitlines()[-1])
     assert answer["what"] == "layer" and answer["machine"]["torch"] == torch.__version__
-    measured = {row["measured"] for row in answer["rows"]}
-    floors = {"floor_dense", "floor_factored", "floor_composed"}
-    assert measured == {"dense", "published", "block", "product", *floors}
-    assert all(row["seconds"] > 0 and "ratio_to_dense" in row for row in answer["rows"])
-
-
-def test_without_dense_there_is_no_ratio(sltrain_bench: Run) -> None:
-    code, out, _ = sltrain_bench(*LAYER, "format=json", "candidates=[low_rank]")
-    assert code == 0
-    assert {row["ratio_to_dense"] for row in json.loads(out)["rows"]} == {None}
+    assert answer["settings"]["shapes"] == [[24, 16, 4]]
+    assert {row["measured"] for row in answer["rows"]} == {"dense", "published", "block"}
+    assert all(row["seconds"] > 0 and row["ratio_to_dense"] > 0 for row in answer["rows"])
 
 
 def test_calibration(sltrain_bench: Run) -> None:
@@ -67,7 +57,7 @@ def test_calibration(sltrain_bench: Run) -> None:
     assert code == 0, err
     rows = json.loads(out)["rows"]
     assert {row["measured"] for row in rows} == {"entry", "block_entry", "column_entry", "weight_pass"}
-    assert all("used" in row and "price" in row for row in rows)
+    assert all(row["price"] == other["price"] for row in rows for other in rows if row["measured"] == other["measured"])
 
 
 def test_step_as_json(sltrain_bench: Run) -> None:
@@ -80,58 +70,38 @@ def test_step_as_json(sltrain_bench: Run) -> None:
     assert "uniform" in err and "alone" in err
 
 
-def test_data_as_json(sltrain_bench: Run, corpus: Path, tokenizer_file: Path) -> None:
-    arguments = ["what=data", "model=llama_tiny", "seq_len=32", "repeats=1", f"path={corpus}/*.json.gz"]
+def test_data_as_json(sltrain_bench: Run, corpus: Path, tokenizer_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "an 'odd' name, ümlaut=1"
+    folder.symlink_to(corpus)
+    arguments = ["what=data", "model=llama_tiny", "seq_len=32", "repeats=1", f'path="{folder}/*.json.gz"']
     code, out, err = sltrain_bench(*arguments, f"tokenizer={tokenizer_file}", "format=json")
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["rows"]
     measured = [row["measured"] for row in rows]
     assert measured[:3] == ["document by document", "stream, truncate_pad", "stream, pack"]
     assert measured[3:] == ["training of llama_tiny, truncate_pad", "training of llama_tiny, pack"]
-    assert all(row["seconds"] > 0 and row["ratio_to_dense"] is None for row in rows)
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["full", "low_rank", "transformers"])
-def test_the_floor_counts_the_products_that_torch_counts(name: str) -> None:
-    subject = bench()
-    candidate, stepper = step_candidate(subject, name), build_stepper(subject, name)
-    with FlopCounterMode(display=False) as counter:
-        stepper.update(torch.randint(4096, (2, 16)))
-    # torch counts attention as if every position saw all others; ours is apart: layers * hidden * (1 + ... + 16) * 2
-    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    attention = 3 * 2 * 4 * 128 * 2 * sum(range(1, 17))
-    without_targets = 3 * 2 * 128 * 4096  # a head may leave out the last position of each row
-    assert candidate.multiply_adds - attention - products // 2 in (0, without_targets)
+def test_from_python() -> None:
+    data, text = measure(read_arguments([*LAYER, "candidates=[dense,low_rank]"]))
+    assert data["what"] == "layer" and [row["measured"] for row in data["rows"][:2]] == ["dense", "low_rank"]
+    assert "low_rank" in text
 
 
-def test_the_floor_counts_s_and_what_is_computed_again() -> None:
-    subject = bench("sparsity=0.5")
-    work = {name: step_candidate(subject, name).multiply_adds for name in ("low_rank", "uniform", "checkpointing")}
-    num_nonzero = 4 * (4 * 128 * 128 + 3 * 128 * 352) // 2
-    assert work["uniform"] - work["low_rank"] == 3 * 32 * num_nonzero
-    head = 3 * 32 * 128 * 4096
-    assert 3 * (work["checkpointing"] - head) == 4 * (work["uniform"] - head)
+def test_columns_align_and_empty_ones_are_left_out() -> None:
+    rows = [{"name": "a", "x": 1.5, "none": None}, {"name": "longer", "x": None}]
+    assert format_table(rows, [("name", "name", ""), ("x", "x", ".2f"), ("none", "none", "")]).splitlines() == [
+        "| name   |    x |",
+        "| ------ | ---: |",
+        "| a      | 1.50 |",
+        "| longer |    - |",
+    ]
 
 
-def test_candidates_are_what_they_are_called() -> None:
-    subject = bench("block_size=16")
-    assert train_config(subject, "full").method.name == train_config(subject, "transformers").method.name == "full"
-    block = train_config(subject, "block")
-    assert (block.method.name, block.support, block.block_size) == ("sltrain", "block", 16)
-    assert train_config(subject, "checkpointing").activation_checkpointing
-    assert not train_config(subject, "uniform").activation_checkpointing
-    published = build_stepper(subject, "transformers_published").model
-    assert sum(isinstance(module, PublishedLinear) for module in published.modules()) == 4 * 7
-
-
-@pytest.mark.parametrize("name", ["uniform", "column", "transformers_published"])
-def test_updates_learn(name: str) -> None:
-    """What is timed is training: the loss of the same rows falls."""
-    stepper = build_stepper(bench(), name)
-    ids = torch.randint(4096, (2, 16), generator=torch.Generator().manual_seed(0))
-    losses = [stepper.update(ids) for _ in range(4)]
-    numbers = [loss if isinstance(loss, float) else loss.loss for loss in losses]
-    assert numbers[-1] < numbers[0]
+def test_units() -> None:
+    assert (write(0.0123, "time"), write(12.345, "time")) == ("12.3 ms", "12.35 s")
+    assert (write(2.5e9, "bytes"), write(3e6, "bytes"), write(0.256, ".0%")) == ("2.50 GB", "3.0 MB", "26%")
 
 
 # (arguments, words the message must hold)
@@ -141,7 +111,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["wat=layer"], ["wat", "what"]),
     "unknown candidate": (["what=layer", "candidates=[dens]"], ["dens", "dense"]),
     "candidate of another": (["what=layer", "candidates=[full]"], ["full", "what=layer"]),
-    "no candidates": (["what=layer", "candidates=[]"], ["candidates=[]", "dense"]),
+    "no candidates": (["what=layer", "candidates=[]"], ["candidates=[]", "--help"]),
+    "the same twice": (["what=layer", "candidates=[dense,dense]"], ["candidates=['dense', 'dense']", "once"]),
+    "unknown path": (["what=layer", "candidates=[uniform_dense]"], ["uniform_dense", "composed, factored"]),
+    "no path": (["what=layer", "candidates=[uniform_]"], ["uniform_", "composed, factored"]),
+    "block size of none": ([*LAYER, "block_size=8", "candidates=[dense]"], ["block_size=8", "block, which"]),
+    "no globs": (["what=data", "path=[]"], ["path=[]", "glob"]),
+    "a path of none": (["what=layer", "candidates=[dense_factored]"], ["dense_factored", "none"]),
+    "unknown method": (["what=step", "model=llama_tiny", "candidates=[ful]"], ["ful ", "full", "low_rank"]),
+    "two models": (["what=step", "model=llama_tiny", "seq_len=1"], ["seq_len=1", "at least 2"]),
     "negative tokens": (["what=layer", "tokens=-3"], ["tokens=-3", "at least 1"]),
     "wrong type": (["what=layer", "tokens=abc"], ["tokens=abc", "Integer"]),
     "shapes of numbers": (["what=layer", "shapes=5"], ["shapes=5"]),
@@ -191,9 +169,10 @@ def test_help_explains_every_key(sltrain_bench: Run) -> None:
         assert len(line.split()) > 2, line
 
 
-def test_every_key_is_read_and_every_scope_is_a_key() -> None:
+def test_every_key_is_read_by_the_benchmarks_that_take_it() -> None:
     package = Path(__file__).resolve().parents[2] / "sltrain"
-    text = "".join(file.read_text() for file in [package / "commands" / "bench.py", *package.glob("api/bench*.py")])
+    files = [*package.glob("benchmarks/*.py"), *package.glob("*/bench.py")]
+    text = "".join(file.read_text() for file in files if file.name != "settings.py")
     keys = {item.name for item in fields(BenchConfig)}
-    assert not [key for key in keys if f"config.{key}" not in text]
-    assert set(SCOPE) <= keys
+    assert not [key for key in keys - {"what", "format"} if f"config.{key}" not in text]
+    assert {*COMMON, *(key for of_one in KEYS.values() for key in of_one)} == keys

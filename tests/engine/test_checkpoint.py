@@ -514,6 +514,9 @@ def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: 
     update_sized(second, optimizers[2], 3, 4)
     assert_same_state(optimizers[0], optimizers[2])
 
+    sgd = OptimizerState(torch.optim.SGD(second.named_parameters()), names)
+    with pytest.raises(CheckpointError, match="another optimizer: this run expects SGD, the file has "):
+        Checkpointer(tmp_path, 0).load(path, second, {"optimizer": sgd})
     few = build(name, second.up)
     fewer = OptimizerState(few, ["weight", "bias"])
     with pytest.raises(

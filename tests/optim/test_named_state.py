@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import make_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sltrain.optim import in_pieces
-from sltrain.optim.build import OPTIMIZERS, build_optimizer
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import load_named_state, named_parameters, named_state, rebuild_optimizer, reset_state
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.wrapper import innermost
@@ -54,9 +55,9 @@ class Net(nn.Module):
 
 def build(model: nn.Module, how: str, per_layer: bool = False) -> Optimizer:
     settings = HOWS[how]
-    if (package := OPTIMIZERS[settings["name"]].package) is not None:
+    if (package := OPTIMIZERS.load(settings["name"]).package) is not None:
         pytest.importorskip(package)
-    inner = build_optimizer(
+    inner = make_optimizer(
         model.named_parameters(),
         lr=1e-2,
         betas=(0.9, 0.99),
@@ -95,11 +96,11 @@ def plain(value: Any) -> list[Tensor]:
 
 def bits(optimizer: Optimizer) -> dict[tuple[str, str, int], Tensor]:
     """Every tensor of the state, copied, by parameter, key and place."""
-    inner = innermost(optimizer)
     return {
         (name, key, i): tensor.clone()
-        for name, parameter in named_parameters(inner).items()
-        for key, value in inner.state.get(parameter, {}).items()
+        for leaf in innermost(optimizer)
+        for name, parameter in named_parameters(leaf).items()
+        for key, value in leaf.state.get(parameter, {}).items()
         for i, tensor in enumerate(plain(value))
     }
 

@@ -1,0 +1,124 @@
+"""The schema of `sltrain-bench`: every key, its type, unit and scope. Values come from conf/bench.yaml and the command
+line. This file imports no torch."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class BenchConfig:
+    """One benchmark."""
+
+    what: str = MISSING  # layer: one projection; step: one update of a model; data: text to rows of ids
+    format: str = MISSING  # table, or json: the last line of stdout is one object
+    device: str = MISSING  # layer, step: auto, cpu or cuda
+    dtype: str = MISSING  # layer, step: auto, float32 or bfloat16
+    time_limit_s: float = MISSING  # layer, step: seconds the whole command should take
+    repeats: int | None = None  # times that each candidate is timed; None: as often as time allows, at least twice
+    candidates: list[str] | None = None  # layer, step: what is compared, see below; None: the usual, if time allows
+
+    # what=layer
+    tokens: int = MISSING  # layer: rows of x
+    shapes: list[list[int]] = MISSING  # layer: a list of [out, in, rank]
+    calibrate: bool = MISSING  # layer: measure the prices that layer_path=auto uses, and nothing else
+
+    # what=step, what=data
+    model: str | None = None  # step, data: a model of sltrain-train, with its recipe; None: for data, llama_60m
+    seq_len: int = MISSING  # step, data: tokens a row
+    batch: int = MISSING  # step: rows of a micro-batch
+    path: Any = None  # data: a glob or a list of globs; None: the Python standard library
+    tokenizer: str = MISSING  # data: a tokenizer.json, a name on the Hub, or bpe:SIZE to train one on the corpus
+    layer_path: str = MISSING  # step: auto, composed or factored
+    rank: int | None = None  # step: None: the model's recipe
+
+    sparsity: float | None = None  # layer, step: fraction of S that is trained; None: 0.03, or the model's recipe
+    block_size: int | None = None  # layer, step: side of a block; None: the largest that gives the sparsity
+
+
+# What can be compared, by name. The lists are open: what=layer also takes any layer kind by its name, and NAME_PATH for
+# one of the ways to compute a layer; what=step takes any method by its name.
+LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kind and settings
+    "dense": ("nn.Linear", {}),
+    "uniform": ("sltrain", {"support": "uniform"}),
+    "stratified": ("sltrain", {"support": "stratified"}),
+    "block": ("sltrain", {"support": "block"}),
+    "column": ("sltrain", {"support": "column"}),
+    "low_rank": ("low_rank", {}),
+    "published": ("published", {}),  # the published algorithm, written plainly
+}
+STEP_CANDIDATES: dict[str, tuple[str, ...]] = {  # name -> overrides of sltrain-train
+    "full": ("method=full",),
+    "uniform": ("method=sltrain", "support=uniform"),
+    "stratified": ("method=sltrain", "support=stratified"),
+    "block": ("method=sltrain", "support=block", "block_size={block_size}"),
+    "column": ("method=sltrain", "support=column"),
+    "checkpointing": ("method=sltrain", "support=uniform", "activation_checkpointing=true"),
+    "transformers": ("method=full",),  # transformers' LLaMA, dense
+    "transformers_published": ("method=sltrain", "support=uniform"),  # the same with the published layer
+}
+USUAL = {  # what is compared if nothing is named, what matters most first
+    "layer": "dense uniform stratified block column low_rank uniform_composed published".split(),
+    "step": "full uniform block transformers_published transformers checkpointing".split(),
+}
+
+CHOICES = {
+    "what": ("layer", "step", "data"),
+    "format": ("table", "json"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "layer_path": ("auto", "composed", "factored"),
+}
+AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "block_size": 1}
+COMMON = "what format repeats".split()
+KEYS = {  # that a benchmark reads besides COMMON
+    "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
+    "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
+    "data": "model seq_len path tokenizer".split(),
+}
+
+
+def validate(config: BenchConfig) -> None:
+    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to
+    change."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise ValueError(f"{key}={getattr(config, key)}: choose one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        number = getattr(config, key)
+        if number is not None and not number >= least:
+            raise ValueError(f"{key}={number}: must be at least {least}")
+    if not 0 < config.time_limit_s < float("inf"):
+        raise ValueError(f"time_limit_s={config.time_limit_s}: must be a number of seconds above 0")
+    if config.sparsity is not None and not 0 < config.sparsity < 1:
+        raise ValueError(f"sparsity={config.sparsity}: must be above 0 and below 1, the fraction of S that is trained")
+    if config.candidates is not None and len(set(config.candidates)) != len(config.candidates):
+        raise ValueError(f"candidates={config.candidates}: name each candidate once")
+    if config.candidates == []:
+        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out")
+    if config.block_size is not None and not any(name.startswith("block") for name in config.candidates or ["block"]):
+        raise ValueError(f"block_size={config.block_size} is for the candidate block, which is not compared; drop one")
+    if not config.shapes:
+        raise ValueError("shapes=[]: give at least one [out, in, rank], such as shapes=[[512,512,128]]")
+    for shape in config.shapes:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shapes: {shape} must be [out, in, rank], three numbers of at least 1: [512,512,128]")
+        if shape[2] > min(shape[:2]):
+            raise ValueError(f"shapes: the rank of {shape} is above the matrix; it can be at most {min(shape[:2])}")
+    globs = config.path if isinstance(config.path, list) else [config.path or "the standard library"]
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise ValueError(f"path={config.path}: must be a glob, or a list of them: path=[/a/*.json.gz,/b/*.json.gz]")
+    if config.what == "step" and config.model is None:
+        raise ValueError("what=step needs a model: add model=llama_60m (sltrain-train --help lists them)")
+
+
+def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
+    """Refuse keys that were typed and that `what` does not read. Raises ValueError."""
+    for key in typed:
+        if key not in COMMON and key not in KEYS[config.what]:
+            readers = " and ".join(f"what={what}" for what, keys in KEYS.items() if key in keys)
+            raise ValueError(f"{key} is for {readers}, not what={config.what}")
+    if config.calibrate and "candidates" in typed:
+        raise ValueError("calibrate=true compares no candidates; drop one of the two")
