@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sltrain.api.saved import Saved, open_saved
-from sltrain.layers.base import ReplacedLinear, parts_of
+from sltrain.layers.base import ReplacedLinear, check_known, parts_of
 from sltrain.layers.parts import LowRankPart, Part, singular_values
 from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
@@ -38,6 +38,8 @@ def look_inside(
     """
     opened = _open_steps(path, steps, report)
     names = _projections(opened[0].model)
+    for name in names:
+        check_known(name, opened[0].model.get_submodule(name))
     chosen = choose_layers(names, layers)
     found = []
     for saved in opened:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toy_layers import ReLoRALinear
 
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
@@ -29,6 +30,7 @@ from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning import memory_plan
+from sltrain.planning.accounting import count_parameters
 from sltrain.planning.memory_plan import GROUPS, STAGES, MemoryPlan, UpdateShape, plan_memory
 
 T = TypeVar("T")
@@ -405,6 +407,40 @@ def test_processes_share_the_update() -> None:
     per_layer = plan_of(config_of("global_batch_size=8 per_layer_update=true"), CUDA, num_processes=4)
     one_micro_batch = plan_of(config_of("global_batch_size=2 per_layer_update=true"), CUDA)
     assert per_layer == one_micro_batch
+
+
+@pytest.mark.parametrize("rest", ["", f"{NARROW} per_layer_update=true", "dtype=bfloat16 seq_len=512"])
+def test_a_method_with_frozen_parts_takes_what_the_plan_says(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W0 is stored, but has no gradient and no moments."""
+    monkeypatch.setattr("sltrain.layers.LowRankLinear", ReLoRALinear)
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    plan = measured_plan(f"method=low_rank {rest}")
+    check(plan)
+    own, full, *_ = plan.columns
+    frozen = own.groups["frozen_weights"]
+    assert frozen > 10e6 / (2 if "bfloat16" in rest else 1) and frozen > own.groups["low_rank_weights"]
+    assert own.groups["dense_weights"] + frozen == full.groups["dense_weights"]
+    moments = 2 * (own.groups["dense_weights"] + own.groups["low_rank_weights"])
+    assert own.groups["optimizer_state"] == pytest.approx(moments, rel=1e-3)
+    assert list(own.groups) == [*GROUPS[:4], "frozen_weights", *GROUPS[4:]]
+
+
+@pytest.mark.parametrize("part", ["head", "embedding", "projections"])
+def test_frozen_parts_of_the_model_have_no_gradient_and_no_state(part: str) -> None:
+    config = config_of("method=full model.vocab_size=30000")
+    model, trained = model_of(config), model_of(config)
+    frozen = {"head": [model.lm_head], "embedding": [model.model.embed_tokens], "projections": model.model.layers}[part]
+    for module in frozen:
+        module.requires_grad_(False)
+    less = bytes_of(parameter for module in frozen for parameter in module.parameters())
+    assert less > 10e6
+    state, every = (plan_model(config, one, CPU, 1).groups["optimizer_state"] for one in (model, trained))
+    assert state == every - 2 * less - 4 * sum(len(list(module.parameters())) for module in frozen)  # and step counts
+    for how, group in (({"num_micro_batches": 2}, "gradients"), ({"uses_ddp": True}, "ddp_buckets")):
+        groups, without = (plan_memory(one, UpdateShape(1, 8, **how), 0).groups for one in (model, trained))
+        assert groups["frozen_weights"] == less and groups[group] <= without[group] - less
+    counts = count_parameters(model)
+    assert counts["frozen"] == less // 4 and counts["total"] == count_parameters(trained)["total"] - less // 4
 
 
 def test_a_layer_of_unknown_kind_is_named() -> None:
