@@ -16,7 +16,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sltrain.api.plan_config import PlanConfig, validate
-from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
+from sltrain.commands.help_text import help_text
+from sltrain.compose import TRAIN, Schema, compose_config, parse_overrides
 from sltrain.config import NoBudget, TrainConfig
 from sltrain.errors import ExitCode, report_error, run_as_process, say
 
