@@ -7,10 +7,9 @@ options read the same grammar and their file of conf/ without Hydra.
 """
 
 import difflib
-import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -114,42 +113,6 @@ def with_plugin(config: TrainConfig, group: str, name: str) -> TrainConfig:
     return replace(config, **chosen)
 
 
-def help_text(schema: Schema = TRAIN) -> str:
-    """What `--help` prints: the groups with their options, and every key with the comment it has in the schema."""
-    groups = _groups(schema)
-    lines = ["Groups (GROUP=OPTION):"] if groups else []
-    lines += [f"  {group:11} {', '.join(options)}" for group, options in groups.items()]
-    lines += ["", f"Keys (KEY=VALUE); {schema.order}:"]
-    lines += [f"  {key:25} {comment}".rstrip() for key, comment in _comments(schema.type) if key not in groups]
-    for group in PLUGINS if groups else ():
-        lines += ["", f"Options by {group} ({group}.KEY=VALUE); those that are keys above too follow them:"]
-        for name in PLUGINS[group].names():
-            lines += _options_lines(group, name)
-    return "\n".join(lines).lstrip("\n")
-
-
-def _comments(kind: type) -> Iterator[tuple[str, str]]:
-    """The fields of a dataclass as its source has them, each with the comment beside it."""
-    for line in inspect.getsource(kind).splitlines():
-        code, _, comment = line.strip().partition("  # ")
-        key, separator, _ = code.partition(": ")
-        if separator and key.isidentifier():
-            yield key, comment
-
-
-def _options_lines(group: str, name: str) -> list[str]:
-    """A plug-in's options: in one line those that are keys of a run too, then each other with its comment."""
-    try:
-        plugin = PLUGINS[group].load(name)
-    except ValueError as error:
-        return [f"  {error}"]
-    comments = {key: text for kind in plugin.__mro__ if is_dataclass(kind) for key, text in _comments(kind)}
-    keys = {item.name for item in fields(TrainConfig)}
-    options = _option_names(group, name)
-    first = f"  {group}={name}: {', '.join(key for key in options if key in keys)}".rstrip(": ")
-    return [first, *(f"    {key:23} {comments.get(key, '')}".rstrip() for key in options if key not in keys)]
-
-
 def to_config(config: DictConfig, schema: Schema) -> Any:
     """The composed configuration as plain dataclasses. Raises ValueError for a mandatory key that nothing sets."""
     missing = sorted(OmegaConf.missing_keys(config))
@@ -196,7 +159,7 @@ def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     options = saved.get(group)
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"{group} should have a name and options")
-    known = ["name", *_option_names(group, options["name"])]
+    known = ["name", *option_names(group, options["name"])]
     return {key: value for key, value in options.items() if key in known or value}
 
 
@@ -320,7 +283,7 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     """One line for a composition error: the innermost message, and the override it belongs to."""
     text = str(error)
     if "You must specify" in text:
-        options = ", ".join(_groups(TRAIN)["model"])
+        options = ", ".join(groups_of(TRAIN)["model"])
         return f"no model is chosen: add model=NAME ({options}), or experiment=quickstart"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
@@ -337,13 +300,13 @@ def _foreign_option(group: str, option: str, overrides: list[str]) -> str:
     """Why this option cannot be set: it belongs to another plug-in than the chosen one."""
     rest = [text for text in overrides if not text.lstrip("+~").startswith(f"{group}.{option}=")]
     name = _compose(rest, TRAIN)[group]["name"]
-    own = _option_names(group, name)
-    others = [other for other in PLUGINS[group].names() if option in _option_names(group, other)]
+    own = option_names(group, name)
+    others = [other for other in PLUGINS[group].names() if option in option_names(group, other)]
     belongs = f"it belongs to {' and '.join(f'{group}={other}' for other in others)}; " if others else ""
     return f"{group}.{option}: {group}={name} has no such option; {belongs}it has {', '.join(own) or 'none'}"
 
 
-def _option_names(group: str, name: str) -> list[str]:
+def option_names(group: str, name: str) -> list[str]:
     """The options of a plug-in; none of one that cannot be imported."""
     try:
         return [item.name for item in fields(PLUGINS[group].load(name)) if item.name != "name"]
@@ -354,7 +317,7 @@ def _option_names(group: str, name: str) -> list[str]:
 def _check_key(override: Override, schema: Schema) -> None:
     """Refuse a key that neither the schema nor a config group knows, with the nearest names."""
     key = override.key_or_group
-    groups = _groups(schema)
+    groups = groups_of(schema)
     known = _keys(schema.type)
     if schema is TRAIN:
         known += [f"{group}.{key}" for group, registry in PLUGINS.items() for key in _all_options(group, registry)]
@@ -369,10 +332,10 @@ def _check_key(override: Override, schema: Schema) -> None:
 
 
 def _all_options(group: str, registry: Registry[Any]) -> list[str]:
-    return sorted({key for name in registry.names() for key in _option_names(group, name)})
+    return sorted({key for name in registry.names() for key in option_names(group, name)})
 
 
-def _groups(schema: Schema) -> dict[str, list[str]]:
+def groups_of(schema: Schema) -> dict[str, list[str]]:
     """A command's config groups and their options, as files lie in conf/."""
     if not schema.has_groups:
         return {}

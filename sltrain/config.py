@@ -218,6 +218,10 @@ def _validate_update(config: TrainConfig) -> None:
         )
 
 
+class NoBudget(ValueError):
+    """The configuration does not say how long to train."""
+
+
 def num_steps(config: TrainConfig) -> int:
     """Updates of the run. Raises ValueError unless exactly one of max_steps and max_tokens is set."""
     if config.max_steps is not None and config.max_tokens is not None:
@@ -229,7 +233,7 @@ def num_steps(config: TrainConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     if config.max_tokens is None:
-        raise ValueError("no budget: set max_steps=UPDATES, or max_tokens=POSITIONS")
+        raise NoBudget("no budget: set max_steps=UPDATES, or max_tokens=POSITIONS")
     return -(-config.max_tokens // (config.global_batch_size * config.seq_len))
 
 

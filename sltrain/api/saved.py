@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sltrain.building.model import build_model
+from sltrain.building.phases import change_until
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ModelConfig, TrainConfig
 from sltrain.data.tokenizer import Tokenizer
@@ -96,9 +97,10 @@ def open_run(path: Path, step: int | None) -> Saved:
         raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
     files = WeightFiles(checkpoint)
     vocab_size = files.shape(HEAD)[0]
-    model = build_model(config, vocab_size, files.dtype(HEAD))
-    files.check(model)
     state = checkpointer.read_state(checkpoint)
+    model = build_model(config, vocab_size, files.dtype(HEAD))
+    change_until(config, model, state["step"])
+    files.check(model)
     tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size)
     return Saved(
         path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sltrain.api.saved import Saved, open_saved
-from sltrain.layers.base import ReplacedLinear, parts_of
+from sltrain.layers.base import ReplacedLinear, check_known, parts_of
 from sltrain.layers.parts import LowRankPart, Part, singular_values
 from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
@@ -40,6 +40,8 @@ def look_inside(
     """
     opened = _open_steps(path, steps)
     names = _projections(opened[0].model)
+    for name in names:
+        check_known(name, opened[0].model.get_submodule(name))
     chosen = choose_layers(names, layers)
     found = []
     for saved in opened:

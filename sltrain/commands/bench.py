@@ -17,7 +17,8 @@ from sltrain.benchmarks.settings import (
     check_scope,
     validate,
 )
-from sltrain.compose import Schema, compose_config, help_text, parse_overrides
+from sltrain.commands.help_text import help_text
+from sltrain.compose import Schema, compose_config, parse_overrides
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 

@@ -15,8 +15,9 @@ import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
 from omegaconf import DictConfig
 
+from sltrain.commands.help_text import help_text
 from sltrain.commands.sweep import Sweep
-from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
+from sltrain.compose import check_overrides, conf_dir, register_schema, to_train_config
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 

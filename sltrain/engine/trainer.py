@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltrain.engine.actions import Stateful
+from sltrain.engine.actions import Schedule, Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
@@ -65,6 +65,7 @@ class Trainer:
 
     model: nn.Module  # not wrapped in DDP
     update_step: UpdateStep
+    schedule: Schedule  # what the method does between updates
     objects: dict[str, Stateful]  # what a checkpoint holds besides the model: the optimizer, what actions keep
     stream: Any  # iterator of batches, with `wait` and `close`
     eval_set: Any  # iterable of batches, with `exhausted`
@@ -76,7 +77,7 @@ class Trainer:
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
-    final_metrics: dict[str, Any]  # what the final line says besides the evaluation
+    final_metrics: Callable[[], dict[str, Any]]  # what the final line says besides the evaluation
     progress: Progress = field(default_factory=Progress)
     stream_state: dict[str, Any] = field(default_factory=dict)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run has to make again
@@ -89,6 +90,7 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.num_updates_here = 0  # by this process
+        self.is_acting = False  # while actions have changed some weights and not yet others
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -126,7 +128,7 @@ class Trainer:
         return Update(batch, num_tokens, num_targets, stopped > 0, losses > 0)
 
     def train(self, update: Update) -> StepResult:
-        """Run one update and advance the counters."""
+        """Run one update, advance the counters, and do what is due after it."""
         next_step = self.step + 1
         self.lr = self.set_learning_rate(next_step)
         result = self._measured(
@@ -141,7 +143,16 @@ class Trainer:
         self._count(update, result)
         self.stream_state = update.batch.state
         self.throughput.add(update.num_tokens)
+        self._act()
         return result
+
+    def _act(self) -> None:
+        """Begin the phases and do the actions that are due after this step."""
+        if self.schedule.is_due(self.step):
+            self.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
+            self.is_acting = True
+            self.schedule.run(self.step)
+            self.is_acting = False
 
     def _count(self, update: Update, result: StepResult) -> None:
         """Advance the counters by one update, and tell what of it was left out."""
@@ -174,7 +185,7 @@ class Trainer:
     def rescue(self) -> None:
         """After memory ran out: free what an update had begun, and save if the weights are whole. Ranks do not agree on
         running out, so nothing is saved where there are several."""
-        is_whole = self.update_step.is_whole
+        is_whole = self.update_step.is_whole and not self.is_acting
         self.optimizer.zero_grad()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -214,7 +225,9 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            self.final = self._write(event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics})
+            self.final = self._write(
+                event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics()}
+            )
             return True
 
     def note_stop(self, outcome: str) -> None:

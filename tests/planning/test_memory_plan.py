@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toy_layers import ReLoRALinear
 
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
@@ -29,7 +30,8 @@ from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning import memory_plan
-from sltrain.planning.memory_plan import GROUPS, PHASES, MemoryPlan, UpdateShape, plan_memory
+from sltrain.planning.accounting import count_parameters
+from sltrain.planning.memory_plan import GROUPS, STAGES, MemoryPlan, UpdateShape, plan_memory
 
 T = TypeVar("T")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -136,11 +138,11 @@ def kept_by_plan(config: TrainConfig) -> int:
     plan counts there, and the ids, which are made before; and the rotary tables, which it leaves out."""
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
     model = model_of(config)
-    phase = memory_plan._Parts(model, shape).phase("head backward")
+    stage = memory_plan._Parts(model, shape).stage("head backward")
     normed = shape.num_rows * config.model.hidden_size * dtype_of(config).itemsize
     tables = 2 * config.seq_len * model.model.head_size * 4
     ids = 32 * shape.num_rows
-    return phase["activations"] + phase["logits"] - 2 * normed - ids + tables
+    return stage["activations"] + stage["logits"] - 2 * normed - ids + tables
 
 
 @pytest.mark.parametrize("overrides", KEPT)
@@ -242,9 +244,9 @@ def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.M
     check(measured_plan(overrides), at_most=1.1)  # a bound of what blocks gather
 
 
-def test_every_phase_was_the_highest_once() -> None:
+def test_every_stage_was_the_highest_once() -> None:
     """Otherwise its formula was never compared with anything."""
-    assert {plan_of(config_of(overrides)).phase for overrides in UPDATES} == set(PHASES)
+    assert {plan_of(config_of(overrides)).stage for overrides in UPDATES} == set(STAGES) - {"action"}  # test_phases.py
 
 
 @pytest.mark.parametrize("rest", ["", "seq_len=256"])
@@ -318,7 +320,7 @@ def test_groups_add_up(method: str) -> None:
         plan = plan_memory(model, shape, optimizer_state=12345, update_temporaries=678)
         assert plan.total_bytes == sum(plan.groups.values())
         assert list(plan.groups) == list(GROUPS) and min(plan.groups.values()) >= 0
-        assert plan.groups["optimizer_state"] == 12345 and plan.phase in PHASES
+        assert plan.groups["optimizer_state"] == 12345 and plan.stage in STAGES
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -366,7 +368,7 @@ def test_per_layer_update_has_the_largest_gradients_only(method: str) -> None:
     for batch in (1, 4, 64):
         plan = plan_memory(model, UpdateShape(batch, 64, per_layer_update=True), 0)
         assert plan.groups["gradients"] <= max(single, several)
-        if plan.phase == "head backward":
+        if plan.stage == "head backward":
             assert plan.groups["gradients"] == bytes_of([model.lm_head.weight])
         ordinary = plan_memory(model, UpdateShape(batch, 64), 0)
         assert ordinary.total_bytes >= plan.total_bytes
@@ -385,7 +387,7 @@ def test_gradients_that_wait_are_all_there(method: str) -> None:
     for per_layer_update in (False, True):
         shape = UpdateShape(1, 64, num_micro_batches=2, per_layer_update=per_layer_update)
         plan = plan_memory(model, shape, 0)
-        assert plan.phase == "head backward" and plan.groups["gradients"] == every + head
+        assert plan.stage == "head backward" and plan.groups["gradients"] == every + head
         assert gradients(num_micro_batches=2, per_layer_update=per_layer_update)["gradients"] >= every
     for batch in (1, 2, 64):
         ddp = plan_memory(model, UpdateShape(batch, 64, uses_ddp=True), 0)
@@ -405,6 +407,40 @@ def test_processes_share_the_update() -> None:
     per_layer = plan_of(config_of("global_batch_size=8 per_layer_update=true"), CUDA, num_processes=4)
     one_micro_batch = plan_of(config_of("global_batch_size=2 per_layer_update=true"), CUDA)
     assert per_layer == one_micro_batch
+
+
+@pytest.mark.parametrize("rest", ["", f"{NARROW} per_layer_update=true", "dtype=bfloat16 seq_len=512"])
+def test_a_method_with_frozen_parts_takes_what_the_plan_says(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W0 is stored, but has no gradient and no moments."""
+    monkeypatch.setattr("sltrain.layers.LowRankLinear", ReLoRALinear)
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    plan = measured_plan(f"method=low_rank {rest}")
+    check(plan)
+    own, full, *_ = plan.columns
+    frozen = own.groups["frozen_weights"]
+    assert frozen > 10e6 / (2 if "bfloat16" in rest else 1) and frozen > own.groups["low_rank_weights"]
+    assert own.groups["dense_weights"] + frozen == full.groups["dense_weights"]
+    moments = 2 * (own.groups["dense_weights"] + own.groups["low_rank_weights"])
+    assert own.groups["optimizer_state"] == pytest.approx(moments, rel=1e-3)
+    assert list(own.groups) == [*GROUPS[:4], "frozen_weights", *GROUPS[4:]]
+
+
+@pytest.mark.parametrize("part", ["head", "embedding", "projections"])
+def test_frozen_parts_of_the_model_have_no_gradient_and_no_state(part: str) -> None:
+    config = config_of("method=full model.vocab_size=30000")
+    model, trained = model_of(config), model_of(config)
+    frozen = {"head": [model.lm_head], "embedding": [model.model.embed_tokens], "projections": model.model.layers}[part]
+    for module in frozen:
+        module.requires_grad_(False)
+    less = bytes_of(parameter for module in frozen for parameter in module.parameters())
+    assert less > 10e6
+    state, every = (plan_model(config, one, CPU, 1).groups["optimizer_state"] for one in (model, trained))
+    assert state == every - 2 * less - 4 * sum(len(list(module.parameters())) for module in frozen)  # and step counts
+    for how, group in (({"num_micro_batches": 2}, "gradients"), ({"uses_ddp": True}, "ddp_buckets")):
+        groups, without = (plan_memory(one, UpdateShape(1, 8, **how), 0).groups for one in (model, trained))
+        assert groups["frozen_weights"] == less and groups[group] <= without[group] - less
+    counts = count_parameters(model)
+    assert counts["frozen"] == less // 4 and counts["total"] == count_parameters(trained)["total"] - less // 4
 
 
 def test_a_layer_of_unknown_kind_is_named() -> None:
