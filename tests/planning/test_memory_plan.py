@@ -18,10 +18,10 @@ from toy_layers import ReLoRALinear
 
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
+from sltrain.api.plan_config import PLAN
 from sltrain.building.memory import plan_model
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates
-from sltrain.commands.plan import PLAN
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
