@@ -10,7 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from sltrain.log import rank
 
 
 class ExitCode(IntEnum):
@@ -39,22 +41,6 @@ def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: st
     sys.exit(code)
 
 
-def tell(text: str, write: Callable[[str], Any] = print) -> None:
-    """Print to standard output. Work does not end because nobody reads on, as behind `| head`."""
-    if sys.stdout is None:
-        return
-    try:
-        write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-
-
-def say(line: str) -> None:
-    """A line of progress, on standard error: standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the page that follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -72,13 +58,12 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
     """
     if isinstance(error, BrokenPipeError):  # no error: nobody reads on, see run_as_process
         raise error
-    rank = int(os.environ.get("RANK", "0"))
     code = exit_code_of(error)
-    if getattr(error, "told_by_another_rank", False) or (common and rank):
+    if getattr(error, "told_by_another_rank", False) or (common and rank()):
         return code
     if code == ExitCode.FAILED or os.environ.get("SLTRAIN_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    where = f"[rank {rank}] " if rank else ""
+    where = f"[rank {rank()}] " if rank() else ""
     message = "\n".join(str(error).splitlines()[:2])  # other libraries go on for a page
     print(f"{where}error: {message}", file=sys.stderr, flush=True)
     return code

@@ -12,6 +12,7 @@ unless device=cpu or dtype=float32 says otherwise. With format=json the last lin
 
 import difflib
 import json
+import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,13 @@ from sltrain.api.plan_config import PlanConfig, validate
 from sltrain.commands.help_text import help_text
 from sltrain.compose import TRAIN, Schema, compose_config, parse_overrides
 from sltrain.config import NoBudget, TrainConfig
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 if TYPE_CHECKING:
     from sltrain.api.plan import Column, Plan
+
+logger = logging.getLogger(__name__)
 
 PLAN = Schema(
     "plan",
@@ -41,6 +45,7 @@ def main() -> None:
     run_as_process(run_command)
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-plan` with these arguments and return its exit code."""
     if "--help" in arguments or "-h" in arguments:
@@ -51,12 +56,12 @@ def run_command(arguments: list[str]) -> ExitCode:
         settings, config = compose_config(own, PLAN), compose_run(others)
         from sltrain.api.plan import build_plan  # torch and the rest, seconds after the cheap checks
 
-        plan = build_plan(settings, config, say)
+        plan = build_plan(settings, config)
     except Exception as error:
         return report_error(error)
     if settings.format == "json":
         for note in plan.notes:
-            say(f"note: {note}")
+            logger.info(f"note: {note}")
         print(json.dumps(as_object(plan)), flush=True)
     else:
         print(as_table(plan, settings.reserve_gb), flush=True)
