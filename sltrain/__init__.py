@@ -23,7 +23,7 @@ def load(
     its newest intact checkpoint, or at `step`).
 
     It is an ordinary torch module, in the dtype it was saved in unless `dtype` says otherwise: input_ids (B, T) ->
-    logits (B, T, V). `sltrain.layers.convert.merge_to_dense` makes its layers ordinary linears. Raises ValueError or
+    logits (B, T, V). `sltrain.layers.merge_to_dense` makes its layers ordinary linears. Raises ValueError or
     OSError for what cannot be opened.
     """
     import torch  # seconds, which importing the package must not cost
