@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from sltrain.layers import SLTrainLinear as SLTrainLinear
     from sltrain.layers import merge_to_dense as merge_to_dense
     from sltrain.layers import replace_linears as replace_linears
+    from sltrain.layers import set_paths as set_paths
     from sltrain.methods.base import METHODS as METHODS
     from sltrain.methods.base import Method as Method
     from sltrain.optim.kinds.base import OPTIMIZERS as OPTIMIZERS
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "sltrain.api.public": "Run bench evaluate export generate load plan report train",
     "sltrain.data.sources.base": "SOURCES SourceConfig",
-    "sltrain.layers": "LAYERS LowRankLinear ReplacedLinear SLTrainLinear merge_to_dense replace_linears",
+    "sltrain.layers": "LAYERS LowRankLinear ReplacedLinear SLTrainLinear merge_to_dense replace_linears set_paths",
     "sltrain.methods.base": "METHODS Method",
     "sltrain.optim.kinds.base": "OPTIMIZERS OptimizerConfig",
 }  # module -> what is taken from it

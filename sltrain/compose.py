@@ -1,9 +1,8 @@
-"""From what a person typed to a checked configuration: Hydra composes conf/ over the schema.
+"""Overrides -> checked configuration: Hydra composes conf/ over the schema.
 
-Hydra's own errors are tracebacks or several lines about its grammar. This file composes once before Hydra runs the
-command, and turns each of those errors into one line that names the key and the nearest valid spelling. What differs
-from command to command is its `Schema`; where none is named, it is that of `sltrain-train`. Commands without groups of
-options read the same grammar and their file of conf/ without Hydra.
+Hydra's own errors are tracebacks, or several lines about its grammar. This module composes once before Hydra runs the
+command and turns each error into one line that names the key and the nearest valid spelling. Commands differ by their
+`Schema`. Commands without config groups read the same grammar, and their file in conf/, without Hydra.
 """
 
 import difflib
@@ -46,8 +45,8 @@ class Schema:
     type: type
     validate: Callable[[Any], None]  # raises ValueError
     has_groups: bool  # whether the folders of conf/ are groups of options of this command, and Hydra runs it
-    order: str  # what `--help` says above the keys
-    advice: str  # what to do about a mandatory key that nothing sets
+    order: str  # printed above the keys by `--help`
+    advice: str  # how to set a mandatory key that nothing sets
     open_mappings: tuple[str, ...] = ()  # keys that hold a mapping with names of the user's choice
 
 
@@ -69,9 +68,8 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make the schema of `sltrain-train` known to Hydra under the name that conf/train.yaml starts from, and each
-    plug-in under the name that its file in conf/ starts from. One of another package has no file there: its defaults
-    are registered as the option itself."""
+    """Register with Hydra the schema that conf/train.yaml starts from, and the schema that each plug-in's file in conf/
+    starts from. A plug-in of another package has no file there: its defaults are registered as the option itself."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=_train_schema())
     for group, registry in PLUGINS.items():
@@ -131,8 +129,8 @@ def to_train_config(config: DictConfig) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
-    the run was made with: the default of conf/train.yaml. RETIRED_KEYS are left out. Raises ValueError."""
+    """The checked configuration in a run's config.yaml. A key that did not exist when the run was made gets its default
+    from conf/train.yaml; RETIRED_KEYS are dropped. Raises ValueError."""
     schema = _train_schema()
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
@@ -156,7 +154,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.yaml says of a plug-in, without the empty options that every plug-in of a group once had. Raises
+    """A plug-in's options in config.yaml, without the empty ones that every plug-in of a group once had. Raises
     ValueError."""
     options = saved.get(group)
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
@@ -166,8 +164,8 @@ def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:
-    """An object of this plain dataclass from the fields that `content` has, each of the type it should have. Raises
-    ValueError for one that is missing or of another type."""
+    """An object of this plain dataclass, from the fields in `content`. Raises ValueError for a field that is missing or
+    of another type."""
     known = {item.name: content[item.name] for item in fields(kind) if item.name in content}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
@@ -201,7 +199,7 @@ def _hydra() -> Iterator[None]:
 
 
 def parse_overrides(texts: list[str]) -> list[Override]:
-    """Parse command-line overrides. Raises ValueError for text that is not of Hydra's grammar, showing the quoted
+    """Parse command-line overrides. Raises ValueError for text that Hydra's grammar refuses, showing the quoted
     form."""
     parsed = []
     for text in texts:
@@ -223,8 +221,8 @@ def parse_overrides(texts: list[str]) -> list[Override]:
 
 
 def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
-    """Refuse, before anything starts, overrides of `sltrain-train` that do not compose to a valid configuration, in
-    every combination of a sweep. Raises ValueError."""
+    """Raise ValueError, before anything starts, for overrides of `sltrain-train` that do not compose to a valid
+    configuration, in any combination of a sweep."""
     overrides = parse_overrides(texts)
     _check_form(overrides, is_sweep, TRAIN)
     with _hydra():
@@ -235,7 +233,7 @@ def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
 
 
 def sweep_values(override: Override) -> list[str]:
-    """The overrides of single values that one override stands for: several if it sweeps, one otherwise."""
+    """The single-valued overrides that an override expands to: several if it sweeps, one otherwise."""
     if not override.is_sweep_override():
         assert override.input_line is not None
         return [override.input_line]

@@ -1,7 +1,7 @@
-"""What a command answers when it cannot go on: one exit code and one or two lines, never a traceback.
+"""Exit codes, and errors in one or two lines instead of a traceback.
 
-Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is
-wrong and what to change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
+What a user can fix is raised as ValueError (by the system as OSError), with a message that says what is wrong and what
+to change. Anything else is an internal error and shows its traceback. SLTRAIN_DEBUG=1 always shows it.
 """
 
 import os
@@ -20,10 +20,10 @@ class ExitCode(IntEnum):
     """Exit codes of every command; under torchrun, torchrun's own code replaces them."""
 
     OK = 0
-    FAILED = 1  # a fault of ours, or a sweep with a failed job
-    BAD_INPUT = 2  # something the user can mend
+    FAILED = 1  # internal error, or a sweep with a failed job
+    BAD_INPUT = 2  # invalid input or environment: the user can fix it
     INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
-    DATA_LOST = 4  # the network is gone; what was trained was saved
+    DATA_LOST = 4  # network lost; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
 
 

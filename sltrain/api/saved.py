@@ -22,7 +22,7 @@ from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
 from sltrain.formats.folder import READABLE_VERSIONS, STEMS, Facts, read_json
 from sltrain.formats.weights import WeightFiles
-from sltrain.layers.convert import restore_layers
+from sltrain.layers.convert import UnknownKind, restore_layers
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.runs.run_folder import RunFolder
@@ -125,6 +125,8 @@ def open_export(path: Path) -> Saved:
         with torch.device("meta"):
             model = LlamaForCausalLM(shape).to(dtype)
         restore_layers(model, facts.layers)
+    except UnknownKind as error:
+        raise ValueError(f"{path}: {error}") from error
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
     files.check(model)
