@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "parameters": set(),
     "config": {"methods", "data", "optim"},  # the classes that plug-ins extend, which import nothing heavy
     "log": set(),
+    "events": set(),
     "errors": {"log"},
     "numeric": {"parameters"},
     "compose": {"config", "data", "errors", "methods", "optim", "registry"},
@@ -38,13 +39,13 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"layers", "kernels", "models", "parameters"},
     "data": {"log", "numeric", "registry"},
     "optim": {"numeric", "parameters", "registry"},
-    "engine": {"log", "numeric"},
-    "runs": {"engine", "config"},
+    "engine": {"events", "log", "numeric"},
+    "runs": {"engine", "events", "config"},
     "formats": set(),
-    "reporting": set(),  # rows, curves and notes come as plain data
+    "reporting": {"events"},  # rows, curves and notes come as plain data
     "building": {*ROOMS, "compose", "config", "errors"},
     "benchmarks": {"building", *ROOMS, "formats", "compose", "config"},
-    "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "log"},
+    "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
     "commands": {"api", "benchmarks", "building", "compose", "config", "engine", "errors", "log", "reporting"},
 }
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sltrain.api.overrides import as_overrides
 from sltrain.errors import raised_as_error
+from sltrain.events import Event
 from sltrain.log import ANY_RANK, PACKAGE, lines_on
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ class Run(PathLike[str]):
 
     @property
     @raised_as_error()
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: one dict an event, see sltrain/engine/metrics.py for its numbers and units. A
-        loss that was not finite is NaN."""
+    def metrics(self) -> list[Event]:
+        """The lines of metrics.jsonl: one dict an event, with the numbers that sltrain/events.py lists. A loss that
+        was not finite is NaN."""
         return self._record().events
 
     @property
     @raised_as_error()
-    def final(self) -> dict[str, Any] | None:
+    def final(self) -> Event | None:
         """The event that ended a finished run: loss and perplexity on the validation text, memory, parameters."""
         return self._record().final
 

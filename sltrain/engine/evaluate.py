@@ -19,13 +19,14 @@ from torch import nn
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.metrics import safe_exp
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.events import Event
 from sltrain.numeric import IGNORED_LABEL
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
-) -> dict[str, Any] | None:
+) -> Event | None:
     """Loss of `model` (what a micro-batch holds -> summed token loss) over batches with input_ids, labels (rows,
     seq_len) and num_bytes.
 

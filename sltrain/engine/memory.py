@@ -20,6 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from sltrain.events import Event
+
 T = TypeVar("T")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -98,14 +100,21 @@ class RunMemory:
         result, self.tensor_bytes = tensor_peak(run, held_bytes, device)
         return result
 
-    def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> dict[str, int]:
+    def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> Event:
         """What a metrics line says. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
         what the allocator had reserved for them; `gather` gives the values of all ranks."""
         peak, reserved = self.process.peak_bytes(), self.process.reserved_bytes()
         tensors = self.tensor_bytes if reserved is None else peak
         peaks = [max(values) for values in zip(*gather((peak, tensors or 0, reserved or 0)), strict=True)]
-        names = ("planned_memory_bytes", "peak_memory_bytes", "peak_tensor_bytes", "peak_memory_reserved_bytes")
-        return {name: value for name, value in zip(names, [self.planned_bytes, *peaks], strict=True) if value}
+        numbers: Event = {}
+        if self.planned_bytes:
+            numbers["planned_memory_bytes"] = self.planned_bytes
+        numbers["peak_memory_bytes"] = peaks[0]
+        if peaks[1]:
+            numbers["peak_tensor_bytes"] = peaks[1]
+        if peaks[2]:
+            numbers["peak_memory_reserved_bytes"] = peaks[2]
+        return numbers
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -1,22 +1,8 @@
 """Results -> numbers with units -> metrics.jsonl, the progress bar, W&B.
 
-An event is a dict of plain numbers. Each has `event` (train, eval, checkpoint, final or stopped), `step` (updates
-done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row length trained on, pads included) and
-`wall_seconds` (of all processes that worked on the run, evaluations included). Then
-
-    train        loss (nats a token), lr, grad_norm (before clipping), tokens_per_second (outside evaluation, saving),
-                 data_wait_fraction, num_skipped_updates, with per-layer updates also num_skipped_tensors,
-                 planned_memory_bytes, peak_tensor_bytes (measured, from the third update of a process on),
-                 peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
-                 low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
-    eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens,
-                 eval_processes (those that had a part of the text; see evaluate.py)
-    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes, dtype (what auto became)
-    stopped      outcome, in words: why the run ended before its budget
-
-Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
-event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls
-`rewrite_until(path, N)`, so the file holds no step twice and no half line.
+The numbers and their units: events.py. Every sink has the same face, `log(event)` and `close()`, and lives on rank 0
+only. metrics.jsonl is the truth: one event a line, strict JSON (a number that is not finite is null). A run that
+resumes at step N first calls `rewrite_until(path, N)`, so the file holds no step twice and no half line.
 """
 
 import contextlib
@@ -33,11 +19,10 @@ from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
+from sltrain.events import Event
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
-
-Event = dict[str, Any]
 
 
 class Sink(Protocol):
@@ -94,11 +79,11 @@ class Throughput:
         """Count tokens that were trained on."""
         self._num_tokens += num_tokens
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Event:
         """tokens_per_second and data_wait_fraction (of this process's seconds) of the window, which ends here."""
         now = self._clock()
         seconds = now - self._start
-        numbers = {
+        numbers: Event = {
             "tokens_per_second": self._num_tokens / seconds if seconds > 0 else 0.0,
             "data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
         }

@@ -9,9 +9,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.stop import StopRequest
+from sltrain.events import Event
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,12 @@ class Trainer:
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
-    final_metrics: Callable[[], dict[str, Any]]  # what the final line says besides the evaluation
+    final_metrics: Callable[[], Event]  # what the final line says besides the evaluation
     progress: Progress = field(default_factory=Progress)
     stream_state: dict[str, Any] = field(default_factory=dict)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run has to make again
     throughput: Throughput = field(default_factory=Throughput)
-    final: dict[str, Any] | None = None  # the final line, once it is written
+    final: Event | None = None  # the final line, once it is written
     data_error: Exception | None = None  # what ended this rank's stream
 
     def __post_init__(self) -> None:
@@ -197,20 +198,17 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
-        left_out = (
-            {} if result.num_skipped_tensors is None else {"num_skipped_tensors": self.progress.num_skipped_tensors}
-        )
-        line = {
+        numbers: Event = {
             "loss": result.loss,
             "lr": self.lr,
             "grad_norm": result.grad_norm,
             **self.throughput.read(),
             **self.memory.numbers(self.ranks.gather),
             "num_skipped_updates": self.progress.num_skipped_updates,
-            **left_out,
-            **self.model_metrics(),
         }
-        self._write("train", line)
+        if result.num_skipped_tensors is not None:
+            numbers["num_skipped_tensors"] = self.progress.num_skipped_tensors
+        self._write("train", numbers, self.model_metrics())
 
     def evaluate(self, event: str) -> bool:
         """Write the eval or final line; False if a signal cut the evaluation short."""
@@ -225,9 +223,9 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            self.final = self._write(
-                event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics()}
-            )
+            numbers.update(self.memory.numbers(self.ranks.gather))
+            numbers.update(self.final_metrics())
+            self.final = self._write(event, numbers)
             return True
 
     def note_stop(self, outcome: str) -> None:
@@ -252,11 +250,17 @@ class Trainer:
         pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
         return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
 
-    def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
+    def _write(self, event: str, numbers: Event, of_method: Mapping[str, float] | None = None) -> Event:
         p = self.progress
-        wall = round(time.monotonic() - self.started, 3)
-        counters = {"step": p.step, "tokens": p.tokens, "positions": p.positions, "wall_seconds": wall}
-        line = {"event": event, **counters, **numbers}
+        line: Event = {
+            "event": event,
+            "step": p.step,
+            "tokens": p.tokens,
+            "positions": p.positions,
+            "wall_seconds": round(time.monotonic() - self.started, 3),
+            **numbers,
+            **cast(Event, of_method or {}),
+        }
         for sink in self.sinks:
             sink.log(line)
         return line

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
-Event = Mapping[str, Any]
+from sltrain.events import Event
 
 # config.yaml holds a method's options beside its name; early versions had them at the root, whoever used them.
 EARLY_OPTIONS = {"sltrain": ("rank", "sparsity", "alpha", "support"), "low_rank": ("rank", "alpha")}
@@ -216,7 +216,7 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
     return steps
 
 
-def _highest(events: Sequence[Event], key: str) -> int | None:
+def _highest(events: Sequence[Event], key: Literal["peak_memory_bytes", "peak_tensor_bytes"]) -> int | None:
     """Of all processes that worked on the run: each knows its own peak."""
     return max((event[key] for event in events if event.get(key) is not None), default=None)
 
@@ -231,7 +231,7 @@ def _measure(event: Event) -> str | None:
 
 def _eval_bytes(event: Event) -> int | None:
     """The bytes that the evaluated tokens stand for: loss * tokens nats are bits_per_byte * bytes bits."""
-    loss, tokens, bits = (event.get(key) for key in ("loss", "eval_tokens", "bits_per_byte"))
+    loss, tokens, bits = event.get("loss"), event.get("eval_tokens"), event.get("bits_per_byte")
     if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):
         return None
     return round(loss * tokens / (math.log(2) * bits))

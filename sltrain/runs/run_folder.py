@@ -21,6 +21,7 @@ import yaml
 
 from sltrain.config import RETIRED_KEYS
 from sltrain.engine.metrics import to_strict_json
+from sltrain.events import Event
 from sltrain.runs.lock import RunLock
 
 OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
@@ -157,7 +158,7 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def finish(self, final: dict[str, Any]) -> None:
+    def finish(self, final: Event) -> None:
         """Write summary.json: from now on the run is finished."""
         write_atomically(self.summary_file, to_strict_json(final) + "\n")
 

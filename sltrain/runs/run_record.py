@@ -26,11 +26,11 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from sltrain.engine.metrics import Event
+from sltrain.events import Event
 from sltrain.runs.run_folder import OURS, RunFolder
 
 RECENT_SECONDS = 600.0
@@ -42,7 +42,7 @@ NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens eval_processes peak
 
 @dataclass
 class RunRecord:
-    """One run as its folder tells it. Events are those of metrics.py; a loss that was not finite is NaN."""
+    """One run as its folder tells it. A loss that was not finite is NaN."""
 
     path: Path
     config: dict[str, Any]  # config.yaml; empty if it cannot be read
@@ -187,7 +187,7 @@ def _parse(line: bytes) -> Event:
         is_nan = isinstance(value, float) and math.isnan(value) and key in LOSSES
         if not (value is None or is_nan or _is_number(value)):
             raise ValueError(f"{key} is no number")
-    return event
+    return cast(Event, event)
 
 
 def _is_number(value: Any) -> bool:

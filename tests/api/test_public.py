@@ -23,6 +23,7 @@ import sltrain
 from sltrain.api import public
 from sltrain.api.overrides import as_overrides
 from sltrain.compose import TRAIN, compose_config, parse_overrides
+from sltrain.events import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = ("train", "plan", "load", "generate", "evaluate", "export", "report", "bench")
@@ -114,6 +115,13 @@ def test_it_is_the_run_that_the_command_makes(sltrain_train: Callable[..., tuple
     assert called.final is not None and called.final == {**called.metrics[-1]}
     assert called.generate("def ", max_new_tokens=3) == typed.generate("def ", max_new_tokens=3)
     assert called.evaluate()["loss"] == called.final["loss"]
+
+
+def test_every_number_of_a_run_is_in_the_list(folder: Path) -> None:
+    events = sltrain.Run(folder / "outputs/example").metrics
+    kinds = [event["event"] for event in events]
+    assert kinds == ["train", "train", "checkpoint", "final"]
+    assert {key for event in events for key in event} <= Event.__annotations__.keys()
 
 
 def test_progress_is_shown_unless_the_program_decides_otherwise(

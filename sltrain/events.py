@@ -1,0 +1,53 @@
+"""The numbers of a run. An event is a line of metrics.jsonl: a dict of plain numbers, whose keys and units are here.
+
+    train               now and then during training
+    eval, final         an evaluation on the validation text; the final one ends a finished run, and is summary.json
+    checkpoint          a checkpoint was written
+    stopped             the run ended before its budget
+
+The writer (engine/trainer.py) and the readers (runs/run_record.py, reporting/rows.py) are checked against it. A run
+folder may come from another version, so a reader finds any key missing. A number that is not finite is null in the
+file; a loss is then read as NaN.
+"""
+
+from typing import TypedDict
+
+
+class Event(TypedDict, total=False):
+    """One line. In parentheses the events that have a key; without, all have it."""
+
+    event: str  # train, eval, final, checkpoint or stopped
+    step: int  # updates done, skipped ones included
+    tokens: int  # trained on so far, pads left out, all ranks
+    positions: int  # trained on so far, rows x row length, pads included, all ranks
+    wall_seconds: float  # of all processes that worked on the run, one after the other, evaluations included
+
+    loss: float  # nats a token (train: of this update; eval, final: of the whole validation text)
+    lr: float  # of this update (train)
+    grad_norm: float  # before clipping (train)
+    tokens_per_second: float  # since the last such line, outside evaluation and saving, all ranks (train)
+    data_wait_fraction: float  # of that time: rank 0 waited for rows (train)
+    num_skipped_updates: int  # so far, because not finite (train)
+    num_skipped_tensors: int  # so far, left out of updates inside backward (train, per_layer_update)
+    low_rank_norm: float  # Frobenius norm of all (alpha / rank) B A together (train; and `GROUP_norm` of other groups
+    sparse_norm: float  # of parts); of all S together
+
+    planned_memory_bytes: int  # of tensors, at their peak, on one rank (train, final)
+    peak_tensor_bytes: int  # measured, from the third update of a process on (train, final)
+    peak_memory_bytes: int  # of the process on a CPU, of its tensors on CUDA; the highest rank (train, final)
+    peak_memory_reserved_bytes: int  # by the allocator, on CUDA (train, final)
+
+    perplexity: float  # exp(loss) (eval, final)
+    perplexity_galore_protocol: float  # as published tables count it, see engine/evaluate.py (eval, final)
+    bits_per_byte: float  # of text (eval, final)
+    eval_tokens: int  # predicted (eval, final)
+    eval_processes: int  # that had a part of the text (eval, final)
+    eval_exhausted: bool  # there was less text than eval_tokens asked for (eval, final)
+
+    dtype: str  # of the weights: what dtype=auto became (final)
+    peak_memory_measure: str  # whose peak peak_memory_bytes is (final)
+    num_parameters: dict[str, int]  # by group, and their total (final)
+    index_bytes: int  # of the positions of S (final)
+
+    path: str  # of the checkpoint (checkpoint)
+    outcome: str  # why, in words: see engine/loop.py (stopped)
