@@ -9,7 +9,7 @@ import pytest
 from sltrain.api.plan import build_plan
 from sltrain.commands import evaluate, export, generate, report
 from sltrain.commands.bench import read_arguments
-from sltrain.commands.plan import PLAN, split_arguments
+from sltrain.commands.plan import PLAN, compose_run, split_arguments
 from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
 
 FLAGS = {
@@ -45,7 +45,7 @@ def test_commands_compose(line: str) -> None:
     if "sltrain-plan" in line:
         own, others = split_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
         compose_config(own, PLAN)
-        compose_config(others, TRAIN)
+        compose_run(others)
         return
     if flags := re.search(r"sltrain-(report|export|eval|generate) (.*)", line.partition(" #")[0]):
         typed = FLAGS[flags[1]]().parse_args(shlex.split(flags[2]))

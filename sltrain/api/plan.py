@@ -4,8 +4,8 @@ Nothing is allocated and no GPU is touched: models are built on the meta device.
 updates on random tokens, on the machine it runs on.
 """
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
+
+logger = logging.getLogger(__name__)
 
 Groups = dict[str, int]
 NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
@@ -61,8 +63,8 @@ class Plan:
         return {card: column.total_bytes <= usable for card, usable in self.cards.items()}
 
 
-def build_plan(plan: PlanConfig, config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Plan:
-    """The plan; `say` tells what takes long. Raises ValueError for what cannot be planned."""
+def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
+    """The plan. Raises ValueError for what cannot be planned."""
     cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in chosen_cards(plan)}
     config.model.vocab_size = vocab_size(config)
     if plan.paper_convention:
@@ -70,12 +72,12 @@ def build_plan(plan: PlanConfig, config: TrainConfig, say: Callable[[str], None]
     # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = pick_dtype(config.dtype, device)
-    columns, phase = run_columns(config, device, dtype, plan.num_processes)
+    columns, highest = run_columns(config, device, dtype, plan.num_processes)
     if plan.measure:
         check_free(columns[0].total_bytes, device)
-        say(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
+        logger.info(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
-    headline = f"{_headline(config, where)}; highest during: {phase}"
+    headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
     return Plan(columns, cards, headline, notes(config, device, dtype, plan.num_processes), measured)
 
@@ -114,7 +116,7 @@ def run_columns(
     model = build_model(config, config.model.vocab_size, dtype)
     own = plan_model(config, model, device, num_processes)
     dense = build_model(as_dense(config), config.model.vocab_size, dtype)
-    of_dense = plan_model(config, dense, device, num_processes)
+    of_dense = plan_model(as_dense(config), dense, device, num_processes)
     shape = update_shape(config, device, dtype, num_processes)
 
     columns = [_column("this run", model, own)]
@@ -134,7 +136,7 @@ def run_columns(
         at_work = update_temporaries(config, model, device)
         published = plan_memory(model, shape, optimizer_state_bytes(config, model), stored, at_work)
         columns.append(_column("published SLTrain", model, published))
-    return columns, own.phase
+    return columns, f"{own.stage}, in phase {own.phase}" if own.phase else own.stage
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:

@@ -12,6 +12,7 @@ floating-point operations for each position, P being the model's parameters.
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,6 +27,8 @@ from sltrain.data.documents import Source
 from sltrain.data.stream import TrainStream
 from sltrain.engine.distributed import Ranks
 from sltrain.planning.accounting import count_parameters
+
+logger = logging.getLogger(__name__)
 
 PADDINGS = ("truncate_pad", "pack")
 ONE_BY_ONE = "document by document"
@@ -45,7 +48,7 @@ def measure_data(bench: Bench) -> Result:
     if bench.config.path:
         overrides += ["data=local", f"path={json.dumps(bench.config.path, ensure_ascii=False)}"]
     train = bench.train_config(*overrides)
-    source, ranks = train.data.open_training(bench.say), Ranks(rank=0, world_size=1, device=bench.device)
+    source, ranks = train.data.open_training(), Ranks(rank=0, world_size=1, device=bench.device)
     streams: list[TrainStream] = []
 
     def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
@@ -53,21 +56,23 @@ def measure_data(bench: Bench) -> Result:
         streams.append(
             TrainStream(
                 source,
-                build_tokenizer(train, source, ranks, bench.say),
+                build_tokenizer(train, source, ranks),
                 seed=SEED,
                 seq_len=train.seq_len,
                 padding=padding,
                 global_batch_size=train.global_batch_size,
                 num_streams=num_streams,
                 shuffle_block=shuffle_block,
-                on_event=lambda line: None,  # a small corpus begins again and again
                 prefetch=2,
             )
         )
         return (batch.num_tokens for batch in streams[-1])
 
+    events = logging.getLogger(TrainStream.__module__)
+    level = events.level
+    events.setLevel(logging.WARNING)  # a small corpus begins again and again
     try:
-        tokenizer_json = build_tokenizer(train, source, ranks, bench.say).json
+        tokenizer_json = build_tokenizer(train, source, ranks).json
         texts = document_by_document(source, tokenizer_json, train.seq_len, train.global_batch_size)
         small = {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS}
         rows = measure_throughput(bench, texts, small)
@@ -81,6 +86,7 @@ def measure_data(bench: Bench) -> Result:
     finally:
         for opened in streams:
             opened.close()
+        events.setLevel(level)
     tables = (format_table([row for row in rows if columns[1][0] in row], columns) for columns in (RATES, WAITS))
     return rows, "\n\n".join(tables)
 
@@ -105,12 +111,12 @@ def measure_throughput(bench: Bench, texts: Iterator[int], streams: dict[str, It
     """A row for tokenizing document by document and one for each stream, timed in turns. Each iterator gives the tokens
     of its next document or batch, without end. `seconds` are for a million tokens."""
     for name, batches in streams.items():
-        bench.say(f"{name}: {WARM_UP_BATCHES} batches to warm up")
+        logger.info(f"{name}: {WARM_UP_BATCHES} batches to warm up")
         _take(batches, WARM_UP_BATCHES)()
     tasks = {ONE_BY_ONE: Task(_take(texts, DOCUMENTS_PER_ROUND))}
     tasks |= {name: Task(_take(batches, BATCHES_PER_ROUND)) for name, batches in streams.items()}
     rounds = bench.config.repeats or ROUNDS
-    timings = in_turns(tasks, repeats=rounds, deadline=0, say=bench.say, clock=_cpu_seconds_at_rest)
+    timings = in_turns(tasks, repeats=rounds, deadline=0, clock=_cpu_seconds_at_rest)
     return [
         {
             "measured": name,

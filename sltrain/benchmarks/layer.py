@@ -37,7 +37,7 @@ def measure_layer(bench: Bench) -> Result:
         for name in names:
             tasks[label(shape), name] = layer_task(bench, layers[label(shape), name], shape, config.tokens)
         tasks[label(shape), PRODUCT] = product_task(config.tokens, shape[:2], **bench.like)
-    timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline, say=bench.say)
+    timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline)
     rows: list[Row] = []
     for (where, name), layer in layers.items():
         dense = timings.get((where, DENSE))

@@ -49,7 +49,7 @@ def measure_prices(bench: Bench) -> Result:
     tasks: dict[Any, Task] = {(label(probe.shape), probe.price): probe.task for probe in probes}
     for shape in bench.config.shapes:
         tasks[label(shape), PRODUCT] = product_task(bench.config.tokens, shape[:2], **bench.like)
-    timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
+    timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline)
     costs = COSTS[machine_kind(bench.device, bench.dtype)]
     rows: list[Row] = []
     for probe in probes:

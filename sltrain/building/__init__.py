@@ -4,7 +4,3 @@ model.py, trainer.py, data.py and memory.py are shared by what trains, plans or 
 trained model. The others are a command's: run.py is sltrain-train's, spectrum.py belongs to report.py, verify.py to
 export.py.
 """
-
-from collections.abc import Callable
-
-Say = Callable[[str], None]  # tells the user a line

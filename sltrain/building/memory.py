@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.building.phases import actions_of, structures
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.layers.cost import set_paths
@@ -26,15 +27,21 @@ PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 
 def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_processes: int) -> MemoryPlan:
-    """The plan of one process on `device` for `model`, built from `config` on any device. Sets the paths that a run
-    would choose."""
-    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
-    return plan_memory(
-        model,
-        update_shape(config, device, next(model.parameters()).dtype, num_processes),
-        optimizer_state_bytes(config, model),
-        update_temporaries=update_temporaries(config, model, device),
-    )
+    """The plan of one process on `device` for `model`, built from `config` on the meta device: that of the phase of the
+    run which needs most. Sets the paths that a run would choose."""
+    plans = []
+    for phase, structure in structures(config, model):
+        assert isinstance(structure, LlamaForCausalLM)
+        set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
+        plan = plan_memory(
+            structure,
+            update_shape(config, device, next(structure.parameters()).dtype, num_processes),
+            optimizer_state_bytes(config, structure),
+            update_temporaries=update_temporaries(config, structure, device),
+            action_temporaries=max((a.temporary_bytes for a in actions_of(config, structure)), default=0),
+        )
+        plans.append(dataclasses.replace(plan, phase=phase))
+    return max(plans, key=lambda plan: plan.total_bytes)
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:

@@ -8,6 +8,7 @@ is written, so bad input leaves nothing behind. Checks that need more than one r
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import shlex
 import shutil
@@ -18,9 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from sltrain.building import Say
 from sltrain.building.data import build_data, build_sources, build_tokenizer
 from sltrain.building.memory import plan_model, settings_that_fit, update_notes
 from sltrain.building.model import build_model, dtype_name, pick_dtype
@@ -33,12 +32,13 @@ from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.loop import Cadence, Outcome, run_loop
 from sltrain.engine.memory import free_bytes
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
-from sltrain.errors import tell
 from sltrain.methods.advice import warnings
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.accounting import count_parameters, sum_of_groups
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,11 +83,6 @@ class Run:
         assert self.trainer is not None
         return not isinstance(self.trainer.data_error, ValueError)
 
-    def say(self, line: str) -> None:
-        """Print a line, on rank 0."""
-        if self.ranks.is_main:
-            print_line(line)
-
     def farewell(self, outcome: Outcome) -> str:
         """How the run ended and what to do next, in one or two lines."""
         assert self.trainer is not None
@@ -128,27 +123,25 @@ class Run:
         )
 
 
-def build_run(config: TrainConfig, report: Say) -> Run:
+def build_run(config: TrainConfig) -> Run:
     """Build everything a training run needs. Raises ValueError or OSError for what the user can mend."""
     ranks = Ranks.start(pick_device(config.device))
-    say: Say = report if ranks.is_main else lambda line: None  # what all ranks know
-    tell: Say = report if ranks.is_main else lambda line: report(f"[rank {ranks.rank}] {line}")  # what one rank met
     ranks.everywhere(lambda: check_machine(config, ranks))
     folder, is_finished = open_folder(config, ranks)
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
     if is_finished:
         return Run(folder, ranks, config, None, cadence)
 
-    source, validation = ranks.everywhere(lambda: build_sources(config, tell))
-    tokenizer = build_tokenizer(config, source, ranks, say)
+    source, validation = ranks.everywhere(lambda: build_sources(config))
+    tokenizer = build_tokenizer(config, source, ranks)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
-    stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks, say))
-    describe(config, model, source, tokenizer, eval_set, ranks, cadence, say)
-    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks, say))
+    stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
+    describe(config, model, source, tokenizer, eval_set, ranks, cadence)
+    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks))
     plain = dataclasses.asdict(config)
     folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json))
-    say(f"run folder {folder.path}")
-    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, plan, say, tell)
+    logger.info(f"run folder {folder.path}")
+    trainer = build_trainer(config, cadence, folder, model, stream, eval_set, ranks, plan)
     return Run(folder, ranks, config, trainer, cadence)
 
 
@@ -194,37 +187,34 @@ def describe(
     eval_set: EvalSet,
     ranks: Ranks,
     cadence: Cadence,
-    say: Say,
 ) -> None:
     """What the user should know before step 1."""
     c, counts = config, count_parameters(model)
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
     dtype = dtype_name(next(model.parameters()).dtype)
-    say(
+    logger.info(
         f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
         f" = {sum_of_groups(counts, _short)}"
     )
     processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
-    say(
+    logger.info(
         f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
         f" ({passes} x {c.micro_batch_size} sequences on each of {processes})"
     )
-    say(
+    logger.info(
         f"budget     {cadence.max_steps:,} updates = {cadence.max_steps * positions:,} positions;"
         f" lr {c.lr:g}, {c.optimizer.name}"
     )
-    say(f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids")
-    say(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
+    logger.info(f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids")
+    logger.info(f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads")
     if eval_set.exhausted:
-        say(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
+        logger.info(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
     for line in [*warnings(model), *update_notes(config, ranks.world_size)]:
-        say(f"note       {line}")
+        logger.info(f"note       {line}")
 
 
-def guard_memory(
-    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks, say: Say
-) -> MemoryPlan | None:
+def guard_memory(config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks) -> MemoryPlan | None:
     """Plan the run's memory and say what comes. Raises ValueError if it does not fit, or cannot be planned, and the
     guard is on."""
     device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
@@ -237,12 +227,12 @@ def guard_memory(
     except ValueError as error:
         if config.memory_guard:
             raise
-        say(f"memory     cannot be planned: {error}")
+        logger.info(f"memory     cannot be planned: {error}")
         return None
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
         free //= ranks.num_on_this_machine  # they share it
-    say(f"memory     {_gigabytes(plan.total_bytes)} planned for tensors, {_gigabytes(free)} free on {device}")
+    logger.info(f"memory     {_gigabytes(plan.total_bytes)} planned for tensors, {_gigabytes(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
     keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
@@ -260,8 +250,3 @@ def _gigabytes(num_bytes: int | None) -> str:
 
 def _short(number: int) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number else "0"
-
-
-def print_line(line: str) -> None:
-    """Print a line above the progress bar."""
-    tell(line, tqdm.write)

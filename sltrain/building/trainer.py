@@ -2,7 +2,9 @@
 remembers, and where metrics go."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import torch
 from torch import nn
 
 from sltrain import kernels
-from sltrain.building import Say
 from sltrain.building.model import allocate, dtype_name
+from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.config import TrainConfig
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
-from sltrain.engine.actions import Stateful
+from sltrain.engine.actions import Phase, Schedule, Stateful, begun, generator_for
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.loop import Cadence
@@ -36,6 +38,8 @@ from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(
     config: TrainConfig,
@@ -46,32 +50,36 @@ def build_trainer(
     eval_set: EvalSet,
     ranks: Ranks,
     plan: MemoryPlan | None,
-    say: Say,
-    tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
-    checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+    checkpoint = ranks.on_main(lambda: checkpointer.find_latest())
+    step = 0 if checkpoint is None else checkpointer.read_state(checkpoint)["step"]
+    change_until(config, model, step)
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
         model.init_weights(config.seed)
-    optimizer = build_updates(config, model, ranks)
-    objects: dict[str, Stateful] = {"optimizer": stateful_optimizer(optimizer, model)}
+        for phase in begun(phases_of(config), 0):
+            phase.start(model, generator_for(config.seed, phase.name, 0))
+    live = Live(build_updates(config, model, ranks))
+    schedule = Schedule(live_actions(config, model, live), phases_of(config), config.seed)
+    objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}
     saved: dict[str, Any] = {}
     if checkpoint is not None:
         saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
-        say(f"resume     from step {saved['progress']['step']:,} ({checkpoint})")
+        logger.info(f"resume     from step {step:,} ({checkpoint})")
     progress = Progress(**saved.get("progress", {}))
-    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device, say)
+    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     sinks: list[Sink] = []
-    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
-    return Trainer(
+    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step)))
+    trainer = Trainer(
         model=compiled,
-        update_step=build_step(config, compiled, optimizer, ranks),
+        update_step=build_step(config, compiled, live.optimizer, ranks),
+        schedule=schedule,
         objects=objects,
         stream=stream,
         eval_set=eval_set,
@@ -80,20 +88,43 @@ def build_trainer(
         sinks=sinks,
         memory=memory,
         stop=StopRequest(),
-        set_learning_rate=learning_rate_setter(config, cadence.max_steps, optimizer, say),
+        set_learning_rate=learning_rate_setter(config, cadence.max_steps, live),
         micro_batch_size=config.micro_batch_size,
         model_metrics=lambda: weight_norms(model),
-        final_metrics={
+        final_metrics=lambda: {
             "dtype": dtype_name(next(model.parameters()).dtype),
             "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
         },
-        report=tell,
         progress=progress,
         stream_state=saved.get("stream", {}),
         built_with={"arithmetic": arithmetic},
     )
+    schedule.enter = partial(enter_phase, config, model, trainer, live)
+    return trainer
+
+
+def enter_phase(
+    config: TrainConfig,
+    model: nn.Module,
+    trainer: Trainer,
+    live: Live,
+    phase: Phase,
+    generator: torch.Generator,
+) -> None:
+    """Give a running model the structure of a phase, and the trainer an optimizer for it, with the state of what
+    stays."""
+    logger.info(f"phase      {phase.name} begins after update {phase.after:,}")
+    phase.change(model)
+    phase.start(model, generator)
+    trainer.update_step.close()
+    live.optimizer = rebuild_updates(config, model, trainer.ranks, live.optimizer)
+    trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.ranks)
+    trainer.schedule.actions = live_actions(config, model, live)
+    trainer.objects = {"optimizer": stateful_optimizer(live.optimizer, model), **trainer.schedule.stateful()}
+    paths = trainer.built_with["arithmetic"]["layer_paths"]
+    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, trainer.ranks.device, paths)
 
 
 def restore(
@@ -110,7 +141,7 @@ def restore(
 
 
 def fix_arithmetic(
-    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Say
+    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
     num_rows = config.micro_batch_size * config.seq_len
@@ -118,12 +149,12 @@ def fix_arithmetic(
     for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
         count = sum(chosen == path for chosen in paths.values())
         if count:
-            say(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
+            logger.info(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
     machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
     if saved.get("machine", machine) != machine:
-        say(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
+        logger.info(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
     if paths and device.type == "cpu" and (reason := kernels.status()) is not None:
-        say(f"note       {reason}")
+        logger.info(f"note       {reason}")
     return {"layer_paths": paths, "machine": machine}
 
 
@@ -180,23 +211,21 @@ def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Opt
     return OrdinaryStep(model, optimizer, ranks, config.grad_clip, config.grad_clip_per_parameter)
 
 
-def learning_rate_setter(
-    config: TrainConfig, max_steps: int, optimizer: torch.optim.Optimizer, say: Say
-) -> Callable[[int], float]:
+def learning_rate_setter(config: TrainConfig, max_steps: int, live: Live) -> Callable[[int], float]:
     """A function that sets the learning rate of a step and returns it."""
     warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
     if shortened:
-        say(f"note       {shortened}")
+        logger.info(f"note       {shortened}")
 
     def set_rate(step: int) -> float:
         factor = warmup_cosine(step, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
-        set_learning_rate(optimizer, config.lr * factor)
+        set_learning_rate(live.optimizer, config.lr * factor)
         return config.lr * factor
 
     return set_rate
 
 
-def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Say) -> list[Sink]:
+def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int) -> list[Sink]:
     """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
     rewrite_until(folder.metrics_file, step)
     sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
@@ -207,7 +236,6 @@ def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: in
                 project=config.tracker.project,
                 entity=config.tracker.entity,
                 config=dataclasses.asdict(config),
-                report=say,
             )
         )
     return sinks

@@ -17,8 +17,10 @@ from sltrain.benchmarks.settings import (
     check_scope,
     validate,
 )
-from sltrain.compose import Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.commands.help_text import help_text
+from sltrain.compose import Schema, compose_config, parse_overrides
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 BENCH = Schema(
     "bench",
@@ -41,6 +43,7 @@ def main() -> None:
     run_as_process(run_command)
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-bench` with these arguments and return its exit code."""
     if "--help" in arguments or "-h" in arguments:
@@ -50,7 +53,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         config = read_arguments(arguments)
         from sltrain.api.bench import measure  # torch and the rest, seconds after the cheap checks
 
-        data, text = measure(config, say)
+        data, text = measure(config)
     except Exception as error:
         return report_error(error)
     print(json.dumps(data) if config.format == "json" else text, flush=True)

@@ -12,15 +12,21 @@ unless device=cpu or dtype=float32 says otherwise. With format=json the last lin
 
 import difflib
 import json
+import logging
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sltrain.api.plan_config import PlanConfig, validate
-from sltrain.compose import TRAIN, Schema, compose_config, help_text, parse_overrides
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.commands.help_text import help_text
+from sltrain.compose import TRAIN, Schema, compose_config, parse_overrides
+from sltrain.config import NoBudget, TrainConfig
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 if TYPE_CHECKING:
     from sltrain.api.plan import Column, Plan
+
+logger = logging.getLogger(__name__)
 
 PLAN = Schema(
     "plan",
@@ -30,6 +36,7 @@ PLAN = Schema(
     order="conf/plan.yaml sets the rest; all keys of sltrain-train can be set too (sltrain-train --help)",
     advice="sltrain-plan --help lists the keys",
 )
+ANY_BUDGET = 10_000  # updates; a plan asks for the phases of a run, if its method has any
 KEYS = {item.name for item in fields(PlanConfig)}
 
 
@@ -38,6 +45,7 @@ def main() -> None:
     run_as_process(run_command)
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-plan` with these arguments and return its exit code."""
     if "--help" in arguments or "-h" in arguments:
@@ -45,15 +53,15 @@ def run_command(arguments: list[str]) -> ExitCode:
         return ExitCode.OK
     try:
         own, others = split_arguments(arguments)
-        settings, config = compose_config(own, PLAN), compose_config(others, TRAIN)
+        settings, config = compose_config(own, PLAN), compose_run(others)
         from sltrain.api.plan import build_plan  # torch and the rest, seconds after the cheap checks
 
-        plan = build_plan(settings, config, say)
+        plan = build_plan(settings, config)
     except Exception as error:
         return report_error(error)
     if settings.format == "json":
         for note in plan.notes:
-            say(f"note: {note}")
+            logger.info(f"note: {note}")
         print(json.dumps(as_object(plan)), flush=True)
     else:
         print(as_table(plan, settings.reserve_gb), flush=True)
@@ -61,8 +69,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides of this command's own keys, and those of `sltrain-train`, which needs no budget for a plan. Raises
-    ValueError."""
+    """The overrides of this command's own keys, and those of `sltrain-train`. Raises ValueError."""
     for argument in arguments:
         if argument.startswith("-"):
             raise ValueError(f"{argument}: sltrain-plan knows KEY=VALUE and --help, no other option, and no sweeps")
@@ -73,7 +80,15 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
             raise ValueError(f"unknown key {key!r}; did you mean {near[0]}?")
     own = [text for text, key in zip(arguments, keys, strict=True) if key in KEYS]
     others = [text for text, key in zip(arguments, keys, strict=True) if key not in KEYS]
-    return own, others if {"max_steps", "max_tokens"} & set(keys) else [*others, "max_steps=1"]
+    return own, others
+
+
+def compose_run(overrides: list[str]) -> TrainConfig:
+    """The configuration of a run that is only planned: it needs no budget. Raises ValueError."""
+    try:
+        return compose_config(overrides, TRAIN)
+    except NoBudget:
+        return compose_config([*overrides, f"max_steps={ANY_BUDGET}"], TRAIN)
 
 
 def as_object(plan: "Plan") -> dict[str, Any]:

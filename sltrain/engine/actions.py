@@ -104,7 +104,7 @@ def generator_for(seed: int, name: str, step: int) -> torch.Generator:
 class Schedule:
     """The actions of a run, done when they are due.
 
-    `enter` makes a phase's structure the run's: it changes the model and builds the optimizer again (building/trainer).
+    `enter(phase, generator)` makes a phase's structure the run's: it changes the model and builds the optimizer again.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Schedule:
     ) -> None:
         names = [action.name for action in actions] + [phase.name for phase in phases]
         assert len(names) == len(set(names)), f"actions and phases of one name: {names}"
-        self.actions, self.phases, self.seed, self._enter = list(actions), list(phases), seed, enter
+        self.actions, self.phases, self.seed, self.enter = list(actions), list(phases), seed, enter
 
     def is_due(self, step: int) -> bool:
         """Whether anything happens after update `step`."""
@@ -127,7 +127,7 @@ class Schedule:
         """Begin the phases and do the actions that are due after update `step`."""
         for phase in self.phases:
             if phase.after == step:
-                self._enter(phase, generator_for(self.seed, phase.name, step))
+                self.enter(phase, generator_for(self.seed, phase.name, step))
         for action in self.actions:
             if action.is_due(step):
                 action.apply(Moment(step, generator_for(self.seed, action.name, step)))

@@ -21,6 +21,7 @@ event a line, strict JSON (a number that is not finite is null). A run that resu
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
@@ -265,7 +268,6 @@ class WandbSink:
         project: str,
         entity: str | None,
         config: Mapping[str, Any],
-        report: Callable[[str], None],
     ) -> None:
         try:
             import wandb
@@ -291,9 +293,11 @@ class WandbSink:
                 f"tracker=wandb: {error}. Set WANDB_MODE=offline to record without its server, or take tracker=none."
             ) from error
         if mode == "offline":
-            report(f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`.")
+            logger.info(
+                f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`."
+            )
         elif mode == "online":
-            report(f"W&B: {self._run.url}")
+            logger.info(f"W&B: {self._run.url}")
 
     def log(self, event: Event) -> None:
         prefix = event["event"]

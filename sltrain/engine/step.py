@@ -71,6 +71,10 @@ class UpdateStep(ABC):
         """What is held between updates besides weights and optimizer state."""
         return 0
 
+    def close(self) -> None:
+        """Let go of the model, for which another step is made."""
+        return
+
 
 class OrdinaryStep(UpdateStep):
     """Updates all weights at once, after the last backward.
@@ -100,6 +104,9 @@ class OrdinaryStep(UpdateStep):
     @property
     def bucket_bytes(self) -> int:
         return self.ranks.bucket_bytes(self.model)
+
+    def close(self) -> None:
+        del self.model  # DDP takes its hooks from the parameters when it is gone
 
     def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ carries the position that follows it.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltrain.engine.actions import Stateful
+from sltrain.engine.actions import Schedule, Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
@@ -24,6 +25,8 @@ from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.stop import StopRequest
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
 MEASURED_UPDATE = 3  # of a process: the first makes the optimizer's state, the second DDP's final buckets
@@ -62,6 +65,7 @@ class Trainer:
 
     model: nn.Module  # not wrapped in DDP
     update_step: UpdateStep
+    schedule: Schedule  # what the method does between updates
     objects: dict[str, Stateful]  # what a checkpoint holds besides the model: the optimizer, what actions keep
     stream: Any  # iterator of batches, with `wait` and `close`
     eval_set: Any  # iterable of batches, with `exhausted`
@@ -73,8 +77,7 @@ class Trainer:
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     micro_batch_size: int
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
-    final_metrics: dict[str, Any]  # what the final line says besides the evaluation
-    report: Callable[[str], None]  # one line to the user
+    final_metrics: Callable[[], dict[str, Any]]  # what the final line says besides the evaluation
     progress: Progress = field(default_factory=Progress)
     stream_state: dict[str, Any] = field(default_factory=dict)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run has to make again
@@ -87,6 +90,7 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.num_updates_here = 0  # by this process
+        self.is_acting = False  # while actions have changed some weights and not yet others
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -124,16 +128,14 @@ class Trainer:
         return Update(batch, num_tokens, num_targets, stopped > 0, losses > 0)
 
     def train(self, update: Update) -> StepResult:
-        """Run one update and advance the counters."""
+        """Run one update, advance the counters, and do what is due after it."""
         next_step = self.step + 1
         self.lr = self.set_learning_rate(next_step)
         result = self._measured(
             lambda: self.update_step.run(
                 self._micro_batches(update.batch),
                 update.num_targets,
-                on_skip=lambda name: self._report_once(
-                    f"step {next_step}: {name} is not finite; this update is skipped"
-                ),
+                on_skip=lambda name: logger.warning(f"step {next_step}: {name} is not finite; this update is skipped"),
             ),
             num_micro_batches=-(-len(update.batch.input_ids) // self.micro_batch_size),
         )
@@ -141,7 +143,16 @@ class Trainer:
         self._count(update, result)
         self.stream_state = update.batch.state
         self.throughput.add(update.num_tokens)
+        self._act()
         return result
+
+    def _act(self) -> None:
+        """Begin the phases and do the actions that are due after this step."""
+        if self.schedule.is_due(self.step):
+            self.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
+            self.is_acting = True
+            self.schedule.run(self.step)
+            self.is_acting = False
 
     def _count(self, update: Update, result: StepResult) -> None:
         """Advance the counters by one update, and tell what of it was left out."""
@@ -153,7 +164,7 @@ class Trainer:
         num_left_out = result.num_skipped_tensors or 0
         progress.num_skipped_tensors += num_left_out
         if num_left_out and not result.skipped:
-            self._report_once(f"step {progress.step}: {num_left_out} gradients were not finite and left out")
+            logger.warning(f"step {progress.step}: {num_left_out} gradients were not finite and left out")
         is_bad = result.skipped or num_left_out > 0
         progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if is_bad else 0
 
@@ -168,13 +179,13 @@ class Trainer:
         result = self.memory.measure(run, held, self.ranks.device)
         measured, plan = self.memory.tensor_bytes or 0, self.memory.planned_bytes
         planned = "" if plan is None else f", {plan / 1e9:,.2f} planned"
-        self._report_once(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
+        logger.info(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def rescue(self) -> None:
         """After memory ran out: free what an update had begun, and save if the weights are whole. Ranks do not agree on
         running out, so nothing is saved where there are several."""
-        is_whole = self.update_step.is_whole
+        is_whole = self.update_step.is_whole and not self.is_acting
         self.optimizer.zero_grad()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -182,7 +193,7 @@ class Trainer:
             try:
                 self.save()
             except (OSError, ValueError, RuntimeError) as error:
-                self._report_once(f"step {self.step} could not be saved: {error}")
+                logger.warning(f"step {self.step} could not be saved: {error}")
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
@@ -205,7 +216,7 @@ class Trainer:
         """Write the eval or final line; False if a signal cut the evaluation short."""
         with self.throughput.paused():
             if event == "final":
-                self._report_once(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
+                logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.stop.is_set)
             if numbers is None:
                 return False
@@ -214,7 +225,9 @@ class Trainer:
             if event == "eval":
                 self._write(event, numbers)
                 return True
-            self.final = self._write(event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics})
+            self.final = self._write(
+                event, {**numbers, **self.memory.numbers(self.ranks.gather), **self.final_metrics()}
+            )
             return True
 
     def note_stop(self, outcome: str) -> None:
@@ -238,11 +251,6 @@ class Trainer:
         """The rows of this rank, in order, `micro_batch_size` at a time, on the device."""
         pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
         return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
-
-    def _report_once(self, line: str) -> None:
-        """Tell the user what every rank knows."""
-        if self.ranks.is_main:
-            self.report(line)
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

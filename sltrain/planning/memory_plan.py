@@ -15,7 +15,7 @@
                      Gradients that wait for the next micro-batch, and DDP's buckets, are there all the time.
                      What waits is not in the buckets: DDP moves it there in the last backward.
 
-Memory rises and falls within an update; `PHASES` are the moments at which it can be highest, and the plan is the
+Memory rises and falls within an update; `STAGES` are the moments at which it can be highest, and the plan is the
 highest of them. Not in it: what the driver and the libraries take for themselves, and what an allocator loses by
 rounding. Rows are counted as if none were padded.
 """
@@ -32,7 +32,7 @@ GROUPS = (
     " temporaries"
 ).split()
 NUM_STORED = 4  # of these are stored in the model
-PHASES = (
+STAGES = (
     "loss",
     "head backward",
     "head update",  # inside backward, with per-layer updates
@@ -40,6 +40,7 @@ PHASES = (
     "last layer backward",
     "embedding backward",
     "update",
+    "action",  # between updates, without gradients
 )
 
 
@@ -65,7 +66,8 @@ class MemoryPlan:
     """Bytes at the moment when most are in use."""
 
     groups: dict[str, int]  # name -> bytes: those of GROUPS, and between them other groups of what is stored
-    phase: str  # one of PHASES
+    stage: str  # of an update, one of STAGES
+    phase: str = ""  # of the run (engine/actions.py), where it has several
 
     @property
     def total_bytes(self) -> int:
@@ -78,27 +80,30 @@ def plan_memory(
     optimizer_state: int,
     stored: dict[str, int] | None = None,
     update_temporaries: int = 0,
+    action_temporaries: int = 0,
 ) -> MemoryPlan:
     """The plan for a model on any device, meta included. Frozen parameters have no gradient. Raises ValueError for a
     kind of layer that is not accounted for.
 
-    `optimizer_state` is the optimizer's, in bytes, and `update_temporaries` what it allocates while it works; `stored`
-    are the stored bytes of another layout than the model's own (layouts.py).
+    `optimizer_state` is the optimizer's, in bytes, `update_temporaries` what it allocates while it works, and
+    `action_temporaries` what an action between updates does; `stored` are the stored bytes of another layout than the
+    model's own (layouts.py).
     """
     parts = _Parts(model, shape)
     always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}
-    phases = {name: parts.phase(name) for name in PHASES}
+    stages = {name: parts.stage(name) for name in STAGES}
     for name in ("head update", "embedding backward") if shape.per_layer_update else ("update",):
-        phases[name]["temporaries"] += update_temporaries
-    highest = max(PHASES, key=lambda name: sum(phases[name].values()))
-    at_peak = {**always, **phases[highest]}
+        stages[name]["temporaries"] += update_temporaries
+    stages["action"]["temporaries"] += action_temporaries
+    highest = max(STAGES, key=lambda name: sum(stages[name].values()))
+    at_peak = {**always, **stages[highest]}
     others = [name for name in always if name not in GROUPS]
     names = [*GROUPS[:NUM_STORED], *others, *GROUPS[NUM_STORED:]]
     return MemoryPlan({name: at_peak.get(name, 0) for name in names}, highest)
 
 
 class _Parts:
-    """The pieces that phases are made of, in bytes."""
+    """The pieces that stages are made of, in bytes."""
 
     def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
         self.shape, self.config = shape, model.config
@@ -143,8 +148,8 @@ class _Parts:
         temporary, gradients = max(moments, key=sum)
         return kept, (self.hidden + temporary, gradients)
 
-    def phase(self, name: str) -> dict[str, int]:
-        """Bytes by group in one of PHASES, besides what is always there."""
+    def stage(self, name: str) -> dict[str, int]:
+        """Bytes by group in one of STAGES, besides what is always there."""
         shape = self.shape
         kept = self.num_layers * self.hidden if self.checkpointing else self.all_kept
         kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
@@ -158,6 +163,7 @@ class _Parts:
             "last layer backward": (self.layer_kept, 0, self.layer_temporaries),
             "embedding backward": (self.hidden, 0, 0),
             "update": (0, 0, 0),
+            "action": (0, 0, 0),
         }[name]
         return {
             "ddp_buckets": self.all_gradients if shape.uses_ddp else 0,
@@ -192,9 +198,11 @@ class _Parts:
         """What was kept, and the gradient of the last norm's output; the head's gradient counts as one."""
         return self._loss_kept() + self.hidden
 
-    def _gradients(self, phase: str) -> int:
+    def _gradients(self, stage: str) -> int:
         """Bytes of gradients besides DDP's buckets: those that wait, those that are done, those that are new."""
         shape = self.shape
+        if stage == "action":
+            return 0
         new = {
             "loss": 0,
             "head backward": self.head_gradient,
@@ -203,7 +211,7 @@ class _Parts:
             "last layer backward": self.layer_gradient,
             "embedding backward": self.embedding_gradient,
             "update": 0,
-        }[phase]
+        }[stage]
         if shape.num_micro_batches > 1:
             return self.all_gradients + new
         if shape.per_layer_update or shape.uses_ddp:
@@ -216,5 +224,5 @@ class _Parts:
             "last layer backward": self.all_gradients - self.embedding_gradient - self.layer_gradient,
             "embedding backward": self.all_gradients - self.embedding_gradient,
             "update": self.all_gradients,
-        }[phase]
+        }[stage]
         return done + new

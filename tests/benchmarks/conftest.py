@@ -52,4 +52,4 @@ def clock_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
 @pytest.fixture
 def bench() -> Callable[..., Bench]:
     """A benchmark from the arguments of the command."""
-    return lambda *arguments: start_bench(read_arguments(list(arguments)), lambda line: None)
+    return lambda *arguments: start_bench(read_arguments(list(arguments)))

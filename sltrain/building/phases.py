@@ -1,0 +1,62 @@
+"""The phases and actions of a run (engine/actions.py), wired to its model, optimizer and trainer."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sltrain.config import TrainConfig, num_steps
+from sltrain.engine.actions import Action, Phase, Running, begun
+from sltrain.optim.named_state import reset_state
+
+
+def phases_of(config: TrainConfig) -> list[Phase]:
+    """The phases of a run of this configuration, in order."""
+    phases = config.method.phases(num_steps(config))
+    return sorted(phases, key=lambda phase: phase.after)
+
+
+def change_until(config: TrainConfig, model: nn.Module, step: int) -> None:
+    """Give a model on the meta device, as `build_model` made it, the structure that it has once update `step` is
+    done."""
+    for phase in begun(phases_of(config), step):
+        phase.change(model)
+
+
+def structures(config: TrainConfig, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Each structure that the model, on the meta device, has in the course of a run, and the phase that it begins
+    with; the first has no name unless a phase begins before the first update."""
+    phases = phases_of(config)
+    if not phases:
+        yield "", model
+        return
+    model, name = deepcopy(model), ""
+    for phase in phases:
+        if phase.after > 0:
+            yield name, deepcopy(model)
+        phase.change(model)
+        name = phase.name
+    yield name, model
+
+
+def actions_of(config: TrainConfig, model: nn.Module) -> list[Action]:
+    """The actions for a model without values, to plan with."""
+    return config.method.actions(Running(model, num_steps(config)))
+
+
+@dataclass
+class Live:
+    """The optimizer of a running model, which is another one after each phase."""
+
+    optimizer: torch.optim.Optimizer
+
+    def reset(self, names: Iterable[str]) -> None:
+        """Make the state of these parameters as new."""
+        reset_state(self.optimizer, list(names))
+
+
+def live_actions(config: TrainConfig, model: nn.Module, live: Live) -> list[Action]:
+    """The actions for the model of a run."""
+    return config.method.actions(Running(model, num_steps(config), live.reset))
