@@ -14,10 +14,9 @@ to sigma_r are about those of L, the others about those of S, and between them i
 
 Layers of other methods have other parts; each gets its curve and its energy.
 
-Singular values are drawn as small multiples, a panel a layer, all with the same axes: rows are kinds of projection,
-columns depths, as long as there are few depths. W is a broad pale line, so that the part which makes it can be seen on
-top of it. The last values of a square matrix fall steeply, over many powers of ten; the log axis ends before most of
-that fall, or it would show little else.
+Singular values are drawn in a panel a layer, all with the same axes: rows are kinds of projection, columns depths, if
+there are few. W is a broad pale line, so that the part which makes it can be seen on top of it. The last values of a
+square matrix fall steeply, over many powers of ten; the log axis ends before most of that fall.
 """
 
 import csv
@@ -125,7 +124,8 @@ def place(name: str) -> Place:
 
 def spectrum_section(title: str, found: Sequence[Found]) -> Section:
     """Figures and tables, by kind of projection and by chosen layer, and every number as CSV."""
-    pictures = [picture for at in found for picture in draw_spectra(at.step, by_place(at.spectra))]
+    by_place = [(at.step, {place(name): spectrum for name, spectrum in at.spectra.items()}) for at in found]
+    pictures = [picture for step, spectra in by_place for picture in draw_spectra(step, spectra)]
     if any(at.energies for at in found):
         pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
     tables = [by_kind(found), by_layer(found)]
@@ -137,24 +137,18 @@ def spectrum_section(title: str, found: Sequence[Found]) -> Section:
     return Section(title, pictures, tables, {name: text for name, text in texts.items() if text})
 
 
-def by_place(spectra: Mapping[str, Spectrum]) -> dict[Place, Spectrum]:
-    """(kind of projection, depth) -> spectrum, from those by layer name."""
-    return {place(name): spectrum for name, spectrum in spectra.items()}
-
-
 # ---- tables
 
 
 def by_layer(found: Sequence[Found]) -> Table:
     """One row a chosen layer and step."""
-    rows = [_row(at, name, spectrum) for at in found for name, spectrum in at.spectra.items()]
+    rows = []
+    for at in found:
+        for name, one in at.spectra.items():
+            numbers = [_number(value) for value in (one.whole[0], one.cliff, one.effective_rank)]
+            ranks = [str(one.numerical_rank), str(len(one.whole))]
+            rows.append([str(at.step), name, str(one.rank or "-"), *numbers, *ranks, _percent(at.share(name))])
     return Table(LAYER_HEADINGS, rows, LAYER_LEGEND, ("layer",))
-
-
-def _row(at: Found, name: str, spectrum: Spectrum) -> list[str]:
-    numbers = [_number(value) for value in (spectrum.whole[0], spectrum.cliff, spectrum.effective_rank)]
-    ranks = [str(spectrum.numerical_rank), str(len(spectrum.whole))]
-    return [str(at.step), name, str(spectrum.rank or "-"), *numbers, *ranks, _percent(at.share(name))]
 
 
 def by_kind(found: Sequence[Found]) -> Table:
