@@ -1,6 +1,7 @@
 """What is timed is training, floors count what torch counts, and any method can be a candidate."""
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def test_the_floor_counts_the_products_that_torch_counts(name: str, bench: Calla
     # torch counts attention as if every position saw all others; ours is apart: layers * hidden * (1 + ... + 16) * 2
     products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     attention = 3 * 2 * 4 * 128 * 2 * sum(range(1, 17))
-    without_targets = 3 * 2 * 128 * 4096  # a head may leave out the last position of each row
+    without_targets = 3 * 2 * 128 * 4096  # a head may skip the last position of each row
     assert describe(subject, name).multiply_adds - attention - products // 2 in (0, without_targets)
 
 
@@ -116,25 +117,30 @@ def candidate(name: str, multiply_adds: int = 1, peak: int = 0) -> Candidate:
     return Candidate(name, train=None, path=None, multiply_adds=multiply_adds, num_parameters=6, peak_bytes=peak)
 
 
-def test_a_model_is_built_once_if_it_stays_and_for_each_turn_if_not() -> None:
+def test_a_model_is_built_before_its_turn_and_released_after() -> None:
     done: list[str] = []
+    alive: list[weakref.ref[Any]] = []
 
     def make() -> Any:
+        def update(ids: torch.Tensor) -> float:
+            done.append(str(tuple(ids.shape)))
+            return 1.0
+
         done.append("build")
-        return lambda ids: done.append(str(tuple(ids.shape)))
+        alive.append(weakref.ref(update))
+        return update
 
-    for stays, expected in (
-        (True, ["build", "(1, 8)", "(2, 16)", "(2, 16)"]),
-        (False, ["build", "(1, 8)", "(2, 16)"] * 2),
-    ):
-        done.clear()
-        task = step_task(make, IDS, stays)
-        for _ in range(2):
-            task.before(), task.run(), task.after()
-        assert done == expected
+    task = step_task(make, IDS)
+    for _ in range(2):
+        task.before()
+        assert alive[-1]() is not None
+        assert task.run() is None, "the time is that of one update"
+        task.after()
+        assert alive[-1]() is None
+    assert done == ["build", "(1, 8)", "(2, 16)"] * 2
 
 
-def test_the_last_candidates_are_left_out_when_time_is_over(
+def test_the_last_candidates_are_skipped_when_time_is_over(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "run_alone", lambda function, config, name: (100, 0.5))
