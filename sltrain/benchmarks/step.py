@@ -1,7 +1,8 @@
 """One update of a whole model: forward, backward and optimizer on full rows of random ids.
 
 Each candidate first runs in a process of its own, which gives its peak memory and a first time. Then all are timed in
-turns in this process; each model is built for its turn and released after it, so that one model is in memory at a time.
+turns in this process. If their weights, gradients and optimizer states do not fit side by side, each model is built for
+its turn and released after it.
 
     floor           the multiply-adds of all products (projections, head, causal attention; 3 times forward, and a
                     fourth time what activation checkpointing recomputes) over the rate of the machine's dense product
@@ -11,6 +12,7 @@ turns in this process; each model is built for its turn and released after it, s
 
 import gc
 import importlib.util
+import math
 import multiprocessing
 import signal
 import time
@@ -34,7 +36,7 @@ from sltrain.building.model import allocate, build_model, dtype_name
 from sltrain.building.trainer import build_step, build_updates
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
-from sltrain.engine.memory import PeakMemory
+from sltrain.engine.memory import PeakMemory, free_bytes
 from sltrain.formats.folder import llama_config
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.cost import set_paths
@@ -69,9 +71,15 @@ def measure_step(bench: Bench) -> Result:
     usual = [name for name in USUAL["step"] if name not in TRANSFORMERS or importlib.util.find_spec("transformers")]
     names = bench.config.candidates or usual
     candidates = measure_each_alone(bench, [describe(bench, name) for name in names])
+    state_bytes = 4 * sum(c.num_parameters for c in candidates) * bench.dtype.itemsize  # with gradients, two moments
+    stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
+    if not stays:
+        bench.say("the models do not fit side by side: each is built for its turn")
     train = candidates[0].train
     ids = random_ids(bench, train)
-    tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids) for c in candidates}
+    tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
+    for task in tasks.values() if stays else ():
+        task.before()  # outside the rounds
     sides = (train.model.intermediate_size, train.model.hidden_size)
     tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
@@ -222,21 +230,23 @@ def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
     return memory.peak_bytes(), time.perf_counter() - start
 
 
-def step_task(build: Callable[[], Update], ids: Tensor) -> Task:
-    """One update of a model that `build` makes before and that is released after. A first, tiny update allocates the
-    optimizer state."""
+def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
+    """One update of a model that stays from turn to turn, or that is built before and released after each. A first,
+    tiny update allocates the optimizer state."""
     built: list[Update] = []
 
     def before() -> None:
-        built.append(build())
-        built[0](ids[:1, :8])
+        if not built:
+            built.append(build())
+            built[0](ids[:1, :8])
 
     def run() -> None:
         built[0](ids)
 
     def after() -> None:
-        built.clear()
-        gc.collect()
+        if not stays:
+            built.clear()
+            gc.collect()
 
     return Task(run, before, after)
 

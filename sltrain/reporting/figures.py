@@ -138,9 +138,9 @@ def draw_heat_maps(rows: list[Row]) -> list[Picture]:
     """Perplexity over rank and sparsity, one figure for each set of finished runs that differ in nothing else."""
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
-        if row.recipe and row.rank is not None and row.sparsity is not None:
-            if row.is_complete and math.isfinite(row.perplexity or math.nan):
-                families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
+        has_place = row.recipe and row.rank is not None and row.sparsity is not None
+        if has_place and row.is_complete and row.is_evaluated:
+            families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
     pictures: list[Picture] = []
     for members in families.values():
         cells: dict[tuple[int, float], list[float]] = {}

@@ -1,7 +1,6 @@
 """What is timed is training, floors count what torch counts, and any method can be a candidate."""
 
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -117,27 +116,22 @@ def candidate(name: str, multiply_adds: int = 1, peak: int = 0) -> Candidate:
     return Candidate(name, train=None, path=None, multiply_adds=multiply_adds, num_parameters=6, peak_bytes=peak)
 
 
-def test_a_model_is_built_before_its_turn_and_released_after() -> None:
+def test_a_model_is_built_once_if_it_stays_and_for_each_turn_if_not() -> None:
     done: list[str] = []
-    alive: list[weakref.ref[Any]] = []
 
     def make() -> Any:
-        def update(ids: torch.Tensor) -> float:
-            done.append(str(tuple(ids.shape)))
-            return 1.0
-
         done.append("build")
-        alive.append(weakref.ref(update))
-        return update
+        return lambda ids: done.append(str(tuple(ids.shape)))
 
-    task = step_task(make, IDS)
-    for _ in range(2):
-        task.before()
-        assert alive[-1]() is not None
-        assert task.run() is None, "the time is that of one update"
-        task.after()
-        assert alive[-1]() is None
-    assert done == ["build", "(1, 8)", "(2, 16)"] * 2
+    for stays, expected in (
+        (True, ["build", "(1, 8)", "(2, 16)", "(2, 16)"]),
+        (False, ["build", "(1, 8)", "(2, 16)"] * 2),
+    ):
+        done.clear()
+        task = step_task(make, IDS, stays)
+        for _ in range(2):
+            task.before(), task.run(), task.after()
+        assert done == expected
 
 
 def test_the_last_candidates_are_skipped_when_time_is_over(
