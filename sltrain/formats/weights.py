@@ -33,7 +33,7 @@ def write_weights(
     """
     split = split_state_dict_into_shards_factory(
         dict(shapes),
-        get_storage_size=_num_bytes,
+        get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern=f"{stem}{{suffix}}.safetensors",
         get_storage_id=lambda tensor: None,  # no tensor shares memory
         max_shard_size=max_shard_bytes,
@@ -42,7 +42,7 @@ def write_weights(
         with _readable_errors(folder / file):
             save_file({name: make(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file makes it readable only to its owner
-    total = sum(_num_bytes(tensor) for tensor in shapes.values())
+    total = sum(tensor.nbytes for tensor in shapes.values())
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         _index(folder, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -92,14 +92,15 @@ class WeightFiles:
         Without a move or cast a tensor is not copied but memory-mapped, copy on write; the file never changes. Raises
         ValueError for a missing tensor or another shape.
         """
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        state = module.state_dict()
+        for name, tensor in state.items():
             self._check(f"{prefix}{name}", tensor)
-        values = {name: self.read(f"{prefix}{name}") for name in module.state_dict()}
+        values = {name: self.read(f"{prefix}{name}") for name in state}
         module.load_state_dict({name: cast(value, dtype).to(device) for name, value in values.items()}, assign=True)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless these are exactly the tensors of `model`, by name and shape."""
-        expected = model.state_dict(keep_vars=True)
+        expected = model.state_dict()
         for name, tensor in expected.items():
             self._check(name, tensor)
         if more := self._files.keys() - expected.keys():
@@ -122,10 +123,6 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _index(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.safetensors.index.json"
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 @contextmanager

@@ -64,7 +64,10 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
     colours, styles = colours_of(rows), method_styles(rows)
     named: list[tuple[Line2D, str]] = []
     for number, (row, train, evals) in reversed(list(enumerate(lines))):  # the best on top
-        line, points = _curve_styles(number, styles[method_of(row)][0], colours.get(row.name))
+        colour = colours.get(row.name)
+        line = {"color": colour or GREY, "linestyle": styles[method_of(row)][0], "linewidth": 1.4 if colour else 0.6}
+        points: dict[str, Any] = {"color": colour, "linestyle": "none", "zorder": 3, "markeredgecolor": "white"}
+        points |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 6}
         axes.plot(*zip(*smooth(train), strict=True), **line)
         if row.name in colours:
             if evals:
@@ -107,13 +110,6 @@ def _axis(
         return [(p.wall_seconds / unit, p.loss) for p in points if p.wall_seconds is not None]
 
     return place, "wall time", f"wall time, {name}", plain
-
-
-def _curve_styles(number: int, linestyle: Any, colour: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The styles of a run's training loss and of its validation losses."""
-    line = {"color": colour or GREY, "linestyle": linestyle, "linewidth": 1.4 if colour else 0.6}
-    marker = {"marker": MARKERS[number % len(MARKERS)], "markersize": 6, "markeredgecolor": "white"}
-    return line, {"color": colour, "linestyle": "none", "zorder": 3, **marker}
 
 
 def _cut_loss_axis(axes: "Axes", lines: list[list[tuple[float, float]]]) -> str:

@@ -49,8 +49,7 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def whole(number: float) -> str:
-    return f"{number:,.0f}"
+whole, four_digits, plain = "{:,.0f}".format, "{:.4f}".format, "{:g}".format
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -66,15 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"  # also nan, which is below nothing
-
-
-def four_digits(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def plain(value: float) -> str:
-    return f"{value:g}"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"  # also nan, which is not below 1e6
 
 
 def at_step(row: Row) -> str:
