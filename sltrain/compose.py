@@ -1,16 +1,15 @@
-"""From what a person typed to a checked configuration: Hydra composes conf/ over the schema.
+"""Overrides -> checked configuration: Hydra composes conf/ over the schema.
 
-Hydra's own errors are tracebacks or several lines about its grammar. This file composes once before Hydra runs the
-command, and turns each of those errors into one line that names the key and the nearest valid spelling. What differs
-from command to command is its `Schema`; where none is named, it is that of `sltrain-train`. Commands without groups of
-options read the same grammar and their file of conf/ without Hydra.
+Hydra's own errors are tracebacks, or several lines about its grammar. This module composes once before Hydra runs the
+command and turns each error into one line that names the key and the nearest valid spelling. Commands differ by their
+`Schema`. Commands without config groups read the same grammar, and their file in conf/, without Hydra.
 """
 
 import difflib
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -45,8 +45,8 @@ class Schema:
     type: type
     validate: Callable[[Any], None]  # raises ValueError
     has_groups: bool  # whether the folders of conf/ are groups of options of this command, and Hydra runs it
-    order: str  # what `--help` says above the keys
-    advice: str  # what to do about a mandatory key that nothing sets
+    order: str  # printed above the keys by `--help`
+    advice: str  # how to set a mandatory key that nothing sets
     open_mappings: tuple[str, ...] = ()  # keys that hold a mapping with names of the user's choice
 
 
@@ -68,9 +68,8 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make the schema of `sltrain-train` known to Hydra under the name that conf/train.yaml starts from, and each
-    plug-in under the name that its file in conf/ starts from. One of another package has no file there: its defaults
-    are registered as the option itself."""
+    """Register with Hydra the schema that conf/train.yaml starts from, and the schema that each plug-in's file in conf/
+    starts from. A plug-in of another package has no file there: its defaults are registered as the option itself."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=_train_schema())
     for group, registry in PLUGINS.items():
@@ -114,42 +113,6 @@ def with_plugin(config: TrainConfig, group: str, name: str) -> TrainConfig:
     return replace(config, **chosen)
 
 
-def help_text(schema: Schema = TRAIN) -> str:
-    """What `--help` prints: the groups with their options, and every key with the comment it has in the schema."""
-    groups = _groups(schema)
-    lines = ["Groups (GROUP=OPTION):"] if groups else []
-    lines += [f"  {group:11} {', '.join(options)}" for group, options in groups.items()]
-    lines += ["", f"Keys (KEY=VALUE); {schema.order}:"]
-    lines += [f"  {key:25} {comment}".rstrip() for key, comment in _comments(schema.type) if key not in groups]
-    for group in PLUGINS if groups else ():
-        lines += ["", f"Options by {group} ({group}.KEY=VALUE); those that are keys above too follow them:"]
-        for name in PLUGINS[group].names():
-            lines += _options_lines(group, name)
-    return "\n".join(lines).lstrip("\n")
-
-
-def _comments(kind: type) -> Iterator[tuple[str, str]]:
-    """The fields of a dataclass as its source has them, each with the comment beside it."""
-    for line in inspect.getsource(kind).splitlines():
-        code, _, comment = line.strip().partition("  # ")
-        key, separator, _ = code.partition(": ")
-        if separator and key.isidentifier():
-            yield key, comment
-
-
-def _options_lines(group: str, name: str) -> list[str]:
-    """A plug-in's options: in one line those that are keys of a run too, then each other with its comment."""
-    try:
-        plugin = PLUGINS[group].load(name)
-    except ValueError as error:
-        return [f"  {error}"]
-    comments = {key: text for kind in plugin.__mro__ if is_dataclass(kind) for key, text in _comments(kind)}
-    keys = {item.name for item in fields(TrainConfig)}
-    options = _option_names(group, name)
-    first = f"  {group}={name}: {', '.join(key for key in options if key in keys)}".rstrip(": ")
-    return [first, *(f"    {key:23} {comments.get(key, '')}".rstrip() for key in options if key not in keys)]
-
-
 def to_config(config: DictConfig, schema: Schema) -> Any:
     """The composed configuration as plain dataclasses. Raises ValueError for a mandatory key that nothing sets."""
     missing = sorted(OmegaConf.missing_keys(config))
@@ -166,8 +129,8 @@ def to_train_config(config: DictConfig) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The checked configuration that a run's config.yaml holds. A key that is younger than the run has the value that
-    the run was made with: the default of conf/train.yaml. RETIRED_KEYS are left out. Raises ValueError."""
+    """The checked configuration in a run's config.yaml. A key that did not exist when the run was made gets its default
+    from conf/train.yaml; RETIRED_KEYS are dropped. Raises ValueError."""
     schema = _train_schema()
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
@@ -191,18 +154,18 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.yaml says of a plug-in, without the empty options that every plug-in of a group once had. Raises
+    """A plug-in's options in config.yaml, without the empty ones that every plug-in of a group once had. Raises
     ValueError."""
     options = saved.get(group)
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"{group} should have a name and options")
-    known = ["name", *_option_names(group, options["name"])]
+    known = ["name", *option_names(group, options["name"])]
     return {key: value for key, value in options.items() if key in known or value}
 
 
 def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:
-    """An object of this plain dataclass from the fields that `content` has, each of the type it should have. Raises
-    ValueError for one that is missing or of another type."""
+    """An object of this plain dataclass, from the fields in `content`. Raises ValueError for a field that is missing or
+    of another type."""
     known = {item.name: content[item.name] for item in fields(kind) if item.name in content}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
@@ -216,7 +179,7 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
         register_schema()
     overrides = parse_overrides(texts)
     _check_form(overrides, is_sweep=False, schema=schema)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _hydra():
         for override in overrides:
             _check_key(override, schema)
         config = to_config(_compose(texts, schema), schema)
@@ -224,8 +187,19 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
     return config
 
 
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Let Hydra compose our files, also inside a program that is itself a Hydra application."""
+    of_caller, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = of_caller
+
+
 def parse_overrides(texts: list[str]) -> list[Override]:
-    """Parse command-line overrides. Raises ValueError for text that is not of Hydra's grammar, showing the quoted
+    """Parse command-line overrides. Raises ValueError for text that Hydra's grammar refuses, showing the quoted
     form."""
     parsed = []
     for text in texts:
@@ -247,11 +221,11 @@ def parse_overrides(texts: list[str]) -> list[Override]:
 
 
 def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
-    """Refuse, before anything starts, overrides of `sltrain-train` that do not compose to a valid configuration, in
-    every combination of a sweep. Raises ValueError."""
+    """Raise ValueError, before anything starts, for overrides of `sltrain-train` that do not compose to a valid
+    configuration, in any combination of a sweep."""
     overrides = parse_overrides(texts)
     _check_form(overrides, is_sweep, TRAIN)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _hydra():
         for override in overrides:
             _check_key(override, TRAIN)
         for combination in itertools.product(*(sweep_values(override) for override in overrides)):
@@ -259,7 +233,7 @@ def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
 
 
 def sweep_values(override: Override) -> list[str]:
-    """The overrides of single values that one override stands for: several if it sweeps, one otherwise."""
+    """The single-valued overrides that an override expands to: several if it sweeps, one otherwise."""
     if not override.is_sweep_override():
         assert override.input_line is not None
         return [override.input_line]
@@ -320,7 +294,7 @@ def _composition_error(error: BaseException, overrides: list[str]) -> str:
     """One line for a composition error: the innermost message, and the override it belongs to."""
     text = str(error)
     if "You must specify" in text:
-        options = ", ".join(_groups(TRAIN)["model"])
+        options = ", ".join(groups_of(TRAIN)["model"])
         return f"no model is chosen: add model=NAME ({options}), or experiment=quickstart"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
@@ -337,13 +311,13 @@ def _foreign_option(group: str, option: str, overrides: list[str]) -> str:
     """Why this option cannot be set: it belongs to another plug-in than the chosen one."""
     rest = [text for text in overrides if not text.lstrip("+~").startswith(f"{group}.{option}=")]
     name = _compose(rest, TRAIN)[group]["name"]
-    own = _option_names(group, name)
-    others = [other for other in PLUGINS[group].names() if option in _option_names(group, other)]
+    own = option_names(group, name)
+    others = [other for other in PLUGINS[group].names() if option in option_names(group, other)]
     belongs = f"it belongs to {' and '.join(f'{group}={other}' for other in others)}; " if others else ""
     return f"{group}.{option}: {group}={name} has no such option; {belongs}it has {', '.join(own) or 'none'}"
 
 
-def _option_names(group: str, name: str) -> list[str]:
+def option_names(group: str, name: str) -> list[str]:
     """The options of a plug-in; none of one that cannot be imported."""
     try:
         return [item.name for item in fields(PLUGINS[group].load(name)) if item.name != "name"]
@@ -354,7 +328,7 @@ def _option_names(group: str, name: str) -> list[str]:
 def _check_key(override: Override, schema: Schema) -> None:
     """Refuse a key that neither the schema nor a config group knows, with the nearest names."""
     key = override.key_or_group
-    groups = _groups(schema)
+    groups = groups_of(schema)
     known = _keys(schema.type)
     if schema is TRAIN:
         known += [f"{group}.{key}" for group, registry in PLUGINS.items() for key in _all_options(group, registry)]
@@ -369,10 +343,10 @@ def _check_key(override: Override, schema: Schema) -> None:
 
 
 def _all_options(group: str, registry: Registry[Any]) -> list[str]:
-    return sorted({key for name in registry.names() for key in _option_names(group, name)})
+    return sorted({key for name in registry.names() for key in option_names(group, name)})
 
 
-def _groups(schema: Schema) -> dict[str, list[str]]:
+def groups_of(schema: Schema) -> dict[str, list[str]]:
     """A command's config groups and their options, as files lie in conf/."""
     if not schema.has_groups:
         return {}

@@ -103,7 +103,7 @@ class TrainConfig:
     dtype: str = MISSING  # auto, float32 or bfloat16: weights, gradients and optimizer moments
     device: str = MISSING  # auto, cpu or cuda
     compile: bool = MISSING  # torch.compile
-    activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, compute the rest again in backward
+    activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, recompute the rest in backward
     memory_guard: bool = MISSING  # refuse to start what does not fit into the memory that is free
 
     # The run folder
@@ -113,7 +113,6 @@ class TrainConfig:
 
 CHOICES = {
     "tracker.name": ("none", "wandb"),
-    "support": ("uniform", "stratified", "block", "column"),
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
     "on_bad_data": ("skip", "stop"),
@@ -146,16 +145,16 @@ ABOVE_ZERO = (
     "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
     " model.initializer_range"
 ).split()
-# Keys that a resumed run may change: they steer the machine, the folder and the log, not what is computed. The files
-# behind `path` are compared by name and size, the tokenizer by content.
+# Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The files
+# that `path` names are compared by name and size, the tokenizer by content.
 CHANGEABLE_ON_RESUME = (
     "run_dir resume tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every eval_every"
     " eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
     " memory_guard per_layer_update"
 ).split()
 
-# Keys of earlier versions that the config.yaml of a run may still hold, each with the value that means what is computed
-# today: a run that has another value cannot be continued.
+# Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
+# another value cannot be continued.
 RETIRED_KEYS: dict[str, Any] = {"accumulation": "hold"}
 
 

@@ -1,28 +1,46 @@
-"""What a command answers: lines while it works, and when it cannot go on one exit code and one or two lines, never a
-traceback.
+"""Exit codes, and errors in one or two lines instead of a traceback.
 
-Everything that a user can mend is raised as ValueError (or as OSError by the system) with a message that says what is
-wrong and what to change; anything else is a fault of ours and shows its traceback. SLTRAIN_DEBUG=1 shows it always.
+What a user can fix is raised as ValueError (by the system as OSError), with a message that says what is wrong and what
+to change. Anything else is an internal error and shows its traceback. SLTRAIN_DEBUG=1 always shows it.
 """
 
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from sltrain.log import rank
 
 
 class ExitCode(IntEnum):
     """Exit codes of every command; under torchrun, torchrun's own code replaces them."""
 
     OK = 0
-    FAILED = 1  # a fault of ours, or a sweep with a failed job
-    BAD_INPUT = 2  # something the user can mend
+    FAILED = 1  # internal error, or a sweep with a failed job
+    BAD_INPUT = 2  # invalid input or environment: the user can fix it
     INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
-    DATA_LOST = 4  # the network is gone; what was trained was saved
+    DATA_LOST = 4  # network lost; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
+
+
+class Error(ValueError):
+    """`sltrain.Error`: what a caller of the library can fix. The message says what is wrong and what to change;
+    `__cause__` is the error as it was raised."""
+
+
+@contextmanager
+def raised_as_error() -> Iterator[None]:
+    """What a user can fix is raised as `Error`. A function with this decorator is part of the library."""
+    try:
+        yield
+    except (Error, BrokenPipeError):  # a closed pipe is nobody's mistake
+        raise
+    except (ValueError, OSError) as error:
+        raise Error(str(error)) from error
 
 
 def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:
@@ -38,22 +56,6 @@ def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: st
         sys.stdout = open(os.devnull, "w")
         code = ExitCode.OK
     sys.exit(code)
-
-
-def tell(text: str, write: Callable[[str], Any] = print) -> None:
-    """Print to standard output. Work does not end because nobody reads on, as behind `| head`."""
-    if sys.stdout is None:
-        return
-    try:
-        write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-
-
-def say(line: str) -> None:
-    """A line of progress, on standard error: standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -73,13 +75,12 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
     """
     if isinstance(error, BrokenPipeError):  # no error: nobody reads on, see run_as_process
         raise error
-    rank = int(os.environ.get("RANK", "0"))
     code = exit_code_of(error)
-    if getattr(error, "told_by_another_rank", False) or (common and rank):
+    if getattr(error, "told_by_another_rank", False) or (common and rank()):
         return code
     if code == ExitCode.FAILED or os.environ.get("SLTRAIN_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    where = f"[rank {rank}] " if rank else ""
+    where = f"[rank {rank()}] " if rank() else ""
     message = "\n".join(str(error).splitlines()[:2])  # other libraries go on for a page
     print(f"{where}error: {message}", file=sys.stderr, flush=True)
     return code

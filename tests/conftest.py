@@ -3,12 +3,13 @@ as a process."""
 
 import gzip
 import json
+import logging
 import os
 import subprocess
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side on small tensors; torch reads it on import
@@ -80,6 +81,27 @@ def tiny(corpus: Path, tokenizer_file: Path) -> list[str]:
         "eval_tokens=500",
         "device=cpu",
     ]
+
+
+class _ListHandler(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What the package tells its user during the test, from any thread."""
+    logger, said = logging.getLogger("sltrain"), list[str]()
+    handler = _ListHandler(said)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -189,7 +189,6 @@ def test_a_key_without_a_default_is_missed(tmp_path: Path) -> None:
     [
         ({"colour": 1}, "colour"),
         ({"rank": -1}, "rank=-1"),
-        ({"support": "diagonal"}, "support=diagonal"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"model": {"name": "x", "wings": 2}}, "wings"),
         ({"data": None}, "data"),

@@ -1,6 +1,5 @@
 """Measure how fast a layer, an update or the training stream is on this machine."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +13,10 @@ from sltrain.benchmarks.step import measure_step
 MEASURES = {"layer": measure_layer, "step": measure_step, "data": measure_data}
 
 
-def measure(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> tuple[dict[str, Any], str]:
+def measure(config: BenchConfig) -> tuple[dict[str, Any], str]:
     """What was found, as plain data (`rows`, and what they depend on: `what`, `machine`, `settings`) and as text for
-    people; `say` gets lines of progress. Raises ValueError or OSError for what cannot be measured."""
-    bench = start_bench(config, say)
+    people. Raises ValueError or OSError for what cannot be measured."""
+    bench = start_bench(config)
     rows, tables = (measure_prices if config.calibrate else MEASURES[config.what])(bench)
     machine = describe_machine(bench)
     data = {"what": config.what, "machine": machine, "settings": asdict(config), "rows": rows}

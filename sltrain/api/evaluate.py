@@ -4,34 +4,36 @@ Rows are cut as in training. A run without a corpus of its own choosing is measu
 numbers are those of its own evaluation at that step.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sltrain.api.saved import Saved, open_saved
-from sltrain.building import Say
 from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
+from sltrain.log import in_notebook
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # sequences, where no run says otherwise
 
 
 def evaluate_saved(
-    path: str | Path,
+    path: str | PathLike[str],
     globs: Sequence[str] | None = None,
     *,
     step: int | None = None,
     eval_tokens: int | None = None,
     batch_size: int | None = None,
     device: str = "auto",
-    report: Say = print,
 ) -> dict[str, Any]:
     """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
     text) up to `eval_tokens` predicted tokens. `batch_size` (None: the run's micro_batch_size) changes
@@ -39,15 +41,17 @@ def evaluate_saved(
     for name, number in {"eval-tokens": eval_tokens, "batch-size": batch_size}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} {number}: must be at least 1")
-    saved = open_saved(path, step, report)
+    saved = open_saved(path, step)
     ranks = Ranks(0, 1, pick_device(device))
-    eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks, report)
+    eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks)
     rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
-    report(
+    logger.info(
         f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
     )
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
-    numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
+    is_hidden = False if in_notebook() else None  # None: where standard error is no terminal
+    batches = tqdm(eval_set, disable=is_hidden, file=sys.stderr, unit="batch")
+    numbers = evaluate(model, batches, ranks)
     assert numbers is not None
     del numbers["eval_processes"]  # one
     return {**numbers, "step": saved.step}
@@ -59,13 +63,12 @@ def _eval_set(
     eval_tokens: int | None,
     batch_size: int | None,
     ranks: Ranks,
-    report: Say,
 ) -> EvalSet:
     """The rows of the files, or of the run's own validation text, read. Raises ValueError."""
     config = saved.config
     if globs:
         eval_set = EvalSet(
-            LocalFiles(list(globs), on_bad_data="skip", report=report, key="--path"),
+            LocalFiles(list(globs), on_bad_data="skip", key="--path"),
             saved.tokenizer,
             seq_len=saved.seq_len,
             padding=saved.padding,
@@ -82,8 +85,8 @@ def _eval_set(
         micro_batch_size=batch_size or config.micro_batch_size,
     )
     try:
-        validation = build_validation_source(config, report)
-        source = validation or config.data.open_training(report)
+        validation = build_validation_source(config)
+        source = validation or config.data.open_training()
         eval_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
         eval_set.read()
     except (ValueError, OSError) as error:

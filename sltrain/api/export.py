@@ -6,9 +6,9 @@ export that is there is whole, and right.
 """
 
 import glob
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,13 +36,14 @@ from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.accounting import count_parameters, sum_of_groups
 from sltrain.runs.run_record import read_run
 
+logger = logging.getLogger(__name__)
+
 
 def export(
     saved: Saved,
     output: Path,
     format: str,
     dtype: torch.dtype | None,
-    report: Callable[[str], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `saved`, a run, to the new folder `output`, in its own dtype if `dtype` is None. Raises ValueError or
@@ -54,14 +55,14 @@ def export(
     _check_free(output)
     dtype = dtype or saved.dtype
     for left in output.parent.glob(f"{glob.escape(output.name)}.partial-*"):
-        report(f"note       {left} is of an export that still runs, or was killed; then delete it")
+        logger.info(f"note       {left} is of an export that still runs, or was killed; then delete it")
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         _write_texts(saved, saved.config, partial, format, dtype)
         num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
-        report(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
-        report(f"verified   {verify(saved, partial, dtype)}")
+        logger.info(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
+        logger.info(f"verified   {verify(saved, partial, dtype)}")
         _check_free(output)  # another one may have been faster
         output.mkdir(exist_ok=True)
         os.replace(partial, output)

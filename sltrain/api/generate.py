@@ -1,16 +1,18 @@
 """A saved model and a prompt -> text, piece by piece as it comes."""
 
+import logging
 from collections.abc import Iterator
-from pathlib import Path
+from os import PathLike
 
 from sltrain.api.saved import open_saved
-from sltrain.building import Say
 from sltrain.engine.distributed import pick_device
 from sltrain.models.generation import Sampling, generate
 
+logger = logging.getLogger(__name__)
+
 
 def continue_text(
-    path: str | Path,
+    path: str | PathLike[str],
     prompt: str,
     *,
     step: int | None = None,
@@ -20,7 +22,6 @@ def continue_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    report: Say = print,
 ) -> Iterator[str]:
     """Yield the pieces of the text that begins with `prompt`: together they are what the tokenizer makes of all ids.
 
@@ -29,13 +30,13 @@ def continue_text(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens {max_new_tokens}: must be at least 1")
-    saved = open_saved(path, step, report)
+    saved = open_saved(path, step)
     ids = saved.tokenizer.encode_prompt(prompt)
     room = saved.context - len(ids)
     if room < 1:
         raise ValueError(f"the prompt has {len(ids):,} tokens, the model reads at most {saved.context:,}; shorten it")
     if len(ids) + min(max_new_tokens, room) > saved.seq_len:
-        report(f"note: trained on rows of {saved.seq_len:,} tokens; what lies beyond, the model has never seen")
+        logger.info(f"note: trained on rows of {saved.seq_len:,} tokens; what lies beyond, the model has never seen")
     model = saved.load(pick_device(device), num_rows=1)
 
     text_of, told = saved.tokenizer.text_stream(), 0
@@ -50,4 +51,4 @@ def continue_text(
         yield piece
     yield saved.tokenizer.decode(ids)[told:]  # a character that never became whole
     if max_new_tokens > room and ids[-1] != saved.tokenizer.eos_id:
-        report(f"\nnote: the model's context of {saved.context:,} tokens is full")
+        logger.info(f"\nnote: the model's context of {saved.context:,} tokens is full")

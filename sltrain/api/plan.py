@@ -4,9 +4,9 @@ Nothing is allocated and no GPU is touched: models are built on the meta device.
 updates on random tokens, on the machine it runs on.
 """
 
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_cards
+from sltrain.api.plan_table import Column, Groups, Plan
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
@@ -29,55 +30,28 @@ from sltrain.planning.accounting import count_parameters
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
 
-Groups = dict[str, int]
+logger = logging.getLogger(__name__)
+
 NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
 
 
-@dataclass(frozen=True)
-class Column:
-    """One way to train the model: bytes by group."""
-
-    name: str
-    groups: Groups
-    num_parameters: int
-    paper_millions: str | None = None  # as the paper prints num_parameters
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.groups.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `sltrain-plan` shows; the first column is the configuration that was asked for."""
-
-    columns: list[Column]
-    cards: dict[str, int]  # name -> bytes that a run may take
-    headline: str
-    notes: list[str]
-    measured_bytes: int | None = None
-
-    def fits(self, column: Column) -> dict[str, bool]:
-        return {card: column.total_bytes <= usable for card, usable in self.cards.items()}
-
-
-def build_plan(plan: PlanConfig, config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Plan:
-    """The plan; `say` tells what takes long. Raises ValueError for what cannot be planned."""
+def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
+    """The plan. Raises ValueError for what cannot be planned."""
     cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in chosen_cards(plan)}
-    config.model.vocab_size = vocab_size(config)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size(config)))
     if plan.paper_convention:
-        return Plan(paper_columns(config), cards, _headline(config, "as the SLTrain paper counts"), [])
+        return Plan(paper_columns(config), cards, plan.reserve_gb, _headline(config, "as the SLTrain paper counts"), [])
     # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = pick_dtype(config.dtype, device)
     columns, highest = run_columns(config, device, dtype, plan.num_processes)
     if plan.measure:
         check_free(columns[0].total_bytes, device)
-        say(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
+        logger.info(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
-    return Plan(columns, cards, headline, notes(config, device, dtype, plan.num_processes), measured)
+    return Plan(columns, cards, plan.reserve_gb, headline, notes(config, device, dtype, plan.num_processes), measured)
 
 
 def _headline(config: TrainConfig, how: str) -> str:

@@ -6,12 +6,12 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 
 from copy import deepcopy
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sltrain.building import Say
 from sltrain.building.model import build_model
 from sltrain.building.phases import change_until
 from sltrain.compose import read_config, read_plain
@@ -22,7 +22,7 @@ from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
 from sltrain.formats.folder import READABLE_VERSIONS, STEMS, Facts, read_json
 from sltrain.formats.weights import WeightFiles
-from sltrain.layers.convert import restore_layers
+from sltrain.layers.convert import UnknownKind, restore_layers
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.runs.run_folder import RunFolder
@@ -72,26 +72,26 @@ class Saved:
         return layer
 
 
-def open_saved(path: str | Path, step: int | None = None, report: Say = print) -> Saved:
+def open_saved(path: str | PathLike[str], step: int | None = None) -> Saved:
     """Open a run folder (at its newest intact checkpoint, or at `step`) or an exported folder. Raises ValueError or
     OSError for what is neither, damaged, or of another version."""
     path = Path(path).expanduser()
     if (path / "config.json").is_file():
         if step is not None:
             raise ValueError(f"{path} is an export, which holds one step; leave the step out, or name the run folder")
-        return open_export(path, report)
+        return open_export(path)
     if RunFolder(path).config_file.is_file():
-        return open_run(path, step, report)
+        return open_run(path, step)
     what = "holds neither a run (config.yaml, checkpoints/) nor an export (config.json)"
     raise ValueError(f"{path} {what if path.exists() else 'does not exist'}; name a run folder or an exported one")
 
 
-def open_run(path: Path, step: int | None, report: Say) -> Saved:
+def open_run(path: Path, step: int | None) -> Saved:
     """Open a run folder at one of its checkpoints."""
     folder = RunFolder(path)
     config = read_config(folder.config_file)
     checkpointer = Checkpointer(path, config.keep_last, to_train=False)
-    checkpoint = checkpointer.find_latest(report) if step is None else checkpointer.find(step)
+    checkpoint = checkpointer.find_latest() if step is None else checkpointer.find(step)
     if checkpoint is None:
         if folder.is_finished:
             raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
@@ -102,13 +102,13 @@ def open_run(path: Path, step: int | None, report: Say) -> Saved:
     model = build_model(config, vocab_size, files.dtype(HEAD))
     change_until(config, model, state["step"])
     files.check(model)
-    tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size, report)
+    tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size)
     return Saved(
         path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
     )
 
 
-def open_export(path: Path, report: Say) -> Saved:
+def open_export(path: Path) -> Saved:
     """Open what `sltrain-export` wrote, of either format."""
     content = read_json(path / "config.json")
     own, kind = content.get("sltrain"), content.get("model_type")
@@ -125,17 +125,19 @@ def open_export(path: Path, report: Say) -> Saved:
         with torch.device("meta"):
             model = LlamaForCausalLM(shape).to(dtype)
         restore_layers(model, facts.layers)
+    except UnknownKind as error:
+        raise ValueError(f"{path}: {error}") from error
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
     files.check(model)
-    tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size, report)
+    tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size)
     return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})
 
 
-def read_tokenizer(path: Path, vocab_size: int | None, report: Say) -> Tokenizer:
+def read_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """The tokenizer that a run or an export was saved with."""
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it from where the folder comes from") from error
-    return Tokenizer(text, str(path), vocab_size, report)
+    return Tokenizer(text, str(path), vocab_size)

@@ -8,7 +8,8 @@ tensors; singular values, which cost a decomposition, are those of the chosen la
 first, the middle and the last decoder layer, or what name patterns fit. One layer is in memory at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +23,14 @@ from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
 from sltrain.reporting.spectrum import Found, Spectrum, place, spectrum_section
 
+logger = logging.getLogger(__name__)
+
 
 def look_inside(
     path: str | Path,
     *,
     layers: list[str] | None = None,
     steps: list[int] | None = None,
-    report: Callable[[str], None] = print,
 ) -> Section:
     """Figures and tables of the run at `path`: by kind of projection, by chosen layer, and every number as CSV.
 
@@ -36,33 +38,33 @@ def look_inside(
     one). Raises ValueError or OSError for a run that cannot be opened, a step it does not have, a pattern that fits no
     layer, a layer of whose W nothing is known, and weights that are not finite.
     """
-    opened = _open_steps(path, steps, report)
+    opened = _open_steps(path, steps)
     names = _projections(opened[0].model)
     for name in names:
         check_known(name, opened[0].model.get_submodule(name))
     chosen = choose_layers(names, layers)
     found = []
     for saved in opened:
-        report(f"step {saved.step}: singular values of {len(chosen)} of {len(names)} layers")
+        logger.info(f"step {saved.step}: singular values of {len(chosen)} of {len(names)} layers")
         found.append(_examine(saved, names, chosen))
     return spectrum_section(f"Spectrum of {Path(path).expanduser().resolve().name}", found)
 
 
-def _open_steps(path: str | Path, steps: list[int] | None, report: Callable[[str], None]) -> list[Saved]:
-    """The run at each of these steps, or at the newest. A step that cannot be had is named to `report` as long as there
+def _open_steps(path: str | Path, steps: list[int] | None) -> list[Saved]:
+    """The run at each of these steps, or at the newest. A step that cannot be had is named in a line as long as there
     is another one."""
     if not steps:
-        return [open_saved(path, None, report)]
+        return [open_saved(path)]
     opened, errors = [], []
     for step in sorted(set(steps)):
         try:
-            opened.append(open_saved(path, step, report))
+            opened.append(open_saved(path, step))
         except (ValueError, OSError) as error:
             errors.append(error)
     if not opened:
         raise errors[0]
     for problem in errors:
-        report(f"note: {problem}")
+        logger.info(f"note: {problem}")
     return opened
 
 

@@ -32,7 +32,7 @@ MAX_PRODUCT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 def verify(saved: Saved, folder: Path, dtype: torch.dtype) -> str:
     """What was found about the export of `saved` in `folder`, whose weights are of `dtype`, in words. Raises
     AssertionError if it is another model, ValueError if the trained model gives no numbers."""
-    exported = open_export(folder, lambda line: None)
+    exported = open_export(folder)
     ids_shape = (IDS_SHAPE[0], min(IDS_SHAPE[1], saved.context))
     ids = torch.randint(saved.model.lm_head.out_features, ids_shape, generator=torch.Generator().manual_seed(0))
     trained = logits(saved, ids)

@@ -34,7 +34,6 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     deadline: float  # of time.monotonic; when the measurement should end
-    say: Callable[[str], None]  # prints a line of progress
 
     @property
     def like(self) -> dict[str, Any]:
@@ -48,11 +47,11 @@ class Bench:
         return train
 
 
-def start_bench(config: BenchConfig, say: Callable[[str], None]) -> Bench:
+def start_bench(config: BenchConfig) -> Bench:
     """Seed torch and start the clock. Raises ValueError if the machine lacks the device."""
     torch.manual_seed(SEED)
     device = pick_device(config.device)
-    return Bench(config, device, pick_dtype(config.dtype, device), time.monotonic() + config.time_limit_s, say)
+    return Bench(config, device, pick_dtype(config.dtype, device), time.monotonic() + config.time_limit_s)
 
 
 def vocab_size(train: TrainConfig) -> int:

@@ -11,6 +11,7 @@ The consumer takes a batch, is busy for as long as a GPU would be with the updat
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -27,6 +28,8 @@ from sltrain.data.documents import Source
 from sltrain.data.stream import TrainStream
 from sltrain.engine.distributed import Ranks
 from sltrain.planning.accounting import count_parameters
+
+logger = logging.getLogger(__name__)
 
 PADDINGS = ("truncate_pad", "pack")
 ONE_BY_ONE = "document by document"
@@ -45,9 +48,12 @@ def measure_data(bench: Bench) -> Result:
     if bench.config.path:
         overrides += ["data=local", f"path={json.dumps(bench.config.path, ensure_ascii=False)}"]
     train = bench.train_config(*overrides)
-    source, ranks = train.data.open_training(bench.say), Ranks(rank=0, world_size=1, device=bench.device)
-    new_tokenizer = partial(build_tokenizer, train, source, ranks, bench.say)  # each has a word cache of its own
+    source, ranks = train.data.open_training(), Ranks(rank=0, world_size=1, device=bench.device)
+    new_tokenizer = partial(build_tokenizer, train, source, ranks)  # each has a word cache of its own
     with ExitStack() as opened:
+        events = logging.getLogger(TrainStream.__module__)
+        opened.callback(events.setLevel, events.level)
+        events.setLevel(logging.WARNING)  # a small corpus starts over many times
 
         def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
             """Tokens of each batch of a training stream."""
@@ -60,7 +66,6 @@ def measure_data(bench: Bench) -> Result:
                 global_batch_size=train.global_batch_size,
                 num_streams=num_streams,
                 shuffle_block=shuffle_block,
-                on_event=lambda line: None,  # a small corpus starts over many times
                 prefetch=2,
             )
             opened.enter_context(closing(new))
@@ -100,12 +105,12 @@ def measure_throughput(bench: Bench, texts: Iterator[int], streams: dict[str, It
     """A row for tokenizing document by document and one for each stream, timed in turns. Each iterator yields the
     tokens of its next document or batch, without end. `seconds` are for a million tokens."""
     for name, batches in streams.items():
-        bench.say(f"{name}: {WARM_UP_BATCHES} batches to warm up")
+        logger.info(f"{name}: {WARM_UP_BATCHES} batches to warm up")
         _take(batches, WARM_UP_BATCHES)()
     tasks = {ONE_BY_ONE: Task(_take(texts, DOCUMENTS_PER_ROUND))}
     tasks |= {name: Task(_take(batches, BATCHES_PER_ROUND)) for name, batches in streams.items()}
     rounds = bench.config.repeats or ROUNDS
-    timings = in_turns(tasks, repeats=rounds, deadline=0, say=bench.say, clock=_cpu_seconds_at_rest)
+    timings = in_turns(tasks, repeats=rounds, deadline=0, clock=_cpu_seconds_at_rest)
     return [
         {
             "measured": name,

@@ -100,7 +100,7 @@ def time_beside_products(bench: Bench, tasks: dict[tuple[str, str], Task]) -> di
     """Timings of tasks by (label of the shape, name), and of the dense product of each shape under the name PRODUCT."""
     config = bench.config
     products = {(label(s), PRODUCT): product_task(config.tokens, s[:2], **bench.like) for s in config.shapes}
-    return in_turns(tasks | products, repeats=config.repeats, deadline=bench.deadline, say=bench.say)
+    return in_turns(tasks | products, repeats=config.repeats, deadline=bench.deadline)
 
 
 def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) -> Task:

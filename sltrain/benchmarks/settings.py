@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sltrain.compose import Schema, compose_config, parse_overrides
+
 
 @dataclass
 class BenchConfig:
@@ -121,3 +123,23 @@ def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
             raise ValueError(f"{key} is for {readers}, not what={config.what}")
     if config.calibrate and "candidates" in typed:
         raise ValueError("calibrate=true compares no candidates; drop one of the two")
+
+
+BENCH = Schema(
+    "bench",
+    BenchConfig,
+    validate,
+    has_groups=False,
+    order="conf/bench.yaml sets the rest; `layer:` and the like say which benchmark reads a key",
+    advice="choose what=layer, what=step or what=data",
+)
+
+
+def read_arguments(arguments: list[str]) -> BenchConfig:
+    """The checked configuration. Raises ValueError."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise ValueError(f"{argument}: sltrain-bench knows KEY=VALUE and --help, no other option, and no sweeps")
+    config: BenchConfig = compose_config(arguments, BENCH)
+    check_scope(config, [override.key_or_group for override in parse_overrides(arguments)])
+    return config

@@ -12,6 +12,7 @@ its turn and released after it.
 
 import gc
 import importlib.util
+import logging
 import math
 import multiprocessing
 import signal
@@ -44,6 +45,8 @@ from sltrain.methods.base import METHODS
 from sltrain.models.llama import is_projection
 from sltrain.planning.accounting import count_parameters
 
+logger = logging.getLogger(__name__)
+
 DENSE, PUBLISHED = "full", "transformers_published"
 TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
 LEAST_CANDIDATES = 3  # measured even after time_limit_s
@@ -74,7 +77,7 @@ def measure_step(bench: Bench) -> Result:
     state_bytes = 4 * sum(c.num_parameters for c in candidates) * bench.dtype.itemsize  # with gradients, two moments
     stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
     if not stays:
-        bench.say("the models do not fit side by side: each is built for its turn")
+        logger.info("the models do not fit side by side: each is built for its turn")
     train = candidates[0].train
     ids = random_ids(bench, train)
     tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
@@ -82,7 +85,7 @@ def measure_step(bench: Bench) -> Result:
         task.before()  # outside the rounds
     sides = (train.model.intermediate_size, train.model.hidden_size)
     tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
-    timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline, say=bench.say)
+    timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline)
     rows = step_rows(candidates, timings, ids.numel())
     return rows, format_table(rows, COLUMNS)
 
@@ -192,7 +195,7 @@ def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candid
         is_optional = bench.config.candidates is None and number >= LEAST_CANDIDATES
         if is_optional and time.monotonic() + rounds > bench.deadline:
             names = ", ".join(other.name for other in candidates[number:])
-            bench.say(f"skipped: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
+            logger.info(f"skipped: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
             return candidates[:number]
         try:
             candidate.peak_bytes, candidate.step_seconds = run_alone(_alone_here, bench.config, candidate.name)
@@ -200,7 +203,7 @@ def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candid
             advice = "probably for lack of memory; lower batch or seq_len, or omit it"
             raise ValueError(f"the process of {candidate.name} was killed, {advice}") from error
         seconds, peak = candidate.step_seconds, candidate.peak_bytes / 1e9
-        bench.say(f"{candidate.name}: {seconds:.2f} s a step, peak {peak:.2f} GB, alone")
+        logger.info(f"{candidate.name}: {seconds:.2f} s a step, peak {peak:.2f} GB, alone")
     return candidates
 
 
@@ -219,7 +222,7 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
     """Peak bytes, and seconds of the second update, of a candidate in this process."""
-    bench = start_bench(config, lambda line: None)
+    bench = start_bench(config)
     train = train_config(bench, name)
     memory = PeakMemory(bench.device)
     ids = random_ids(bench, train)

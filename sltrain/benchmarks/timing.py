@@ -8,6 +8,7 @@ Clock and statistics are those of torch.utils.benchmark; the clock synchronizes 
 candidate several times in a row.
 """
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils import benchmark
 from torch.utils.benchmark import Measurement, TaskSpec
+
+logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 MIN_REPEATS, MAX_REPEATS = 2, 15
@@ -46,7 +49,6 @@ def in_turns(
     *,
     repeats: int | None,
     deadline: float,
-    say: Callable[[str], None],
     clock: Callable[[], float] = benchmark.timer,
 ) -> dict[K, Measurement]:
     """Time each task `repeats` times after one warm-up; None: as often as fits before `deadline` (time.monotonic)."""
@@ -57,7 +59,7 @@ def in_turns(
     if repeats is None:
         fitting = int((deadline - time.monotonic()) / max(round_seconds, 1e-9))
         repeats = max(MIN_REPEATS, min(MAX_REPEATS, fitting))
-    say(f"{len(tasks)} candidates, {repeats} rounds of about {round_seconds:.1f} s")
+    logger.info(f"{len(tasks)} candidates, {repeats} rounds of about {round_seconds:.1f} s")
     names = list(tasks)
     samples: dict[K, list[float]] = {name: [] for name in names}
     for number in range(repeats):

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from sltrain.building import Say
 from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
@@ -13,19 +12,19 @@ from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.distributed import Ranks
 
 
-def build_sources(config: TrainConfig, report: Say) -> tuple[Source, Source | None]:
+def build_sources(config: TrainConfig) -> tuple[Source, Source | None]:
     """The training corpus, and the validation corpus if it is one of its own."""
-    return config.data.open_training(report), build_validation_source(config, report)
+    return config.data.open_training(), build_validation_source(config)
 
 
-def build_validation_source(config: TrainConfig, report: Say) -> Source | None:
+def build_validation_source(config: TrainConfig) -> Source | None:
     """What a run is evaluated on; None: documents held out of what it trains on."""
     if config.validation_path:
-        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, report=report, key="validation_path")
-    return config.data.open_validation(report)
+        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, key="validation_path")
+    return config.data.open_validation()
 
 
-def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Say) -> Tokenizer:
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks) -> Tokenizer:
     """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
 
@@ -36,7 +35,6 @@ def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, say: Say)
             source=source,
             holdout_every=config.data.holdout_every,
             cache_dir=cache,
-            report=say,
         )
 
     loaded: list[Tokenizer] = []
@@ -50,7 +48,6 @@ def build_data(
     validation: Source | None,
     tokenizer: Tokenizer,
     ranks: Ranks,
-    say: Say,
 ) -> tuple[TrainStream, EvalSet]:
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""
@@ -66,7 +63,6 @@ def build_data(
         world_size=ranks.world_size,
         num_streams=config.data.num_streams,
         shuffle_block=config.data.shuffle_block,
-        on_event=say,
         prefetch=2,
     )
     eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)

@@ -2,6 +2,7 @@
 remembers, and where metrics go."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,14 @@ import torch
 from torch import nn
 
 from sltrain import kernels
-from sltrain.building import Say
 from sltrain.building.model import allocate, dtype_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
-from sltrain.config import TrainConfig
+from sltrain.config import TrainConfig, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
 from sltrain.engine.actions import Phase, Schedule, Stateful, begun, generator_for
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
-from sltrain.engine.loop import Cadence
 from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
@@ -38,23 +37,22 @@ from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(
     config: TrainConfig,
-    cadence: Cadence,
     folder: RunFolder,
     model: LlamaForCausalLM,
     stream: TrainStream,
     eval_set: EvalSet,
     ranks: Ranks,
     plan: MemoryPlan | None,
-    say: Say,
-    tell: Say,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
-    checkpoint = ranks.on_main(lambda: checkpointer.find_latest(report=say))
+    checkpoint = ranks.on_main(lambda: checkpointer.find_latest())
     step = 0 if checkpoint is None else checkpointer.read_state(checkpoint)["step"]
     change_until(config, model, step)
     ranks.everywhere(lambda: allocate(model, ranks.device))
@@ -69,13 +67,13 @@ def build_trainer(
     if checkpoint is not None:
         saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
-        say(f"resume     from step {step:,} ({checkpoint})")
+        logger.info(f"resume     from step {step:,} ({checkpoint})")
     progress = Progress(**saved.get("progress", {}))
-    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device, say)
+    arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     sinks: list[Sink] = []
-    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step, say)))
+    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, progress.step)))
     trainer = Trainer(
         model=compiled,
         update_step=build_step(config, compiled, live.optimizer, ranks),
@@ -88,7 +86,7 @@ def build_trainer(
         sinks=sinks,
         memory=memory,
         stop=StopRequest(),
-        set_learning_rate=learning_rate_setter(config, cadence.max_steps, live, say),
+        set_learning_rate=learning_rate_setter(config, live),
         micro_batch_size=config.micro_batch_size,
         model_metrics=lambda: weight_norms(model),
         final_metrics=lambda: {
@@ -97,12 +95,11 @@ def build_trainer(
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
         },
-        report=tell,
         progress=progress,
         stream_state=saved.get("stream", {}),
         built_with={"arithmetic": arithmetic},
     )
-    schedule.enter = partial(enter_phase, config, model, trainer, live, say)
+    schedule.enter = partial(enter_phase, config, model, trainer, live)
     return trainer
 
 
@@ -111,13 +108,12 @@ def enter_phase(
     model: nn.Module,
     trainer: Trainer,
     live: Live,
-    say: Say,
     phase: Phase,
     generator: torch.Generator,
 ) -> None:
     """Give a running model the structure of a phase, and the trainer an optimizer for it, with the state of what
     stays."""
-    say(f"phase      {phase.name} begins after update {phase.after:,}")
+    logger.info(f"phase      {phase.name} begins after update {phase.after:,}")
     phase.change(model)
     phase.start(model, generator)
     trainer.update_step.close()
@@ -143,7 +139,7 @@ def restore(
 
 
 def fix_arithmetic(
-    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device, say: Say
+    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
     num_rows = config.micro_batch_size * config.seq_len
@@ -151,12 +147,12 @@ def fix_arithmetic(
     for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
         count = sum(chosen == path for chosen in paths.values())
         if count:
-            say(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
+            logger.info(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
     machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
     if saved.get("machine", machine) != machine:
-        say(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
+        logger.info(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
     if paths and device.type == "cpu" and (reason := kernels.status()) is not None:
-        say(f"note       {reason}")
+        logger.info(f"note       {reason}")
     return {"layer_paths": paths, "machine": machine}
 
 
@@ -213,11 +209,12 @@ def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Opt
     return OrdinaryStep(model, optimizer, ranks, config.grad_clip, config.grad_clip_per_parameter)
 
 
-def learning_rate_setter(config: TrainConfig, max_steps: int, live: Live, say: Say) -> Callable[[int], float]:
+def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], float]:
     """A function that sets the learning rate of a step and returns it."""
+    max_steps = num_steps(config)
     warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
     if shortened:
-        say(f"note       {shortened}")
+        logger.info(f"note       {shortened}")
 
     def set_rate(step: int) -> float:
         factor = warmup_cosine(step, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
@@ -227,10 +224,12 @@ def learning_rate_setter(config: TrainConfig, max_steps: int, live: Live, say: S
     return set_rate
 
 
-def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int, say: Say) -> list[Sink]:
+def build_sinks(config: TrainConfig, folder: RunFolder, step: int) -> list[Sink]:
     """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
     rewrite_until(folder.metrics_file, step)
-    sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
+    sinks: list[Sink] = [JsonlSink(folder.metrics_file)]
+    if logger.isEnabledFor(logging.INFO):
+        sinks.append(ProgressBar(num_steps(config), step))
     if config.tracker.name == "wandb":
         sinks.append(
             WandbSink(
@@ -238,7 +237,6 @@ def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: in
                 project=config.tracker.project,
                 entity=config.tracker.entity,
                 config=dataclasses.asdict(config),
-                report=say,
             )
         )
     return sinks

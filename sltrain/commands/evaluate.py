@@ -12,7 +12,8 @@ is the number of the harness behind published tables, for comparison; bits_per_b
 import argparse
 
 from sltrain.commands.flags import make_parser
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-eval` with these arguments and return its exit code."""
     try:
@@ -51,7 +53,6 @@ def run_command(arguments: list[str]) -> ExitCode:
             eval_tokens=typed.eval_tokens,
             batch_size=typed.batch_size,
             device=typed.device,
-            report=say,
         )
         print(to_strict_json(numbers) if typed.json else as_text(numbers), flush=True)
     except Exception as error:

@@ -9,10 +9,14 @@ name once the logits computed from its files are those of the trained model.
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from sltrain.commands.flags import make_parser
-from sltrain.errors import ExitCode, report_error, run_as_process, tell
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
+
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 
 def main() -> None:
@@ -31,6 +35,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lines_on("stdout")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-export` with these arguments and return its exit code."""
     try:
@@ -40,15 +45,15 @@ def run_command(arguments: list[str]) -> ExitCode:
         from sltrain.building.model import DTYPES
 
         output = typed.output.expanduser()
-        saved = open_saved(typed.run, typed.step, tell)
-        tell(f"exporting  {typed.run}, step {saved.step:,}")
-        export(saved, output, typed.format, DTYPES.get(typed.dtype), tell)
+        saved = open_saved(typed.run, typed.step)
+        logger.info(f"exporting  {typed.run}, step {saved.step:,}")
+        export(saved, output, typed.format, DTYPES.get(typed.dtype))
     except Exception as error:
         return report_error(error)
     if typed.format == "dense":
-        tell(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
+        logger.info(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
     else:
-        tell(f"done       sltrain.load({str(output)!r})")
+        logger.info(f"done       sltrain.load({str(output)!r})")
     return ExitCode.OK
 
 

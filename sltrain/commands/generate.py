@@ -9,7 +9,8 @@ The text comes token by token on standard output, prompt included. What is not t
 import argparse
 
 from sltrain.commands.flags import make_parser
-from sltrain.errors import ExitCode, report_error, run_as_process, say
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-generate` with these arguments and return its exit code."""
     try:
@@ -50,7 +52,6 @@ def run_command(arguments: list[str]) -> ExitCode:
             top_k=typed.top_k,
             top_p=typed.top_p,
             seed=typed.seed,
-            report=say,
         ):
             print(text, end="", flush=True)
         print(flush=True)

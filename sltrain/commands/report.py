@@ -12,16 +12,20 @@ be written, or the spectrum cannot be had, the answer is 2, and an earlier repor
 """
 
 import argparse
+import logging
 import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sltrain.commands.flags import make_parser
-from sltrain.errors import ExitCode, report_error, run_as_process, say, tell
+from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on, write_line
 
 if TYPE_CHECKING:
     from sltrain.reporting.page import Section
+
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 PROG = "sltrain-report"
 
@@ -58,6 +62,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lines_on("stderr")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-report` with these arguments and return its exit code."""
     try:
@@ -73,14 +78,14 @@ def run_command(arguments: list[str]) -> ExitCode:
         if not report.rows:
             raise ValueError("; ".join(report.notes))
         for note in report.notes:
-            say(f"note: {note}")
-        tell(as_json(report.rows) if typed.json else text_table(report.rows))
+            logger.info(f"note: {note}")
+        write_line(as_json(report.rows) if typed.json else text_table(report.rows))
         output = typed.output.expanduser() if typed.output else default_output(report.first or typed.paths[0])
         check_output(output)
         spectrum = spectrum_of(typed) if typed.spectrum else None
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
-        (say if typed.json else tell)(f"page: {page}")
+        write_line(f"page: {page}", "stderr" if typed.json else "stdout")
     except Exception as error:
         return report_error(error)
     return ExitCode.OK
@@ -91,8 +96,8 @@ def spectrum_of(typed: argparse.Namespace) -> "Section":
     from sltrain.api.spectrum import look_inside
     from sltrain.reporting.spectrum import aligned
 
-    spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps, report=say)
-    (say if typed.json else tell)(f"\n{aligned(spectrum.tables[0])}\n")
+    spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps)
+    write_line(f"\n{aligned(spectrum.tables[0])}\n", "stderr" if typed.json else "stdout")
     return spectrum
 
 

@@ -8,15 +8,20 @@ Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra 
 line and a second.
 """
 
+import logging
 import sys
 
 import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
 from omegaconf import DictConfig
 
+from sltrain.commands.help_text import help_text
 from sltrain.commands.sweep import Sweep
-from sltrain.compose import check_overrides, conf_dir, help_text, register_schema, to_train_config
+from sltrain.compose import check_overrides, conf_dir, register_schema, to_train_config
 from sltrain.errors import ExitCode, report_error, run_as_process
+from sltrain.log import lines_on
+
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 
 def main() -> None:
@@ -24,6 +29,7 @@ def main() -> None:
     run_as_process(run_command, "interrupted; what the last checkpoint holds is safe")
 
 
+@lines_on("stdout")
 def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-train` with these arguments and return its exit code."""
     if "--help" in arguments or "-h" in arguments:
@@ -64,37 +70,26 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 
 def train(composed: DictConfig) -> ExitCode:
-    """Run one training run to its end and say how it ended."""
-    config = to_train_config(composed)
-    from sltrain.building.run import (  # torch and the rest, seconds after the cheap checks
-        Outcome,
-        build_run,
-        print_line,
-    )
-
-    run = None
+    """Train one run to its end and say how it ended."""
     try:
-        run = build_run(config, print_line)
-        if run.is_finished:
-            run.say(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
-            return ExitCode.OK
-        outcome = run.train()
-        if run.trainer is not None and run.trainer.data_error is not None:
-            report_error(run.trainer.data_error)
-        if outcome is Outcome.OUT_OF_MEMORY:
-            return report_error(ValueError(run.farewell(outcome)))
-        run.say(run.farewell(outcome))
-        return {
-            Outcome.FINISHED: ExitCode.OK,
-            Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
-            Outcome.DATA_LOST: ExitCode.DATA_LOST if run.lost_network else ExitCode.BAD_INPUT,
-            Outcome.DIVERGED: ExitCode.DIVERGED,
-        }[outcome]
+        config = to_train_config(composed)
+        from sltrain.api.train import Outcome, train_run  # torch and the rest, seconds after the cheap checks
+
+        ended = train_run(config)
     except Exception as error:
         return report_error(error)
-    finally:
-        if run is not None:
-            run.close()
+    if ended.data_error is not None:
+        report_error(ended.data_error)
+    if ended.outcome is Outcome.OUT_OF_MEMORY:
+        return report_error(ValueError(ended.advice))
+    logger.info(ended.advice)
+    is_bad_data = isinstance(ended.data_error, ValueError)  # and not the network
+    return {
+        Outcome.FINISHED: ExitCode.OK,
+        Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
+        Outcome.DATA_LOST: ExitCode.BAD_INPUT if is_bad_data else ExitCode.DATA_LOST,
+        Outcome.DIVERGED: ExitCode.DIVERGED,
+    }[ended.outcome]
 
 
 if __name__ == "__main__":

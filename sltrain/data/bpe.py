@@ -6,15 +6,18 @@ and the cache key covers the corpus, the size and the sample. 8,192 pieces on th
 """
 
 import contextlib
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import tokenizers
 
 from sltrain.data.documents import DataError, Source, is_held_out
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when train_bpe changes, so that no cached tokenizer of an older kind is used
 SAMPLE_CHARS = 10_000_000  # text to train on
@@ -39,7 +42,7 @@ def train_bpe(texts: Iterator[str], size: int) -> str:
     return tokenizer.to_str()
 
 
-def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int, report: Callable[[str], None]) -> str:
+def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int) -> str:
     """The tokenizer.json of `bpe:SIZE`, from the cache if it was trained on this corpus before."""
     digits = spec.removeprefix("bpe:")
     if not digits.isdecimal() or not MIN_SIZE <= int(digits) <= MAX_SIZE:
@@ -50,13 +53,13 @@ def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int, 
     if path.exists():
         return path.read_text(encoding="utf-8")
     source.check()
-    report(f"training a byte-level BPE of {size} pieces on {source.name}; it is kept in {path}")
+    logger.info(f"training a byte-level BPE of {size} pieces on {source.name}; it is kept in {path}")
     text = train_bpe(_sample(source, holdout_every), size)
     num_pieces = tokenizers.Tokenizer.from_str(text).get_vocab_size()
     if num_pieces == MIN_SIZE:
         raise DataError(f"{source.name} has too little text to train tokenizer={spec} on")
     if num_pieces < size:
-        report(f"{source.name} is too small for {size} pieces: the tokenizer has {num_pieces}")
+        logger.info(f"{source.name} is too small for {size} pieces: the tokenizer has {num_pieces}")
     _write_atomically(path, text)
     return text
 

@@ -5,10 +5,15 @@ index), whatever is damaged or left out around it, so that a position in the cor
 and after every restart.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
+
+from sltrain.log import ANY_RANK
+
+logger = logging.getLogger(__name__)
 
 REPORTED_PER_FILE = 3  # bad records of one file that are named one by one; the others are only counted
 
@@ -75,11 +80,10 @@ class BadData:
     met.
     """
 
-    def __init__(self, mode: str, report: Callable[[str], None]) -> None:
+    def __init__(self, mode: str) -> None:
         if mode not in ("skip", "stop"):
             raise ValueError(f"on_bad_data is {mode!r}; it must be skip or stop")
         self.mode = mode
-        self.report = report
         self._seen: set[tuple[str, int]] = set()
         self._records_of_file: dict[str, int] = {}
         self.files = 0
@@ -98,7 +102,7 @@ class BadData:
         count = self._records_of_file[file] = self._records_of_file.get(file, 0) + 1
         if count <= REPORTED_PER_FILE:
             more = "; further ones of this file are left out without a line" if count == REPORTED_PER_FILE else ""
-            self.report(f"{file}:{line}: {why}; this record is left out{more}")
+            logger.warning(f"{file}:{line}: {why}; this record is left out{more}", extra=ANY_RANK)
 
     def rest_of_file(self, file: str, last_good: int, why: str) -> None:
         """`file` cannot be read behind its `last_good` records (0: none could be read)."""
@@ -111,4 +115,4 @@ class BadData:
             return
         self._seen.add((file, 0))
         self.files += 1
-        self.report(f"{file} is damaged {where} ({why}); the rest of the file is left out")
+        logger.warning(f"{file} is damaged {where} ({why}); the rest of the file is left out", extra=ANY_RANK)

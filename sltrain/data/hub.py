@@ -11,13 +11,17 @@ takes a dozen requests for metadata. Without its reader, what remains is one HTT
 """
 
 import io
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from sltrain.data.documents import BadData, DataError, Document, NetworkError
 from sltrain.data.records import read_documents
+from sltrain.log import ANY_RANK
+
+logger = logging.getLogger(__name__)
 
 RETRIED_STATUS = (408, 425, 429)  # besides all of 5xx
 
@@ -61,7 +65,6 @@ class HubFiles:
         file_template: str,
         num_shards: int,
         on_bad_data: str = "skip",
-        report: Callable[[str], None] = print,
         retry: RetryPolicy | None = None,
     ) -> None:
         if num_shards < 1:
@@ -80,8 +83,7 @@ class HubFiles:
         self.num_shards = num_shards
         self.repo = repo
         self.revision = revision
-        self.bad = BadData(on_bad_data, report)
-        self.report = report
+        self.bad = BadData(on_bad_data)
         self.retry = retry or DEFAULT_RETRY
 
     def fingerprint(self) -> str:
@@ -110,17 +112,16 @@ class HubFiles:
         import huggingface_hub  # 0.3 s, and needed for this source only
 
         url = huggingface_hub.hf_hub_url(self.repo, self.files[shard], repo_type="dataset", revision=self.revision)
-        return HubFile(url, self.shard_name(shard), self.retry, self.report)
+        return HubFile(url, self.shard_name(shard), self.retry)
 
 
 class HubFile(io.RawIOBase):
     """The bytes behind a URL as a file that is read once from front to back, whatever the network does."""
 
-    def __init__(self, url: str, name: str, retry: RetryPolicy, report: Callable[[str], None]) -> None:
+    def __init__(self, url: str, name: str, retry: RetryPolicy) -> None:
         self.url = url
         self.name = name  # what messages call it
         self.retry = retry
-        self.report = report
         self._size: int | None = None  # known after the first response
         self._fetched = 0  # bytes received since the beginning
         self._block = memoryview(b"")  # what was received and not yet read
@@ -165,9 +166,10 @@ class HubFile(io.RawIOBase):
                         f"lost the connection to {self.url} and gave up after {attempts} attempts: {error}"
                     ) from None
                 wait = self.retry.wait_before(attempts)
-                self.report(
+                logger.warning(
                     f"{self.name}: {error}; trying again at byte {self._fetched:,} in {wait:g} s "
-                    f"({attempts} of {self.retry.retries})"
+                    f"({attempts} of {self.retry.retries})",
+                    extra=ANY_RANK,
                 )
                 time.sleep(wait)
         return bytes(block)

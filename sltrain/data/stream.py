@@ -11,7 +11,8 @@ Batch.state holds the position of every stream of this rank after the batch, bec
 background thread.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from sltrain.data.order import deal_slices, num_logical_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 IDENTITY = "identity"  # key of Batch.state beside the stream numbers: what the positions refer to
 CORPUS = "the corpus (path, files or Python release)"
@@ -50,7 +53,6 @@ class TrainStream:
         seed: decides the order together with global_batch_size and num_streams.
         padding: truncate_pad or pack.
         holdout_every: one document in this many is never trained on (0: all are).
-        on_event: gets a line when the corpus begins again; called from the background thread.
         prefetch: batches kept ready.
 
     Raises ValueError (also DataError) for what the user can mend; the iterator raises DataError or NetworkError when
@@ -71,7 +73,6 @@ class TrainStream:
         num_streams: int = 8,
         shuffle_block: int = 1024,
         holdout_every: int = 0,
-        on_event: Callable[[str], None] = print,
         prefetch: int = 4,
     ) -> None:
         check_row_shape(padding, seq_len)
@@ -85,7 +86,6 @@ class TrainStream:
         self.padding = padding
         self.shuffle_block = shuffle_block
         self.holdout_every = holdout_every
-        self.on_event = on_event
         self.prefetch = prefetch
         self.rows_per_stream = global_batch_size // num_logical
         self._slices = deal_slices(source.shard_sizes(), num_logical, seed)
@@ -156,7 +156,7 @@ class TrainStream:
             epoch = max(stream.at.epoch for stream in streams)
             if epoch > last_epoch:
                 last_epoch = epoch
-                self.on_event(f"epoch {epoch + 1} of the data begins: its documents come again in another order")
+                logger.info(f"epoch {epoch + 1} of the data begins: its documents come again in another order")
             input_ids, labels = rows_to_tensors(rows, self.seq_len, self.tokenizer.pad_id)
             num_tokens = sum(map(len, rows))
             stamp = self._stamp({stream.number: stream.at for stream in streams})

@@ -13,6 +13,7 @@ Everything is one `tokenizers.Tokenizer` (Rust), wrapped for what pretraining ne
 """
 
 import json as json_module
+import logging
 import os
 from collections.abc import Callable
 from hashlib import sha256
@@ -28,6 +29,8 @@ from sltrain.data.cut_rule import words_are_independent
 from sltrain.data.documents import DataError, NetworkError, Source
 from sltrain.data.hub import DEFAULT_RETRY, HubFile
 from sltrain.data.word_cache import word_cache
+
+logger = logging.getLogger(__name__)
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>")
@@ -46,9 +49,7 @@ class Tokenizer:
     were >= vocab_size and became unk.
     """
 
-    def __init__(
-        self, json: str, name: str, vocab_size: int | None = None, report: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, json: str, name: str, vocab_size: int | None = None) -> None:
         """`vocab_size`: ids of the model; None: as many as the tokenizer has. Raises ValueError if the two do not
         fit."""
         try:
@@ -59,7 +60,6 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.json = json
         self.name = name
-        self.report = report
         self.sentinels_mapped = 0
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -185,7 +185,7 @@ class Tokenizer:
         assert self.unk_id is not None
         strange = ids >= self.vocab_size
         if self.sentinels_mapped == 0:
-            self.report(
+            logger.warning(
                 f"the text holds {self._tokenizer.id_to_token(int(ids[strange][0]))} literally, which has no id below "
                 f"{self.vocab_size}: it and its like become {self._tokenizer.id_to_token(self.unk_id)}"
             )
@@ -219,7 +219,6 @@ def load_tokenizer(
     cache_dir: str | Path | None = None,
     *,
     holdout_every: int = 0,
-    report: Callable[[str], None] = print,
 ) -> Tokenizer:
     """The tokenizer that `spec` names: a tokenizer.json or its folder, `bpe:SIZE`, or a name on the Hugging Face Hub.
 
@@ -233,7 +232,7 @@ def load_tokenizer(
             raise ValueError(
                 f"tokenizer={spec} is trained on a corpus and kept in a cache folder; neither may be missing"
             )
-        return Tokenizer(trained_bpe(spec, source, Path(cache_dir), holdout_every, report), spec, vocab_size, report)
+        return Tokenizer(trained_bpe(spec, source, Path(cache_dir), holdout_every), spec, vocab_size)
     path = Path(spec).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -245,7 +244,7 @@ def load_tokenizer(
         raise ValueError(f"tokenizer={spec} is no tokenizer.json: {path} is not text") from None
     except OSError as error:
         raise ValueError(f"tokenizer={spec} cannot be read: {path}: {error.strerror}") from None
-    return Tokenizer(text, spec, vocab_size, report)
+    return Tokenizer(text, spec, vocab_size)
 
 
 def _looks_like_path(spec: str) -> bool:
@@ -265,7 +264,7 @@ def _fetch_from_hub(spec: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
         # Asked first because it fails within seconds; hf_hub_download tries for minutes.
-        HubFile(hf_hub_url(repo, "tokenizer.json"), repo, DEFAULT_RETRY, print).probe()
+        HubFile(hf_hub_url(repo, "tokenizer.json"), repo, DEFAULT_RETRY).probe()
         return Path(hf_hub_download(repo, "tokenizer.json"))
     except (HFValidationError, DataError) as error:
         raise ValueError(f"{nowhere} ({str(error).splitlines()[0]})") from None

@@ -16,9 +16,9 @@ Only one process (rank 0) saves and searches; every rank loads.
 
 import contextlib
 import json
+import logging
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,13 @@ from sltrain.engine.sealed_folder import (
     write_sealed,
 )
 
+logger = logging.getLogger(__name__)
+
 MODEL_FILE, STATE_FILE = "model.safetensors", "state.json"
 OBJECT_SUFFIX = ".pt"
 
 # `.old` exists only while a checkpoint of the same step is replaced; it counts as a checkpoint, a `.tmp` never does.
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
-
-
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 class Checkpointer:
@@ -100,16 +98,16 @@ class Checkpointer:
         self._prune(step)
         return final
 
-    def find_latest(self, report: Callable[[str], None] = _to_stderr) -> Path | None:
+    def find_latest(self) -> Path | None:
         """The newest checkpoint whose files all match its manifest; None if there is no checkpoint at all. Each damaged
-        newer one is named to `report` and skipped. Raises CheckpointError if all are damaged: training must not start
+        newer one is named in a warning and skipped. Raises CheckpointError if all are damaged: training must not start
         over them unasked."""
         candidates = self._list()
         for _, path in reversed(candidates):
             problem = self._find_damage(path)
             if problem is None:
                 return path
-            report(f"checkpoint {path} is damaged ({problem}): looking for the one before it.")
+            logger.warning(f"checkpoint {path} is damaged ({problem}): looking for the one before it.")
         if candidates:
             anew = ", or delete that folder to start anew" if self.to_train else ""
             raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{anew}.")

@@ -21,6 +21,7 @@ event a line, strict JSON (a number that is not finite is null). A run that resu
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -30,7 +31,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+from sltrain.log import in_notebook
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
@@ -168,7 +173,7 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 class ProgressBar:
-    """A tqdm bar on standard error, or plain lines now and then where that is no terminal.
+    """A tqdm bar on standard error, or in a notebook; plain lines now and then where neither can be.
 
     Args:
         max_steps: updates of the whole run.
@@ -185,12 +190,13 @@ class ProgressBar:
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream or sys.stderr
+        is_widget = stream is None and in_notebook()
+        self._stream = stream or (sys.stdout if is_widget else sys.stderr)
         self._max_steps, self._first_step = max_steps, first_step
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._begin, self._last_line = clock(), -math.inf
         self._bar: tqdm[Any] | None = None
-        if _has_columns(self._stream):
+        if is_widget or _has_columns(self._stream):
             form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
                 total=max_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True
@@ -265,7 +271,6 @@ class WandbSink:
         project: str,
         entity: str | None,
         config: Mapping[str, Any],
-        report: Callable[[str], None],
     ) -> None:
         try:
             import wandb
@@ -291,9 +296,11 @@ class WandbSink:
                 f"tracker=wandb: {error}. Set WANDB_MODE=offline to record without its server, or take tracker=none."
             ) from error
         if mode == "offline":
-            report(f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`.")
+            logger.info(
+                f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`."
+            )
         elif mode == "online":
-            report(f"W&B: {self._run.url}")
+            logger.info(f"W&B: {self._run.url}")
 
     def log(self, event: Event) -> None:
         prefix = event["event"]

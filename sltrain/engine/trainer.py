@@ -6,6 +6,7 @@ carries the position that follows it.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.stop import StopRequest
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many the weights cannot recover by skipping
 MEASURED_UPDATE = 3  # of a process: the first makes the optimizer's state, the second DDP's final buckets
@@ -75,7 +78,6 @@ class Trainer:
     micro_batch_size: int
     model_metrics: Callable[[], dict[str, float]]  # what the method has to say about its weights
     final_metrics: Callable[[], dict[str, Any]]  # what the final line says besides the evaluation
-    report: Callable[[str], None]  # one line to the user
     progress: Progress = field(default_factory=Progress)
     stream_state: dict[str, Any] = field(default_factory=dict)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run has to make again
@@ -133,9 +135,7 @@ class Trainer:
             lambda: self.update_step.run(
                 self._micro_batches(update.batch),
                 update.num_targets,
-                on_skip=lambda name: self._report_once(
-                    f"step {next_step}: {name} is not finite; this update is skipped"
-                ),
+                on_skip=lambda name: logger.warning(f"step {next_step}: {name} is not finite; this update is skipped"),
             ),
             num_micro_batches=-(-len(update.batch.input_ids) // self.micro_batch_size),
         )
@@ -164,7 +164,7 @@ class Trainer:
         num_left_out = result.num_skipped_tensors or 0
         progress.num_skipped_tensors += num_left_out
         if num_left_out and not result.skipped:
-            self._report_once(f"step {progress.step}: {num_left_out} gradients were not finite and left out")
+            logger.warning(f"step {progress.step}: {num_left_out} gradients were not finite and left out")
         is_bad = result.skipped or num_left_out > 0
         progress.num_skipped_in_a_row = progress.num_skipped_in_a_row + 1 if is_bad else 0
 
@@ -179,7 +179,7 @@ class Trainer:
         result = self.memory.measure(run, held, self.ranks.device)
         measured, plan = self.memory.tensor_bytes or 0, self.memory.planned_bytes
         planned = "" if plan is None else f", {plan / 1e9:,.2f} planned"
-        self._report_once(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
+        logger.info(f"memory     {measured / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def rescue(self) -> None:
@@ -193,7 +193,7 @@ class Trainer:
             try:
                 self.save()
             except (OSError, ValueError, RuntimeError) as error:
-                self._report_once(f"step {self.step} could not be saved: {error}")
+                logger.warning(f"step {self.step} could not be saved: {error}")
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
@@ -216,7 +216,7 @@ class Trainer:
         """Write the eval or final line; False if a signal cut the evaluation short."""
         with self.throughput.paused():
             if event == "final":
-                self._report_once(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
+                logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.stop.is_set)
             if numbers is None:
                 return False
@@ -251,11 +251,6 @@ class Trainer:
         """The rows of this rank, in order, `micro_batch_size` at a time, on the device."""
         pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
         return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
-
-    def _report_once(self, line: str) -> None:
-        """Tell the user what every rank knows."""
-        if self.ranks.is_main:
-            self.report(line)
 
     def _write(self, event: str, numbers: dict[str, Any]) -> dict[str, Any]:
         p = self.progress

@@ -19,6 +19,10 @@ from torch import nn
 from sltrain.layers.base import LAYERS, ReplacedLinear
 
 
+class UnknownKind(ValueError):
+    """A kind of layer that no installed package has."""
+
+
 def replace_linears(
     model: nn.Module,
     should_replace: Callable[[str, nn.Linear], bool],
@@ -59,17 +63,25 @@ def layer_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def restore_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace in place each named linear by the layer that its settings (`layer_settings`) describe. Raises ValueError
-    for a name without a linear, a kind that is not installed, and settings no layer can have.
+    for a name without a linear and for settings no layer can have, UnknownKind for a kind that is not installed.
 
     Settings of export format 1 name no kind: those with a sparsity are SLTrain's, the others low-rank.
     """
 
+    installed = LAYERS.names()
+
     def make(name: str, linear: nn.Linear) -> nn.Module:
         own = dict(settings[name])
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        kind = own.pop("kind", "sltrain" if "sparsity" in own else "low_rank")
+        if kind not in installed:
+            raise UnknownKind(
+                f"{name} is a layer of kind {kind}, which is not installed (there are: {', '.join(installed)}); install"
+                " the package that brings it"
+            )
+        cls: Any = LAYERS.load(kind)
         try:
-            kind: Any = LAYERS.load(own.pop("kind", "sltrain" if "sparsity" in own else "low_rank"))
-            return kind(linear.in_features, linear.out_features, bias=linear.bias is not None, **own, **like)
+            return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, **own, **like)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -22,8 +22,8 @@ class SLTrain(Method):
     layer, the last wins."""
 
     rank: int = MISSING  # inner size of B A; 0: S alone
-    sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
+    sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     support: str = MISSING  # entries of S: uniform (the paper), stratified, block or column
     block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank

@@ -124,11 +124,8 @@ def place(name: str) -> Place:
 
 def spectrum_section(title: str, found: Sequence[Found]) -> Section:
     """Figures and tables, by kind of projection and by chosen layer, and every number as CSV."""
-    pictures = [
-        picture
-        for at in found
-        for picture in draw_spectra(at.step, {place(name): spectrum for name, spectrum in at.spectra.items()})
-    ]
+    by_place = [(at.step, {place(name): spectrum for name, spectrum in at.spectra.items()}) for at in found]
+    pictures = [picture for step, spectra in by_place for picture in draw_spectra(step, spectra)]
     if any(at.energies for at in found):
         pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
     tables = [by_kind(found), by_layer(found)]
@@ -147,11 +144,10 @@ def by_layer(found: Sequence[Found]) -> Table:
     """One row for each chosen layer and step."""
     rows = []
     for at in found:
-        for name, spectrum in at.spectra.items():
-            numbers = map(_number, (spectrum.whole[0], spectrum.cliff, spectrum.effective_rank))
-            ranks = [str(spectrum.numerical_rank), str(len(spectrum.whole))]
-            rank = str(spectrum.rank or "-")
-            rows.append([str(at.step), name, rank, *numbers, *ranks, _percent(at.share(name))])
+        for name, one in at.spectra.items():
+            numbers = [_number(value) for value in (one.whole[0], one.cliff, one.effective_rank)]
+            ranks = [str(one.numerical_rank), str(len(one.whole))]
+            rows.append([str(at.step), name, str(one.rank or "-"), *numbers, *ranks, _percent(at.share(name))])
     return Table(LAYER_HEADINGS, rows, ["layer"], LAYER_LEGEND)
 
 

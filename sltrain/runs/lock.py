@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 1.0  # whoever only looks at a run (run_record.py) holds the lock for an instant
 
@@ -16,18 +17,14 @@ class RunLocked(ValueError):
     """Another live process owns the run folder. The message is for the user."""
 
 
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 class RunLock:
     """Holds `run_dir/.lock` from construction to `release`, the end of a `with` block, or the process's death.
 
     Raises RunLocked, naming the owner, while another process holds it. The kernel's flock does the work, so a dead
-    owner never blocks. A file system that has no such locks is named to `report`, and the run goes on without.
+    owner never blocks. A file system that has no such locks is named in a warning, and the run goes on without.
     """
 
-    def __init__(self, run_dir: Path, report: Callable[[str], None] = _to_stderr) -> None:
+    def __init__(self, run_dir: Path) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = open(run_dir / ".lock", "a+")
@@ -41,7 +38,7 @@ class RunLock:
                 f"run_dir={run_dir} is in use by {owner}. Wait for it or stop it, or name another run_dir."
             ) from None
         except OSError as error:
-            report(f"{run_dir} cannot be locked ({error.strerror}): take care not to start a second run in it.")
+            logger.warning(f"{run_dir} cannot be locked ({error.strerror}): take care not to start a second run in it.")
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()

@@ -56,16 +56,9 @@ def by_hand(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return W0 + ALPHA / RANK * B @ A
 
 
-def export_to(run: Path, folder: Path, format: str, dtype: torch.dtype) -> str:
-    """What the export says of itself."""
-    said: list[str] = []
-    export(open_saved(run, report=lambda line: None), folder, format, dtype, said.append)
-    return "\n".join(said)
-
-
 def test_only_what_is_trained_moves_and_counts(run: Path) -> None:
     tensors = tensors_of(run)
-    start = open_saved(run, report=lambda line: None).model
+    start = open_saved(run).model
     start.to_empty(device="cpu").init_weights(42)
     assert torch.equal(start.get_submodule(NAME).weight, tensors[f"{NAME}.weight"])
     assert not torch.equal(start.get_submodule(NAME).A, tensors[f"{NAME}.A"])
@@ -84,8 +77,9 @@ def test_only_what_is_trained_moves_and_counts(run: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_dense_export_is_w0_plus_the_product(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    said = export_to(run, tmp_path / "model", "dense", dtype)
+def test_a_dense_export_is_w0_plus_the_product(run: Path, tmp_path: Path, dtype: torch.dtype, lines: list[str]) -> None:
+    export(open_saved(run), tmp_path / "model", "dense", dtype)
+    said = "\n".join(lines)
     assert "verified   logits differ by" in said and ("from the rounded" in said) == (dtype == torch.bfloat16)
     tensors, exported = tensors_of(run), load_file(tmp_path / "model/model.safetensors")
     tolerance = 1e-5 if dtype == torch.float32 else 2**-8
@@ -102,7 +96,7 @@ def test_a_dense_export_is_w0_plus_the_product(run: Path, tmp_path: Path, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compressed_export_names_the_kind_and_opens(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    export_to(run, tmp_path / "small", "compressed", dtype)
+    export(open_saved(run), tmp_path / "small", "compressed", dtype)
     facts = json.loads((tmp_path / "small/config.json").read_text())["sltrain"]
     assert facts["format_version"] == 2
     assert facts["layers"][NAME] == {"kind": "toy_relora", "rank": RANK, "alpha": ALPHA}
@@ -131,7 +125,7 @@ def test_a_wrong_merge_is_not_exported(
 ) -> None:
     monkeypatch.setattr(ReLoRALinear, "dense_weight", wrong)
     with pytest.raises(AssertionError, match="_proj.weight is another one: W x differs"):
-        export_to(run, tmp_path / "model", "dense", dtype)
+        export(open_saved(run), tmp_path / "model", "dense", dtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +135,7 @@ def test_a_copy_under_the_same_name_is_not_taken_for_a_merge(
 ) -> None:
     monkeypatch.setattr(build_export, "_dense", lambda saved, name: saved.files.read(name))
     with pytest.raises(AssertionError, match="_proj.weight is another one: W x differs"):
-        export_to(run, tmp_path / "model", "dense", dtype)
+        export(open_saved(run), tmp_path / "model", "dense", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -157,7 +151,7 @@ def test_a_wrong_configuration_is_found_in_the_logits(
 
     monkeypatch.setattr(build_export, "llama_config", wrong)
     with pytest.raises(AssertionError, match="the exported model is another one: logits differ"):
-        export_to(run, tmp_path / "model", format, dtype)
+        export(open_saved(run), tmp_path / "model", format, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -167,11 +161,11 @@ def test_a_wrong_setting_of_a_compressed_layer_is_found(
     settings = {"rank": RANK, "alpha": ALPHA * 1.001}
     monkeypatch.setattr(ReLoRALinear, "settings", lambda layer: settings)
     with pytest.raises(AssertionError, match="the exported model is another one: logits differ"):
-        export_to(run, tmp_path / "model", "compressed", dtype)
+        export(open_saved(run), tmp_path / "model", "compressed", dtype)
 
 
 def test_the_spectrum_is_that_of_the_whole_w(run: Path) -> None:
-    section = look_inside(run, layers=["up_proj"], report=lambda line: None)
+    section = look_inside(run, layers=["up_proj"])
     lines = list(csv.DictReader(io.StringIO(section.texts["spectrum.csv"])))
     tensors = tensors_of(run)
     W = by_hand(tensors, NAME).numpy()
@@ -191,11 +185,11 @@ def test_the_spectrum_is_that_of_the_whole_w(run: Path) -> None:
 def test_nothing_is_said_of_a_layer_that_is_not_known(
     kind: type[nn.Module], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = open_saved(run, report=lambda line: None)
+    opened = open_saved(run)
     opened.model.get_submodule(NAME.rpartition(".")[0]).up_proj = kind(32, 64)
     monkeypatch.setattr("sltrain.api.spectrum.open_saved", lambda *arguments: opened)
     with pytest.raises(ValueError, match=f"{NAME}.*{kind.__name__}"):
-        look_inside(run, layers=["up_proj"], report=lambda line: None)
+        look_inside(run, layers=["up_proj"])
     monkeypatch.setattr("sltrain.building.model.build_model", lambda *arguments: opened.model)
     with pytest.raises(ValueError, match=f"{NAME}.*{kind.__name__}"):
         count_parameters_of(run)
@@ -206,6 +200,6 @@ def test_what_is_not_one_matrix_is_not_exported_dense(
 ) -> None:
     monkeypatch.setattr("sltrain.layers.LowRankLinear", TwoMatrices)
     with pytest.raises(ValueError, match="layers of kind toy_two_matrices are not one matrix each; use --format comp"):
-        export_to(run, tmp_path / "model", "dense", torch.float32)
-    export_to(run, tmp_path / "small", "compressed", torch.float32)
+        export(open_saved(run), tmp_path / "model", "dense", torch.float32)
+    export(open_saved(run), tmp_path / "small", "compressed", torch.float32)
     assert isinstance(sltrain.load(tmp_path / "small").get_submodule(NAME), TwoMatrices)

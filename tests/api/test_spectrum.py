@@ -50,11 +50,13 @@ def numpy_values(matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
+def test_values_and_energies_of_a_run(
+    support: str, sltrain_train: Train, tiny: list[str], tmp_path: Path, lines: list[str]
+) -> None:
     run = train(sltrain_train, tiny, tmp_path / "run", f"support={support}", "rank_overrides={k_proj: 4}")
-    heard: list[str] = []
-    section = look_inside(run, report=heard.append)
-    assert len(heard) == 1 and "14 of 14" in heard[0]
+    lines.clear()
+    section = look_inside(run)
+    assert len(lines) == 1 and "14 of 14" in lines[0]
 
     tensors, singular = tensors_of(run, 6), read_csv(section.texts["spectrum.csv"])
     energies = {line["layer"]: line for line in read_csv(section.texts["energy.csv"])}
@@ -96,7 +98,7 @@ def test_values_and_energies_of_a_run(support: str, sltrain_train: Train, tiny: 
 
 def test_what_lies_beside_the_page(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = train(sltrain_train, tiny, tmp_path / "a run", "checkpoint_every=2", "keep_last=9")
-    section, out = look_inside(run, steps=[6, 2, 6], layers=["v_proj"], report=lambda line: None), tmp_path / "out"
+    section, out = look_inside(run, steps=[6, 2, 6], layers=["v_proj"]), tmp_path / "out"
     write_report(read_report([run]), out, more=section)
     ours = {"spectrum_2.png", "spectrum_6.png", "energy.png", "spectrum.csv", "energy.csv", "spectrum.md"}
     assert {file.name for file in out.iterdir()} > ours
@@ -131,7 +133,7 @@ def test_what_lies_beside_the_page(sltrain_train: Train, tiny: list[str], tmp_pa
 @pytest.mark.parametrize("method", ["low_rank", "full"])
 def test_methods_without_a_sparse_part(method: str, sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     run = train(sltrain_train, tiny, tmp_path / "run", f"method={method}")
-    section = look_inside(run, layers=["down_proj"], report=lambda line: None)
+    section = look_inside(run, layers=["down_proj"])
     assert [picture.file_name for picture in section.pictures] == ["spectrum_6.png"]
     assert section.texts.keys() == {"spectrum.csv", "spectrum.md"}
     tensors, lines = tensors_of(run, 6), read_csv(section.texts["spectrum.csv"])
@@ -155,7 +157,7 @@ def test_methods_without_a_sparse_part(method: str, sltrain_train: Train, tiny: 
 def test_a_sparse_part_alone_and_none(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
     overrides = ["rank_overrides={q_proj: 0}", "sparsity_overrides={v_proj: 0}"]
     run = train(sltrain_train, tiny, tmp_path / "run", *overrides)
-    section = look_inside(run, layers=["q_proj", "v_proj"], report=lambda line: None)
+    section = look_inside(run, layers=["q_proj", "v_proj"])
     lines = read_csv(section.texts["spectrum.csv"])
     sparse_alone, product_alone = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
     assert {line["matrix"] for line in lines if line["layer"] == sparse_alone} == {"W", "S"}
@@ -163,7 +165,7 @@ def test_a_sparse_part_alone_and_none(sltrain_train: Train, tiny: list[str], tmp
     assert {line["matrix"] for line in lines if line["layer"] == product_alone} == {"W", "BA"}
     shares = {row[1]: row[-1] for row in section.tables[1].rows}
     assert shares[sparse_alone] == "100.0 %" and shares[product_alone] == "0.0 %"
-    alone = look_inside(run, layers=["q_proj"], report=lambda line: None)
+    alone = look_inside(run, layers=["q_proj"])
     assert "low-rank" not in alone.pictures[0].caption
 
 
@@ -203,17 +205,20 @@ def test_what_cannot_be_had_is_refused(sltrain_train: Train, tiny: list[str], tm
         look_inside(tmp_path / "missing")
 
 
-def test_a_step_that_cannot_be_had_costs_only_itself(sltrain_train: Train, tiny: list[str], tmp_path: Path) -> None:
-    said: list[str] = []
-    found = look_inside(train(sltrain_train, tiny, tmp_path / "run"), steps=[6, 5], report=said.append)
-    assert {row[0] for row in found.tables[1].rows} == {"6"} and "no checkpoint of step 5; there are: 6" in said[0]
+def test_a_step_that_cannot_be_had_costs_only_itself(
+    sltrain_train: Train, tiny: list[str], tmp_path: Path, lines: list[str]
+) -> None:
+    run = train(sltrain_train, tiny, tmp_path / "run")
+    lines.clear()
+    found = look_inside(run, steps=[6, 5])
+    assert {row[0] for row in found.tables[1].rows} == {"6"} and "no checkpoint of step 5; there are: 6" in lines[0]
 
 
 def test_weights_that_are_not_finite_are_named(
     sltrain_train: Train, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(sltrain_train, tiny, tmp_path / "run")
-    opened = open_saved(run, report=lambda line: None)
+    opened = open_saved(run)
     tensors = tensors_of(run, 6)
     tensors["model.layers.1.mlp.up_proj.values"][3] = math.nan
     save_file(tensors, tmp_path / "model.safetensors")
@@ -230,7 +235,7 @@ def test_one_layer_is_in_memory_at_a_time(
     import weakref
 
     run = train(sltrain_train, tiny, tmp_path / "run")
-    opened = open_saved(run, report=lambda line: None)
+    opened = open_saved(run)
     alive: list[weakref.ref[torch.nn.Module]] = []
     read = build_spectrum._read_layer
 
@@ -242,5 +247,5 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(build_spectrum, "_read_layer", watched)
     monkeypatch.setattr(build_spectrum, "open_saved", lambda *arguments: opened)
-    look_inside(run, layers=["q_proj"], report=lambda line: None)
+    look_inside(run, layers=["q_proj"])
     assert len(alive) == 14 and all(parameter.is_meta for parameter in opened.model.parameters())

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from sltrain.benchmarks.base import Bench, start_bench
-from sltrain.commands.bench import read_arguments
+from sltrain.benchmarks.settings import read_arguments
 
 
 class Clock:
@@ -52,4 +52,4 @@ def clock_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
 @pytest.fixture
 def bench() -> Callable[..., Bench]:
     """A benchmark from the arguments of the command."""
-    return lambda *arguments: start_bench(read_arguments(list(arguments)), lambda line: None)
+    return lambda *arguments: start_bench(read_arguments(list(arguments)))

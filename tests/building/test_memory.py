@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain.building import run
+from sltrain.building import memory_guard
 from sltrain.building.memory import plan_model, settings_that_fit
 from sltrain.building.model import allocate, build_model
 from sltrain.building.trainer import build_updates, stateful_optimizer
@@ -104,23 +104,22 @@ def test_no_advice_where_nothing_helps() -> None:
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_processes_of_one_machine_share_its_memory(
-    num_processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    num_processes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: list[str]
 ) -> None:
     """What fits one process does not fit two; torchrun says how many there are here."""
     config = composed("model=llama_tiny", "max_steps=10", "device=cpu")
     ranks = Ranks(0, 1, CPU)
     model = build_model(config, 1000, torch.float32)
     planned = plan_model(config, model, CPU, 1).total_bytes
-    monkeypatch.setattr(run, "free_bytes", lambda device: int(1.5 * planned))
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: int(1.5 * planned))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
-    said: list[str] = []
 
     def guard() -> MemoryPlan | None:
-        return run.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks, said.append)
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks)
 
     if num_processes == 1:
         assert guard() == plan_model(config, model, CPU, 1)
     else:
         with pytest.raises(ValueError, match=f"where {0.75 * planned / 1e9:,.2f} GB are free"):
             guard()
-    assert f"{1.5 * planned / num_processes / 1e9:,.2f} GB free on cpu" in said[0]
+    assert f"{1.5 * planned / num_processes / 1e9:,.2f} GB free on cpu" in lines[0]

@@ -10,8 +10,8 @@ import torch
 
 from sltrain.api.bench import measure
 from sltrain.benchmarks.base import format_table, write
-from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig
-from sltrain.commands.bench import read_arguments, run_command
+from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig, read_arguments
+from sltrain.commands.bench import run_command
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -543,7 +543,7 @@ def test_a_large_model_is_written_in_shards(
 ) -> None:
     run, whole = exported("uniform", format)
     folder = tmp_path / "model"
-    build_export.export(open_saved(run), folder, format, None, lambda line: None, max_shard_bytes=50_000)
+    build_export.export(open_saved(run), folder, format, None, max_shard_bytes=50_000)
     names = {path.name for path in folder.iterdir()} - FILES
     count = len(names) - 1
     stem = {"dense": "model", "compressed": "sltrain"}[format]

@@ -125,7 +125,7 @@ def test_the_longest_prompt(model: dict[str, Path], theirs: tuple, sltrain_gener
 
 def test_pieces_come_one_by_one_and_make_the_text(model: dict[str, Path], theirs: tuple) -> None:
     for prompt in PROMPTS:
-        pieces = list(continue_text(model["run"], prompt, max_new_tokens=20, report=lambda line: None))
+        pieces = list(continue_text(model["run"], prompt, max_new_tokens=20))
         ids, text = greedy(theirs, prompt, 20)
         assert "".join(pieces) == text and len(pieces) == len(ids) + 1
         assert sum(piece != "" for piece in pieces) > len(ids) / 2
@@ -142,7 +142,7 @@ def test_a_last_character_that_is_not_whole(model: dict[str, Path], theirs: tupl
             text = tokenizer.decode(ids[: length + count], skip_special_tokens=True)
             if text.endswith("\ufffd") and found < 4:
                 found += 1
-                pieces = continue_text(model["dense"], prompt, max_new_tokens=count, report=lambda line: None)
+                pieces = continue_text(model["dense"], prompt, max_new_tokens=count)
                 assert "".join(pieces) == text
     assert found >= 2
 

@@ -126,9 +126,8 @@ def shards(hub, texts):
     return found
 
 
-def make(lines=None, **changes):
-    report = (lambda line: None) if lines is None else lines.append
-    return HubFiles("allenai/c4", REVISION, TEMPLATE, NUM_SHARDS, report=report, **{"retry": QUICK, **changes})
+def make(**changes):
+    return HubFiles("allenai/c4", REVISION, TEMPLATE, NUM_SHARDS, **{"retry": QUICK, **changes})
 
 
 def read(source, shard=0):
@@ -157,11 +156,10 @@ def test_shards_are_read_in_ranges(hub, shards, texts):
         [None, "stall", 503, "cut"],
     ],
 )
-def test_a_broken_connection_is_taken_up_again_and_nothing_is_lost(hub, shards, texts, faults, redirects):
+def test_a_broken_connection_is_taken_up_again_and_nothing_is_lost(hub, shards, texts, faults, redirects, lines):
     hub.redirects = redirects
     hub.faults += faults
-    lines = []
-    assert read(make(lines)) == texts[0::2]
+    assert read(make()) == texts[0::2]
     assert len(lines) == sum(fault is not None for fault in faults) and "trying again at byte" in lines[0]
     assert hub.bytes_sent == len(shards[make().files[0]])  # no byte twice
 
@@ -172,11 +170,11 @@ def test_a_server_without_ranges_is_read_as_well(hub, shards, texts):
     assert read(make()) == texts[0::2]
 
 
-def test_a_dead_network_is_given_up_after_the_retries(hub, shards, texts):
+def test_a_dead_network_is_given_up_after_the_retries(hub, shards, texts, lines):
     hub.faults += [None, *[503] * 100]
-    lines, found = [], []
+    found = []
     with pytest.raises(NetworkError, match="gave up after 5 attempts.*503"):
-        for document in make(lines).documents(0):
+        for document in make().documents(0):
             found.append(document.text)
     assert 10 < len(found) < 150 and found == texts[0 : 2 * len(found) : 2]
     assert len(lines) == QUICK.retries
@@ -204,9 +202,8 @@ def test_a_silent_hub_is_reported_at_the_start(hub, shards):
                 make().check()
 
 
-def test_what_the_hub_does_not_have_is_an_error_without_retries(hub, shards):
-    lines = []
-    source = HubFiles("allenai/c4", REVISION, "nl/{shard}.json.gz", 4, report=lines.append, retry=QUICK)
+def test_what_the_hub_does_not_have_is_an_error_without_retries(hub, shards, lines):
+    source = HubFiles("allenai/c4", REVISION, "nl/{shard}.json.gz", 4, retry=QUICK)
     for action in (source.check, lambda: read(source)):
         with pytest.raises(DataError, match=r"no such file or revision \(HTTP 404\)"):
             action()
@@ -222,11 +219,10 @@ def test_wrong_templates_are_refused():
         HubFiles("a/b", REVISION, "{shard}.json.gz", 0)
 
 
-def test_a_damaged_shard_follows_the_rule_for_local_files(hub, shards, texts):
+def test_a_damaged_shard_follows_the_rule_for_local_files(hub, shards, texts, lines):
     name = next(iter(shards))
     hub.files["allenai/c4", name] = shards[name][:30_000]
-    lines = []
-    source = make(lines)
+    source = make()
     found = read(source)
     assert found == texts[0 : 2 * len(found) : 2] and 10 < len(found) < 150
     assert len(lines) == 1 and f"allenai/c4/{name} is damaged after its record {len(found)}" in lines[0]
@@ -242,7 +238,6 @@ def test_training_rows_from_a_failing_hub_are_those_of_the_same_files_here(hub, 
     def rows(source, faults=()):
         stream = TrainStream(
             source, tokenizer, seed=3, seq_len=64, padding="pack", global_batch_size=8, shuffle_block=16,
-            on_event=lambda line: None,
         )  # fmt: skip
         hub.faults[:] = faults
         found = [next(stream).input_ids.tolist() for _ in range(60)]

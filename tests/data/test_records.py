@@ -96,11 +96,10 @@ def test_wrong_paths_are_refused_in_words(tmp_path):
         b'{"text": "\\ud800"}\n',
     ],
 )
-def test_a_bad_record_alone_is_left_out_and_named_once(tmp_path, bad):
+def test_a_bad_record_alone_is_left_out_and_named_once(tmp_path, bad, lines):
     good = json_lines(TEXTS).splitlines(keepends=True)
     path = write(tmp_path / "a.json.gz", b"".join([*good[:20], bad, *good[20:]]))
-    lines = []
-    source = LocalFiles(path, "skip", lines.append)
+    source = LocalFiles(path, "skip")
     for _ in range(2):
         assert [text for _, text in read(source)] == TEXTS
     assert len(lines) == 1 and f"{path}:21:" in lines[0]
@@ -109,16 +108,15 @@ def test_a_bad_record_alone_is_left_out_and_named_once(tmp_path, bad):
         read(LocalFiles(path, "stop"))
 
 
-def test_many_bad_records_are_counted_but_not_all_named(tmp_path):
+def test_many_bad_records_are_counted_but_not_all_named(tmp_path, lines):
     path = write(tmp_path / "a.jsonl", b"nonsense\n" * 100 + json_lines(TEXTS) + b"\n\n")
-    lines = []
-    source = LocalFiles(path, "skip", lines.append)
+    source = LocalFiles(path, "skip")
     assert len(read(source)) == 50
     assert source.bad.records == 100 and len(lines) == 3
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_the_rest_of_a_damaged_gzip_file_is_left_out(tmp_path, damage):
+def test_the_rest_of_a_damaged_gzip_file_is_left_out(tmp_path, damage, lines):
     random.seed(0)
     texts = ["".join(random.choices("abcdefgh ", k=800)) for _ in range(400)]
     whole = gzip.compress(json_lines(texts))
@@ -126,8 +124,7 @@ def test_the_rest_of_a_damaged_gzip_file_is_left_out(tmp_path, damage):
     data = whole[:half] if damage == "truncated" else whole[:half] + bytes(64) + whole[half + 64 :]
     (tmp_path / "b.json.gz").write_bytes(data)
     write(tmp_path / "c.jsonl", json_lines(TEXTS))
-    lines = []
-    source = LocalFiles(f"{tmp_path}/*", "skip", lines.append)
+    source = LocalFiles(f"{tmp_path}/*", "skip")
     for _ in range(2):
         found = [d.text for d in source.documents(0)]
         assert 100 < len(found) < 300 and found == texts[: len(found)]
@@ -141,10 +138,9 @@ def test_the_rest_of_a_damaged_gzip_file_is_left_out(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["a.json.gz", "a.parquet"])
-def test_a_file_of_another_kind_is_left_out_as_damaged(tmp_path, name):
+def test_a_file_of_another_kind_is_left_out_as_damaged(tmp_path, name, lines):
     (tmp_path / name).write_bytes(b"this is neither gzip nor parquet")
-    lines = []
-    assert read(LocalFiles(str(tmp_path / name), "skip", lines.append)) == []
+    assert read(LocalFiles(str(tmp_path / name), "skip")) == []
     assert len(lines) == 1 and "at its very beginning" in lines[0]
 
 

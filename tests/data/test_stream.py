@@ -52,7 +52,7 @@ DEFAULTS = {"seed": 1, "seq_len": 16, "padding": "pack", "global_batch_size": 8,
 
 
 def make(source, tokenizer, **changes):
-    return TrainStream(source, tokenizer, **{**DEFAULTS, "on_event": lambda line: None, "prefetch": 2, **changes})
+    return TrainStream(source, tokenizer, **{**DEFAULTS, "prefetch": 2, **changes})
 
 
 def take(stream, count):
@@ -207,16 +207,16 @@ def test_held_out_documents_are_never_trained_on(source, tokenizer, texts):
     assert 10 < len(held_out) < 45
 
 
-def test_each_new_epoch_is_announced_once(source, tokenizer):
-    lines = []
-    batches = take(make(source, tokenizer, on_event=lines.append), 200)
+def test_each_new_epoch_is_announced_once(source, tokenizer, lines):
+    batches = take(make(source, tokenizer), 200)
     seen = max(batch.epoch for batch in batches)
     assert seen >= 2 and [line.split()[1] for line in lines][:seen] == [str(e + 1) for e in range(1, seen + 1)]
     assert len(lines) == len(set(lines))
-    stream, more = make(source, tokenizer, on_event=lambda line: more.append(line)), []
+    stream = make(source, tokenizer)
     stream.load_state_dict(batches[-1].state)
+    lines.clear()
     take(stream, 1)
-    assert f"epoch {seen + 1} " not in " ".join(more)
+    assert f"epoch {seen + 1} " not in " ".join(lines)
 
 
 def test_a_rank_reads_only_its_own_shards(tokenizer, tmp_path, texts):
@@ -270,7 +270,7 @@ def test_a_corpus_without_documents_is_an_error_at_once(tokenizer, tmp_path, con
             ]
 
     (tmp_path / "a.jsonl").write_text(content)
-    files = LocalFiles(f"{tmp_path}/a.jsonl", report=lambda line: None)
+    files = LocalFiles(f"{tmp_path}/a.jsonl")
     with pytest.raises(DataError, match="no documents in .* for data stream"):
         take(make(files, Blank(tokenizer.json, "test")), 1)
 
@@ -314,7 +314,7 @@ def test_bad_data_stops_the_stream_when_asked(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n' * 20)
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
         take(make(LocalFiles(f"{tmp_path}/a.jsonl", "stop"), tokenizer, num_streams=1), 1)
-    assert take(make(LocalFiles(f"{tmp_path}/a.jsonl", "skip", lambda line: None), tokenizer, num_streams=1), 1)
+    assert take(make(LocalFiles(f"{tmp_path}/a.jsonl", "skip"), tokenizer, num_streams=1), 1)
 
 
 def test_close_joins_the_thread_and_may_be_called_at_any_time(source, tokenizer):
@@ -339,7 +339,7 @@ from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import load_tokenizer
 stream = TrainStream(LocalFiles({source.paths!r}), load_tokenizer({str(tmp_path / "t.json")!r}), seed=0, seq_len=16,
-    padding="pack", global_batch_size=8, on_event=lambda line: None)
+    padding="pack", global_batch_size=8)
 next(stream)
 print("done")
 """

@@ -132,10 +132,9 @@ def test_cutting_is_exact_on_real_text():
     assert sum(len(text) > 128 * module.CHARS_PER_TOKEN for text in texts) > 300
 
 
-def test_sentinels_become_unk_are_counted_and_named_once():
-    lines = []
+def test_sentinels_become_unk_are_counted_and_named_once(lines):
     size = unigram(num_sentinels=0).get_vocab_size()
-    tokenizer = Tokenizer(unigram().to_str(), "test", size, lines.append)
+    tokenizer = Tokenizer(unigram().to_str(), "test", size)
     assert tokenizer.vocab_size == size
     texts = ["a<extra_id_0>b<extra_id_2>", "ab", "<extra_id_1>"]
     for ids, plain in zip(encode(tokenizer, texts), unigram().encode_batch(texts), strict=True):
@@ -204,8 +203,8 @@ def corpus(tmp_path, num_files=3, num_documents=60):
     return LocalFiles(f"{tmp_path}/*.jsonl")
 
 
-def test_bpe_is_trained_once_on_training_documents_and_cached(tmp_path):
-    source, cache, lines = corpus(tmp_path), tmp_path / "cache", []
+def test_bpe_is_trained_once_on_training_documents_and_cached(tmp_path, lines):
+    source, cache = corpus(tmp_path), tmp_path / "cache"
     read = []
 
     class Watched:
@@ -215,14 +214,14 @@ def test_bpe_is_trained_once_on_training_documents_and_cached(tmp_path):
             read.append(shard)
             return source.documents(shard)
 
-    first = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3, report=lines.append)
-    again = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3, report=lines.append)
+    first = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3)
+    again = load_tokenizer("bpe:300", None, Watched(), cache, holdout_every=3)
     assert first.json == again.json and first.vocab_size == 300
     assert read == [0, 1, 2] and len(lines) == 1
     kept = [d.text for shard in range(3) for d in source.documents(shard) if not is_held_out(d.text, 3)]
     assert first.json == train_bpe(iter(kept), 300)
-    assert load_tokenizer("bpe:300", None, source, cache, report=lines.append).json != first.json  # another corpus
-    assert load_tokenizer("bpe:280", None, source, cache, report=lines.append).vocab_size == 280
+    assert load_tokenizer("bpe:300", None, source, cache).json != first.json  # another corpus
+    assert load_tokenizer("bpe:280", None, source, cache).vocab_size == 280
     assert sorted(p.suffix for p in cache.iterdir()) == [".json"] * 3
     text = "Any text at all: é 漢字 \x00 \n"
     ids = encode(first, [text])[0]
@@ -230,10 +229,9 @@ def test_bpe_is_trained_once_on_training_documents_and_cached(tmp_path):
     assert (first.pad_id, first.eos_id, first.unk_id) == (0, 1, 2) and ids[-1] == 1
 
 
-def test_bpe_on_a_tiny_corpus_has_fewer_pieces_and_says_so(tmp_path):
+def test_bpe_on_a_tiny_corpus_has_fewer_pieces_and_says_so(tmp_path, lines):
     (tmp_path / "a.txt").write_text("a small small small corpus")
-    lines = []
-    tokenizer = load_tokenizer("bpe:5000", None, LocalFiles(f"{tmp_path}/a.txt"), tmp_path / "c", report=lines.append)
+    tokenizer = load_tokenizer("bpe:5000", None, LocalFiles(f"{tmp_path}/a.txt"), tmp_path / "c")
     assert 259 < tokenizer.vocab_size < 400
     assert any(f"has {tokenizer.vocab_size}" in line for line in lines)
 
@@ -287,7 +285,7 @@ def test_a_prompt_of_other_tokenizers():
     for empty in (tokenizer, BYTE_LEVEL, Tokenizer(raw.to_str(), "test")):
         with pytest.raises(ValueError, match="prompt holds no text"):
             empty.encode_prompt("")
-    small = Tokenizer(unigram(num_sentinels=3).to_str(), "test", vocab_size=32, report=lambda line: None)
+    small = Tokenizer(unigram(num_sentinels=3).to_str(), "test", vocab_size=32)
     assert 2 in small.encode_prompt("a <extra_id_0> b") and max(small.encode_prompt("a <extra_id_0> b")) < 32
 
 

@@ -92,7 +92,7 @@ def loaded(kind):
     raw = tokenizers.Tokenizer.from_str(spec_of(kind))
     raw.no_truncation()
     raw.no_padding()
-    return raw, Tokenizer(spec_of(kind), kind, report=lambda line: None)
+    return raw, Tokenizer(spec_of(kind), kind)
 
 
 def unpack(ids):
@@ -163,7 +163,7 @@ def test_texts_that_cannot_be_put_together_are_refused(text, is_refused, shared_
 
 
 def test_sentinels_are_counted_at_every_meeting(shared_data):
-    tokenizer = Tokenizer(spec_of("t5"), "t5", 32000, report=lambda line: None)
+    tokenizer = Tokenizer(spec_of("t5"), "t5", 32000)
     texts = ["one <extra_id_0> two <extra_id_5>", "no sentinel", "<extra_id_0>"]
     first = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == first

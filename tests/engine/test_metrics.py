@@ -266,9 +266,8 @@ class FakeWandb(types.ModuleType):
         self.finished = True
 
 
-def make_sink(run_dir: Path) -> tuple[WandbSink, list[str]]:
-    said: list[str] = []
-    return WandbSink(run_dir, project="p", entity=None, config={"rank": 8}, report=said.append), said
+def make_sink(run_dir: Path) -> WandbSink:
+    return WandbSink(run_dir, project="p", entity=None, config={"rank": 8})
 
 
 @pytest.mark.parametrize(
@@ -281,13 +280,20 @@ def make_sink(run_dir: Path) -> tuple[WandbSink, list[str]]:
     ],
 )
 def test_wandb_mode_id_and_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, has_key: bool, expected: str, words: str | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    has_key: bool,
+    expected: str,
+    words: str | None,
+    lines: list[str],
 ) -> None:
     fake = FakeWandb(mode, has_key)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):  # the second time is a resumed run
-        sink, said = make_sink(tmp_path)
-        assert len(said) == (words is not None) and all(words in line for line in said if words)
+        lines.clear()
+        sink = make_sink(tmp_path)
+        assert len(lines) == (words is not None) and all(words in line for line in lines if words)
         sink.log(train_event(3))
         sink.log(eval_event("eval", 3))
         sink.close()
@@ -323,8 +329,10 @@ def test_real_wandb_records_offline_without_a_key(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from sltrain.engine.metrics import WandbSink
+        from sltrain.log import lines_on
         assert "wandb" not in sys.modules
-        sink = WandbSink(Path(sys.argv[1]), project="p", entity=None, config={"rank": 8}, report=print)
+        with lines_on("stdout"):
+            sink = WandbSink(Path(sys.argv[1]), project="p", entity=None, config={"rank": 8})
         sink.log({"event": "final", "step": 3, "loss": float("nan"), "num_parameters": {"total": 5}, "measure": "x"})
         sink.close()
     """

@@ -206,7 +206,10 @@ def test_settings_name_every_layer_by_itself():
         ({"0": {"rank": 4, "alpha": 8, "sparsity": 0.1, "support": "odd"}}, "0: unknown support"),
         ({"0": {"rank": 4, "alpha": 8, "colour": 1}}, "0: .*colour"),
         ({"": {"rank": 4, "alpha": 8}}, "no linear"),
-        ({"0": {"kind": "toy_other", "rank": 4}}, "0: layer=toy_other does not exist; there are: .*sltrain"),
+        (
+            {"0": {"kind": "toy_other", "rank": 4}},
+            "0 is a layer of kind toy_other, which is not installed .*low_rank",
+        ),
     ],
 )
 def test_settings_that_no_layer_has_are_refused(settings, words):

@@ -8,8 +8,10 @@ from torch import nn
 from toy_layers import ReLoRALinear
 
 from sltrain.layers import LowRankLinear, SLTrainLinear
+from sltrain.layers.support import KINDS
 from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.base import METHODS, Method, pattern_fits
+from sltrain.methods.sltrain import SUPPORTS
 
 
 def make_model(device="meta", dtype=torch.float32):
@@ -204,3 +206,7 @@ def test_only_trained_values_have_to_pay():
     assert warnings(nn.Sequential(ReLoRALinear(8, 8, 2, alpha=1))) == []  # 32 of 64 are trained
     (line,) = warnings(nn.Sequential(ReLoRALinear(8, 8, 4, alpha=1)))
     assert "64 for 8 x 8" in line
+
+
+def test_every_kind_of_support_can_be_typed():
+    assert set(SUPPORTS) == set(KINDS)

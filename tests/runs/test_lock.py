@@ -46,13 +46,14 @@ def test_lock_is_refused_across_processes_and_freed_by_death(
         os.kill(worker, signal.SIGKILL)
 
 
-def test_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
     def refuse(*args: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    lines: list[str] = []
-    RunLock(tmp_path, lines.append).release()
+    RunLock(tmp_path).release()
     assert len(lines) == 1 and "cannot be locked" in lines[0]
 
 

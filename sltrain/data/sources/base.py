@@ -4,20 +4,17 @@
     @dataclass
     class Local(SourceConfig):
         path: Any = MISSING                      # the keys under `data.`, with defaults in conf/data/local.yaml
-        def open_training(self, report): ...     # -> Source, see data/documents.py
+        def open_training(self): ...             # -> Source, see data/documents.py
 
 `data=NAME` chooses it, and `config.data` is the object.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
 from sltrain.data.documents import Source
 from sltrain.registry import Registry
-
-Report = Callable[[str], None]  # what is damaged or slow, a line each
 
 
 @dataclass
@@ -35,11 +32,11 @@ class SourceConfig:
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must be at least {least}")
 
-    def open_training(self, report: Report) -> Source:
+    def open_training(self) -> Source:
         """The documents to train on. Raises ValueError or OSError for a corpus that cannot be had."""
         raise TypeError(f"{type(self).__name__} does not say what to train on")
 
-    def open_validation(self, report: Report) -> Source | None:
+    def open_validation(self) -> Source | None:
         """The documents of the corpus's own validation split; None: one in `holdout_every` documents of training."""
         return None
 

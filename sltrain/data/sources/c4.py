@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sltrain.data.documents import Source
 from sltrain.data.hub import HubFiles
-from sltrain.data.sources.base import SOURCES, Report, SourceConfig
+from sltrain.data.sources.base import SOURCES, SourceConfig
 
 
 @SOURCES.register("c4")
@@ -20,16 +20,16 @@ class C4(SourceConfig):
     num_validation_shards: int = 0
     on_bad_data: str = "skip"  # skip or stop
 
-    def open_training(self, report: Report) -> Source:
-        return self._open(self.train_file, self.num_train_shards, report)
+    def open_training(self) -> Source:
+        return self._open(self.train_file, self.num_train_shards)
 
-    def open_validation(self, report: Report) -> Source:
-        return self._open(self.validation_file, self.num_validation_shards, report)
+    def open_validation(self) -> Source:
+        return self._open(self.validation_file, self.num_validation_shards)
 
-    def _open(self, template: str | None, num_shards: int, report: Report) -> HubFiles:
+    def _open(self, template: str | None, num_shards: int) -> HubFiles:
         if not (self.repo and self.revision and template and num_shards):
             raise ValueError(
                 "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and"
                 " validation"
             )
-        return HubFiles(self.repo, self.revision, template, num_shards, on_bad_data=self.on_bad_data, report=report)
+        return HubFiles(self.repo, self.revision, template, num_shards, on_bad_data=self.on_bad_data)

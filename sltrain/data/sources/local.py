@@ -2,14 +2,14 @@
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from sltrain.data.documents import BadData, DataError, Document, Source
 from sltrain.data.records import SUFFIXES, read_documents
-from sltrain.data.sources.base import SOURCES, Report, SourceConfig
+from sltrain.data.sources.base import SOURCES, SourceConfig
 
 
 @SOURCES.register("local")
@@ -27,8 +27,8 @@ class Local(SourceConfig):
                 "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
             )
 
-    def open_training(self, report: Report) -> Source:
-        return LocalFiles(self.path, on_bad_data=self.on_bad_data, report=report)
+    def open_training(self) -> Source:
+        return LocalFiles(self.path, on_bad_data=self.on_bad_data)
 
 
 class LocalFiles:
@@ -38,13 +38,7 @@ class LocalFiles:
     after. Raises ValueError if a pattern matches no file or a file has an unknown ending.
     """
 
-    def __init__(
-        self,
-        patterns: str | Sequence[str],
-        on_bad_data: str = "skip",
-        report: Callable[[str], None] = print,
-        key: str = "path",
-    ) -> None:
+    def __init__(self, patterns: str | Sequence[str], on_bad_data: str = "skip", key: str = "path") -> None:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
             raise ValueError(f"no path given; set {key} to a file, a glob or a list of them")
@@ -54,7 +48,7 @@ class LocalFiles:
                 raise ValueError(f"{path}: unknown ending; a text corpus is read from {' '.join(SUFFIXES)}")
         self.name = " ".join(patterns)
         self.num_shards = len(self.paths)
-        self.bad = BadData(on_bad_data, report)
+        self.bad = BadData(on_bad_data)
 
     def fingerprint(self) -> str:
         """File names and sizes; the folder may move."""

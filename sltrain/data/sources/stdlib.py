@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sltrain.data.documents import DataError, Document, Source
-from sltrain.data.sources.base import SOURCES, Report, SourceConfig
+from sltrain.data.sources.base import SOURCES, SourceConfig
 
 CODE_SHARDS = 16
 CODE_DOCUMENT_CHARS = (
@@ -24,7 +24,7 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 class StdLib(SourceConfig):
     """data=stdlib has no options of its own."""
 
-    def open_training(self, report: Report) -> Source:
+    def open_training(self) -> Source:
         return StandardLibrary()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sltrain.data.documents import Document, Source
-from sltrain.data.sources.base import SOURCES, Report, SourceConfig
+from sltrain.data.sources.base import SOURCES, SourceConfig
 
 WORDS = "zero one two three four five six seven eight nine".split()
 
@@ -16,7 +16,7 @@ class Numbers(SourceConfig):
 
     num_documents: int = 400  # in each of four shards
 
-    def open_training(self, report: Report) -> Source:
+    def open_training(self) -> Source:
         return Counting(self.num_documents)
 
 

@@ -1,0 +1,73 @@
+"""What the package logs: shown by a command on its stream, by rank 0 alone or by the rank that met it."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sltrain.log import ANY_RANK, lines_on, write_line
+
+ROOT = Path(__file__).resolve().parents[1]
+logger = logging.getLogger("sltrain.somewhere")
+
+
+def test_a_message_is_a_line_on_the_chosen_stream_while_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in ("stdout", "stderr"):
+        with lines_on(stream), lines_on("stderr"):  # the outer one decides
+            logger.info("100 % of it")
+            logger.debug("not this")
+        logger.info("nor this")
+        out, err = capsys.readouterr()
+        assert {"stdout": (out, err), "stderr": (err, out)}[stream] == ("100 % of it\n", "")
+    assert not logger.isEnabledFor(logging.INFO)
+
+
+def test_as_a_library_it_is_quiet_but_for_warnings() -> None:
+    code = "import logging, sltrain.log; log = logging.getLogger('sltrain.x'); log.info('a'); log.warning('b')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("", "b\n")
+
+
+def test_a_level_that_the_program_has_set_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    package = logging.getLogger("sltrain")
+    package.setLevel(logging.WARNING)
+    try:
+        with lines_on("stdout"):
+            logger.info("progress")
+            logger.warning("damage")
+        assert package.level == logging.WARNING and capsys.readouterr().out == "damage\n"
+    finally:
+        package.setLevel(logging.NOTSET)
+
+
+def test_rank_0_speaks_for_all_and_each_rank_for_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        with lines_on("stdout"):
+            logger.info("all know")
+            logger.warning("a damaged file", extra=ANY_RANK)
+    assert capsys.readouterr().out.splitlines() == ["all know", "a damaged file", "[rank 2] a damaged file"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_pipe_ends_nothing(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipe = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, stream, pipe)
+    with lines_on(stream):
+        logger.info("nobody reads this")
+        logger.info("nor this")
+    assert getattr(sys, stream) is not pipe and getattr(sys, stream).name == os.devnull
+    with pytest.raises(BrokenPipeError):
+        pipe.close()
+
+
+def test_a_process_without_standard_output_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    write_line("to nobody")
