@@ -23,7 +23,8 @@ from sltrain.layers.parts import LowRankPart, Part
 
 
 class FactoredLinear(ReplacedLinear):
-    """A (rank, in), B (out, rank) and the bias. Not a layer by itself."""
+    """The base of layers with factors A (rank, in), B (out, rank). Raises ValueError for a rank outside
+    [0, min(in, out)] and an alpha that is not above 0."""
 
     GROUPS = {"A": "low_rank", "B": "low_rank"}
 

@@ -34,7 +34,6 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
             self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every parameter."""
         self.reset_factors(generator, zero_B=False)
 
     def forward(self, x: Tensor) -> Tensor:

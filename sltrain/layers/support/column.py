@@ -1,7 +1,7 @@
-"""round(sparsity * in) whole columns, kept as their int32 numbers; values row after row.
+"""round(sparsity * in) whole columns, stored as their int32 numbers; values row after row.
 
-S is then a small dense matrix that meets the trained columns of x: N nnz multiply-adds on matrix units. W has at most
-the rank of B A and as many more as there are columns.
+S is a small dense matrix that multiplies the trained columns of x: N nnz multiply-adds on matrix units. The rank of W
+is at most that of B A plus the number of columns.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from sltrain.layers.support.base import Support, draw_distinct
 
 
 class ColumnSupport(Support):
-    """See the head of the file."""
+    """Whole random columns."""
 
     kind = "column"
     price = "column_entry"
@@ -51,15 +51,11 @@ class ColumnSupport(Support):
     def kernel_block(self) -> None:
         return None
 
-    @property
-    def sharing(self) -> tuple[str, int]:
-        return "column", 0
-
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         return draw_distinct(self.in_features, self.num_columns, generator)
 
     def _chunks(self) -> Iterator[slice]:
-        """Whole rows, one at least."""
+        """Whole rows of trained columns, at least one."""
         step = max(1, base.CHUNK_ENTRIES // self.num_columns) * self.num_columns
         return base.slices(self.num_nonzero, step)
 

@@ -1,4 +1,4 @@
-"""One position in each of nnz equal strata of the flattened matrix, kept as its offset in its stratum.
+"""One position in each of nnz equal strata of the flattened matrix, stored as its offset in its stratum.
 
 Stratum k of n starts at floor(k * out * in / n). Offsets are uint8 up to strata of 256 entries, int32 beyond.
 """
@@ -10,7 +10,7 @@ from sltrain.layers.support.base import Support
 
 
 class StratifiedSupport(Support):
-    """See the head of the file."""
+    """One random position in each stratum."""
 
     kind = "stratified"
     piece_entry_bytes = 16
@@ -32,6 +32,6 @@ class StratifiedSupport(Support):
         return self._starts(entries, indices.device).add_(indices[entries])
 
     def _starts(self, strata: slice, device: torch.device | str) -> Tensor:
-        """First positions of these strata, (n,) int64; one after the last starts at the end of the matrix."""
+        """First positions of these strata, (n,) int64; stratum nnz would start at the end of the matrix."""
         numbers = torch.arange(strata.start, strata.stop, device=device)
         return numbers.mul_(self.num_entries).floor_divide_(self.num_nonzero)

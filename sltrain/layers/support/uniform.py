@@ -1,12 +1,12 @@
 """Every set of int(sparsity * out * in) positions is equally likely: the paper's support.
 
-Up to 65,536 columns it is kept as one uint16 tensor, 2 bytes an entry and 4 a row:
+Up to 65,536 columns the support is stored as one uint16 tensor, 2 bytes an entry and 4 a row:
 
     2 (out + 1) words    where each row starts among the entries, and the end: int32, two words each
     nnz words            the column of each entry, row after row, ascending
 
-One tensor, because then it is one buffer to pass on, save and count, whatever the kind. Beyond that width it is int32
-flat positions (row * in + column), 4 bytes an entry.
+One tensor, so that every kind has one buffer to pass, save and count. Wider matrices store int32 flat positions
+(row * in + column), 4 bytes an entry.
 """
 
 import torch
@@ -18,7 +18,7 @@ MAX_COMPACT_COLUMNS = 2**16  # what uint16 can number
 
 
 class UniformSupport(Support):
-    """See the head of the file."""
+    """Uniformly random positions."""
 
     kind = "uniform"
     piece_entry_bytes = 20
@@ -33,7 +33,7 @@ class UniformSupport(Support):
 
     @property
     def is_compact(self) -> bool:
-        """Whether the support is kept as row starts and uint16 columns."""
+        """Whether the support is stored as row starts and uint16 columns."""
         return self.in_features <= MAX_COMPACT_COLUMNS and self.num_nonzero > 0
 
     @property

@@ -349,7 +349,7 @@ def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
         ((64, 64, 0.0, "column"), "support=column needs sparsity above 0"),
         ((64, 8, 0.03, "column"), "support=column with sparsity 0.03 trains no column of 8; use sparsity 0.12 or more"),
         ((64, 32, 0.03, "block", 33), "block_size=33 does not fit into a 64 x 32 matrix; use at most 32"),
-        ((64, 64, 0.03, "block", 32), "one block of 32 x 32 a block line is a sparsity of 0.5 in a 64 x 64 matrix"),
+        ((64, 64, 0.03, "block", 32), "less than one 32 x 32 block a block line of a 64 x 64 matrix, which is 0.5"),
         ((64, 64, 0.6, "block"), "support=block takes sparsity up to 0.5, got 0.6"),
     ],
 )
