@@ -20,6 +20,7 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 COMPILE_SECONDS = 120
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
@@ -114,7 +115,7 @@ def _run(command: list[str], folder: Path) -> tuple[int, str]:
     """Exit status and error output. On return neither the process nor its children exist."""
     # A file, not a pipe: a pipe would be read until the last child closes it.
     with open(folder / "errors", "w+b") as errors:
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
         environment = {**os.environ, "LC_ALL": "C"}
         process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
         try:

@@ -70,13 +70,7 @@ def backward(
 
 
 def scratch_bytes(
-    num_rows: int,
-    in_features: int,
-    outs: Sequence[int],
-    nums: Sequence[int],
-    threads: int,
-    direction: str,
-    block_size: int = 0,
+    num_rows: int, in_features: int, outs: list[int], nums: list[int], threads: int, direction: str, block_size: int = 0
 ) -> int:
     """Bytes that one call needs besides its arguments and results. `outs` are the rows of each S, `nums` its entries
     (block_size 0) or blocks; `direction` is forward or backward.

@@ -107,11 +107,7 @@ class ReplacedLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls,
-        weight: Tensor,
-        generator: torch.Generator | None = None,
-        bias: Tensor | None = None,
-        **settings: Any,
+        cls, weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None, **settings: Any
     ) -> "ReplacedLinear":
         """A layer whose W starts as a dense matrix (out, in). Raises ValueError for a kind that cannot."""
         raise ValueError(f"layers of kind {cls.kind} cannot start from a dense matrix")

@@ -19,9 +19,7 @@ from sltrain.layers.base import LAYERS, ReplacedLinear
 
 
 def replace_linears(
-    model: nn.Module,
-    should_replace: Callable[[str, nn.Linear], bool],
-    make: Callable[[str, nn.Linear], nn.Module],
+    model: nn.Module, should_replace: Callable[[str, nn.Linear], bool], make: Callable[[str, nn.Linear], nn.Module]
 ) -> list[str]:
     """Replace in place each nn.Linear that `should_replace(name, linear)` picks by `make(name, linear)`; return names.
 

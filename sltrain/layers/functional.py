@@ -63,7 +63,7 @@ def compose_weight(weight: Weight) -> Tensor:
 def composed_linear(x: Tensor, weight: Weight) -> Tensor:
     """x (..., in) -> x W^T + bias (..., out), through a dense W."""
     w = weight
-    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, w.support, w.scale, autocast_dtype(x))
+    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, (w.support, w.scale, autocast_dtype(x)))
 
 
 def factored_linears(x: Tensor, weights: list[Weight]) -> list[Tensor]:
@@ -76,17 +76,9 @@ def factored_linears(x: Tensor, weights: list[Weight]) -> list[Tensor]:
 class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        bias: Tensor | None,
-        support: Support,
-        scale: float,
-        cast: torch.dtype | None,
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, constants: Any
     ) -> Tensor:
+        support, scale, cast = constants
         # Without a cast matmul refuses mixed dtypes, as in nn.Linear.
         A_cast, B_cast, values_cast = (cast_to(t, cast) for t in (A, B, values))
         weight = compose_weight(Weight(A_cast, B_cast, values_cast, indices, support, scale))
@@ -102,7 +94,7 @@ class _Composed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, values, indices = ctx.saved_tensors
-        needs_x, needs_A, needs_B, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_A, needs_B, needs_values, _, needs_bias, _ = ctx.needs_input_grad
         dtype, out_features, in_features = grad_y.dtype, B.shape[0], A.shape[1]
         A_cast, B_cast = A.to(dtype), B.to(dtype)
         rows = aligned(grad_y.reshape(-1, out_features), pad_rows=False)  # (N, out), or a few more columns
@@ -125,7 +117,7 @@ class _Composed(torch.autograd.Function):
                     grad_values[entries] = flat.index_select(0, positions).to(values.dtype)
         if needs_bias:
             grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
-        return grad_x, grad_A, grad_B, grad_values, None, grad_bias, None, None, None
+        return grad_x, grad_A, grad_B, grad_values, None, grad_bias, None
 
 
 class _Factored(torch.autograd.Function):

@@ -64,5 +64,5 @@ class SLTrain(Method):
             shape = (linear.in_features, linear.out_features, rank, sparsity, self.alpha)
             return SLTrainLinear(*shape, support=self.support, block_size=self.block_size, **like)
 
-        overrides = {"rank_overrides": self.rank_overrides, "sparsity_overrides": self.sparsity_overrides}
-        return replace_each(model, chosen, make, overrides)
+        patterns = {"rank_overrides": [*self.rank_overrides], "sparsity_overrides": [*self.sparsity_overrides]}
+        return replace_each(model, chosen, make, patterns)

@@ -27,7 +27,7 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, device, dtype)
+        super().__init__(in_features, out_features, rank, alpha, bias, device=device, dtype=dtype)
         if rank == 0:
             raise ValueError("a low-rank layer needs a rank of at least 1, got 0")
         if not self.A.is_meta:

@@ -53,7 +53,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         block_size: int | None = None,
         path: str = "auto",
     ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, device, dtype, path)
+        super().__init__(in_features, out_features, rank, alpha, bias, path, device=device, dtype=dtype)
         self.support = make_support(out_features, in_features, sparsity, support, block_size)
         nnz = self.support.num_nonzero
         if rank == 0 and nnz == 0:

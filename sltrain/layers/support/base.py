@@ -6,8 +6,6 @@ Stored indices are compact; an operation decodes them to flat positions on the d
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,68 +17,39 @@ SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is fastest
 NUM_SLICES = 4  # S is made dense in this many slices, one after the other
 
 
-@dataclass(frozen=True)
 class Support:
     """The support of S in an out x in matrix, before the random draw; made by `make_support`.
 
-    A kind defines the number of entries (`num_nonzero`), how they are drawn and stored (`num_indices`, `index_dtype`,
-    `draw`) and decoded (`_flat`), and may override the products with faster ones.
+    A kind sets the numbers below in its `__init__`, defines how entries are drawn (`draw`) and decoded (`_flat`), and
+    may override the products with faster ones. Raises ValueError for a sparsity outside [0, 1), and a matrix too large
+    for int32 positions.
     """
 
     kind: ClassVar[str]
     price: ClassVar[str] = "entry"  # of one entry in a product: a field of cost.Costs
     piece_entry_bytes: ClassVar[int]  # memory of one entry while `pieces` decodes it
 
-    out_features: int
-    in_features: int
-    sparsity: float
-    block_size: int | None = None  # as typed; the size in use is `block`
+    index_dtype = torch.int32  # of what `draw` returns
+    block: int | None = None  # block side, for a kind with blocks
+    kernel_block: int | None = 0  # in the CPU kernel; 0 if that works entry by entry, None if it is not used
+    max_rank: int | None = None  # of S, for a kind that limits it below full rank
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        if not 0 <= sparsity < 1:
             raise ValueError(
                 "sparsity is the fraction of the entries of S that are trained and must be in [0, 1), "
-                f"got {self.sparsity}; the paper uses 0.03"
+                f"got {sparsity}; the paper uses 0.03"
             )
+        self.num_entries = out_features * in_features  # of the whole matrix
         if self.num_entries > MAX_ENTRIES:
             raise ValueError(
-                f"a {self.out_features} x {self.in_features} matrix has more than {MAX_ENTRIES} entries, which int32 "
-                "positions cannot number; split the layer, or keep it dense"
+                f"a {out_features} x {in_features} matrix has more than {MAX_ENTRIES} entries, which int32 positions "
+                "cannot number; split the layer, or keep it dense"
             )
-        self._check()
-
-    def _check(self) -> None:
-        """Raise ValueError for a shape, sparsity or block size that this kind cannot have."""
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of the whole matrix."""
-        return self.out_features * self.in_features
-
-    @cached_property
-    def num_nonzero(self) -> int:
-        """Trained entries."""
-        return int(self.sparsity * self.num_entries)
-
-    @property
-    def num_indices(self) -> int:
-        """Length of what `draw` returns."""
-        return self.num_nonzero
-
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """Dtype of what `draw` returns."""
-        return torch.int32
-
-    @property
-    def block(self) -> int | None:
-        """Block side, for a kind with blocks."""
-        return None
-
-    @property
-    def max_rank(self) -> int | None:
-        """The highest rank that S can have, for a kind that limits it below full rank."""
-        return None
+        self.out_features, self.in_features, self.sparsity = out_features, in_features, sparsity
+        self.block_size = block_size  # as typed; the one in use is `block`
+        self.num_nonzero = int(sparsity * self.num_entries)  # trained entries
+        self.num_indices = self.num_nonzero  # length of what `draw` returns
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the support: (num_indices,) index_dtype on the CPU. `generator` is a CPU generator (None: torch's)."""
@@ -99,7 +68,7 @@ class Support:
         return positions
 
     def pieces(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield n <= CHUNK_ENTRIES values at a time, in order: which of them, and their flat positions (n,) int64. The
+        """Yield n <= CHUNK_ENTRIES entries at a time, in order: which of them, and their flat positions (n,) int64. The
         number of pieces does not depend on the draw."""
         for entries in self._chunks():
             yield entries, self._flat(indices, entries).long()
@@ -115,11 +84,6 @@ class Support:
         return slices(self.num_nonzero, CHUNK_ENTRIES)
 
     # ---- products with S, which sparse.py calls
-
-    @property
-    def kernel_block(self) -> int | None:
-        """Block side in the CPU kernel; 0 if it works entry by entry, None if the kernel is not used."""
-        return 0
 
     def to_kernel(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values and their places in the CPU kernel's layout."""

@@ -12,7 +12,6 @@ the kernel's: N nnz multiply-adds on matrix units either way.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -31,72 +30,38 @@ class BlockSupport(Support):
     price = "block_entry"
     piece_entry_bytes = 40
 
-    def _check(self) -> None:
-        if self.sparsity == 0:
+    block: int  # side b
+
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
+        if sparsity == 0:
             raise ValueError("support=block needs sparsity above 0; for B A alone use support=uniform")
-        size, largest = self.block, min(self.out_features, self.in_features)
-        shape = f"{self.out_features} x {self.in_features}"
-        if not 1 <= size <= largest:
+        side, shape = min(out_features, in_features), f"{out_features} x {in_features}"
+        size = block_size if block_size is not None else _pick_size(side, max(out_features, in_features), sparsity)
+        if not 1 <= size <= side:
             raise ValueError(
-                f"block_size={size} does not fit into a {shape} matrix; use at most {largest}, or drop block_size"
+                f"block_size={size} does not fit into a {shape} matrix; use at most {side}, or drop block_size"
             )
-        if self.sparsity > 0.5:
-            raise ValueError(f"support=block takes sparsity up to 0.5, got {self.sparsity}; use support=uniform")
-        if round(self.sparsity * self.longer) == 0:
+        self.block = self.kernel_block = size
+        if sparsity > 0.5:
+            raise ValueError(f"support=block takes sparsity up to 0.5, got {sparsity}; use support=uniform")
+        self.grid = num_rows, num_columns = -(-out_features // size), -(-in_features // size)  # overhanging ones too
+        longer = max(self.grid)
+        if round(sparsity * longer) == 0:
             raise ValueError(
-                f"sparsity {self.sparsity} is less than one {size} x {size} block a block line of a {shape} matrix, "
-                f"which is {1 / self.longer:.2g}; use a smaller block_size, or support=uniform"
+                f"sparsity {sparsity} is less than one {size} x {size} block a block line of a {shape} matrix, "
+                f"which is {1 / longer:.2g}; use a smaller block_size, or support=uniform"
             )
-
-    @cached_property
-    def block(self) -> int:
-        """Block side b: the given one, or the largest of BLOCK_SIZES whose sparsity is near."""
-        if self.block_size is not None:
-            return self.block_size
-        longer = max(self.out_features, self.in_features)
-
-        def error(size: int) -> float:
-            lines = -(-longer // size)
-            return abs(round(self.sparsity * lines) / lines - self.sparsity) / self.sparsity
-
-        sizes = [size for size in BLOCK_SIZES if size <= min(self.out_features, self.in_features)]
-        fitting = [size for size in sizes if round(self.sparsity * -(-longer // size)) > 0] or [1]
-        return next((size for size in fitting if error(size) <= BLOCK_TOLERANCE), min(fitting, key=error))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Numbers of block rows and block columns, overhanging ones included."""
-        return -(-self.out_features // self.block), -(-self.in_features // self.block)
-
-    @property
-    def longer(self) -> int:
-        """Number of block lines of the longer side."""
-        return max(self.grid)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether the blocks divide both sides, so that none overhangs."""
-        return self.out_features % self.block == 0 and self.in_features % self.block == 0
-
-    @property
-    def _blocks_per_line(self) -> int:
-        """k: blocks in each block line of the shorter side."""
-        return min(round(self.sparsity * self.longer), max(1, self.longer - 1))
-
-    @cached_property
-    def num_nonzero(self) -> int:
-        """The entries inside the matrix. The number of blocks in the last lines does not depend on the draw."""
-        size, (num_rows, num_columns) = self.block, self.grid
-        missing_rows, missing_columns = num_rows * size - self.out_features, num_columns * size - self.in_features
-        per_long_line = self.num_indices // self.longer
-        in_last_row = self._blocks_per_line if num_rows <= num_columns else per_long_line
-        in_last_column = self._blocks_per_line if num_columns < num_rows else per_long_line
-        return self.num_indices * size * size - size * (missing_rows * in_last_row + missing_columns * in_last_column)
-
-    @property
-    def num_indices(self) -> int:
-        """The number of blocks T."""
-        return self._blocks_per_line * min(self.grid)
+        missing_rows, missing_columns = num_rows * size - out_features, num_columns * size - in_features
+        self.tiles = missing_rows == missing_columns == 0  # no block overhangs
+        self.blocks_per_line = min(round(sparsity * longer), max(1, longer - 1))  # k, of the shorter side
+        self.num_indices = self.blocks_per_line * min(self.grid)  # T blocks
+        # The number of blocks in the last lines does not depend on the draw.
+        per_long_line = self.num_indices // longer
+        in_last_row = self.blocks_per_line if num_rows <= num_columns else per_long_line
+        in_last_column = self.blocks_per_line if num_columns < num_rows else per_long_line
+        outside = size * (missing_rows * in_last_row + missing_columns * in_last_column)
+        self.num_nonzero = self.num_indices * size * size - outside
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Sorted block numbers: lines are paired uniformly, then swaps separate pairs that occur twice.
@@ -104,13 +69,12 @@ class BlockSupport(Support):
         If the blocks do not divide a side, its last line gets no extra block and the corner stays empty, so that the
         number of trained entries does not depend on the draw.
         """
-        shorter, longer, per_line = min(self.grid), self.longer, self._blocks_per_line
-        count = shorter * per_line
+        (shorter, longer), count = sorted(self.grid), self.num_indices
         candidates = torch.randperm(longer if self.tiles else longer - 1, generator=generator, device="cpu")
         extra = candidates[: count % longer]
         balanced = torch.cat([torch.arange(longer, device="cpu").repeat(count // longer), extra])
         of_longer = balanced[torch.randperm(count, generator=generator, device="cpu")].tolist()
-        of_shorter = [line for line in range(shorter) for _ in range(per_line)]
+        of_shorter = [line for line in range(shorter) for _ in range(self.blocks_per_line)]
         corner = None if self.tiles else (shorter - 1, longer - 1)
         _separate(of_shorter, of_longer, corner, generator)
         num_rows, num_columns = self.grid
@@ -144,10 +108,6 @@ class BlockSupport(Support):
 
     # ---- products
 
-    @property
-    def kernel_block(self) -> int:
-        return self.block
-
     def to_kernel(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self._to_blocks(indices, values), indices
 
@@ -180,7 +140,7 @@ class BlockSupport(Support):
         return self.from_kernel(indices, grad_blocks).to(values.dtype)
 
     def temporary_bytes(self, num_rows: int, element_size: int) -> int:
-        shorter, longer = min(self.grid), self.longer  # each block row gathers the columns of x that it reads
+        shorter, longer = sorted(self.grid)  # each block row gathers the columns of x that it reads
         gathered = num_rows * -(-self.num_indices // shorter) * shorter * self.block
         padded = num_rows * longer * self.block
         return (2 * gathered + padded + 3 * self.num_indices * self.block**2) * element_size
@@ -200,6 +160,18 @@ class BlockSupport(Support):
         for entries in self._chunks():
             blocks, rows, columns = self._places(indices, entries)
             yield entries, blocks.mul_(self.block).add_(rows).mul_(self.block).add_(columns)
+
+
+def _pick_size(shorter: int, longer: int, sparsity: float) -> int:
+    """The largest of BLOCK_SIZES whose sparsity is near, for a matrix with these sides."""
+
+    def error(size: int) -> float:
+        lines = -(-longer // size)
+        return abs(round(sparsity * lines) / lines - sparsity) / sparsity
+
+    sizes = [size for size in BLOCK_SIZES if size <= shorter]
+    fitting = [size for size in sizes if round(sparsity * -(-longer // size)) > 0] or [1]
+    return next((size for size in fitting if error(size) <= BLOCK_TOLERANCE), min(fitting, key=error))
 
 
 @dataclass

@@ -15,10 +15,10 @@ class StratifiedSupport(Support):
     kind = "stratified"
     piece_entry_bytes = 16
 
-    @property
-    def index_dtype(self) -> torch.dtype:
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
         fits = self.num_nonzero > 0 and -(-self.num_entries // self.num_nonzero) <= 256
-        return torch.uint8 if fits else torch.int32
+        self.index_dtype = torch.uint8 if fits else torch.int32
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         offsets = torch.empty(self.num_nonzero, dtype=self.index_dtype, device="cpu")
