@@ -89,7 +89,7 @@ def test_from_python() -> None:
     assert "low_rank" in text
 
 
-def test_columns_align_and_empty_ones_are_left_out() -> None:
+def test_columns_align_and_empty_ones_are_omitted() -> None:
     rows = [{"name": "a", "x": 1.5, "none": None}, {"name": "longer", "x": None}]
     assert format_table(rows, [("name", "name", ""), ("x", "x", ".2f"), ("none", "none", "")]).splitlines() == [
         "| name   |    x |",
