@@ -54,7 +54,7 @@ class Run:
     def train(self) -> Outcome:
         """Train to the end, or until a signal, the data or the numbers stop it."""
         assert self.trainer is not None
-        with self.trainer.stop:
+        with self.trainer.feed.stop:
             outcome = run_loop(self.trainer, self.cadence)
         if outcome is not Outcome.FINISHED:
             self.trainer.note_stop(outcome.value)
@@ -66,7 +66,7 @@ class Run:
     def close(self) -> None:
         """Stop the stream's thread, the sinks and the process group, and give the folder free."""
         if self.trainer is not None:
-            self.trainer.stream.close()
+            self.trainer.feed.stream.close()
             for sink in self.trainer.sinks:
                 sink.close()
         self.folder.release()
@@ -81,7 +81,7 @@ class Run:
     def lost_network(self) -> bool:
         """Whether the stream ended by the network, as far as this rank knows, and not by damaged data."""
         assert self.trainer is not None
-        return not isinstance(self.trainer.data_error, ValueError)
+        return not isinstance(self.trainer.feed.error, ValueError)
 
     def farewell(self, outcome: Outcome) -> str:
         """How the run ended and what to do next, in one or two lines."""
@@ -92,7 +92,7 @@ class Run:
         if outcome is Outcome.FINISHED:
             return f"finished: {self.folder.path}"
         if outcome is Outcome.INTERRUPTED:
-            return f"interrupted ({self.trainer.stop.signal_name or 'on another rank'}); {saved}"
+            return f"interrupted ({self.trainer.feed.stop.signal_name or 'on another rank'}); {saved}"
         if outcome is Outcome.DATA_LOST:
             return f"the data could not be read any more; {saved}, once it can"
         if outcome is Outcome.OUT_OF_MEMORY:

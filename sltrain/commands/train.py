@@ -81,8 +81,8 @@ def train(composed: DictConfig) -> ExitCode:
             logger.info(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
             return ExitCode.OK
         outcome = run.train()
-        if run.trainer is not None and run.trainer.data_error is not None:
-            report_error(run.trainer.data_error)
+        if run.trainer is not None and run.trainer.feed.error is not None:
+            report_error(run.trainer.feed.error)
         if outcome is Outcome.OUT_OF_MEMORY:
             return report_error(ValueError(run.farewell(outcome)))
         logger.info(run.farewell(outcome))

@@ -1,7 +1,7 @@
-"""A request to stop, raised by SIGTERM or SIGINT and read by the loop between two steps.
+"""A request to stop, set by SIGTERM or SIGINT and read by the loop between two steps.
 
-The first signal asks the run to finish its step, save and leave; a second SIGINT (an impatient Ctrl-C) ends the
-process at once, which loses only the steps since the last checkpoint.
+The first signal lets the run finish its step, save and exit. A second SIGINT (an impatient Ctrl-C) ends the process at
+once, which loses only the steps since the last checkpoint.
 """
 
 import signal
@@ -21,8 +21,7 @@ class StopRequest:
         return self.signal_name is not None
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
