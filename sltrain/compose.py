@@ -8,7 +8,8 @@ command and turns each error into one line that names the key and the nearest va
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -177,12 +179,23 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
         register_schema()
     overrides = parse_overrides(texts)
     _check_form(overrides, is_sweep=False, schema=schema)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _hydra():
         for override in overrides:
             _check_key(override, schema)
         config = to_config(_compose(texts, schema), schema)
     schema.validate(config)
     return config
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Let Hydra compose our files, also inside a program that is itself a Hydra application."""
+    of_caller, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = of_caller
 
 
 def parse_overrides(texts: list[str]) -> list[Override]:
@@ -212,7 +225,7 @@ def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
     configuration, in any combination of a sweep."""
     overrides = parse_overrides(texts)
     _check_form(overrides, is_sweep, TRAIN)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _hydra():
         for override in overrides:
             _check_key(override, TRAIN)
         for combination in itertools.product(*(sweep_values(override) for override in overrides)):

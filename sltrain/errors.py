@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NoReturn
 
@@ -24,6 +25,22 @@ class ExitCode(IntEnum):
     INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
     DATA_LOST = 4  # network lost; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
+
+
+class Error(ValueError):
+    """`sltrain.Error`: what a caller of the library can fix. The message says what is wrong and what to change;
+    `__cause__` is the error as it was raised."""
+
+
+@contextmanager
+def raised_as_error() -> Iterator[None]:
+    """What a user can fix is raised as `Error`. A function with this decorator is part of the library."""
+    try:
+        yield
+    except (Error, BrokenPipeError):  # a closed pipe is nobody's mistake
+        raise
+    except (ValueError, OSError) as error:
+        raise Error(str(error)) from error
 
 
 def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:

@@ -56,6 +56,14 @@ def lines_on(stream: str) -> Iterator[None]:
         PACKAGE.propagate = propagate
 
 
+def in_notebook() -> bool:
+    """Whether progress bars are drawn as widgets: in a notebook that can show them."""
+    from tqdm.auto import tqdm
+    from tqdm.notebook import tqdm_notebook
+
+    return issubclass(tqdm, tqdm_notebook)
+
+
 def rank() -> int:
     """The number of this process among those that torchrun started; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import resumes_bit_for_bit
+from resuming import lines, resumes_bit_for_bit
 
 import sltrain
 from sltrain.commands import export, plan, report
@@ -158,6 +158,20 @@ def test_reports_exports_and_spectra_know_nothing_of_it_and_work(
     assert export.run_command([str(trained), "--output", str(tmp_path / "early"), "--step", "3"]) == 0  # W0 alone
     kinds = json.loads((tmp_path / "compressed" / "config.json").read_text())["sltrain"]["layers"].values()
     assert {layer["kind"] for layer in kinds} == {"merged"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_curve_of_one_over_its_phase_and_actions(site: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    losses = []
+    for launcher in ([], torchrun):
+        run = tmp_path / f"{len(launcher)}"
+        command = [sys.executable, *launcher, "-m", "sltrain.train", *BASE, "micro_batch_size=2", f"run_dir={run}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        losses.append([numbers[1] for numbers in lines(run)])
+    assert len(losses[0]) == 9 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sltrain.building import run as build
+from sltrain.building import memory_guard
 from sltrain.models.llama import LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -106,7 +106,7 @@ def test_two_ranks_that_update_inside_backward_train_the_curve_of_one(
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     large: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "free_bytes", lambda device: 12_000_000)
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: 12_000_000)
     code, _, err = sltrain_train(*large, f"run_dir={tmp_path}/run")
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert "0.01 GB are free" in err and "what would fit: micro_batch_size=2" in err and "memory_guard=off" in err
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_nothing_that_fits(large: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: 1_000_000)
     code, _, err = sltrain_train(*large)
     assert code == 2 and "what would fit: a smaller model" in err
 
@@ -124,7 +124,7 @@ def test_nothing_that_fits(large: list[str], sltrain_train: Run, monkeypatch: py
 def test_the_guard_can_be_switched_off(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "free_bytes", lambda device: 1_000)
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: 1_000)
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/run", "memory_guard=off", "max_steps=1", "warmup_steps=0")[0] == 0
 
 

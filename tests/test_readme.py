@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sltrain.api.plan import build_plan
+from sltrain.api.plan_config import PLAN, compose_run, split_arguments
+from sltrain.benchmarks.settings import read_arguments
 from sltrain.commands import evaluate, export, generate, report
-from sltrain.commands.bench import read_arguments
-from sltrain.commands.plan import PLAN, compose_run, split_arguments
 from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
 
 FLAGS = {
@@ -84,5 +84,6 @@ def test_paths_exist() -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples_run(code: str) -> None:
+def test_python_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

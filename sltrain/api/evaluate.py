@@ -8,10 +8,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sltrain.api.saved import Saved, open_saved
 from sltrain.building.data import build_eval_set, build_validation_source
@@ -19,6 +19,7 @@ from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
+from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ BATCH_SIZE = 16  # sequences, where no run says otherwise
 
 
 def evaluate_saved(
-    path: str | Path,
+    path: str | PathLike[str],
     globs: Sequence[str] | None = None,
     *,
     step: int | None = None,
@@ -48,7 +49,9 @@ def evaluate_saved(
         f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
     )
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
-    numbers = evaluate(model, tqdm(eval_set, disable=None, file=sys.stderr, unit="batch"), ranks)
+    is_hidden = False if in_notebook() else None  # None: where standard error is no terminal
+    batches = tqdm(eval_set, disable=is_hidden, file=sys.stderr, unit="batch")
+    numbers = evaluate(model, batches, ranks)
     assert numbers is not None
     del numbers["eval_processes"]  # one
     return {**numbers, "step": saved.step}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
+from os import PathLike
 
 from sltrain.api.saved import open_saved
 from sltrain.engine.distributed import pick_device
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def continue_text(
-    path: str | Path,
+    path: str | PathLike[str],
     prompt: str,
     *,
     step: int | None = None,

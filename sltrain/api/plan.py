@@ -6,7 +6,7 @@ updates on random tokens, on the machine it runs on.
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_cards
+from sltrain.api.plan_table import Column, Groups, Plan
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
@@ -22,53 +23,25 @@ from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
-from sltrain.layers.cost import set_paths
+from sltrain.layers import ReplacedLinear, set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.parameters import ParamInfo
-from sltrain.planning.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
 
 logger = logging.getLogger(__name__)
 
-Groups = dict[str, int]
+PUBLISHED = "published SLTrain"  # the name of its column
 NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way to train the model: bytes by group."""
-
-    name: str
-    groups: Groups
-    num_parameters: int
-    paper_millions: str | None = None  # as the paper prints num_parameters
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.groups.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `sltrain-plan` shows; the first column is the configuration that was asked for."""
-
-    columns: list[Column]
-    cards: dict[str, int]  # name -> bytes that a run may take
-    headline: str
-    notes: list[str]
-    measured_bytes: int | None = None
-
-    def fits(self, column: Column) -> dict[str, bool]:
-        return {card: column.total_bytes <= usable for card, usable in self.cards.items()}
 
 
 def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     """The plan. Raises ValueError for what cannot be planned."""
     cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in chosen_cards(plan)}
-    config.model.vocab_size = vocab_size(config)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size(config)))
     if plan.paper_convention:
-        return Plan(paper_columns(config), cards, _headline(config, "as the SLTrain paper counts"), [])
+        return Plan(paper_columns(config), cards, plan.reserve_gb, _headline(config, "as the SLTrain paper counts"), [])
     # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
     dtype = pick_dtype(config.dtype, device)
@@ -79,7 +52,9 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
-    return Plan(columns, cards, headline, notes(config, device, dtype, plan.num_processes), measured)
+    return Plan(
+        columns, cards, plan.reserve_gb, headline, notes(config, device, dtype, plan.num_processes, columns), measured
+    )
 
 
 def _headline(config: TrainConfig, how: str) -> str:
@@ -110,8 +85,8 @@ def vocab_size(config: TrainConfig) -> int:
 def run_columns(
     config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int
 ) -> tuple[list[Column], str]:
-    """This run; then dense training, GaLore, and for method=sltrain the published layout, with the same settings; and
-    the moment when this run needs most."""
+    """This run; then with the same settings dense training, GaLore and, if the model stores positions of S, the
+    published layout; and the stage at which this run needs most."""
     assert config.model.vocab_size is not None
     model = build_model(config, config.model.vocab_size, dtype)
     own = plan_model(config, model, device, num_processes)
@@ -120,7 +95,7 @@ def run_columns(
     shape = update_shape(config, device, dtype, num_processes)
 
     columns = [_column("this run", model, own)]
-    if config.method.name != "full":
+    if has_replaced_linears(model):
         columns.append(_column("method=full", dense, of_dense))
     if config.rank > 0:
 
@@ -130,17 +105,22 @@ def run_columns(
         galore = galore_state_bytes(dense, config.rank, state_of)
         at_work = update_temporaries(config, dense, device)
         columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
-    if config.method.name == "sltrain":
+    if stored_bytes(model)["indices"]:
         set_paths(model, "composed", shape.num_rows, device)
         stored = published_stored_bytes(model)
         at_work = update_temporaries(config, model, device)
         published = plan_memory(model, shape, optimizer_state_bytes(config, model), stored, at_work)
-        columns.append(_column("published SLTrain", model, published))
+        columns.append(_column(PUBLISHED, model, published))
     return columns, f"{own.stage}, in phase {own.phase}" if own.phase else own.stage
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:
     return with_plugin(config, "method", "full")
+
+
+def has_replaced_linears(model: LlamaForCausalLM) -> bool:
+    """Whether it is another model than the dense one."""
+    return any(isinstance(module, ReplacedLinear) for module in model.modules())
 
 
 def paper_columns(config: TrainConfig) -> list[Column]:
@@ -149,7 +129,7 @@ def paper_columns(config: TrainConfig) -> list[Column]:
     model = build_model(config, config.model.vocab_size, torch.bfloat16)
     dense = build_model(as_dense(config), config.model.vocab_size, torch.bfloat16)
     columns = [_paper_column("this run", model, paper_groups(model))]
-    if config.method.name != "full":
+    if has_replaced_linears(model):
         columns.append(_paper_column("method=full", dense, paper_groups(dense)))
     if config.rank > 0:
         columns.append(_paper_column(f"GaLore, rank {config.rank}", dense, paper_groups(dense, config.rank)))
@@ -167,7 +147,9 @@ def _paper_column(name: str, model: LlamaForCausalLM, groups: Groups) -> Column:
 # ---- what a reader should know
 
 
-def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> list[str]:
+def notes(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int, columns: list[Column]
+) -> list[str]:
     """What the numbers do not say by themselves, and what `sltrain-train` would refuse."""
     lines = []
     num_micro_batches = config.global_batch_size / (config.micro_batch_size * num_processes)
@@ -184,8 +166,8 @@ def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_pro
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
     lines += config.optimizer.notes(device.type)
-    if config.method.name == "sltrain":
-        lines.append("GaLore and published SLTrain: their weights, positions and moments, with our activations")
+    if any(column.name == PUBLISHED for column in columns):
+        lines.append(f"GaLore and {PUBLISHED}: their weights, positions and moments, with our activations")
     else:
         lines.append("GaLore: its moments, with our activations")
     return lines

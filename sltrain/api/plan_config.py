@@ -1,13 +1,17 @@
 """The schema of `sltrain-plan`: the keys it has beside those of `sltrain-train`, and the cards it knows.
 
-Values come from conf/plan.yaml and the command line. Like config.py it imports nothing of ours and no torch.
+Values come from conf/plan.yaml and what is typed. This file imports no torch.
 """
 
+import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import MISSING
+
+from sltrain.compose import TRAIN, Schema, compose_config, parse_overrides
+from sltrain.config import NoBudget, TrainConfig
 
 
 @dataclass
@@ -90,3 +94,46 @@ def card_name(card: Any) -> str:
     """How a card is named in tables and JSON: `24GB` for a size, the name otherwise."""
     text = str(card).lower()
     return text if text in CARDS else re.sub(r"(gi?b)?$", "GB", text, count=1)
+
+
+# ---- what is typed
+
+PLAN = Schema(
+    "plan",
+    PlanConfig,
+    validate,
+    has_groups=False,
+    order="conf/plan.yaml sets the rest; all keys of sltrain-train can be set too (sltrain-train --help)",
+    advice="sltrain-plan --help lists the keys",
+)
+ANY_BUDGET = 10_000  # updates; a plan asks for the phases of a run, if its method has any
+KEYS = {item.name for item in fields(PlanConfig)}
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides of this command's own keys, and those of `sltrain-train`. Raises ValueError."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise ValueError(f"{argument}: sltrain-plan knows KEY=VALUE and --help, no other option, and no sweeps")
+    keys = [override.key_or_group for override in parse_overrides(arguments)]
+    for key in keys:
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
+        if near and key not in KEYS:
+            raise ValueError(f"unknown key {key!r}; did you mean {near[0]}?")
+    own = [text for text, key in zip(arguments, keys, strict=True) if key in KEYS]
+    others = [text for text, key in zip(arguments, keys, strict=True) if key not in KEYS]
+    return own, others
+
+
+def compose_run(overrides: list[str]) -> TrainConfig:
+    """The configuration of a run that is only planned: it needs no budget. Raises ValueError."""
+    try:
+        return compose_config(overrides, TRAIN)
+    except NoBudget:
+        return compose_config([*overrides, f"max_steps={ANY_BUDGET}"], TRAIN)
+
+
+def read_arguments(arguments: list[str]) -> tuple[PlanConfig, TrainConfig]:
+    """What is shown, and the run that is planned. Raises ValueError."""
+    own, others = split_arguments(arguments)
+    return compose_config(own, PLAN), compose_run(others)

@@ -57,7 +57,7 @@ def read_report(paths: Sequence[Path]) -> Report:
     for path in paths:
         found = find_runs([path])
         if not found:
-            notes.append(_nothing_at(path))
+            notes.append(nothing_at(path))
         for folder in found:
             roots.setdefault(os.path.realpath(folder), (path, folder))
     rows, curves = [], {}
@@ -71,7 +71,8 @@ def read_report(paths: Sequence[Path]) -> Report:
     return Report(arrange(rows), curves, [printable(note) for note in notes], first)
 
 
-def _nothing_at(path: Path) -> str:
+def nothing_at(path: Path) -> str:
+    """Why no run is found there, and what to name."""
     if not path.exists():
         return f"{path} does not exist"
     if not path.is_dir():

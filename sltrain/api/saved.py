@@ -6,6 +6,7 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 
 from copy import deepcopy
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Saved:
         return layer
 
 
-def open_saved(path: str | Path, step: int | None = None) -> Saved:
+def open_saved(path: str | PathLike[str], step: int | None = None) -> Saved:
     """Open a run folder (at its newest intact checkpoint, or at `step`) or an exported folder. Raises ValueError or
     OSError for what is neither, damaged, or of another version."""
     path = Path(path).expanduser()

@@ -1,1 +1,1 @@
-"""What `sltrain-bench` measures: a layer, an update of a model, or the training stream."""
+"""What `sltrain-bench` measures: one layer, one update of a model, or the training stream."""

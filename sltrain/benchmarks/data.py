@@ -1,13 +1,12 @@
-"""Text to rows of ids: the training stream beside tokenizing document by document, and beside the appetite of a GPU.
+"""Text to rows of ids: the training stream against tokenizing document by document, and against a GPU's demand.
 
-Throughput is in tokens that are not pads, a second of processor time. That counts every thread, so that neither a
-background thread nor the tokenizer's own threads hide work: it is the rate of one core. A stream fills its queue while
-others are timed, so each turn starts and ends when the process is at rest. The words that a stream has met make it
-faster, so it is timed after a warm-up. A corpus smaller than that has been seen before, as it has in its training from
-the second epoch on.
+Throughput is tokens other than pads per second of processor time, which counts every thread of the process, the
+tokenizer's and background ones: it is the rate of one core. A stream fills its queue while others are timed, so each
+turn starts and ends with the process at rest. A stream gets faster with the words it has met and is therefore timed
+after a warm-up; a corpus smaller than the warm-up has been seen before, as in training from the second epoch on.
 
-The consumer takes a batch, is busy as long as a GPU would be with the update, and takes the next one. A GPU does 6 P
-floating-point operations for each position, P being the model's parameters.
+The consumer takes a batch, is busy for as long as a GPU would be with the update, and takes the next one. A GPU does
+6 P floating-point operations for each position, with P the model's parameters.
 """
 
 import itertools
@@ -15,6 +14,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 import tokenizers
@@ -33,30 +34,32 @@ logger = logging.getLogger(__name__)
 PADDINGS = ("truncate_pad", "pack")
 ONE_BY_ONE = "document by document"
 ROUNDS, DOCUMENTS_PER_ROUND, BATCHES_PER_ROUND, WARM_UP_BATCHES = 5, 128, 4, 16
-# A stream whose throughput is measured reads and tokenizes little at a time, so that rounds are alike. A document costs
-# the same in any other shape.
+# Throughput streams read and tokenize little at a time, so that rounds are alike; the cost of a document is the same.
 NUM_STREAMS, SHUFFLE_BLOCK = 1, 256
 GPU_FLOPS = 400e12 * 0.4  # a GPU of 400 TFLOP/s at 40 % utilisation
 UPDATES, WARM_UP_UPDATES = 24, 4  # of the consumer
-REST_SECONDS, MAX_REST_WAIT_SECONDS = 0.02, 10.0  # a process that does nothing for so long is at rest
+REST_SECONDS, MAX_REST_WAIT_SECONDS = 0.02, 10.0  # a process idle for so long is at rest
 
 
 def measure_data(bench: Bench) -> Result:
-    """Throughput of the training stream beside tokenizing document by document, and how long a GPU would wait for it.
-    Raises ValueError or OSError for text or a tokenizer that cannot be read."""
+    """Rows of throughput, and of how long a GPU would wait. Raises ValueError or OSError for text or a tokenizer that
+    cannot be read."""
     overrides = [f"tokenizer={json.dumps(bench.config.tokenizer, ensure_ascii=False)}"]  # quoted as Hydra wants it
     if bench.config.path:
         overrides += ["data=local", f"path={json.dumps(bench.config.path, ensure_ascii=False)}"]
     train = bench.train_config(*overrides)
     source, ranks = train.data.open_training(), Ranks(rank=0, world_size=1, device=bench.device)
-    streams: list[TrainStream] = []
+    new_tokenizer = partial(build_tokenizer, train, source, ranks)  # each has a word cache of its own
+    with ExitStack() as opened:
+        events = logging.getLogger(TrainStream.__module__)
+        opened.callback(events.setLevel, events.level)
+        events.setLevel(logging.WARNING)  # a small corpus starts over many times
 
-    def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
-        """Tokens of each batch of a run's stream, with a tokenizer, and so a memory of words, of its own."""
-        streams.append(
-            TrainStream(
+        def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
+            """Tokens of each batch of a training stream."""
+            new = TrainStream(
                 source,
-                build_tokenizer(train, source, ranks),
+                new_tokenizer(),
                 seed=SEED,
                 seq_len=train.seq_len,
                 padding=padding,
@@ -65,15 +68,10 @@ def measure_data(bench: Bench) -> Result:
                 shuffle_block=shuffle_block,
                 prefetch=2,
             )
-        )
-        return (batch.num_tokens for batch in streams[-1])
+            opened.enter_context(closing(new))
+            return (batch.num_tokens for batch in new)
 
-    events = logging.getLogger(TrainStream.__module__)
-    level = events.level
-    events.setLevel(logging.WARNING)  # a small corpus begins again and again
-    try:
-        tokenizer_json = build_tokenizer(train, source, ranks).json
-        texts = document_by_document(source, tokenizer_json, train.seq_len, train.global_batch_size)
+        texts = document_by_document(source, new_tokenizer().json, train.seq_len, train.global_batch_size)
         small = {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS}
         rows = measure_throughput(bench, texts, small)
         positions = train.global_batch_size * train.seq_len
@@ -83,17 +81,13 @@ def measure_data(bench: Bench) -> Result:
             batches = stream(padding, train.data.num_streams, train.data.shuffle_block)
             row = measure_waiting(batches, busy=positions * 6 * num_parameters / GPU_FLOPS)
             rows.append({"measured": name, **row, "positions_per_second": positions * row["updates_per_second"]})
-    finally:
-        for opened in streams:
-            opened.close()
-        events.setLevel(level)
     tables = (format_table([row for row in rows if columns[1][0] in row], columns) for columns in (RATES, WAITS))
     return rows, "\n\n".join(tables)
 
 
 def document_by_document(source: Source, tokenizer_json: str, seq_len: int, batch_size: int) -> Iterator[int]:
-    """Tokenize the texts of a corpus, again and again, one a call, truncated to `seq_len` ids, into the rows of padded
-    batches, as the published training code does. Yields the number of ids kept of each text."""
+    """Tokenize the texts of a corpus one by one, without end, truncated to `seq_len` ids, into rows of padded batches,
+    as the published training code does. Yields the number of ids of each row."""
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     tokenizer.enable_truncation(seq_len)
     tokenizer.no_padding()
@@ -108,8 +102,8 @@ def document_by_document(source: Source, tokenizer_json: str, seq_len: int, batc
 
 
 def measure_throughput(bench: Bench, texts: Iterator[int], streams: dict[str, Iterator[int]]) -> list[Row]:
-    """A row for tokenizing document by document and one for each stream, timed in turns. Each iterator gives the tokens
-    of its next document or batch, without end. `seconds` are for a million tokens."""
+    """A row for tokenizing document by document and one for each stream, timed in turns. Each iterator yields the
+    tokens of its next document or batch, without end. `seconds` are for a million tokens."""
     for name, batches in streams.items():
         logger.info(f"{name}: {WARM_UP_BATCHES} batches to warm up")
         _take(batches, WARM_UP_BATCHES)()
@@ -131,8 +125,8 @@ def measure_throughput(bench: Bench, texts: Iterator[int], streams: dict[str, It
 
 
 def measure_waiting(batches: Iterator[int], busy: float) -> Row:
-    """A consumer that is busy for so many seconds with each of `batches`: how fast it is, and the fraction of time that
-    it waits."""
+    """The row of a consumer that is busy for `busy` seconds with each of `batches`: its speed, and the fraction of
+    time that it waits."""
     waits, tokens = list[float](), list[int]()
     for _ in range(WARM_UP_UPDATES + UPDATES):
         start = time.perf_counter()
@@ -169,7 +163,7 @@ def _take(items: Iterator[int], count: int) -> Callable[[], int]:
 
 
 def _cpu_seconds_at_rest() -> float:
-    """The processor time of this process, read when none of its threads is at work."""
+    """The processor time of this process, read once all its threads are idle."""
     deadline = time.monotonic() + MAX_REST_WAIT_SECONDS
     now = time.process_time()
     while True:

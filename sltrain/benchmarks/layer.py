@@ -1,10 +1,9 @@
-"""One projection, forward and backward, as each layer kind computes it.
+"""One projection, forward and backward, for each layer kind.
 
-    N rows of x, m multiply-adds of x W^T for one row by the layer's mathematics, however it is computed:
+    floor    3 N m multiply-adds over the rate of the machine's dense product of that shape: forward and both
+             gradients for N rows of x, m multiply-adds of x W^T for one row by the layer's mathematics
 
-    floor    3 N m, forward and both gradients, over the rate of the machine's dense product of that shape
-
-The product is timed in the same rounds as the candidates.
+The dense product is timed in the same rounds as the candidates.
 """
 
 import inspect
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Measurement
 
 from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
 from sltrain.benchmarks.published import PublishedLinear
@@ -21,23 +21,20 @@ from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, produ
 from sltrain.layers.base import LAYERS, ReplacedLinear
 
 SPARSITY = 0.03  # the paper's, from 60M to 1B
-ALPHA = 16  # has no influence on time
+ALPHA = 16  # does not affect time
 MEAN, PRODUCT, DENSE = "geometric mean", "product", "dense"
 REFERENCES: dict[str, type[nn.Module]] = {"nn.Linear": nn.Linear, "published": PublishedLinear}
 
 
 def measure_layer(bench: Bench) -> Result:
-    """Every candidate on every shape, and geometric means over the shapes. Raises ValueError for a candidate that does
-    not exist or that a shape cannot have."""
+    """A row for each candidate and shape, and geometric means over the shapes. Raises ValueError for an unknown
+    candidate, or one that a shape does not allow."""
     config = bench.config
     names = config.candidates or USUAL["layer"]
     layers = {(label(shape), name): make_layer(bench, name, shape) for shape in config.shapes for name in names}
-    tasks: dict[Any, Task] = {}
-    for shape in config.shapes:
-        for name in names:
-            tasks[label(shape), name] = layer_task(bench, layers[label(shape), name], shape, config.tokens)
-        tasks[label(shape), PRODUCT] = product_task(config.tokens, shape[:2], **bench.like)
-    timings = in_turns(tasks, repeats=config.repeats, deadline=bench.deadline)
+    shapes = {label(shape): shape for shape in config.shapes}
+    tasks = {key: layer_task(bench, layer, shapes[key[0]], config.tokens) for key, layer in layers.items()}
+    timings = time_beside_products(bench, tasks)
     rows: list[Row] = []
     for (where, name), layer in layers.items():
         dense = timings.get((where, DENSE))
@@ -56,7 +53,7 @@ def measure_layer(bench: Bench) -> Result:
             }
         )
     rows += [mean_row([row for row in rows if row["measured"] == name]) for name in names]
-    return rows, layer_tables(rows)
+    return rows, layer_table(rows)
 
 
 def label(shape: list[int]) -> str:
@@ -65,13 +62,12 @@ def label(shape: list[int]) -> str:
 
 
 def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
-    """The layer that a candidate's name stands for: one of the table, or any registered kind; as NAME_PATH, computed
-    that way. Raises ValueError."""
+    """The layer of a candidate: a name of LAYER_CANDIDATES, a registered layer kind, or either as NAME_PATH. Raises
+    ValueError."""
     known: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in LAYERS.names()} | LAYER_CANDIDATES
     base, named_path, path = (name, "", "") if name in known else name.rpartition("_")
     if base not in known:
-        there_are = ", ".join(known)
-        raise ValueError(f"candidates: {name} is nothing that what=layer compares; there are: {there_are}, NAME_PATH")
+        raise ValueError(f"candidates: {name} is unknown to what=layer; choose from {', '.join(known)}, NAME_PATH")
     kind, settings = known[base]
     if settings.get("support") == "block":
         settings = {**settings, "block_size": bench.config.block_size}
@@ -85,8 +81,8 @@ def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
 
 
 def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, Any]) -> nn.Module:
-    """A layer of this kind without zeros. It gets what its constructor takes of bias, rank, sparsity, alpha and
-    `settings`. Raises ValueError for what it cannot be."""
+    """A layer of this kind, its zeros filled. Of bias, rank, sparsity, alpha and `settings` it gets what its
+    constructor takes. Raises ValueError for settings that it refuses."""
     out_features, in_features, rank = shape
     cls = REFERENCES.get(kind) or LAYERS.load(kind)
     sparsity = bench.config.sparsity or SPARSITY
@@ -100,8 +96,15 @@ def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, A
     return layer
 
 
+def time_beside_products(bench: Bench, tasks: dict[tuple[str, str], Task]) -> dict[tuple[str, str], Measurement]:
+    """Timings of tasks by (label of the shape, name), and of the dense product of each shape under the name PRODUCT."""
+    config = bench.config
+    products = {(label(s), PRODUCT): product_task(config.tokens, s[:2], **bench.like) for s in config.shapes}
+    return in_turns(tasks | products, repeats=config.repeats, deadline=bench.deadline)
+
+
 def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) -> Task:
-    """Forward and backward of a layer at `num_rows` of x, down to the gradients of x and of every parameter."""
+    """Forward and backward for `num_rows` rows of x, with the gradients of x and of every parameter."""
     x = torch.randn(num_rows, shape[1], **bench.like, requires_grad=True)
     grad_y = torch.randn(num_rows, shape[0], **bench.like)
 
@@ -113,7 +116,7 @@ def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) 
 
 
 def multiply_adds(model: nn.Module) -> int:
-    """Of the linear layers of a model, or of one, for one row of x."""
+    """Those of all linear layers of `model`, which may be one itself, for one row of x."""
     if isinstance(model, ReplacedLinear | PublishedLinear):
         return model.multiply_adds()
     own = model.in_features * model.out_features if isinstance(model, nn.Linear) else 0
@@ -121,7 +124,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 
 def mean_row(rows: list[Row]) -> Row:
-    """Of one candidate over the shapes: geometric means of times and ratios, the widest spread, the sum of bytes."""
+    """One candidate over all shapes: geometric means of times and ratios, the widest spread, the sum of bytes."""
     keys = ("seconds", "ratio_to_dense", "fastest_ratio_to_dense", "floor_seconds", "floor_ratio_to_dense")
     values = {key: [row[key] for row in rows] for key in keys}
     return {
@@ -134,33 +137,19 @@ def mean_row(rows: list[Row]) -> Row:
     }
 
 
-def layer_tables(rows: list[Row]) -> str:
-    """Two tables: time over dense by shape, with the floor of `uniform`, and every candidate over all shapes."""
+def layer_table(rows: list[Row]) -> str:
+    """A line for each shape and their mean, a column for each candidate: its time over that of dense. The floor is that
+    of `uniform`, or of the last candidate."""
     names = list(dict.fromkeys(row["measured"] for row in rows))
     floor_of = "uniform" if "uniform" in names else names[-1]
+    key_of = {DENSE: "seconds"} if DENSE in names else dict.fromkeys(names, "seconds")  # without dense, plain times
     by_shape: dict[str, Row] = {}
     for row in rows:
         line = by_shape.setdefault(row["shape"], {"shape": row["shape"], PRODUCT: row.get("product_flops_per_second")})
-        line[row["measured"]] = row["seconds"] if row["measured"] == DENSE else row["ratio_to_dense"]
+        line[row["measured"]] = row[key_of.get(row["measured"], "ratio_to_dense")]
         if row["measured"] == floor_of:
             line["floor"] = row["floor_ratio_to_dense"]
-    columns: list[Column] = [("shape", "out x in, rank", ""), (DENSE, DENSE, "time")]
-    columns += [(name, name, ".2f") for name in names if name != DENSE]
+    columns: list[Column] = [("shape", "out x in, rank", "")]
+    columns += [(name, name, "time" if name in key_of else ".2f") for name in names]
     columns += [("floor", f"floor of {floor_of}", ".2f"), (PRODUCT, "GFLOP/s", "giga")]
-    means = [row for row in rows if row["shape"] == MEAN]
-    return (
-        f"time over dense\n\n{format_table(list(by_shape.values()), columns)}\n\n"
-        f"all shapes: geometric means, widest spread, sums of bytes\n\n{format_table(means, TOTALS)}"
-    )
-
-
-TOTALS: list[Column] = [
-    ("measured", "measured", ""),
-    ("path", "path", ""),
-    ("seconds", "time", "time"),
-    ("spread", "+-", ".0%"),
-    ("ratio_to_dense", "over dense", ".2f"),
-    ("fastest_ratio_to_dense", "fastest over fastest", ".2f"),
-    ("floor_ratio_to_dense", "floor", ".2f"),
-    ("parameter_bytes", "parameters and indices", "bytes"),
-]
+    return f"{'time over dense' if DENSE in names else 'time'}\n\n{format_table(list(by_shape.values()), columns)}"

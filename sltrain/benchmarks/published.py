@@ -1,12 +1,12 @@
-"""SLTrain's algorithm as published, written plainly: what our layer is measured against.
+"""SLTrain's algorithm as published, without optimization: the baseline of the benchmarks.
 
     W  = B (scale A) with the values added at I          (Algorithm 1 of arXiv 2406.02214)
     y  = x W^T                                           x, scale A, B, I, values are kept
     dx = dy W, where W is built a second time
     dW = dy^T x, formed whole;   d(scale A) = B^T dW,   dB = dW (scale A)^T,   dvalues = dW at I
 
-I is int64; the scale multiplies A outside of the function. So every layer builds a dense (out, in) matrix three times a
-step, twice by atomic additions, and does all the arithmetic of a dense layer and more.
+I is int64; the scale multiplies A outside of the function. Each step builds three dense (out, in) matrices, two of them
+by atomic additions, and does more arithmetic than a dense layer.
 """
 
 import math
@@ -68,5 +68,6 @@ class PublishedLinear(nn.Module):
         return _PublishedProduct.apply(x, self.scale * self.A, self.B, self.values, self.indices)
 
     def multiply_adds(self) -> int:
-        """Of x W^T for one row of x, by the mathematics: those of our layer, not those of this algorithm."""
+        """Those of x W^T for one row of x by the method's mathematics, as ReplacedLinear counts them; this algorithm
+        does more."""
         return self.A.numel() + self.B.numel() + self.values.numel()

@@ -1,11 +1,13 @@
-"""The schema of `sltrain-bench`: every key, its type, unit and scope. Values come from conf/bench.yaml and the command
-line. This file imports no torch."""
+"""The schema of `sltrain-bench`: every key with type, unit and scope. Values come from conf/bench.yaml and the command
+line. This file does not import torch."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
+
+from sltrain.compose import Schema, compose_config, parse_overrides
 
 
 @dataclass
@@ -16,14 +18,14 @@ class BenchConfig:
     format: str = MISSING  # table, or json: the last line of stdout is one object
     device: str = MISSING  # layer, step: auto, cpu or cuda
     dtype: str = MISSING  # layer, step: auto, float32 or bfloat16
-    time_limit_s: float = MISSING  # layer, step: seconds the whole command should take
-    repeats: int | None = None  # times that each candidate is timed; None: as often as time allows, at least twice
-    candidates: list[str] | None = None  # layer, step: what is compared, see below; None: the usual, if time allows
+    time_limit_s: float = MISSING  # layer, step: seconds for the whole command
+    repeats: int | None = None  # how often each candidate is timed; None: as often as time allows, at least twice
+    candidates: list[str] | None = None  # layer, step: what to compare, see below; None: the usual, if time allows
 
     # what=layer
     tokens: int = MISSING  # layer: rows of x
     shapes: list[list[int]] = MISSING  # layer: a list of [out, in, rank]
-    calibrate: bool = MISSING  # layer: measure the prices that layer_path=auto uses, and nothing else
+    calibrate: bool = MISSING  # layer: only measure the prices that layer_path=auto uses
 
     # what=step, what=data
     model: str | None = None  # step, data: a model of sltrain-train, with its recipe; None: for data, llama_60m
@@ -35,11 +37,11 @@ class BenchConfig:
     rank: int | None = None  # step: None: the model's recipe
 
     sparsity: float | None = None  # layer, step: fraction of S that is trained; None: 0.03, or the model's recipe
-    block_size: int | None = None  # layer, step: side of a block; None: the largest that gives the sparsity
+    block_size: int | None = None  # layer, step: side of a block; None: the largest that reaches the sparsity
 
 
-# What can be compared, by name. The lists are open: what=layer also takes any layer kind by its name, and NAME_PATH for
-# one of the ways to compute a layer; what=step takes any method by its name.
+# Named candidates. Both lists are open: what=layer also takes every registered layer kind, and NAME_PATH for one of its
+# paths; what=step also takes every registered method.
 LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kind and settings
     "dense": ("nn.Linear", {}),
     "uniform": ("sltrain", {"support": "uniform"}),
@@ -47,7 +49,7 @@ LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kin
     "block": ("sltrain", {"support": "block"}),
     "column": ("sltrain", {"support": "column"}),
     "low_rank": ("low_rank", {}),
-    "published": ("published", {}),  # the published algorithm, written plainly
+    "published": ("published", {}),  # the published algorithm: benchmarks/published.py
 }
 STEP_CANDIDATES: dict[str, tuple[str, ...]] = {  # name -> overrides of sltrain-train
     "full": ("method=full",),
@@ -59,7 +61,7 @@ STEP_CANDIDATES: dict[str, tuple[str, ...]] = {  # name -> overrides of sltrain-
     "transformers": ("method=full",),  # transformers' LLaMA, dense
     "transformers_published": ("method=sltrain", "support=uniform"),  # the same with the published layer
 }
-USUAL = {  # what is compared if nothing is named, what matters most first
+USUAL = {  # the default candidates, the most important first
     "layer": "dense uniform stratified block column low_rank uniform_composed published".split(),
     "step": "full uniform block transformers_published transformers checkpointing".split(),
 }
@@ -73,7 +75,7 @@ CHOICES = {
 }
 AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "block_size": 1}
 COMMON = "what format repeats".split()
-KEYS = {  # that a benchmark reads besides COMMON
+KEYS = {  # what a benchmark reads besides COMMON
     "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
     "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
     "data": "model seq_len path tokenizer".split(),
@@ -81,8 +83,7 @@ KEYS = {  # that a benchmark reads besides COMMON
 
 
 def validate(config: BenchConfig) -> None:
-    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to
-    change."""
+    """Check what needs neither model nor layer. Raises ValueError naming the key, its value and what to change."""
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise ValueError(f"{key}={getattr(config, key)}: choose one of {', '.join(choices)}")
@@ -97,7 +98,7 @@ def validate(config: BenchConfig) -> None:
     if config.candidates is not None and len(set(config.candidates)) != len(config.candidates):
         raise ValueError(f"candidates={config.candidates}: name each candidate once")
     if config.candidates == []:
-        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or leave the key out")
+        raise ValueError("candidates=[]: name some (sltrain-bench --help lists them), or omit the key")
     if config.block_size is not None and not any(name.startswith("block") for name in config.candidates or ["block"]):
         raise ValueError(f"block_size={config.block_size} is for the candidate block, which is not compared; drop one")
     if not config.shapes:
@@ -115,10 +116,30 @@ def validate(config: BenchConfig) -> None:
 
 
 def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
-    """Refuse keys that were typed and that `what` does not read. Raises ValueError."""
+    """Refuse typed keys that `what` does not read. Raises ValueError."""
     for key in typed:
         if key not in COMMON and key not in KEYS[config.what]:
             readers = " and ".join(f"what={what}" for what, keys in KEYS.items() if key in keys)
             raise ValueError(f"{key} is for {readers}, not what={config.what}")
     if config.calibrate and "candidates" in typed:
         raise ValueError("calibrate=true compares no candidates; drop one of the two")
+
+
+BENCH = Schema(
+    "bench",
+    BenchConfig,
+    validate,
+    has_groups=False,
+    order="conf/bench.yaml sets the rest; `layer:` and the like say which benchmark reads a key",
+    advice="choose what=layer, what=step or what=data",
+)
+
+
+def read_arguments(arguments: list[str]) -> BenchConfig:
+    """The checked configuration. Raises ValueError."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise ValueError(f"{argument}: sltrain-bench knows KEY=VALUE and --help, no other option, and no sweeps")
+    config: BenchConfig = compose_config(arguments, BENCH)
+    check_scope(config, [override.key_or_group for override in parse_overrides(arguments)])
+    return config

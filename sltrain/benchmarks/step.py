@@ -6,7 +6,7 @@ its turn and released after it.
 
     floor           the multiply-adds of all products (projections, head, causal attention; 3 times forward, and a
                     fourth time what activation checkpointing recomputes) over the rate of the machine's dense product
-    limit           floor of full over floor of the candidate: the speed-up if nothing but products took time
+    limit           floor of full over floor of the candidate: the speed-up if only products took time
     share_of_limit  measured speed-up over limit
 """
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 DENSE, PUBLISHED = "full", "transformers_published"
 TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
-LEAST_CANDIDATES = 3  # measured even if time_limit_s is over
+LEAST_CANDIDATES = 3  # measured even after time_limit_s
 NUM_PRODUCTS = 8  # timed as one, because an update takes so much longer
 
 Update = Callable[[Tensor], float]  # trains a model on ids (rows, tokens) and returns the loss
@@ -69,8 +69,8 @@ class Candidate:
 
 
 def measure_step(bench: Bench) -> Result:
-    """Every candidate's update of the same model. Raises ValueError for a candidate that does not exist, and for a
-    recipe that the model cannot have."""
+    """A row for each candidate's update of the same model. Raises ValueError for an unknown candidate, and for settings
+    that the model does not allow."""
     usual = [name for name in USUAL["step"] if name not in TRANSFORMERS or importlib.util.find_spec("transformers")]
     names = bench.config.candidates or usual
     candidates = measure_each_alone(bench, [describe(bench, name) for name in names])
@@ -78,12 +78,12 @@ def measure_step(bench: Bench) -> Result:
     stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
     if not stays:
         logger.info("the models do not fit side by side: each is built for its turn")
-    ids = random_ids(bench, candidates[0].train)
+    train = candidates[0].train
+    ids = random_ids(bench, train)
     tasks = {c.name: step_task(partial(build_update, bench, c.name, c.train), ids, stays) for c in candidates}
-    shape = candidates[0].train.model
     for task in tasks.values() if stays else ():
-        task.before()  # not part of a round
-    sides = (shape.intermediate_size, shape.hidden_size)
+        task.before()  # outside the rounds
+    sides = (train.model.intermediate_size, train.model.hidden_size)
     tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline)
     rows = step_rows(candidates, timings, ids.numel())
@@ -91,25 +91,25 @@ def measure_step(bench: Bench) -> Result:
 
 
 def train_config(bench: Bench, name: str) -> TrainConfig:
-    """The run that a candidate stands for: overrides of the table, or `method=NAME`. Raises ValueError."""
+    """The configuration that a candidate trains with. Raises ValueError."""
     config = bench.config
     if name not in STEP_CANDIDATES and name not in METHODS.names():
         known = ", ".join(dict.fromkeys([*STEP_CANDIDATES, *METHODS.names()]))
-        raise ValueError(f"candidates: {name} is nothing that what=step compares; there are: {known}")
+        raise ValueError(f"candidates: {name} is unknown to what=step; choose from {known}")
     block_size = "null" if config.block_size is None else config.block_size
     overrides = [text.format(block_size=block_size) for text in STEP_CANDIDATES.get(name, (f"method={name}",))]
     overrides += [f"global_batch_size={config.batch}", f"micro_batch_size={config.batch}"]
-    overrides += ["lr=1e-4"]  # a loss that is not finite would skip the update
+    overrides += ["lr=1e-4"]  # small: after a non-finite loss the update would be skipped
     typed = {"layer_path": config.layer_path, "rank": config.rank, "sparsity": config.sparsity}
     overrides += [f"{key}={value}" for key, value in typed.items() if value is not None]
     return bench.train_config(*overrides)
 
 
 def describe(bench: Bench, name: str) -> Candidate:
-    """A candidate, from its model on the meta device; for those of transformers, from ours of the same mathematics.
-    Raises ValueError for a recipe that the model cannot have, and where transformers is needed and not installed."""
+    """A candidate, from its model on the meta device; one of transformers, from ours of the same mathematics. Raises
+    ValueError for settings that the model does not allow, and if transformers is needed and not installed."""
     if name in TRANSFORMERS and importlib.util.find_spec("transformers") is None:
-        raise ValueError(f"candidates: {name} needs transformers: run `pip install transformers`, or leave it out")
+        raise ValueError(f"candidates: {name} needs transformers: run `pip install transformers`, or omit it")
     train = train_config(bench, name)
     model = build_model(train, vocab_size(train), bench.dtype)
     paths = set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
@@ -118,8 +118,8 @@ def describe(bench: Bench, name: str) -> Candidate:
 
 
 def update_multiply_adds(model: nn.Module, train: TrainConfig) -> int:
-    """Multiply-adds that the products of an update must do, by the method's mathematics, not by how it is computed.
-    Attention: scores and sums over the values, each position with those up to itself."""
+    """Multiply-adds of the products of an update, by the method's mathematics, not by how it is computed. Attention:
+    scores and sums over the values, each position with those up to itself."""
     rows, tokens, shape = train.global_batch_size, train.seq_len, train.model
     attention = rows * shape.num_hidden_layers * shape.hidden_size * tokens * (tokens + 1)
     head = multiply_adds(model.get_submodule("lm_head"))
@@ -128,7 +128,7 @@ def update_multiply_adds(model: nn.Module, train: TrainConfig) -> int:
 
 
 def random_ids(bench: Bench, train: TrainConfig) -> Tensor:
-    """Full rows (batch, seq_len): on padding a model spends nothing."""
+    """Full rows (batch, seq_len): padding would not be computed."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(vocab_size(train), (bench.config.batch, train.seq_len), generator=generator).to(bench.device)
 
@@ -137,8 +137,8 @@ def random_ids(bench: Bench, train: TrainConfig) -> Tensor:
 
 
 def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
-    """A model with memory and values, its optimizer, and the update that `sltrain-train` makes; for models of
-    transformers the plain loop of their users, with the same optimizer."""
+    """The update of `sltrain-train` on a new model; for a model of transformers, a plain training loop with the same
+    optimizer."""
     ranks = Ranks(rank=0, world_size=1, device=bench.device)
     model = transformers_model(bench, name, train) if name in TRANSFORMERS else our_model(bench, train)
     fill_zeros(model)
@@ -161,7 +161,7 @@ def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
 
 
 def our_model(bench: Bench, train: TrainConfig) -> nn.Module:
-    """The model of `sltrain-train`, with values."""
+    """The initialized model of `sltrain-train`."""
     model = build_model(train, vocab_size(train), bench.dtype)
     allocate(model, bench.device)
     model.init_weights(SEED)
@@ -188,42 +188,40 @@ def transformers_model(bench: Bench, name: str, train: TrainConfig) -> nn.Module
 
 
 def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candidate]:
-    """Run each in a process of its own, one after the other, and return those that were run. Candidates that nobody
-    named are left out when only enough time remains for the rounds of the others, except the first few. Raises
-    ValueError if a process was killed."""
+    """Measure each candidate in a process of its own, and return those measured. After the first LEAST_CANDIDATES, the
+    default candidates stop when only enough time remains for the rounds. Raises ValueError if a process was killed."""
     for number, candidate in enumerate(candidates):
         rounds = (1 + MIN_REPEATS) * sum(other.step_seconds for other in candidates)
         is_optional = bench.config.candidates is None and number >= LEAST_CANDIDATES
         if is_optional and time.monotonic() + rounds > bench.deadline:
             names = ", ".join(other.name for other in candidates[number:])
-            logger.info(f"left out: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
+            logger.info(f"skipped: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
             return candidates[:number]
         try:
             candidate.peak_bytes, candidate.step_seconds = run_alone(_alone_here, bench.config, candidate.name)
         except BrokenProcessPool as error:
-            name, advice = candidate.name, "lower batch or seq_len, or leave it out"
-            raise ValueError(f"the process of {name} was killed, probably for want of memory; {advice}") from error
+            advice = "probably for lack of memory; lower batch or seq_len, or omit it"
+            raise ValueError(f"the process of {candidate.name} was killed, {advice}") from error
         seconds, peak = candidate.step_seconds, candidate.peak_bytes / 1e9
         logger.info(f"{candidate.name}: {seconds:.2f} s a step, peak {peak:.2f} GB, alone")
     return candidates
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a new interpreter, so that a peak of memory is its own (a forked process would begin
-    with this one's). Raises what the function raises, and BrokenProcessPool if the process was killed."""
+    """`function(*arguments)` in a new interpreter, so that the peak of memory is its own (a forked process would start
+    with that of this one). Raises what the function raises, and BrokenProcessPool if the process was killed."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BaseException:
-            for child in multiprocessing.active_children():  # after SIGTERM nobody waits for the update
+            for child in multiprocessing.active_children():  # do not wait for the update after SIGTERM
                 child.terminate()
             raise
 
 
 def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
-    """What the process of a candidate does: build the model, update it twice, and return peak bytes and seconds of the
-    second update."""
+    """Peak bytes, and seconds of the second update, of a candidate in this process."""
     bench = start_bench(config)
     train = train_config(bench, name)
     memory = PeakMemory(bench.device)
@@ -236,8 +234,8 @@ def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
 
 
 def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
-    """One update; the model stays from turn to turn, or is built before and released after each. A first, tiny update
-    makes the optimizer's state."""
+    """One update of a model that stays from turn to turn, or that is built before and released after each. A first,
+    tiny update allocates the optimizer state."""
     built: list[Update] = []
 
     def before() -> None:
@@ -257,7 +255,7 @@ def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
 
 
 def step_rows(candidates: list[Candidate], timings: dict[str, Measurement], num_tokens: int) -> list[Row]:
-    """A row for each candidate, compared with `full` and with the published layer where they were measured."""
+    """A row for each candidate, compared with `full` and with the published layer if those were measured."""
     by_name = {candidate.name: candidate for candidate in candidates}
     full, published = by_name.get(DENSE), by_name.get(PUBLISHED)
     rows = []

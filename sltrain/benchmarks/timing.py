@@ -1,11 +1,11 @@
 """Candidates timed in turns, in one process.
 
-The speed of a machine drifts: clock rates follow temperature, neighbours come and go. So a round runs each candidate
-once, the next round starts with another one (none always follows the same neighbour), and results are medians over the
-rounds. A warm-up round is not counted; it shows how many rounds fit into the time left.
+The speed of a machine drifts with temperature and with what else runs on it. Each round therefore runs every candidate
+once and starts with another one than the round before, and a result is the median over the rounds. A warm-up round is
+not counted; its duration decides how many rounds fit into the time left.
 
-Clock and statistics are those of torch.utils.benchmark; the clock waits for the GPU. Its Timer is of no use here: it
-calls one candidate several times in a row.
+Clock and statistics are those of torch.utils.benchmark; the clock synchronizes the GPU. Its Timer would run one
+candidate several times in a row.
 """
 
 import logging
@@ -21,21 +21,21 @@ from torch.utils.benchmark import Measurement, TaskSpec
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K", bound=Hashable)  # what tasks are called by
+K = TypeVar("K", bound=Hashable)
 MIN_REPEATS, MAX_REPEATS = 2, 15
 
 
 @dataclass
 class Task:
-    """One candidate. `run` is timed, `before` and `after` are not. A number that `run` returns is the amount of work it
-    did, of which the time of one unit is wanted."""
+    """One candidate. `run` is timed, `before` and `after` are not. If `run` returns a number of units of work, the
+    time is that of one unit."""
 
     run: Callable[[], int | None]
     before: Callable[[], object] = lambda: None
     after: Callable[[], object] = lambda: None
 
     def seconds(self, clock: Callable[[], float]) -> float:
-        """Of one unit of work."""
+        """Run once; seconds for one unit of work."""
         self.before()
         start = clock()
         units = self.run()
@@ -70,8 +70,8 @@ def in_turns(
 
 
 def compare(timing: Measurement, dense: Measurement | None) -> dict[str, float | None]:
-    """What a row says of a timing: the median, half the interquartile range over the median, and the fastest sample,
-    because on a busy machine a median contains the work of others."""
+    """The columns of a row that describe a timing. The spread is half the interquartile range over the median. The
+    fastest sample is given too, because on a busy machine the median includes the work of other processes."""
     return {
         "seconds": timing.median,
         "ratio_to_dense": timing.median / dense.median if dense else None,
@@ -83,8 +83,7 @@ def compare(timing: Measurement, dense: Measurement | None) -> dict[str, float |
 
 
 def product_task(num_rows: int, sides: Sequence[int], times: int = 1, **like: Any) -> Task:
-    """The dense product of a linear layer with sides (out, in), `times` in a row; `like` holds device and dtype. A unit
-    of its work is a multiply-add."""
+    """The product x W^T with a dense W (out, in) = `sides`, `times` in a row. The unit of work is a multiply-add."""
     out_features, in_features = sides
     x, weight = torch.randn(num_rows, in_features, **like), torch.randn(out_features, in_features, **like)
 
@@ -98,7 +97,7 @@ def product_task(num_rows: int, sides: Sequence[int], times: int = 1, **like: An
 
 @torch.no_grad()
 def fill_zeros(module: nn.Module) -> None:
-    """Give values to parameters that start at zero, such as B: training leaves zero at once."""
+    """Give random values to parameters that are all zero, such as a new B, which training changes at once."""
     for parameter in module.parameters():
         if parameter.numel() and not parameter.any():
             parameter.normal_(0, 0.02)

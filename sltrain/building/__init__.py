@@ -1,6 +1,5 @@
-"""Config or run folder -> objects. The one part that may see every room; commands use it, and `sltrain.load`.
+"""Configuration -> objects. The one package that takes a run's whole configuration apart; what is below it gets values.
 
-model.py, trainer.py, data.py and memory.py are shared by what trains, plans or measures, saved.py by what opens a
-trained model. The others are a command's: run.py is sltrain-train's, spectrum.py belongs to report.py, verify.py to
-export.py.
+model.py, trainer.py, data.py and memory.py are shared by what trains, plans or measures; run.py puts a training run
+together from them and from machine.py, folder.py, start_text.py and memory_guard.py.
 """

@@ -14,13 +14,12 @@ from torch import nn
 from sltrain import kernels
 from sltrain.building.model import allocate, dtype_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
-from sltrain.config import TrainConfig
+from sltrain.config import TrainConfig, num_steps
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
 from sltrain.engine.actions import Phase, Schedule, Stateful, begun, generator_for
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
-from sltrain.engine.loop import Cadence
 from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.micro_batch import Feed
@@ -44,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 def build_trainer(
     config: TrainConfig,
-    cadence: Cadence,
     folder: RunFolder,
     model: LlamaForCausalLM,
     stream: TrainStream,
@@ -76,7 +74,7 @@ def build_trainer(
 
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     sinks: list[Sink] = []
-    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, cadence.max_steps, progress.step)))
+    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, progress.step)))
     trainer = Trainer(
         model=compiled,
         update_step=build_step(config, compiled, live.optimizer, ranks),
@@ -88,7 +86,7 @@ def build_trainer(
         checkpointer=checkpointer,
         sinks=sinks,
         memory=memory,
-        set_learning_rate=learning_rate_setter(config, cadence.max_steps, live),
+        set_learning_rate=learning_rate_setter(config, live),
         model_metrics=lambda: weight_norms(model),
         final_metrics=lambda: {
             "dtype": dtype_name(next(model.parameters()).dtype),
@@ -209,8 +207,9 @@ def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Opt
     return OrdinaryStep(model, optimizer, ranks, config.grad_clip, config.grad_clip_per_parameter)
 
 
-def learning_rate_setter(config: TrainConfig, max_steps: int, live: Live) -> Callable[[int], float]:
+def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], float]:
     """A function that sets the learning rate of a step and returns it."""
+    max_steps = num_steps(config)
     warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
     if shortened:
         logger.info(f"note       {shortened}")
@@ -223,10 +222,12 @@ def learning_rate_setter(config: TrainConfig, max_steps: int, live: Live) -> Cal
     return set_rate
 
 
-def build_sinks(config: TrainConfig, folder: RunFolder, max_steps: int, step: int) -> list[Sink]:
+def build_sinks(config: TrainConfig, folder: RunFolder, step: int) -> list[Sink]:
     """Where rank 0 sends metrics; metrics.jsonl is first cut back to the step that the run continues from."""
     rewrite_until(folder.metrics_file, step)
-    sinks: list[Sink] = [JsonlSink(folder.metrics_file), ProgressBar(max_steps, step)]
+    sinks: list[Sink] = [JsonlSink(folder.metrics_file)]
+    if logger.isEnabledFor(logging.INFO):
+        sinks.append(ProgressBar(num_steps(config), step))
     if config.tracker.name == "wandb":
         sinks.append(
             WandbSink(

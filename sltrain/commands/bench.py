@@ -10,26 +10,11 @@ The table goes to stdout, or with format=json one object as its last line; progr
 
 import json
 
-from sltrain.benchmarks.settings import (
-    LAYER_CANDIDATES,
-    STEP_CANDIDATES,
-    BenchConfig,
-    check_scope,
-    validate,
-)
+from sltrain.benchmarks.settings import BENCH, LAYER_CANDIDATES, STEP_CANDIDATES, read_arguments
 from sltrain.commands.help_text import help_text
-from sltrain.compose import Schema, compose_config, parse_overrides
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 
-BENCH = Schema(
-    "bench",
-    BenchConfig,
-    validate,
-    has_groups=False,
-    order="conf/bench.yaml sets the rest; `layer:` and the like say which benchmark reads a key",
-    advice="choose what=layer, what=step or what=data",
-)
 CANDIDATES = f"""
 Candidates:
   what=layer  {", ".join(LAYER_CANDIDATES)}; any layer kind by its name;
@@ -58,16 +43,6 @@ def run_command(arguments: list[str]) -> ExitCode:
         return report_error(error)
     print(json.dumps(data) if config.format == "json" else text, flush=True)
     return ExitCode.OK
-
-
-def read_arguments(arguments: list[str]) -> BenchConfig:
-    """The checked configuration. Raises ValueError."""
-    for argument in arguments:
-        if argument.startswith("-"):
-            raise ValueError(f"{argument}: sltrain-bench knows KEY=VALUE and --help, no other option, and no sweeps")
-    config: BenchConfig = compose_config(arguments, BENCH)
-    check_scope(config, [override.key_or_group for override in parse_overrides(arguments)])
-    return config
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sltrain.commands.flags import make_parser
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from sltrain.log import lines_on, write_line
 if TYPE_CHECKING:
     from sltrain.reporting.page import Section
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 PROG = "sltrain-report"
 

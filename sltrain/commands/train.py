@@ -21,7 +21,7 @@ from sltrain.compose import check_overrides, conf_dir, register_schema, to_train
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 
 def main() -> None:
@@ -70,33 +70,26 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 
 def train(composed: DictConfig) -> ExitCode:
-    """Run one training run to its end and say how it ended."""
-    config = to_train_config(composed)
-    from sltrain.building.run import Outcome, build_run  # torch and the rest, seconds after the cheap checks
-
-    run = None
+    """Train one run to its end and say how it ended."""
     try:
-        run = build_run(config)
-        if run.is_finished:
-            logger.info(f"the run in {run.folder.path} is finished, see summary.json; nothing to do")
-            return ExitCode.OK
-        outcome = run.train()
-        if run.trainer is not None and run.trainer.feed.error is not None:
-            report_error(run.trainer.feed.error)
-        if outcome is Outcome.OUT_OF_MEMORY:
-            return report_error(ValueError(run.farewell(outcome)))
-        logger.info(run.farewell(outcome))
-        return {
-            Outcome.FINISHED: ExitCode.OK,
-            Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
-            Outcome.DATA_LOST: ExitCode.DATA_LOST if run.lost_network else ExitCode.BAD_INPUT,
-            Outcome.DIVERGED: ExitCode.DIVERGED,
-        }[outcome]
+        config = to_train_config(composed)
+        from sltrain.api.train import Outcome, train_run  # torch and the rest, seconds after the cheap checks
+
+        ended = train_run(config)
     except Exception as error:
         return report_error(error)
-    finally:
-        if run is not None:
-            run.close()
+    if ended.data_error is not None:
+        report_error(ended.data_error)
+    if ended.outcome is Outcome.OUT_OF_MEMORY:
+        return report_error(ValueError(ended.advice))
+    logger.info(ended.advice)
+    is_bad_data = isinstance(ended.data_error, ValueError)  # and not the network
+    return {
+        Outcome.FINISHED: ExitCode.OK,
+        Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
+        Outcome.DATA_LOST: ExitCode.BAD_INPUT if is_bad_data else ExitCode.DATA_LOST,
+        Outcome.DIVERGED: ExitCode.DIVERGED,
+    }[ended.outcome]
 
 
 if __name__ == "__main__":

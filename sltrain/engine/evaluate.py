@@ -26,8 +26,8 @@ from sltrain.numeric import IGNORED_LABEL
 def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """Validation numbers of `model` (a micro-batch's tensors -> summed token loss), equal on all ranks. Each rank has its
-    own batches, any number of them, with input_ids and labels (rows, seq_len) and num_bytes.
+    """Validation numbers of `model` (tensors of a micro-batch -> summed token loss), equal on all ranks. Each rank has
+    its own batches, any number of them, with input_ids and labels (rows, seq_len) and num_bytes.
 
     None if `should_stop` became true on some rank. Raises ValueError if no rank has a token to predict.
     """

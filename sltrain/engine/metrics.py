@@ -31,9 +31,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sltrain.engine.sealed_folder import write_atomically
+from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 class ProgressBar:
-    """A tqdm bar on standard error, or plain lines if that is no terminal.
+    """A tqdm bar on standard error, or in a notebook; without a terminal, plain lines.
 
     Args:
         max_steps: updates of the whole run.
@@ -183,12 +184,13 @@ class ProgressBar:
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream or sys.stderr
+        is_widget = stream is None and in_notebook()
+        self._stream = stream or (sys.stdout if is_widget else sys.stderr)
         self._max_steps, self._first_step = max_steps, first_step
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._begin, self._last_line = clock(), -math.inf
         self._bar: tqdm[Any] | None = None
-        if _has_columns(self._stream):
+        if is_widget or _has_columns(self._stream):
             form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
                 total=max_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True

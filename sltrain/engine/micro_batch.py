@@ -1,4 +1,4 @@
-"""The data of one update: fetched, agreed on by all ranks, cut into micro-batches. A micro-batch is what one forward pass
+"""The data of one update: fetched, agreed on by all ranks, cut into micro-batches. A micro-batch is what a forward pass
 reads: ids, labels, and which positions to compute.
 
 A document shorter than its row ends in pads, which a model can skip. The last real token of a row predicts nothing and

@@ -1,10 +1,12 @@
 """A request to stop, set by SIGTERM or SIGINT and read by the loop between two steps.
 
 The first signal lets the run finish its step, save and exit. A second SIGINT (an impatient Ctrl-C) ends the process at
-once, which loses only the steps since the last checkpoint.
+once, which loses only the steps since the last checkpoint. Python lets only the main thread handle signals: a run in
+another thread leaves them to the program.
 """
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -21,7 +23,9 @@ class StopRequest:
         return self.signal_name is not None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        for number in handled:
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

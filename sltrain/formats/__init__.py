@@ -1,1 +1,1 @@
-"""Models as files for the rest of the world."""
+"""Models as files that other programs read."""

@@ -1,13 +1,13 @@
-"""What lies beside the weights in an exported folder: configuration, tokenizer, generation settings, model card.
+"""The files beside the weights of an exported folder: configuration, tokenizer, generation settings, model card.
 
-    config.json              transformers' LlamaConfig; what sltrain knows besides under the key "sltrain"
-    generation_config.json   greedy, and where a text ends
+    config.json              transformers' LlamaConfig; under the key "sltrain" what else sltrain needs
+    generation_config.json   greedy decoding and the end-of-text token
     tokenizer.json           the run's, byte for byte
     tokenizer_config.json    how transformers reads it
-    README.md                the model card: what was trained, how, and what came out
+    README.md                the model card: what was trained, how, and the result
 
-Everything is plain JSON and text. A compressed folder has a model_type and names of weight files of its own, because
-transformers' LLaMA would open it and fill the missing matrices with noise.
+A compressed folder has its own model_type and its own names of weight files, because transformers' LLaMA would open it
+and initialize the missing matrices randomly.
 """
 
 import json
@@ -17,28 +17,28 @@ from typing import Any
 
 DENSE, COMPRESSED = "llama", "sltrain_llama"  # model_type
 STEMS = {DENSE: "model", COMPRESSED: "sltrain"}  # of the weight files' names
-FORMAT_VERSION = 2  # of the compressed layout; layers name their kind since 2
+FORMAT_VERSION = 2  # of the compressed layout; since 2, layers name their kind
 READABLE_VERSIONS = (1, 2)
 CARD = Path(__file__).with_name("model_card.md.j2")
 
 
 @dataclass
 class Facts:
-    """What config.json says under the key "sltrain"."""
+    """The content of config.json under the key "sltrain"."""
 
     format_version: int
     format: str  # dense or compressed
     model: str  # its name
     method: str
-    seq_len: int  # tokens a row, as it was trained
+    seq_len: int  # tokens per row in training
     padding: str
     step: int  # updates
-    layers: dict[str, Any] = field(default_factory=dict)  # compressed: what `restore_layers` makes each layer from
+    layers: dict[str, Any] = field(default_factory=dict)  # compressed: the settings of each layer, for `restore_layers`
 
 
 def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of a dense model. `shape` holds the fields of config.ModelConfig, `ids` bos, eos and pad token ids,
-    as far as there are any."""
+    """config.json of a dense model, from the fields of config.ModelConfig and those of bos_token_id, eos_token_id and
+    pad_token_id that exist."""
     heads = shape["num_attention_heads"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -66,7 +66,7 @@ def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[s
 
 
 def tokenizer_config(max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
-    """tokenizer_config.json; `tokens` names eos_token, pad_token, unk_token, bos_token, as far as there are any."""
+    """tokenizer_config.json; `tokens` are those of eos_token, pad_token, unk_token and bos_token that exist."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -80,7 +80,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises ValueError, or OSError if it cannot be read."""
+    """The JSON object in a file. Raises ValueError if it is none, or OSError if the file cannot be read."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def model_card(**facts: Any) -> str:
-    """README.md of an exported folder. The facts are what the template names; a missing one is an error."""
+    """README.md of an exported folder. The facts are the template's variables; a missing one is an error."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)

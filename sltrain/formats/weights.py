@@ -1,7 +1,7 @@
-"""Weights in safetensors files, one tensor at a time: a model of many gigabytes passes through little memory.
+"""Weights in safetensors files, read and written one tensor or shard at a time, so that they need little memory.
 
-Up to 5 GB a folder holds one file, STEM.safetensors; above, numbered shards and STEM.safetensors.index.json, which says
-where each tensor lies. With the stem `model` that is Hugging Face's layout, and a checkpoint's file is a case of it.
+Up to 5 GB a folder has one file, STEM.safetensors; above, it has numbered shards and STEM.safetensors.index.json, which
+maps tensors to shards. With the stem `model` this is Hugging Face's layout, and that of a checkpoint's model file.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MAX_SHARD_BYTES = 5_000_000_000
-STEM = "model"  # of the names of files whose tensors are those of a LLaMA, or of a checkpoint
+STEM = "model"  # of file names in exports of format dense, and in checkpoints
 
 
 def write_weights(
@@ -26,23 +26,23 @@ def write_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     stem: str = STEM,
 ) -> int:
-    """Write the tensors called `make(name)` into `folder`, never holding more than one shard of them; return their
-    bytes. `shapes` are tensors of the same shape and dtype by name, in the order to write them; meta ones will do.
+    """Write the tensor `make(name)` for each name into `folder`, and return their bytes. At most one shard is held.
 
-    Raises OSError when the disk refuses.
+    `shapes` gives shape and dtype of each by a tensor, which may be on the meta device. Raises OSError for a disk that
+    cannot be written.
     """
     split = split_state_dict_into_shards_factory(
         dict(shapes),
-        get_storage_size=_num_bytes,
+        get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern=f"{stem}{{suffix}}.safetensors",
-        get_storage_id=lambda tensor: None,  # nothing is shared
+        get_storage_id=lambda tensor: None,  # no tensor shares memory
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
         with _readable_errors(folder / file):
             save_file({name: make(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library makes it readable to its owner only
-    total = sum(_num_bytes(tensor) for tensor in shapes.values())
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file makes it readable only to its owner
+    total = sum(tensor.nbytes for tensor in shapes.values())
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         _index(folder, stem).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -50,8 +50,8 @@ def write_weights(
 
 
 class WeightFiles:
-    """The tensors of a folder by name, read when asked for. Raises ValueError if its files are missing or no
-    safetensors."""
+    """The tensors of a folder by name, read on demand. Raises OSError if a file is missing or damaged, and ValueError
+    for a damaged index."""
 
     def __init__(self, folder: Path, stem: str = STEM) -> None:
         self.folder = folder
@@ -76,30 +76,31 @@ class WeightFiles:
         return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading it."""
+        """The shape of a tensor, without reading it."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Its dtype. An empty slice says it in torch's words."""
+        """The dtype of a tensor, from an empty slice of it."""
         return self._file(name).get_slice(name)[:0].dtype
 
     def fill(
         self, module: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> None:
-        """Give every parameter and buffer of `module`, which may be on the meta device, the tensor of its name behind
-        `prefix`, on `device`; those that are not positions in `dtype` (None: as they are).
+        """Assign the tensor `prefix` + NAME to every parameter and buffer NAME of `module`, which may be on the meta
+        device: on `device`, floating-point values in `dtype` (None: unchanged).
 
-        What needs neither move nor cast is not copied: it stays mapped from the file until it is written to, and the
-        file is never changed. Raises ValueError if one is missing or has another shape.
+        Without a move or cast a tensor is not copied but memory-mapped, copy on write; the file never changes. Raises
+        ValueError for a missing tensor or another shape.
         """
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        state = module.state_dict()
+        for name, tensor in state.items():
             self._check(f"{prefix}{name}", tensor)
-        values = {name: self.read(f"{prefix}{name}") for name in module.state_dict()}
+        values = {name: self.read(f"{prefix}{name}") for name in state}
         module.load_state_dict({name: cast(value, dtype).to(device) for name, value in values.items()}, assign=True)
 
     def check(self, model: nn.Module) -> None:
-        """Whether these are exactly the tensors of `model`, by name and shape. Raises ValueError."""
-        expected = model.state_dict(keep_vars=True)
+        """Raise ValueError unless these are exactly the tensors of `model`, by name and shape."""
+        expected = model.state_dict()
         for name, tensor in expected.items():
             self._check(name, tensor)
         if more := self._files.keys() - expected.keys():
@@ -116,7 +117,7 @@ class WeightFiles:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Values in `dtype`, unless that is None; positions stay as they are."""
+    """A floating-point tensor in `dtype` (None: unchanged); integers, such as positions, unchanged."""
     return tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
 
 
@@ -124,13 +125,9 @@ def _index(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.safetensors.index.json"
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 @contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
-    """The library's errors with the file they are about, as an error of the system."""
+    """Turn errors of safetensors into OSError with the file's name, in one line."""
     try:
         yield
     except (SafetensorError, FileNotFoundError) as error:

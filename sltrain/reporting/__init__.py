@@ -1,1 +1,1 @@
-"""Run folders -> one table, its figures and a page. Knows plain data, and nothing of how a run is made."""
+"""Run folders -> one table, its figures and a page. Works on plain data and does not know how a run is made."""

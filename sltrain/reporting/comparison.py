@@ -1,9 +1,9 @@
 """Which numbers of several runs compare, and what a reader must know about that.
 
-Perplexity compares only between runs that predict the same tokens: the same tokenizer, padding, row length, number of
-evaluated tokens and validation text. `arrange` finds the groups of such runs. With one group the best perplexity comes
-first. With several each row carries its group's letter and the order is that of bits per byte, which is free of
-the tokenizer.
+Perplexities compare only between runs that predict the same tokens: the same tokenizer, padding, row length, number of
+evaluated tokens and validation text. `arrange` finds the groups of such runs. Within one group the lowest perplexity
+comes first. With several groups each row carries the letter of its group, and rows are ordered by bits per byte, which
+do not depend on the tokenizer.
 """
 
 import itertools
@@ -24,7 +24,7 @@ PROTOCOL = {
     "eval_bytes": "the validation text",
 }
 
-# Settings that have a column or a sentence of their own, or say nothing of what was computed.
+# Settings with a column or a sentence of their own, or without influence on what is computed.
 NAMED = (
     "rank sparsity alpha lr support optimizer.name dtype seed max_steps max_tokens method.name model.name"
     " padding seq_len experiment"
@@ -33,29 +33,26 @@ MAX_NAMED = 6  # settings in a sentence
 
 
 def arrange(rows: list[Row]) -> list[Row]:
-    """The rows, best first, those without a number last, with the letters of their groups if there is more than
-    one."""
-    groups = {_protocol(row): "" for row in rows if row.is_evaluated}
-    several = len(groups) > 1
+    """The rows with the best first and those without a number last, and with their groups' letters if there are
+    several."""
+    several = len({_protocol(row) for row in rows if row.is_evaluated}) > 1
     rows = sorted(rows, key=lambda row: _rank(row.bits_per_byte if several else row.perplexity))
+    letters: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        key = _protocol(row)
         if several and row.is_evaluated:
-            groups[key] = groups[key] or _letter(sum(letter != "" for letter in groups.values()))
-            row.group = groups[key]
+            row.group = letters.setdefault(_protocol(row), _letter(len(letters)))
     return rows
 
 
 def comparison(rows: list[Row]) -> str:
-    """What a reader of arranged rows must know: that perplexities do not all compare, and why. Empty if they do."""
+    """The sentence on which perplexities of arranged rows compare, and why not all; empty if all do."""
     first_of = {row.group: row for row in reversed(rows) if row.group}
     letters = sorted(first_of, key=lambda letter: (len(letter), letter))
     if not letters:
         return ""
     differing = [key for key in PROTOCOL if len({getattr(row, key) for row in first_of.values()}) > 1]
-    what = [PROTOCOL[key] for key in differing] or ["a tokenizer that is unknown"]
-    listed = ", ".join(what)
-    each = "; ".join(f"{letter}: {', '.join(_say(first_of[letter], differing))}" for letter in letters)
+    listed = ", ".join([PROTOCOL[key] for key in differing] or ["a tokenizer that is unknown"])
+    each = "; ".join(f"{letter}: {', '.join(_values(first_of[letter], differing))}" for letter in letters)
     order = "bits per byte, which do not depend on the tokenizer"
     if "eval_bytes" in differing:
         order += " (but do on the text)"
@@ -66,29 +63,31 @@ def comparison(rows: list[Row]) -> str:
 
 
 def batches(rows: list[Row]) -> str:
-    """A warning where the published convention does not compare although perplexities do; else empty."""
+    """A warning if the published convention does not compare although perplexities do; else empty."""
     names = {"micro_batch_size": "micro_batch_size", "eval_processes": "the number of processes"}
-    found: dict[tuple[str, str], set[int]] = {}  # what is unknown is not said to differ
+    found: dict[tuple[str, str], set[int]] = {}  # unknown values do not count as different
     for row, key in itertools.product(rows, names):
         if row.is_evaluated and getattr(row, key) is not None:
-            found.setdefault((row.group, key), set()).add(getattr(row, key))
-    differing = [name for key, name in names.items() if any(k == key and len(v) > 1 for (_, k), v in found.items())]
-    if not differing:
+            found.setdefault((key, row.group), set()).add(getattr(row, key))
+    several = {key for (key, _), values in found.items() if len(values) > 1}
+    if not several:
         return ""
-    what = f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+    listed = " and ".join(name for key, name in names.items() if key in several)
+    what = f"{listed} {'differs' if len(several) == 1 else 'differ'}"
     return f"The published convention depends on the batches, and {what} here: it does not compare."
 
 
 def other_differences(rows: list[Row]) -> str:
-    """The settings in which runs of one model differ and that no column shows; empty if there are none."""
+    """The sentence on settings without a column in which runs of one model differ; empty if there are none."""
     models: dict[str | None, list[dict[str, str]]] = {}
     for row in rows:
         if row.settings:  # otherwise unknown
             models.setdefault(row.size, []).append(row.settings)
+    known = {*NAMED, *(f"method.{key}" for row in rows for key in row.options)}
     keys = {
         key
         for several in models.values()
-        for key in {*itertools.chain(*several)} - {*NAMED, *(f"method.{key}" for row in rows for key in row.options)}
+        for key in {*itertools.chain(*several)} - known
         if len({settings.get(key) for settings in several}) > 1
     }
     if not keys:
@@ -98,12 +97,12 @@ def other_differences(rows: list[Row]) -> str:
 
 
 def _protocol(row: Row) -> tuple[Any, ...]:
-    """Equal for rows whose perplexities compare. An unknown tokenizer is like no other."""
+    """Equal for rows whose perplexities compare. An unknown tokenizer equals no other."""
     key = tuple(getattr(row, name) for name in PROTOCOL)
     return key if row.tokenizer_hash is not None else (*key, row.name)
 
 
-def _say(row: Row, keys: list[str]) -> Iterator[str]:
+def _values(row: Row, keys: list[str]) -> Iterator[str]:
     for key in keys:
         value = getattr(row, key)
         if key == "tokenizer_hash":

@@ -1,8 +1,8 @@
-"""What all figures share: their style, colours for the runs, and the way to a PNG.
+"""What all figures share: style, colours of the runs, and the conversion to PNG.
 
-Figures are for paper as for screens, and for eyes that tell few colours apart: colours are those of Okabe and Ito, a
-method has a line style and a marker. Up to `FEW` runs each have a colour and a name; of more, the best, and the others
-are grey.
+Figures must work on paper and screens and for colour-blind eyes: colours are those of Okabe and Ito, and each method
+has its own line style and marker. Up to `FEW` runs each have a colour and a name; of more, only the best do, and the
+others are grey.
 """
 
 import io
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FEW = 7  # runs with a colour and a name
-NUM_BEST = 5  # runs that have one if there are more
+NUM_BEST = 5  # runs with a colour if there are more
 MAX_LABEL = 30  # characters
 DPI = 160
-WIDTH = 7.2  # inches; on a phone that leaves letters large enough to read
+WIDTH = 7.2  # inches; text stays readable on a phone
 
 # Okabe and Ito's; their yellow is invisible on white.
 BLUE, VERMILLION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
@@ -34,7 +34,7 @@ MARKERS = ("^", "s", "o", "D", "v", "<", ">", "P", "X")
 LINES: tuple[Any, ...] = ("-.", "--", "-", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # part of matplotlib
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,51 +44,52 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "text.parse_math": False,  # a name may hold a $
+    "text.parse_math": False,  # a name may contain a $
 }
 
 
 @dataclass
 class Picture:
-    """One figure: file name, what it says, and the PNG itself."""
+    """One figure as a PNG file with its texts."""
 
     file_name: str
     title: str
     caption: str
-    alt: str  # for who cannot see it
+    alt: str  # alternative text
     png: bytes
 
 
 @contextmanager
 def our_style() -> Iterator[None]:
-    """Drawing in our style and not in the user's."""
+    """Draw in the style of this file instead of the user's."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that the font lacks
+        warnings.simplefilter("ignore")  # letters missing from the font
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
 
 
 def colours_of(rows: list[Row]) -> dict[str, str]:
-    """The colours of the named runs, the same in all figures. The others are grey."""
+    """The colour of each named run, the same in all figures. The other runs are grey."""
     num_named = len(rows) if len(rows) <= FEW else NUM_BEST
     return {row.name: colour for row, colour in zip(rows[:num_named], COLOURS, strict=False)}
 
 
 def method_styles(rows: list[Row]) -> dict[str, tuple[Any, str]]:
-    """Line style and marker of each method among the rows, by name in alphabetical order."""
+    """Line style and marker of each method among the rows, in alphabetical order."""
     methods = sorted({method_of(row) for row in rows})
     return {m: (LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
 
 
 def method_of(row: Row) -> str:
-    """What legends call a run's method."""
+    """The method's name in legends."""
     return row.method or "unknown"
 
 
 def tick_labels(write: Callable[[float], str]) -> Any:
+    """A formatter of an axis."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, position: write(value))
@@ -102,7 +103,7 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def legend_below(axes: "Axes", handles: "list[Line2D]", labels: list[str], **style: Any) -> None:
-    """A legend below the plot and its labels, where it covers nothing."""
+    """A legend below the plot, where it covers nothing."""
     axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0, **style)
 
 

@@ -1,6 +1,6 @@
-"""The figures of a report, as PNG: losses over training, memory beside perplexity, perplexity over rank and sparsity.
+"""The figures of a report: loss over training, memory and perplexity, perplexity over rank and sparsity.
 
-A figure that no run has numbers for is left out.
+Figures without numbers are omitted.
 """
 
 import itertools
@@ -35,7 +35,7 @@ MAX_POINTS = 100  # of a line; denser ones are averaged
 
 
 def draw_all(rows: list[Row], curves: dict[str, Curve]) -> list[Picture]:
-    """Every figure that these arranged rows have numbers for. `curves` go by the name of the row."""
+    """Every figure that arranged rows have numbers for; `curves` by name of the row."""
     with our_style():
         drawn = [draw_loss(rows, curves, "tokens"), draw_loss(rows, curves, "time"), draw_memory(rows)]
         return [picture for picture in [*drawn, *draw_heat_maps(rows)] if picture is not None]
@@ -45,14 +45,14 @@ def draw_all(rows: list[Row], curves: dict[str, Curve]) -> list[Picture]:
 
 
 def smooth(points: Sequence[tuple[float, float]], max_points: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """Means over neighbours, so that at most `max_points` are left."""
+    """At most `max_points` points, each the mean of neighbours."""
     size = math.ceil(len(points) / max_points)
     pieces = [points[start : start + size] for start in range(0, len(points), size or 1)]
     return [(statistics.fmean(x for x, _ in piece), statistics.fmean(y for _, y in piece)) for piece in pieces]
 
 
 def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Picture | None:
-    """Training loss and validation points against `tokens` or `time`."""
+    """Training loss as lines and validation losses as markers, against `tokens` or `time`."""
     from matplotlib.lines import Line2D
 
     place, what, label, write = _axis(curves, against)
@@ -64,7 +64,10 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
     colours, styles = colours_of(rows), method_styles(rows)
     named: list[tuple[Line2D, str]] = []
     for number, (row, train, evals) in reversed(list(enumerate(lines))):  # the best on top
-        line, points = _curve_styles(number, styles[method_of(row)][0], colours.get(row.name))
+        colour = colours.get(row.name)
+        line = {"color": colour or GREY, "linestyle": styles[method_of(row)][0], "linewidth": 1.4 if colour else 0.6}
+        points: dict[str, Any] = {"color": colour, "linestyle": "none", "zorder": 3, "markeredgecolor": "white"}
+        points |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 6}
         axes.plot(*zip(*smooth(train), strict=True), **line)
         if row.name in colours:
             if evals:
@@ -76,7 +79,7 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
         named.append((handle, f"{others.count(method)} more of {method}"))
     legend_below(axes, *map(list, zip(*named, strict=True)), ncols=2, columnspacing=2, handlelength=3.2)
     beyond = _cut_loss_axis(axes, [smooth(train) for _, train, _ in lines])
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.set_xlabel(label)
     axes.xaxis.set_major_formatter(tick_labels(write))
     axes.set_xlim(left=0)
@@ -87,16 +90,16 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
         + ", markers the validation loss"
         + (" of the best runs" if others else "")
         + f".{beyond}"
-        + (" Losses a token compare only within a set." if any(row.group for row in rows) else "")
+        + (" Losses per token compare only within a set." if any(row.group for row in rows) else "")
     )
-    alt = f"Training loss of {len(lines)} run{'s' * (len(lines) > 1)} against {what}, from {lines[0][0].name} on."
+    alt = f"Training loss of {len(lines)} run{'s' * (len(lines) > 1)} against {what}, the first {lines[0][0].name}."
     return to_picture(figure, f"loss_{against}.png", f"Loss against {what}", caption, alt)
 
 
 def _axis(
     curves: dict[str, Curve], against: str
 ) -> tuple[Callable[[list[Point]], list[tuple[float, float]]], str, str, Callable[[float], str]]:
-    """Where a loss is drawn, what it is drawn against, the label of that axis, and how its numbers are written."""
+    """How points become coordinates, the name of the x axis, its label, and the format of its numbers."""
     if against == "tokens":
         return lambda points: [(p.tokens, p.loss) for p in points], "tokens", "tokens trained on", short
     longest = max((p.wall_seconds or 0 for curve in curves.values() for p in curve.train + curve.evals), default=0)
@@ -109,17 +112,10 @@ def _axis(
     return place, "wall time", f"wall time, {name}", plain
 
 
-def _curve_styles(number: int, linestyle: Any, colour: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the training loss of a run is drawn, and its validation points."""
-    line = {"color": colour or GREY, "linestyle": linestyle, "linewidth": 1.4 if colour else 0.6}
-    marker = {"marker": MARKERS[number % len(MARKERS)], "markersize": 6, "markeredgecolor": "white"}
-    return line, {"color": colour, "linestyle": "none", "zorder": 3, **marker}
-
-
 def _cut_loss_axis(axes: "Axes", lines: list[list[tuple[float, float]]]) -> str:
-    """End the axis where the first twentieth of training is over, so that the rest can be told apart, and at one and a
-    half times what that is for most runs, so that one that diverges does not press them flat. What the caption says
-    about it."""
+    """Limit the axis, and return the sentence about it for the caption. The limit is the highest loss after the first
+    twentieth of training, which would hide the differences later, but at most 1.5 times the median over the runs, so
+    that a diverging run does not flatten the others."""
     later = [[y for _, y in line[len(line) // 20 + 1 :] if math.isfinite(y)] for line in lines]
     starts = [max(losses) for losses in later if losses]
     if not starts:
@@ -128,19 +124,19 @@ def _cut_loss_axis(axes: "Axes", lines: list[list[tuple[float, float]]]) -> str:
     if top >= max(y for line in lines for _, y in line if math.isfinite(y)):
         return ""
     axes.set_ylim(top=top)
-    return f" Losses above {top:.1f}, as at the beginning, are outside the picture."
+    return f" Losses above {top:.1f}, such as those at the start, are outside the picture."
 
 
 # ---- rank and sparsity
 
 
 def draw_heat_maps(rows: list[Row]) -> list[Picture]:
-    """Perplexity over rank and sparsity, one figure for each set of finished runs that are equal in all else."""
+    """Perplexity over rank and sparsity, one figure for each set of finished runs that differ in nothing else."""
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
-        if row.recipe and row.rank is not None and row.sparsity is not None:
-            if row.is_complete and math.isfinite(row.perplexity or math.nan):
-                families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
+        has_place = row.recipe and row.rank is not None and row.sparsity is not None
+        if has_place and row.is_complete and row.is_evaluated:
+            families.setdefault((row.recipe, row.group, row.dtype), []).append(row)
     pictures: list[Picture] = []
     for members in families.values():
         cells: dict[tuple[int, float], list[float]] = {}
@@ -166,7 +162,7 @@ def _heat_map(members: list[Row], cells: dict[tuple[int, float], float], number:
             empty: Any = {"facecolor": "white", "edgecolor": GREY, "hatch": "//", "linewidth": 0}
             axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **empty))
         else:
-            colour = "white" if grid[i][j] < low + 0.42 * (high - low) else "black"  # cividis begins dark
+            colour = "white" if grid[i][j] < low + 0.42 * (high - low) else "black"  # cividis starts dark
             axes.text(j, i, perplexity(grid[i][j]), ha="center", va="center", color=colour)
     axes.set_xticks(range(len(sparsities)), [plain(sparsity) for sparsity in sparsities])
     axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])

@@ -1,12 +1,13 @@
-"""The page of a report: one HTML file that needs no network, no script and no second file.
+"""The page of a report: one HTML file without network, scripts or further files.
 
-What it says is in report.html.j2; figures come as PNG and go into the page as they are, in base64. Every name from a
-run folder is escaped by the template engine.
+report.html.j2 holds its text; figures are embedded as base64 PNG. The template engine escapes every name from a run
+folder.
 """
 
 import base64
 import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +15,14 @@ from pathlib import Path
 from sltrain.reporting.comparison import batches, comparison, other_differences
 from sltrain.reporting.drawing import DPI, Picture
 from sltrain.reporting.rows import Row
-from sltrain.reporting.table import shared, shown
+from sltrain.reporting.table import Table, run_table, shared, shown
 
-FILES = re.compile('<meta name="sltrain-report" content="([^"]*)">')  # where a page lists the files beside it
-
-
-@dataclass
-class Table:
-    """Cells as text, and what the headings mean."""
-
-    headings: list[str]
-    rows: list[list[str]]
-    legend: str
-    texts: tuple[str, ...]  # headings of the columns that are no numbers
+FILES = re.compile('<meta name="sltrain-report" content="([^"]*)">')  # the files beside a page
 
 
 @dataclass
 class Section:
-    """What a report shows besides the runs, and files that are to lie beside its page, by name."""
+    """An extra part of a report, and the text files it adds beside the page, by name."""
 
     title: str
     pictures: list[Picture]
@@ -48,8 +39,15 @@ def render_page(
     files: Sequence[str] = (),
     more: Section | None = None,
 ) -> str:
-    """The page as HTML: arranged `rows`, what to know about their folders, figures, when it was made, how, and which
-    files lie beside it."""
+    """The page as HTML.
+
+    Args:
+        rows: arranged.
+        notes: on damage in their folders.
+        made: date and time.
+        command: that made the page.
+        files: written beside the page.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -59,11 +57,9 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    columns = shown(rows)
     return environment.get_template("report.html.j2").render(
-        columns=columns,
+        runs=run_table(rows, shown(rows)),
         status_class=status_class,
-        lines=[(row, [(column, column.cell(row)) for column in columns]) for row in rows],
         summary=_summary(rows),
         facts=[fact for fact in (shared(rows), other_differences(rows)) if fact],
         warnings=[warning for warning in (comparison(rows), batches(rows)) if warning],
@@ -78,7 +74,7 @@ def render_page(
 
 
 def status_class(status: str) -> str:
-    """Which of the page's three colours a status has."""
+    """The CSS class that colours a status."""
     return {"finished": "good", "running": "live", "not started": "live"}.get(status, "bad")
 
 
@@ -87,15 +83,12 @@ def _embedded(pictures: Sequence[Picture]) -> list[tuple[Picture, tuple[int, int
 
 
 def _pixels(png: bytes) -> tuple[int, int]:
-    """Width and height on the page, so that letters are as large in every figure; from the PNG's header."""
+    """Width and height on the page, from the PNG's header; text has the same size in every figure."""
     width, height = struct.unpack(">II", png[16:24])
     return round(width * 96 / DPI), round(height * 96 / DPI)
 
 
 def _summary(rows: list[Row]) -> str:
     """2 runs: 1 finished, 1 running."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.status] = counts.get(row.status, 0) + 1
-    states = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+    states = ", ".join(f"{count} {status}" for status, count in Counter(row.status for row in rows).most_common())
     return f"{len(rows)} run{'s' * (len(rows) != 1)}: {states}"

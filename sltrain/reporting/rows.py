@@ -1,4 +1,4 @@
-"""One run is one `Row`: the numbers of the table. Its `Curve` holds what the figures draw."""
+"""A run as one `Row`, the numbers of the table, and one `Curve`, the losses that figures draw."""
 
 import hashlib
 import math
@@ -10,14 +10,13 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-# config.yaml holds a method's options beside its name; early versions had them at the root, whoever used them.
+# config.yaml has a method's options beside its name; early versions had them at the root, for every method.
 EARLY_OPTIONS = {"sltrain": ("rank", "sparsity", "alpha", "support"), "low_rank": ("rank", "alpha")}
 
 
 @dataclass
 class Row:
-    """One run. A field is a column of table.csv; None where the folder does not say, NaN where a loss was not
-    finite."""
+    """One run. Each field is a column of table.csv; None if the folder does not say, NaN if a loss was not finite."""
 
     name: str  # the folder, relative to the path that was given
     status: str
@@ -32,12 +31,12 @@ class Row:
     dtype: str | None = None
     seed: int | None = None
     num_parameters: int | None = None
-    group: str = ""  # a letter, if perplexities do not compare between all rows
+    group: str = ""  # a letter, unless perplexities of all rows compare
     perplexity: float | None = None
     perplexity_galore_protocol: float | None = None
     bits_per_byte: float | None = None
     loss: float | None = None  # of the validation text, nats a token
-    evaluated_step: int | None = None  # of the four above; below `step` while a run is not finished
+    evaluated_step: int | None = None  # of the four above; below `step` in an unfinished run
     peak_memory_bytes: int | None = None
     peak_memory_measure: str | None = None  # of what: "process" on a CPU, "tensors" on CUDA
     peak_tensor_bytes: int | None = None
@@ -50,27 +49,27 @@ class Row:
     padding: str | None = None
     seq_len: int | None = None
     eval_tokens: int | None = None
-    eval_bytes: int | None = None  # of the evaluated text: tells two texts apart, wherever they lie
+    eval_bytes: int | None = None  # of the evaluated text; identifies it
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
     options: dict[str, Any] = field(default_factory=dict)  # of the method, besides rank, sparsity, alpha and support
-    recipe: str = ""  # equal for runs that differ in rank, sparsity and the machine alone
-    settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value, without those that steer the machine
+    recipe: str = ""  # equal for runs that differ only in rank, sparsity and the machine
+    settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value, what decides the numbers
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether there is an evaluation that compares: a number."""
-        return math.isfinite(math.nan if self.perplexity is None else self.perplexity)
+        """Whether there is a finite perplexity."""
+        return self.perplexity is not None and math.isfinite(self.perplexity)
 
     @property
     def is_complete(self) -> bool:
-        """Whether its numbers are those of the whole budget."""
+        """Whether the numbers are those of the whole budget."""
         return self.status == "finished"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A loss and when it was measured."""
+    """A loss and the time of its measurement."""
 
     tokens: float
     wall_seconds: float | None
@@ -103,9 +102,9 @@ def make_row(
     """The row of a run.
 
     Args:
-        newest_eval: where the losses come from while there is no `final`.
+        newest_eval: gives the losses if there is no `final`.
         last: the newest event of any kind.
-        settings: of the configuration what decides what is computed, dotted key -> value.
+        settings: the part of the configuration that decides the numbers, dotted key -> value.
     """
     return Row(
         name=printable(name),
@@ -121,33 +120,25 @@ def make_row(
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the configuration decides. An option that the method does not have is None."""
     method = _text(config, "method", "name")
-    options = _options(config, method)
+    own = config.get("method")
+    options = {key: value for key, value in own.items() if key != "name"} if isinstance(own, Mapping) else {}
+    options = options or {key: config.get(key) for key in EARLY_OPTIONS.get(method or "", ())}
     return {
         "method": method,
         "size": _text(config, "model", "name"),
-        **{key: _number(options, key) for key in ("rank", "sparsity", "alpha")},
-        "lr": _number(config, "lr"),
+        "optimizer": _text(config, "optimizer", "name"),
         "support": _text(options, "support"),
+        "padding": _text(config, "padding"),
+        "dtype": None if _text(config, "dtype") == "auto" else _text(config, "dtype"),  # the log has the choice
+        **{key: _number(options, key) for key in ("rank", "sparsity", "alpha")},
+        **{key: _number(config, key) for key in ("lr", "seed", "seq_len", "micro_batch_size")},
         "options": {
             printable(key): printable(value) if isinstance(value, str) else value
             for key, value in options.items()
             if key not in EARLY_OPTIONS["sltrain"] and isinstance(value, bool | int | float | str)
         },
-        "optimizer": _text(config, "optimizer", "name"),
-        "dtype": None if _text(config, "dtype") == "auto" else _text(config, "dtype"),  # until the last line says it
-        "seed": _number(config, "seed"),
         "max_steps": _max_steps(config),
-        "padding": _text(config, "padding"),
-        "seq_len": _number(config, "seq_len"),
-        "micro_batch_size": _number(config, "micro_batch_size"),
     }
-
-
-def _options(config: Mapping[str, Any], method: str | None) -> Mapping[str, Any]:
-    """The options of the run's method."""
-    own = config.get("method")
-    options = {key: value for key, value in own.items() if key != "name"} if isinstance(own, Mapping) else {}
-    return options or {key: config.get(key) for key in EARLY_OPTIONS.get(method or "", ())}
 
 
 def _results(
@@ -172,12 +163,12 @@ def _results(
 
 
 def make_curve(train: Sequence[Event], evals: Sequence[Event], final: Event | None) -> Curve:
-    """What the figures draw of a run."""
+    """The losses that the figures draw."""
     return Curve(_points(train), _points([*evals, *([final] if final else [])]))
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without control characters and without bytes that are no text."""
+    """`text` on one line; ? for control characters and undecodable bytes."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -189,26 +180,21 @@ def _points(events: Sequence[Event]) -> list[Point]:
     ]
 
 
-def _get(config: Any, *keys: str) -> Any:
+def _text(config: Any, *keys: str) -> str | None:
     for key in keys:
         config = config.get(key) if isinstance(config, Mapping) else None
-    return config
+    return printable(config) if isinstance(config, str) else None
 
 
-def _text(config: Any, *keys: str) -> str | None:
-    value = _get(config, *keys)
-    return printable(value) if isinstance(value, str) else None
-
-
-def _number(config: Any, *keys: str) -> Any:
-    value = _get(config, *keys)
+def _number(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 def _max_steps(config: Mapping[str, Any]) -> int | None:
-    """As `config.num_steps` counts them, also of a configuration that this version would refuse."""
+    """The updates of `config.num_steps`, also for a configuration that this version refuses."""
     steps, positions = _number(config, "max_steps"), _number(config, "max_tokens")
     rows, seq_len = _number(config, "global_batch_size"), _number(config, "seq_len")
     if steps is None and positions and rows and seq_len:
@@ -217,12 +203,12 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
 
 
 def _highest(events: Sequence[Event], key: str) -> int | None:
-    """Of all processes that worked on the run: each knows its own peak."""
+    """The highest value: each process that worked on a run logs its own peak."""
     return max((event[key] for event in events if event.get(key) is not None), default=None)
 
 
 def _measure(event: Event) -> str | None:
-    """Whose peak the memory is. The final line says it; of the others only those on CUDA tell what was reserved."""
+    """Whose peak the memory is: the final line names it; of the others, only those on CUDA have reserved bytes."""
     if event.get("peak_memory_bytes") is None:
         return None
     is_cuda = "cuda" in str(event.get("peak_memory_measure")) or event.get("peak_memory_reserved_bytes")
@@ -230,7 +216,7 @@ def _measure(event: Event) -> str | None:
 
 
 def _eval_bytes(event: Event) -> int | None:
-    """The bytes that the evaluated tokens stand for: loss * tokens nats are bits_per_byte * bytes bits."""
+    """Bytes of the evaluated text, since loss * tokens nats are bits_per_byte * bytes bits."""
     loss, tokens, bits = (event.get(key) for key in ("loss", "eval_tokens", "bits_per_byte"))
     if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):
         return None
@@ -244,8 +230,8 @@ def _recipe(settings: Mapping[str, str], path: Any) -> str:
 
 
 def _corpus(path: str) -> str:
-    """The end of a path from where it names something: /data/wiki/*.gz -> wiki/*.gz, /data/wiki.*.gz -> wiki.*.gz. What
-    stands before it differs by machine."""
+    """The end of a path that names the corpus on every machine: /data/wiki/*.gz -> wiki/*.gz, /data/wiki.*.gz ->
+    wiki.*.gz."""
     parts = PurePath(path).parts
     names = (i for i, part in reversed(list(enumerate(parts))) if any(map(str.isalnum, part.partition(".")[0])))
     return "/".join(parts[next(names, 0) :])

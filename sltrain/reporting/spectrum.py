@@ -1,12 +1,12 @@
-"""Where the singular values of a trained W come from: numbers, tables and figures.
+"""Which part of a trained W its singular values come from: numbers, tables and figures.
 
     W (out, in) = sum over i of sigma_i u_i v_i^T         sigma_1 >= sigma_2 >= ... >= 0
     W = L + S                                             L = (alpha / rank) B A of rank r, S with few entries
 
-L has r singular values above 0, S as a rule min(out, in) of them, small and alike. In W the two hardly meet: sigma_1
-to sigma_r are about those of L, the others about those of S, and between them is a cliff, sigma_r / sigma_(r+1)
-(figures 2, 10 and 11 of arXiv 2406.02214). How much of W a part carries is told by energies, squared Frobenius norms:
-|L|^2 + |S|^2 is |W|^2 up to 2 <L, S>, which is small where the entries of S lie at random.
+L has r singular values above 0. S usually has min(out, in), small and alike. In W the two hardly mix: sigma_1 to
+sigma_r are close to those of L, the others to those of S, and between them is a cliff, sigma_r / sigma_(r+1) (figures
+2, 10 and 11 of arXiv 2406.02214). Energies, squared Frobenius norms, measure how much of W a part carries: |L|^2 +
+|S|^2 is |W|^2 up to 2 <L, S>, which is small if the entries of S lie at random.
 
     rank of W              how many sigma_i are not 0: full, says the paper, although L alone would allow r
     effective rank of W    exp(-sum p_i log p_i), p_i = sigma_i / sum sigma: k if k values are equal and the others 0
@@ -14,14 +14,11 @@ to sigma_r are about those of L, the others about those of S, and between them i
 
 Layers of other methods have other parts; each gets its curve and its energy.
 
-Singular values are drawn as small multiples, a panel a layer, all with the same axes: rows are kinds of projection,
-columns depths, as long as there are few depths. W is a broad pale line, so that the part which makes it can be seen on
-top of it. The last values of a square matrix fall steeply, over many powers of ten; the log axis ends before most of
-that fall, or it would show little else.
+Singular values are drawn as small multiples with shared axes, a panel a layer: rows are kinds of projection, columns
+depths if there are few. W is a broad pale line under the lines of its parts. The last values of a square matrix fall
+steeply over many powers of ten; the log axis ends before most of that fall, which would take up the whole panel.
 """
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,26 +26,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sltrain.reporting.drawing import COLOURS, DPI, MARKERS, WIDTH, Picture, our_style, to_picture
-from sltrain.reporting.page import Section, Table
+from sltrain.reporting.page import Section
+from sltrain.reporting.table import Table, csv_text, markdown
+from sltrain.reporting.table import aligned as aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Place = tuple[str, int]  # kind of projection, and the number of the decoder layer it is in
+Place = tuple[str, int]  # kind of projection, and number of its decoder layer
 Shares = dict[str, list[tuple[int, float]]]  # kind of projection -> (depth, share of S in the energy)
 
 LAYER_HEADINGS = ["step", "layer", "rank", "largest", "cliff", "effective rank", "numerical rank", "of", "energy in S"]
 KIND_HEADINGS = ["step", "projection", "layers", "rank", "largest", "cliff", "effective rank", "energy in S, all"]
 LAYER_LEGEND = (
-    "Of each W: its largest singular value; the cliff, the singular value at the rank over the next one; its effective"
-    " rank, exp of the entropy of its singular values; its numerical rank, of how many; and the share of S in the"
+    "Of each W: the largest singular value; the cliff, the singular value at the rank over the next one; the effective"
+    " rank, exp of the entropy of the singular values; the numerical rank, of how many; and the share of S in the"
     " energy, |S|^2 / (|L|^2 + |S|^2) with L = (alpha / rank) BA."
 )
-KIND_LEGEND = "Medians over the chosen layers of a kind, and of the energy over all of them."
+KIND_LEGEND = "Medians over the chosen layers of a kind; of the energy, over all its layers."
 MAX_COLUMNS = 4
 MAX_PANELS = 28  # in one figure
-SHOWN = 0.98  # of the values of each matrix
+SHOWN = 0.98  # of the values of each matrix lie above the end of the axis
 MAX_DECADES = 5  # of singular values on the axis
 LINES: dict[str, dict[str, Any]] = {
     "W": {"label": "W", "color": "#a6a6a6", "linestyle": "-", "linewidth": 3.4},
@@ -62,7 +61,7 @@ RANK_LINE: dict[str, Any] = {"color": "#000000", "linestyle": ":", "linewidth": 
 @dataclass
 class Spectrum:
     """Singular values of one W and of its parts by name, descending; `rank` is r of a low-rank part, if there is one.
-    A part may leave out values that cannot be above 0."""
+    A part may omit values that are 0 by its shape."""
 
     whole: list[float]
     parts: dict[str, list[float]] = field(default_factory=dict)
@@ -70,12 +69,12 @@ class Spectrum:
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """All of them; the one of W is called W."""
+        """Singular values by name, those of W under W."""
         return {"W": self.whole, **self.parts}
 
     @property
     def cliff(self) -> float:
-        """sigma_r / sigma_(r+1) of W: infinite if only the latter is 0, nan where there is no such pair."""
+        """sigma_r / sigma_(r+1) of W: infinite if only the latter is 0, nan if both are or there is no such pair."""
         if not self.rank or self.rank >= len(self.whole):
             return math.nan
         before, after = self.whole[self.rank - 1 : self.rank + 1]
@@ -88,7 +87,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """How many singular values W has, each counted by its size; 0 for W = 0."""
+        """exp of the entropy of the singular values of W; 0 for W = 0."""
         total = math.fsum(self.whole)
         shares = [value / total for value in self.whole if value > 0]
         return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
@@ -96,20 +95,20 @@ class Spectrum:
 
 @dataclass
 class Found:
-    """What one checkpoint holds, by layer name."""
+    """Spectra and energies of one checkpoint, by layer name."""
 
     step: int
     spectra: dict[str, Spectrum]  # of the chosen layers
     energies: dict[str, dict[str, float]]  # of every layer that may have an S: squared norms by group of parts
 
     def share(self, name: str) -> float:
-        """The part of S in a layer's energy, 0 to 1; nan if the energy is 0, or not known."""
+        """The share of S in a layer's energy, 0 to 1; nan if the energy is 0 or unknown."""
         energies = self.energies.get(name, {})
         total = sum(energies.values())
         return energies["sparse"] / total if total else math.nan
 
     def shares_by_kind(self) -> Shares:
-        """Every layer with an energy."""
+        """The share of S in every layer with an energy."""
         shares: Shares = {}
         for name in self.energies:
             kind, depth = place(name)
@@ -125,80 +124,50 @@ def place(name: str) -> Place:
 
 def spectrum_section(title: str, found: Sequence[Found]) -> Section:
     """Figures and tables, by kind of projection and by chosen layer, and every number as CSV."""
-    pictures = [picture for at in found for picture in draw_spectra(at.step, by_place(at.spectra))]
+    by_place = [(at.step, {place(name): spectrum for name, spectrum in at.spectra.items()}) for at in found]
+    pictures = [picture for step, spectra in by_place for picture in draw_spectra(step, spectra)]
     if any(at.energies for at in found):
         pictures.append(draw_energy({at.step: at.shares_by_kind() for at in found}))
     tables = [by_kind(found), by_layer(found)]
     texts = {
         "spectrum.csv": spectrum_csv(found),
         "energy.csv": energy_csv(found),
-        "spectrum.md": "\n".join([f"# {title}\n", *map(markdown, tables)]),
+        "spectrum.md": "\n\n".join([f"# {title}", *(f"{markdown(t)}\n\n{t.legend}" for t in tables)]) + "\n",
     }
     return Section(title, pictures, tables, {name: text for name, text in texts.items() if text})
-
-
-def by_place(spectra: Mapping[str, Spectrum]) -> dict[Place, Spectrum]:
-    """(kind of projection, depth) -> spectrum, from those by layer name."""
-    return {place(name): spectrum for name, spectrum in spectra.items()}
 
 
 # ---- tables
 
 
 def by_layer(found: Sequence[Found]) -> Table:
-    """One row a chosen layer and step."""
-    rows = [_row(at, name, spectrum) for at in found for name, spectrum in at.spectra.items()]
-    return Table(LAYER_HEADINGS, rows, LAYER_LEGEND, ("layer",))
-
-
-def _row(at: Found, name: str, spectrum: Spectrum) -> list[str]:
-    numbers = [_number(value) for value in (spectrum.whole[0], spectrum.cliff, spectrum.effective_rank)]
-    ranks = [str(spectrum.numerical_rank), str(len(spectrum.whole))]
-    return [str(at.step), name, str(spectrum.rank or "-"), *numbers, *ranks, _percent(at.share(name))]
+    """One row for each chosen layer and step."""
+    rows = []
+    for at in found:
+        for name, one in at.spectra.items():
+            numbers = [_number(value) for value in (one.whole[0], one.cliff, one.effective_rank)]
+            ranks = [str(one.numerical_rank), str(len(one.whole))]
+            rows.append([str(at.step), name, str(one.rank or "-"), *numbers, *ranks, _percent(at.share(name))])
+    return Table(LAYER_HEADINGS, rows, ["layer"], LAYER_LEGEND)
 
 
 def by_kind(found: Sequence[Found]) -> Table:
-    """One row a kind of projection and step."""
+    """One row for each kind of projection and step."""
     rows = []
     for at in found:
         shares = at.shares_by_kind()
         for kind in dict.fromkeys(place(name)[0] for name in at.spectra):
             spectra = [spectrum for name, spectrum in at.spectra.items() if place(name)[0] == kind]
             ranks = sorted({spectrum.rank for spectrum in spectra if spectrum.rank})
-            medians = [
-                _median(spectrum.whole[0] for spectrum in spectra),
-                _median(spectrum.cliff for spectrum in spectra),
-                _median(spectrum.effective_rank for spectrum in spectra),
-            ]
-            rank = "-".join(str(rank) for rank in dict.fromkeys([*ranks[:1], *ranks[-1:]])) or "-"
+            rank = "-".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]]))) or "-"
+            values = zip(*((one.whole[0], one.cliff, one.effective_rank) for one in spectra), strict=True)
             share = _percent(_median(share for _, share in shares.get(kind, [])))
-            rows.append([str(at.step), kind, str(len(spectra)), rank, *map(_number, medians), share])
-    return Table(KIND_HEADINGS, rows, KIND_LEGEND, ("projection",))
-
-
-def aligned(table: Table) -> str:
-    """For a terminal."""
-    lines = [table.headings, *table.rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    is_text = [heading in table.texts for heading in table.headings]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, is_text, strict=True)
-        )
-        for line in lines
-    )
-
-
-def markdown(table: Table) -> str:
-    """With its legend below."""
-    rule = ["---" if heading in table.texts else "---:" for heading in table.headings]
-    lines = [f"| {' | '.join(cells)} |\n" for cells in [table.headings, rule, *table.rows]]
-    return f"{''.join(lines)}\n{table.legend}\n"
+            rows.append([str(at.step), kind, str(len(spectra)), rank, *map(_number, map(_median, values)), share])
+    return Table(KIND_HEADINGS, rows, ["projection"], KIND_LEGEND)
 
 
 def spectrum_csv(found: Sequence[Found]) -> str:
-    """Every singular value; index 1 is the largest."""
+    """Every singular value; that of index 1 is the largest."""
     lines = [
         (at.step, name, matrix, index, value)
         for at in found
@@ -206,7 +175,7 @@ def spectrum_csv(found: Sequence[Found]) -> str:
         for matrix, values in spectrum.curves.items()
         for index, value in enumerate(values, 1)
     ]
-    return _csv([("step", "layer", "matrix", "index", "singular_value"), *lines])
+    return csv_text([("step", "layer", "matrix", "index", "singular_value"), *lines])
 
 
 def energy_csv(found: Sequence[Found]) -> str:
@@ -218,23 +187,17 @@ def energy_csv(found: Sequence[Found]) -> str:
         for name, energies in at.energies.items()
     ]
     headings = ("step", "layer", "projection", "depth", *(f"{group}_energy" for group in groups), "sparse_share")
-    return _csv([headings, *lines]) if lines else ""
-
-
-def _csv(lines: Iterable[Sequence[object]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
-    return out.getvalue()
+    return csv_text([headings, *lines]) if lines else ""
 
 
 def _median(values: Iterable[float]) -> float:
-    """Of those that are numbers; nan if none is."""
+    """The median without nan; nan if nothing is left."""
     numbers = [value for value in values if not math.isnan(value)]
     return statistics.median(numbers) if numbers else math.nan
 
 
 def _number(value: float) -> str:
-    """Three digits, or all before the point; a dash for nan."""
+    """Three digits, or all digits before the point; a dash for nan."""
     if math.isnan(value):
         return "-"
     return f"{value:.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
@@ -248,7 +211,7 @@ def _percent(share: float) -> str:
 
 
 def draw_spectra(step: int, spectra: Mapping[Place, Spectrum]) -> list[Picture]:
-    """The singular values of these layers, in their order, at `step`: one figure, or more if there are many panels."""
+    """Figures of the singular values at `step`, of up to MAX_PANELS layers each."""
     places = list(spectra)
     pages = [places[first : first + MAX_PANELS] for first in range(0, len(places), MAX_PANELS)]
     pictures = []
@@ -264,16 +227,16 @@ def draw_spectra(step: int, spectra: Mapping[Place, Spectrum]) -> list[Picture]:
 
 
 def _explain(spectra: Sequence[Spectrum]) -> str:
-    """What there is to see in these panels, which depends on the parts that W has."""
+    """The caption, which depends on the parts that W has."""
     parts = {name for spectrum in spectra for name in spectrum.parts}
     if all(spectrum.rank is None for spectrum in spectra):
         text = "Singular values of each W against their index."
     elif parts == {"BA"}:
-        text = "Singular values of each W, which are those of the low-rank product; behind its rank (dotted) all are 0."
+        text = "Singular values of each W, which are those of the low-rank product; after its rank (dotted) all are 0."
     elif parts == {"BA", "S"}:
         text = (
             "Singular values of each W and of its two parts. In a well trained layer W follows the low-rank product up"
-            " to the rank (dotted) and S behind it; the drop between is the cliff."
+            " to the rank (dotted) and S after it; the drop in between is the cliff."
         )
     else:
         text = "Singular values of each W and of its parts. The rank of the low-rank product is dotted."
@@ -334,7 +297,7 @@ def _curves(spectra: Sequence[Spectrum]) -> list[list[float]]:
 
 
 def _limits(spectra: Sequence[Spectrum]) -> tuple[float, float]:
-    """The ends of the axis: a little beyond the largest value, and beyond SHOWN of each curve."""
+    """The ends of the axis, a factor of 1.5 beyond the largest value and beyond SHOWN of each curve."""
     curves = [[value for value in values if value > 0] for values in _curves(spectra)]
     curves = [values for values in curves if values] or [[1.0]]
     high = max(values[0] for values in curves)
@@ -343,12 +306,12 @@ def _limits(spectra: Sequence[Spectrum]) -> tuple[float, float]:
 
 
 def draw_energy(shares: Mapping[int, Shares]) -> Picture:
-    """The share of S in the energy at each step."""
+    """The figure of the share of S in the energy at each step."""
     steps = [str(step) for step in shares]
     when = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps)}"
     caption = (
-        "How much of each W is in S: its squared Frobenius norm over that of S and of the low-rank product together, by"
-        " kind of projection and depth."
+        "How much of each W is in S: the squared Frobenius norm of S over that of S plus that of the low-rank product,"
+        " by kind of projection and depth."
     )
     alt = f"Share of S in the energy of every projection against depth, at {when}."
     with our_style():
@@ -356,7 +319,7 @@ def draw_energy(shares: Mapping[int, Shares]) -> Picture:
 
 
 def energy_figure(shares: Mapping[int, Shares]) -> "Figure":
-    """A panel a step, a line a kind of projection."""
+    """A panel for each step with a line for each kind of projection."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, grid = _panels(len(shares), min(len(shares), 2), row_height=2.2)
@@ -376,7 +339,7 @@ def energy_figure(shares: Mapping[int, Shares]) -> "Figure":
 
 
 def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure with this many panels, row by row, all with the same axes; a single row is higher."""
+    """A figure and its panels, row by row, which share their axes; a single row is higher."""
     from matplotlib.figure import Figure
 
     num_rows = math.ceil(num_panels / num_columns)
@@ -387,5 +350,5 @@ def _panels(num_panels: int, num_columns: int, row_height: float) -> "tuple[Figu
     for axes in grid[num_panels:]:
         axes.remove()
     for axes in grid[max(0, num_panels - num_columns) : num_panels]:
-        axes.tick_params(labelbottom=True)  # also above a place that stays empty
+        axes.tick_params(labelbottom=True)  # also above an empty place
     return figure, grid[:num_panels]

@@ -1,6 +1,6 @@
-"""The columns of the table, each once, and the table as text for a terminal, Markdown and CSV.
+"""The columns of the table, each defined once, and tables as text for a terminal, Markdown and CSV.
 
-People read rounded numbers with units and see only columns that say something. CSV has the fields of a row, raw, under
+People read rounded numbers with units, and only columns that distinguish runs. CSV has the raw fields of a row under
 their names in `Row`.
 """
 
@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,27 +18,25 @@ from sltrain.reporting.comparison import batches, comparison, other_differences
 from sltrain.reporting.rows import Row
 
 MAX_NAME = 44  # characters of a name on a terminal
-WIDTH = 160  # of text that goes to no terminal
+WIDTH = 160  # of text that does not go to a terminal
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column for people: the field it shows, its heading, how a value is written, and the order in which a narrow
-    terminal does without: the highest first. `is_text` is aligned left. A setting that all runs share is said once,
-    in a sentence, instead."""
+    """One column of the table for people."""
 
-    key: str
+    key: str  # a field of Row
     heading: str
-    show: Callable[[Any], str]
-    drop: int = 0
-    is_text: bool = False
-    is_setting: bool = False
+    show: Callable[[Any], str]  # value -> text
+    drop: int = 0  # a narrow terminal omits the column with the highest first; 0: never
+    is_text: bool = False  # aligned left
+    is_setting: bool = False  # a value that all runs share moves to a sentence
     is_detail: bool = False  # shown only where it differs
     is_option: bool = False  # `key` is an option of the method, not a field
-    add: Callable[[Row], str] = lambda row: ""  # what else a cell says, after the value
+    add: Callable[[Row], str] = lambda row: ""  # appended to the value
 
     def cell(self, row: Row) -> str:
-        """The value for people; a dash for none."""
+        """The value as text; a dash for none."""
         value = row.options.get(self.key) if self.is_option else getattr(row, self.key)
         return "-" if value is None or value == "" else self.show(value) + self.add(row)
 
@@ -51,8 +49,7 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def whole(number: float) -> str:
-    return f"{number:,.0f}"
+whole, four_digits, plain = "{:,.0f}".format, "{:.4f}".format, "{:g}".format
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -68,19 +65,11 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"  # also nan, which is below nothing
-
-
-def four_digits(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def plain(value: float) -> str:
-    return f"{value:g}"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"  # also nan, which is not below 1e6
 
 
 def at_step(row: Row) -> str:
-    """Of a number that is not the final one: when it was measured."""
+    """@STEP of an evaluation that is not the final one."""
     return "" if row.is_complete or row.evaluated_step is None else f" @{row.evaluated_step:,}"
 
 
@@ -114,7 +103,7 @@ COLUMNS = (
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """COLUMNS and, after the method's usual options, a column for each other option of a method."""
+    """COLUMNS and, after `support`, a column for each further option of a method."""
     options = dict.fromkeys(key for row in rows for key in row.options)
     place = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "support")
     more = [
@@ -124,26 +113,24 @@ def columns_of(rows: list[Row]) -> list[Column]:
 
 
 def shown(rows: list[Row]) -> list[Column]:
-    """The columns in which some row has a value, without those that `shared` says."""
-    least = {False: 1, True: 2}  # different values
-    return [c for c in columns_of(rows) if not _is_shared(c, rows) and _num_values(c, rows) >= least[c.is_detail]]
+    """The columns in which some row has a value, without those that the sentence of `shared` covers."""
+    columns = [column for column in columns_of(rows) if not _is_shared(column, rows)]
+    return [column for column in columns if _num_values(column, rows) >= (2 if column.is_detail else 1)]
 
 
 def shared(rows: list[Row]) -> str:
-    """The settings that all of several runs have, as a sentence; empty if there are none."""
+    """The sentence on settings that all of several runs share; empty if there are none."""
     same = [f"{column.heading} {column.cell(rows[0])}" for column in COLUMNS if _is_shared(column, rows)]
     return f"In all runs: {', '.join(same)}." if same else ""
 
 
 def sentences(rows: list[Row]) -> list[str]:
-    """What a reader of the table must know: shared settings, and what compares."""
-    return [
-        sentence for sentence in (shared(rows), other_differences(rows), comparison(rows), batches(rows)) if sentence
-    ]
+    """What a reader of the table must know: shared settings, and which numbers compare."""
+    return [text for text in (shared(rows), other_differences(rows), comparison(rows), batches(rows)) if text]
 
 
 def _num_values(column: Column, rows: list[Row]) -> int:
-    """How many different values there are."""
+    """How many different values the column has."""
     return len({column.cell(row) for row in rows} - {"-"})
 
 
@@ -155,34 +142,47 @@ def _is_shared(column: Column, rows: list[Row]) -> bool:
 # ---- text
 
 
+@dataclass
+class Table:
+    """Headings and cells as text; columns named in `texts` are aligned left, the others right."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    texts: Sequence[str]
+    legend: str = ""  # what the headings mean
+
+
+def run_table(rows: list[Row], columns: list[Column], max_name: int | None = None) -> Table:
+    """The cells of these columns. Names longer than `max_name` are shortened in the middle."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    if max_name:
+        cells = [[elide(name, max_name), *rest] for name, *rest in cells]
+    return Table([column.heading for column in columns], cells, [c.heading for c in columns if c.is_text])
+
+
+def aligned(table: Table) -> str:
+    """The table as lines of plain text."""
+    lines = [table.headings, *table.rows]
+    sides = ["<" if heading in table.texts else ">" for heading in table.headings]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (map("{:{}{}}".format, line, sides, widths) for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
 def text_table(rows: list[Row], width: int | None = None) -> str:
-    """Aligned lines for a terminal of `width` columns (default: the one that this process prints to), and the
-    sentences that belong to it."""
+    """The table and its sentences for a terminal of `width` columns (default: that of stdout)."""
     if width is None:
         width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
     columns = shown(rows)
-    while sum(_width(column, rows) + 2 for column in columns) - 2 > width and any(column.drop for column in columns):
+    text = aligned(run_table(rows, columns, MAX_NAME))
+    while max(map(len, text.splitlines())) > width and any(column.drop for column in columns):
         columns.remove(max(reversed(columns), key=lambda column: column.drop))
-    lines = []
-    for cells in ([column.heading for column in columns], *([_text_cell(c, row) for c in columns] for row in rows)):
-        padded = [
-            cell.ljust(_width(column, rows)) if column.is_text else cell.rjust(_width(column, rows))
-            for cell, column in zip(cells, columns, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, *(line for sentence in sentences(rows) for line in textwrap.wrap(sentence, width))])
-
-
-def _text_cell(column: Column, row: Row) -> str:
-    return elide(row.name, MAX_NAME) if column.key == "name" else column.cell(row)
-
-
-def _width(column: Column, rows: list[Row]) -> int:
-    return max(len(column.heading), *(len(_text_cell(column, row)) for row in rows))
+        text = aligned(run_table(rows, columns, MAX_NAME))
+    return "\n".join([text, *(line for sentence in sentences(rows) for line in textwrap.wrap(sentence, width))])
 
 
 def elide(text: str, length: int) -> str:
-    """`text` without its middle, if it is longer than `length`: names of runs differ at their ends."""
+    """`text`, its middle replaced by dots if it is longer than `length`: names of runs differ at their ends."""
     if len(text) <= length:
         return text
     end = (length - 3) // 2
@@ -192,29 +192,33 @@ def elide(text: str, length: int) -> str:
 # ---- Markdown and CSV
 
 
+def markdown(table: Table) -> str:
+    """The lines of a Markdown table."""
+    rule = ["---" if heading in table.texts else "---:" for heading in table.headings]
+    lines = [table.headings, rule, *([_escape(cell) for cell in cells] for cells in table.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def markdown_table(rows: list[Row]) -> str:
-    """The table in Markdown, and the sentences that belong to it."""
-    columns = shown(rows)
-    lines = [
-        [column.heading for column in columns],
-        ["---" if column.is_text else "---:" for column in columns],
-        *([_escape(column.cell(row)) for column in columns] for row in rows),
-    ]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([table, *(_escape(sentence) for sentence in sentences(rows))]) + "\n"
+    """The table and its sentences in Markdown."""
+    table = run_table(rows, shown(rows))
+    return "\n\n".join([markdown(table), *map(_escape, sentences(rows))]) + "\n"
 
 
 def _escape(text: str) -> str:
     return re.sub(r"([\\|<>*`\[\]])", r"\\\1", text)
 
 
-def csv_table(rows: list[Row]) -> str:
-    """Every field of every row but its settings, raw; empty for None."""
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Lines of CSV; empty for None."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = [item.name for item in fields(Row) if item.name not in ("settings", "options")]
-    options = list(dict.fromkeys(key for row in rows for key in row.options))
-    writer.writerow([*names, *(f"method.{key}" for key in options)])
-    for row in rows:
-        writer.writerow([*(getattr(row, name) for name in names), *(row.options.get(key) for key in options)])
+    csv.writer(out, lineterminator="\n").writerows(lines)
     return out.getvalue()
+
+
+def csv_table(rows: list[Row]) -> str:
+    """Every field of every row except its settings, raw."""
+    names = [item.name for item in fields(Row) if item.name not in ("settings", "options")]
+    options = dict.fromkeys(key for row in rows for key in row.options)
+    head = [*names, *(f"method.{key}" for key in options)]
+    return csv_text([head, *([*(getattr(r, n) for n in names), *map(r.options.get, options)] for r in rows)])

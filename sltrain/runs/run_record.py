@@ -44,6 +44,7 @@ class RunRecord:
 
     path: Path
     config: dict[str, Any]  # config.yaml; empty if it cannot be read
+    events: list[Event]
     train: list[Event]
     evals: list[Event]
     final: Event | None
@@ -110,6 +111,7 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         path=run.path,
         config=config,
+        events=events,
         train=[event for event in events if event["event"] == "train"],
         evals=[event for event in events if event["event"] == "eval"],
         final=final,

@@ -4,8 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from sltrain.api.plan_config import CARDS, PlanConfig, card_bytes, card_name
-from sltrain.commands.plan import PLAN
+from sltrain.api.plan_config import CARDS, PLAN, PlanConfig, card_bytes, card_name
 from sltrain.compose import compose_config, conf_dir
 
 GIB = 2**30

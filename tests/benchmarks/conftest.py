@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from sltrain.benchmarks.base import Bench, start_bench
-from sltrain.commands.bench import read_arguments
+from sltrain.benchmarks.settings import read_arguments
 
 
 class Clock:

@@ -94,8 +94,11 @@ def test_the_table_shows_the_rows(bench: Callable[..., Bench]) -> None:
 
 
 def test_without_dense_there_is_no_ratio(bench: Callable[..., Bench]) -> None:
-    rows = measure_layer(bench(*ARGUMENTS, "candidates=[low_rank]"))[0]
+    rows, text = measure_layer(bench(*ARGUMENTS, "candidates=[low_rank]"))
     assert {row["ratio_to_dense"] for row in rows} == {None}
+    for row in rows:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['shape']}")]
+        assert f" {1e3 * row['seconds']:,.1f} ms |" in line
 
 
 def test_a_kind_that_cannot_be_made_is_one_line(bench: Callable[..., Bench]) -> None:

@@ -87,7 +87,7 @@ def test_the_floor_counts_the_products_that_torch_counts(name: str, bench: Calla
     # torch counts attention as if every position saw all others; ours is apart: layers * hidden * (1 + ... + 16) * 2
     products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     attention = 3 * 2 * 4 * 128 * 2 * sum(range(1, 17))
-    without_targets = 3 * 2 * 128 * 4096  # a head may leave out the last position of each row
+    without_targets = 3 * 2 * 128 * 4096  # a head may skip the last position of each row
     assert describe(subject, name).multiply_adds - attention - products // 2 in (0, without_targets)
 
 
@@ -134,7 +134,7 @@ def test_a_model_is_built_once_if_it_stays_and_for_each_turn_if_not() -> None:
         assert done == expected
 
 
-def test_the_last_candidates_are_left_out_when_time_is_over(
+def test_the_last_candidates_are_skipped_when_time_is_over(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "run_alone", lambda function, config, name: (100, 0.5))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain.building import run
+from sltrain.building import memory_guard
 from sltrain.building.memory import plan_model, settings_that_fit
 from sltrain.building.model import allocate, build_model
 from sltrain.building.trainer import build_updates, stateful_optimizer
@@ -111,11 +111,11 @@ def test_processes_of_one_machine_share_its_memory(
     ranks = Ranks(0, 1, CPU)
     model = build_model(config, 1000, torch.float32)
     planned = plan_model(config, model, CPU, 1).total_bytes
-    monkeypatch.setattr(run, "free_bytes", lambda device: int(1.5 * planned))
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: int(1.5 * planned))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
 
     def guard() -> MemoryPlan | None:
-        return run.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks)
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks)
 
     if num_processes == 1:
         assert guard() == plan_model(config, model, CPU, 1)

@@ -10,8 +10,8 @@ import torch
 
 from sltrain.api.bench import measure
 from sltrain.benchmarks.base import format_table, write
-from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig
-from sltrain.commands.bench import read_arguments, run_command
+from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig, read_arguments
+from sltrain.commands.bench import run_command
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -89,7 +89,7 @@ def test_from_python() -> None:
     assert "low_rank" in text
 
 
-def test_columns_align_and_empty_ones_are_left_out() -> None:
+def test_columns_align_and_empty_ones_are_omitted() -> None:
     rows = [{"name": "a", "x": 1.5, "none": None}, {"name": "longer", "x": None}]
     assert format_table(rows, [("name", "name", ""), ("x", "x", ".2f"), ("none", "none", "")]).splitlines() == [
         "| name   |    x |",

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sltrain.api.plan import Plan, build_plan
-from sltrain.api.plan_config import CARDS, PlanConfig
-from sltrain.commands.plan import PLAN, run_command, split_arguments
+from sltrain.api.plan_config import CARDS, PLAN, PlanConfig, split_arguments
+from sltrain.commands.plan import run_command
 from sltrain.compose import TRAIN, compose_config
 from sltrain.planning.memory_plan import GROUPS
 

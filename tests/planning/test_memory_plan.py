@@ -18,10 +18,10 @@ from toy_layers import ReLoRALinear
 
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
+from sltrain.api.plan_config import PLAN
 from sltrain.building.memory import plan_model
 from sltrain.building.model import allocate, build_model, pick_dtype
 from sltrain.building.trainer import build_step, build_updates
-from sltrain.commands.plan import PLAN
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
@@ -135,7 +135,7 @@ KEPT = [
 
 def kept_by_plan(config: TrainConfig) -> int:
     """Activations and logits at the beginning of backward, but for the last norm's output and its gradient, which the
-    plan counts there, and the ids, which are made before; and the rotary tables, which it leaves out."""
+    plan counts there, and the ids, which exist before; and the rotary tables, which it omits."""
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
     model = model_of(config)
     stage = memory_plan._Parts(model, shape).stage("head backward")
@@ -439,6 +439,14 @@ def test_frozen_parts_of_the_model_have_no_gradient_and_no_state(part: str) -> N
     for how, group in (({"num_micro_batches": 2}, "gradients"), ({"uses_ddp": True}, "ddp_buckets")):
         groups, without = (plan_memory(one, UpdateShape(1, 8, **how), 0).groups for one in (model, trained))
         assert groups["frozen_weights"] == less and groups[group] <= without[group] - less
+    per_layer = memory_plan._Parts(model, UpdateShape(1, 8, per_layer_update=True))
+    for stage, of in (
+        ("head backward", "head"),
+        ("embedding backward", "embedding"),
+        ("last layer backward", "projections"),
+    ):
+        new = per_layer.stage(stage)["gradients"]
+        assert new < 1e5 if part == of else new > 1e5  # norms are trained
     counts = count_parameters(model)
     assert counts["frozen"] == less // 4 and counts["total"] == count_parameters(trained)["total"] - less // 4
 

@@ -10,11 +10,12 @@ import matplotlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from sltrain.reporting import figures, memory_figure
 from sltrain.reporting.comparison import arrange
-from sltrain.reporting.drawing import FEW, NUM_BEST
+from sltrain.reporting.drawing import FEW, MAX_LABEL, NUM_BEST
 from sltrain.reporting.figures import draw_all, draw_heat_maps, draw_loss, smooth
 from sltrain.reporting.memory_figure import draw_memory
 from sltrain.reporting.rows import Curve, Point, Row
@@ -43,7 +44,7 @@ def curve(num_lines: int, clock: bool = True, diverges: bool = False) -> Curve:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures behind the pictures."""
+    """The figures of which the pictures are made."""
     kept: list[Any] = []
     make = figures.new_figure
 
@@ -58,13 +59,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def seen_texts(monkeypatch: pytest.MonkeyPatch) -> dict[Any, dict[Any, tuple[str, Any]]]:
-    """Figure -> piece of text -> what it says and where it is, of everything that was drawn last."""
+    """Figure -> piece of text -> its words and bounding box, of everything that was drawn last."""
     seen: dict[Any, dict[Any, tuple[str, Any]]] = {}
     draw = matplotlib.text.Text.draw
 
     def note(self: Any, renderer: Any) -> None:
         if self.get_visible() and self.get_text().strip():
-            box = matplotlib.text.Text.get_window_extent(self, renderer)  # without the line to what it names
+            box = matplotlib.text.Text.get_window_extent(self, renderer)  # without an arrow
             seen.setdefault(self.get_figure(), {})[self] = (self.get_text(), box)
         draw(self, renderer)
 
@@ -72,14 +73,14 @@ def seen_texts(monkeypatch: pytest.MonkeyPatch) -> dict[Any, dict[Any, tuple[str
     return seen
 
 
-def names_on(axes: Any) -> list[str]:
-    return [text.get_text() for text in axes.texts]
+def legend_of(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 # ---- all of them
 
 
-def test_all_figures_are_pngs_with_words_for_who_cannot_see_them() -> None:
+def test_all_figures_are_pngs_with_alternative_text() -> None:
     rows = arrange(make_rows(3))
     pictures = draw_all(rows, {row.name: curve(40) for row in rows})
     assert [picture.file_name for picture in pictures] == ["loss_tokens.png", "loss_time.png", "memory.png"]
@@ -163,7 +164,7 @@ def test_a_run_that_diverges_does_not_press_the_others_flat(drawn: list[Any]) ->
 def test_of_many_runs_the_best_are_named_and_the_others_counted(drawn: list[Any]) -> None:
     rows = arrange(make_rows(30))
     draw_loss(rows, {row.name: curve(20) for row in rows}, "tokens")
-    labels = [text.get_text() for text in drawn[0][1].get_legend().get_texts()]
+    labels = legend_of(drawn[0][1])
     assert labels[:NUM_BEST] == [row.name for row in rows[:NUM_BEST]]
     assert sum(int(label.split()[0]) for label in labels[NUM_BEST:]) == 30 - NUM_BEST
 
@@ -173,13 +174,14 @@ def test_of_many_runs_the_best_are_named_and_the_others_counted(drawn: list[Any]
 
 def test_bubbles_stand_where_the_numbers_are_and_are_as_large(drawn: list[Any]) -> None:
     rows = arrange(make_rows(4))
-    draw_memory(rows)
+    picture = draw_memory(rows)
     bubbles = [collection for collection in drawn[0][1].collections if collection.get_sizes()[0] != 6]
     seen = {(*bubble.get_offsets()[0].tolist(), float(bubble.get_sizes()[0])) for bubble in bubbles}
     unit = max(area for _, _, area in seen) / max(row.num_parameters or 0 for row in rows)
     expected = {((row.peak_memory_bytes or 0) / 1e9, row.perplexity, (row.num_parameters or 0) * unit) for row in rows}
     assert sorted(seen) == [pytest.approx(one) for one in sorted(expected)]
-    assert sorted(names_on(drawn[0][1])) == sorted(row.name for row in rows)
+    assert picture is not None and "the area is the number of parameters, 3.66M to 54.16M" in picture.caption
+    assert legend_of(drawn[0][1]) == [*(row.name for row in rows), "full", "low_rank", "sltrain"]
 
 
 def test_where_perplexities_do_not_compare_bits_per_byte_are_drawn(drawn: list[Any]) -> None:
@@ -199,17 +201,30 @@ def test_a_large_range_is_drawn_on_a_log_axis(drawn: list[Any]) -> None:
     assert [axes.get_yscale() for _, axes in drawn] == ["linear", "log"]
 
 
-@pytest.mark.parametrize("length", [10, 200])
-def test_names_in_a_crowd_keep_apart_or_are_counted(
-    drawn: list[Any], seen_texts: dict[Any, dict[Any, tuple[str, Any]]], length: int
-) -> None:
+def test_a_bubble_has_the_colour_and_marker_of_its_name_in_the_legend(drawn: list[Any]) -> None:
+    rows = arrange(make_rows(30))
+    picture = draw_memory(rows)
+    assert picture is not None and f"grey are {30 - NUM_BEST} more runs" in picture.caption
+    axes = drawn[0][1]
+    handles = axes.get_legend().legend_handles[:NUM_BEST]
+    assert legend_of(axes)[:NUM_BEST] == [row.name for row in rows[:NUM_BEST]]
+    points = {
+        (*dot.get_offsets()[0].tolist(), to_hex(dot.get_facecolor()[0]).upper())
+        for dot in axes.collections
+        if dot.get_sizes()[0] == 6
+    }
+    for row, handle in zip(rows, handles, strict=False):
+        assert ((row.peak_memory_bytes or 0) / 1e9, row.perplexity, handle.get_color()) in points
+    methods = {row.method: handle.get_marker() for row, handle in zip(rows, handles, strict=False)}
+    assert len(set(methods.values())) == len(methods) > 1
+
+
+def test_long_names_are_shortened(drawn: list[Any], seen_texts: dict[Any, dict[Any, tuple[str, Any]]]) -> None:
     crowd = make_rows(FEW, perplexity=20.0, peak_memory_bytes=2 * 10**9, num_parameters=10**8)
     for i, row in enumerate(crowd):
-        row.name = f"{i}{'x' * length}"
-    picture = draw_memory(crowd)
-    num_unnamed = FEW - len(names_on(drawn[0][1]))
-    assert picture is not None and num_unnamed < FEW - 1
-    assert (f"runs not named here: {num_unnamed}" in picture.caption) == (num_unnamed > 0)
+        row.name = f"{i}{'x' * 200}"
+    draw_memory(crowd)
+    assert max(map(len, legend_of(drawn[0][1]))) == MAX_LABEL
     assert_no_overlap(seen_texts[drawn[0][0]])
 
 

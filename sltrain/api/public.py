@@ -1,0 +1,319 @@
+"""What `import sltrain` offers beside layers and the bases of plug-ins: every command as a function of Python values.
+
+    run = sltrain.train("llama_tiny", data="stdlib", max_steps=200)
+    run.outcome, run.final["perplexity"], run.generate("def ")
+
+What a user can fix is raised as `sltrain.Error`. Nothing is printed, except for the progress of a training run; the
+rest is logged under "sltrain".
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sltrain.api.overrides import as_overrides
+from sltrain.errors import raised_as_error
+from sltrain.log import ANY_RANK, PACKAGE, lines_on
+
+if TYPE_CHECKING:
+    import torch
+
+    from sltrain.api.plan_table import Plan
+    from sltrain.models.llama import LlamaForCausalLM
+    from sltrain.reporting.rows import Row
+    from sltrain.runs.run_record import RunRecord
+
+logger = logging.getLogger(__name__)
+PathOrRun = str | PathLike[str]  # of a run folder or an exported one; a `Run` is one too
+
+
+@dataclass(frozen=True)
+class Run(PathLike[str]):
+    """A run: a folder, whatever process made it, and what can be done with it.
+
+    `sltrain.train` returns one, `sltrain.Run("outputs/my_run")` is one of before. It stands for its folder wherever a
+    path is asked for. Everything is read when it is asked for, so that of a run that goes on one sees what is there.
+
+    >>> run = sltrain.Run("outputs/example")
+    >>> run.outcome, run.metrics[0]["event"], run.metrics[0]["step"]
+    ('finished', 'train', 1)
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder).expanduser())
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    @property
+    @raised_as_error()
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: one dict an event, see sltrain/engine/metrics.py for its numbers and units. A
+        loss that was not finite is NaN."""
+        return self._record().events
+
+    @property
+    @raised_as_error()
+    def final(self) -> dict[str, Any] | None:
+        """The event that ended a finished run: loss and perplexity on the validation text, memory, parameters."""
+        return self._record().final
+
+    @property
+    @raised_as_error()
+    def outcome(self) -> str:
+        """finished, interrupted, diverged, out of memory, data lost; of a run of another process also running, crashed
+        or not started."""
+        return self._record().status
+
+    def _record(self) -> "RunRecord":
+        from sltrain.api.report import nothing_at
+        from sltrain.runs.run_record import is_run, read_run
+
+        if not is_run(self.folder):
+            raise ValueError(nothing_at(self.folder))
+        return read_run(self.folder)
+
+    def load(self, **options: Any) -> "LlamaForCausalLM":
+        """The trained model: `sltrain.load`."""
+        return load(self, **options)
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """Continue a text: `sltrain.generate`."""
+        return generate(self, prompt, **options)
+
+    def evaluate(self, path: str | Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
+        """The perplexity on any text: `sltrain.evaluate`."""
+        return evaluate(self, path, **options)
+
+
+@raised_as_error()
+def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[str] = (), **keys: Any) -> Run:
+    """Train one run to its end, as `sltrain-train` does, and return it.
+
+    Args:
+        model: the name of a model, as in model=llama_60m; its recipe comes with it.
+        keys: the keys of `sltrain-train` (`sltrain-train --help` lists them). Options of a group are a dict:
+            data={"name": "local", "path": "/data/*.json.gz"}.
+        overrides: more keys, written as they are typed: ["data.shuffle_block=16"].
+
+    With run_dir=FOLDER a run that has begun there is continued, and a finished one is returned as it is. Ctrl-C, or the
+    stop button of a notebook, ends a run after the update it is at: it is saved, its outcome is "interrupted", and the
+    same call with its run_dir continues it. A second Ctrl-C ends it at once, at its last checkpoint. (In other threads
+    than the main one Python handles no signals.)
+
+    Lines of progress go to standard output, unless the logger "sltrain" has a level above INFO; a program that shows
+    INFO by handlers of its own gets them there. Raises sltrain.Error for what cannot be trained; what ends a run that
+    has begun is its outcome.
+
+    >>> run = sltrain.train("llama_tiny", data="stdlib", tokenizer="bpe:512", seq_len=32, max_steps=3,
+    ...                     global_batch_size=4, micro_batch_size=4, eval_tokens=500, run_dir="outputs/example")
+    model      llama_tiny, method sltrain: ...
+    finished: outputs/example
+    >>> run.outcome, run.final["step"]
+    ('finished', 3)
+    """
+    from sltrain.compose import TRAIN, compose_config
+
+    config = compose_config(as_overrides(_with_model(model, keys), overrides), TRAIN)
+    from sltrain.api.train import train_run  # torch and the rest, seconds after the cheap checks
+
+    with _progress():
+        ended = train_run(config)
+        if ended.data_error is not None:
+            logger.warning(str(ended.data_error), extra=ANY_RANK)
+        logger.info(ended.advice)
+    return Run(ended.folder)
+
+
+@raised_as_error()
+def plan(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[str] = (), **keys: Any) -> "Plan":
+    """Where every byte of a run goes, before it starts, and which cards it fits; as `sltrain-plan`. No GPU is touched.
+
+    Arguments are those of `sltrain.train` and the keys of `sltrain-plan`: cards, reserve_gb, num_processes,
+    paper_convention, measure. The result has `total_bytes`, `groups` (bytes by what they are for), `table` (text),
+    `columns` (beside this run: dense, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
+
+    >>> plan = sltrain.plan("llama_60m", optimizer="adam8bit", cards=[24])
+    >>> round(plan.total_bytes / 1e9, 2), plan.fits(plan.columns[0])
+    (8.08, {'24GB': True})
+    """
+    from sltrain.api.plan_config import read_arguments
+
+    settings, config = read_arguments(as_overrides(_with_model(model, keys), overrides))
+    from sltrain.api.plan import build_plan
+
+    return build_plan(settings, config)
+
+
+@raised_as_error()
+def load(
+    path: PathOrRun,
+    *,
+    step: int | None = None,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+) -> "LlamaForCausalLM":
+    """A trained model with its weights: from what `sltrain-export` wrote, dense or compressed, or from a run folder (at
+    its newest intact checkpoint, or at `step`).
+
+    It is an ordinary torch module, in the dtype it was saved in unless `dtype` says otherwise: input_ids (B, T) ->
+    logits (B, T, V). `sltrain.merge_to_dense` makes its layers ordinary linears. Raises sltrain.Error for what cannot
+    be opened.
+
+    >>> model = sltrain.load("outputs/example")
+    >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
+    torch.Size([2, 5, 512])
+    """
+    import torch
+
+    from sltrain.api.saved import open_saved
+
+    return open_saved(path, step).load(torch.device(device), dtype)
+
+
+@raised_as_error()
+def generate(
+    model: PathOrRun,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    device: str = "auto",
+) -> str:
+    """The text that begins with `prompt`, continued by a trained model; greedy unless there is a temperature. Raises
+    sltrain.Error.
+
+    >>> text = sltrain.generate("outputs/example", "def ", max_new_tokens=5)
+    >>> text.startswith("def ")
+    True
+    """
+    from sltrain.api.generate import continue_text
+
+    pieces = continue_text(
+        model,
+        prompt,
+        step=step,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    return "".join(pieces)
+
+
+@raised_as_error()
+def evaluate(
+    model: PathOrRun,
+    path: str | Sequence[str] | None = None,
+    *,
+    eval_tokens: int | None = None,
+    batch_size: int | None = None,
+    step: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of a trained model on the files that a glob (or several) matches; by default
+    on the run's own validation text. Raises sltrain.Error.
+
+    >>> sorted(sltrain.evaluate("outputs/example", eval_tokens=200))
+    ['bits_per_byte', 'eval_tokens', 'loss', 'perplexity', 'perplexity_galore_protocol', 'step']
+    """
+    from sltrain.api.evaluate import evaluate_saved
+
+    globs = [path] if isinstance(path, str) else path
+    options = {"step": step, "eval_tokens": eval_tokens, "batch_size": batch_size}
+    return evaluate_saved(model, globs, device=device, **options)
+
+
+@raised_as_error()
+def export(
+    run: PathOrRun,
+    output: str | PathLike[str],
+    *,
+    format: str = "dense",
+    dtype: "str | torch.dtype | None" = None,
+    step: int | None = None,
+) -> Path:
+    """Write a run's checkpoint as a folder for transformers, vLLM, lm-eval (dense), or as a small one that
+    `sltrain.load` opens (compressed), and return it. Its logits have been compared with the trained model's. `dtype` is
+    float32 or bfloat16, by default the run's own. Raises sltrain.Error.
+
+    >>> sltrain.export("outputs/example", "small", format="compressed")
+    PosixPath('small')
+    >>> type(sltrain.load("small").model.layers[0].self_attn.q_proj).__name__
+    'SLTrainLinear'
+    """
+    from sltrain.api.export import export as write
+    from sltrain.api.saved import open_saved
+    from sltrain.building.model import DTYPES
+
+    name = str(dtype).removeprefix("torch.")
+    for key, value, choices in (("format", format, ("dense", "compressed")), ("dtype", name, ("None", *DTYPES))):
+        if value not in choices:
+            raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
+    folder = Path(output).expanduser()
+    write(open_saved(run, step), folder, format, DTYPES.get(name))
+    return folder
+
+
+@raised_as_error()
+def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None) -> "list[Row]":
+    """Runs side by side: a row for each at or below `paths`, finished or not, best first. With `output`, the page with
+    table and figures is written into that folder. What cannot be read is logged. Raises sltrain.Error if there is no
+    run.
+
+    >>> [(row.name, row.status, row.step) for row in sltrain.report("outputs")]
+    [('example', 'finished', 3)]
+    """
+    from sltrain.api.report import check_output, read_report, write_report
+
+    several = [paths] if isinstance(paths, str | PathLike) else paths
+    found = read_report([Path(path).expanduser() for path in several])
+    if not found.rows:
+        raise ValueError("; ".join(found.notes) or "no path is given; name a run folder, or one with runs below it")
+    for note in found.notes:
+        logger.warning(f"note: {note}")
+    if output is not None:
+        folder = Path(output).expanduser()
+        check_output(folder)
+        write_report(found, folder)
+    return found.rows
+
+
+@raised_as_error()
+def bench(**keys: Any) -> dict[str, Any]:
+    """How fast a layer, an update or the data is on this machine, as `sltrain-bench`; its keys are the arguments
+    (what="layer", "step" or "data"). The result has the `rows` of its table, `machine` and `settings`. Raises
+    sltrain.Error.
+
+    >>> found = sltrain.bench(what="layer", shapes=[[32, 32, 8]], tokens=8, candidates=["dense"], repeats=2)
+    >>> found["rows"][0]["measured"]
+    'dense'
+    """
+    from sltrain.benchmarks.settings import read_arguments
+
+    config = read_arguments(as_overrides(keys))
+    from sltrain.api.bench import measure
+
+    return measure(config)[0]
+
+
+def _with_model(model: str | Mapping[str, Any] | None, keys: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(keys) if model is None else {"model": model, **keys}
+
+
+def _progress() -> AbstractContextManager[None]:
+    """Shows what is logged, unless the program does."""
+    is_shown = PACKAGE.hasHandlers() and PACKAGE.isEnabledFor(logging.INFO)
+    return nullcontext() if is_shown else lines_on("stdout")

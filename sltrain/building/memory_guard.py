@@ -1,0 +1,49 @@
+"""A run that does not fit into memory is refused before it begins, with settings that would fit."""
+
+import logging
+
+from sltrain.building.memory import plan_model, settings_that_fit
+from sltrain.building.model import build_model
+from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.memory import free_bytes
+from sltrain.models.llama import LlamaForCausalLM
+from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.runs.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def guard_memory(config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks) -> MemoryPlan | None:
+    """The plan of the run's memory, None if it cannot be planned; both are logged. Raises ValueError if it does not
+    fit, or cannot be planned, and the guard is on."""
+    device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
+
+    def plan_of(changed: TrainConfig) -> MemoryPlan:
+        return plan_model(changed, build_model(changed, vocab_size, dtype), device, ranks.world_size)
+
+    try:
+        plan = plan_of(config)
+    except ValueError as error:
+        if config.memory_guard:
+            raise
+        logger.info(f"memory     cannot be planned: {error}")
+        return None
+    free = free_bytes(device)
+    if free is not None and device.type == "cpu":
+        free //= ranks.num_on_this_machine  # they share it
+    logger.info(f"memory     {gigabytes(plan.total_bytes)} planned for tensors, {gigabytes(free)} free on {device}")
+    if free is None or plan.total_bytes <= free or not config.memory_guard:
+        return plan
+    keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
+    found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
+    advice = "a smaller model" if found is None else f"{found[0]} ({gigabytes(found[1].total_bytes)})"
+    raise ValueError(
+        f"the run needs {gigabytes(plan.total_bytes)} on {device}, where {gigabytes(free)} are free; what would fit:"
+        f" {advice}; memory_guard=off starts all the same, sltrain-plan shows where the memory goes"
+    )
+
+
+def gigabytes(num_bytes: int | None) -> str:
+    """In 1e9 bytes, for people; None is unknown."""
+    return "an unknown amount" if num_bytes is None else f"{num_bytes / 1e9:,.2f} GB"

@@ -1,0 +1,47 @@
+"""What the user should know before the first update, a line a fact."""
+
+import logging
+
+import torch
+from torch import nn
+
+from sltrain.building.memory import update_notes
+from sltrain.building.model import dtype_name
+from sltrain.config import TrainConfig, num_steps
+from sltrain.data.documents import Source
+from sltrain.data.evaluation import EvalSet
+from sltrain.data.tokenizer import Tokenizer
+from sltrain.engine.distributed import Ranks
+from sltrain.methods.advice import warnings
+from sltrain.planning.accounting import count_parameters, sum_of_groups
+
+logger = logging.getLogger(__name__)
+
+
+def describe(
+    config: TrainConfig, model: nn.Module, source: Source, tokenizer: Tokenizer, eval_set: EvalSet, ranks: Ranks
+) -> None:
+    """Log what will be trained, on what, for how long and where, and what about it may surprise."""
+    c, counts, max_steps = config, count_parameters(model), num_steps(config)
+    positions = c.global_batch_size * c.seq_len
+    passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
+    processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
+    dtype = dtype_name(next(model.parameters()).dtype)
+    lines = [
+        f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
+        f" = {sum_of_groups(counts, _short)}",
+        f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
+        f" ({passes} x {c.micro_batch_size} sequences on each of {processes})",
+        f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}, {c.optimizer.name}",
+        f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids",
+        f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads",
+    ]
+    if eval_set.exhausted:
+        lines.append(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
+    lines += [f"note       {note}" for note in [*warnings(model), *update_notes(config, ranks.world_size)]]
+    for line in lines:
+        logger.info(line)
+
+
+def _short(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}K" if number else "0"
