@@ -34,7 +34,11 @@ def set_gradients(some: list[nn.Parameter], step: int) -> None:
 
 
 def groups_of(some: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [{"params": some[:2], "weight_decay": 0.1}, {"params": some[2:], "weight_decay": 0.0}]
+    names = [str(i) for i in range(len(some))]
+    return [
+        {"params": some[:2], "param_names": names[:2], "weight_decay": 0.1},
+        {"params": some[2:], "param_names": names[2:], "weight_decay": 0.0},
+    ]
 
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

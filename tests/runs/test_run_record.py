@@ -241,12 +241,14 @@ def test_what_has_no_end_crashed_and_what_has_no_line_never_began(tmp_path: Path
 
 def test_a_held_lock_means_running_whatever_the_log_says(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TRAIN, stopped("interrupted"))
-    with RunLock(run):
-        assert read_run(run).status == "running"
+    lock = RunLock(run)
+    assert read_run(run).status == "running"
+    lock.release()
     assert read_run(run).status == "interrupted"
     (run / "summary.json").write_text(json.dumps(FINAL))
-    with RunLock(run):  # a finished run that somebody starts again is refused soon
-        assert read_run(run).status == "finished"
+    lock = RunLock(run)  # a finished run that somebody starts again is refused soon
+    assert read_run(run).status == "finished"
+    lock.release()
 
 
 @pytest.mark.parametrize("owner", ["elsewhere", None])
