@@ -44,7 +44,7 @@ class Feed:
     error: Exception | None = None  # what ended this rank's stream
 
     def fetch(self) -> Any:
-        """This rank's next batch; None if a signal came first, or if the stream ended: then `error` says why."""
+        """This rank's next batch; None if a signal came first, or if the stream ended with `error`."""
         try:
             while not self.stop.is_set:
                 if self.stream.wait(STOP_CHECK_SECONDS):

@@ -72,7 +72,7 @@ def test_tensor_peak_sees_what_an_operation_takes_for_itself() -> None:
     assert peak >= x.numel() * 4
 
 
-def test_bytes_behind_views_count_once() -> None:
+def test_bytes_of_shared_storage_count_once() -> None:
     block = torch.zeros(100)
     assert bytes_of([block, block[:10], block.view(10, 10), torch.zeros(3, dtype=torch.uint8)]) == 403
 

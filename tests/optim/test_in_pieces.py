@@ -68,7 +68,7 @@ def test_equals_the_optimizer_over_whole_parameters(make: Make, per_layer: bool)
     reference = make(groups_of(theirs))
     for step in range(4):
         for each in (*optimizer.param_groups, *reference.param_groups):
-            each["lr"] = 0.01 / (step + 1)  # read anew in every step
+            each["lr"] = 0.01 / (step + 1)  # read in every step
         for some in (ours, theirs):
             set_gradients(some, step)
         if step == 2:
