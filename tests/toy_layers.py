@@ -1,4 +1,4 @@
-"""Kinds of layers that the package does not know, as somebody else would write them."""
+"""Layer kinds that the package does not contain, as another package would define them."""
 
 import math
 from typing import Any
@@ -59,7 +59,7 @@ class ReLoRALinear(ReplacedLinear, kind="toy_relora"):
 
 
 class SilentLinear(ReplacedLinear, kind="toy_silent"):
-    """A layer that says nothing of itself."""
+    """A layer that defines nothing of the interface."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -67,7 +67,7 @@ class SilentLinear(ReplacedLinear, kind="toy_silent"):
 
 
 class TwoMatrices(ReLoRALinear, kind="toy_two_matrices"):
-    """An activation between the factors: no one W stands for it."""
+    """An activation between the factors: there is no single W."""
 
     is_mergeable = False
 
@@ -79,7 +79,7 @@ class TwoMatrices(ReLoRALinear, kind="toy_two_matrices"):
 
 
 class Adapted(nn.Linear):
-    """A linear with more than its weight, which it does not tell anybody."""
+    """A linear with parameters beside its weight that it does not declare."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

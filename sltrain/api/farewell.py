@@ -16,7 +16,7 @@ def farewell(config: TrainConfig, trainer: Trainer, folder: Path, outcome: Outco
     if outcome is Outcome.FINISHED:
         return f"finished: {folder}"
     if outcome is Outcome.INTERRUPTED:
-        return f"interrupted ({trainer.stop.signal_name or 'on another rank'}); {saved}"
+        return f"interrupted ({trainer.feed.stop.signal_name or 'on another rank'}); {saved}"
     if outcome is Outcome.DATA_LOST:
         return f"the data could not be read any more; {saved}, once it can"
     if outcome is Outcome.OUT_OF_MEMORY:

@@ -23,15 +23,16 @@ from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
-from sltrain.layers.cost import set_paths
+from sltrain.layers import ReplacedLinear, set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.parameters import ParamInfo
-from sltrain.planning.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED = "published SLTrain"  # the name of its column
 NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
 
 
@@ -51,7 +52,9 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
-    return Plan(columns, cards, plan.reserve_gb, headline, notes(config, device, dtype, plan.num_processes), measured)
+    return Plan(
+        columns, cards, plan.reserve_gb, headline, notes(config, device, dtype, plan.num_processes, columns), measured
+    )
 
 
 def _headline(config: TrainConfig, how: str) -> str:
@@ -82,8 +85,8 @@ def vocab_size(config: TrainConfig) -> int:
 def run_columns(
     config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int
 ) -> tuple[list[Column], str]:
-    """This run; then dense training, GaLore, and for method=sltrain the published layout, with the same settings; and
-    the moment when this run needs most."""
+    """This run; then with the same settings dense training, GaLore and, if the model stores positions of S, the
+    published layout; and the stage at which this run needs most."""
     assert config.model.vocab_size is not None
     model = build_model(config, config.model.vocab_size, dtype)
     own = plan_model(config, model, device, num_processes)
@@ -92,7 +95,7 @@ def run_columns(
     shape = update_shape(config, device, dtype, num_processes)
 
     columns = [_column("this run", model, own)]
-    if config.method.name != "full":
+    if has_replaced_linears(model):
         columns.append(_column("method=full", dense, of_dense))
     if config.rank > 0:
 
@@ -102,17 +105,22 @@ def run_columns(
         galore = galore_state_bytes(dense, config.rank, state_of)
         at_work = update_temporaries(config, dense, device)
         columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
-    if config.method.name == "sltrain":
+    if stored_bytes(model)["indices"]:
         set_paths(model, "composed", shape.num_rows, device)
         stored = published_stored_bytes(model)
         at_work = update_temporaries(config, model, device)
         published = plan_memory(model, shape, optimizer_state_bytes(config, model), stored, at_work)
-        columns.append(_column("published SLTrain", model, published))
+        columns.append(_column(PUBLISHED, model, published))
     return columns, f"{own.stage}, in phase {own.phase}" if own.phase else own.stage
 
 
 def as_dense(config: TrainConfig) -> TrainConfig:
     return with_plugin(config, "method", "full")
+
+
+def has_replaced_linears(model: LlamaForCausalLM) -> bool:
+    """Whether it is another model than the dense one."""
+    return any(isinstance(module, ReplacedLinear) for module in model.modules())
 
 
 def paper_columns(config: TrainConfig) -> list[Column]:
@@ -121,7 +129,7 @@ def paper_columns(config: TrainConfig) -> list[Column]:
     model = build_model(config, config.model.vocab_size, torch.bfloat16)
     dense = build_model(as_dense(config), config.model.vocab_size, torch.bfloat16)
     columns = [_paper_column("this run", model, paper_groups(model))]
-    if config.method.name != "full":
+    if has_replaced_linears(model):
         columns.append(_paper_column("method=full", dense, paper_groups(dense)))
     if config.rank > 0:
         columns.append(_paper_column(f"GaLore, rank {config.rank}", dense, paper_groups(dense, config.rank)))
@@ -139,7 +147,9 @@ def _paper_column(name: str, model: LlamaForCausalLM, groups: Groups) -> Column:
 # ---- what a reader should know
 
 
-def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> list[str]:
+def notes(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int, columns: list[Column]
+) -> list[str]:
     """What the numbers do not say by themselves, and what `sltrain-train` would refuse."""
     lines = []
     num_micro_batches = config.global_batch_size / (config.micro_batch_size * num_processes)
@@ -156,8 +166,8 @@ def notes(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_pro
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
     lines += config.optimizer.notes(device.type)
-    if config.method.name == "sltrain":
-        lines.append("GaLore and published SLTrain: their weights, positions and moments, with our activations")
+    if any(column.name == PUBLISHED for column in columns):
+        lines.append(f"GaLore and {PUBLISHED}: their weights, positions and moments, with our activations")
     else:
         lines.append("GaLore: its moments, with our activations")
     return lines

@@ -30,12 +30,12 @@ def train_run(config: TrainConfig) -> Ended:
         if trainer is None:
             advice = f"the run in {folder.path} is finished, see summary.json; nothing to do"
             return Ended(folder.path, Outcome.FINISHED, advice)
-        with trainer.stop:
+        with trainer.feed.stop:
             outcome = run_loop(trainer, cadence)
         if outcome is not Outcome.FINISHED:
             trainer.note_stop(outcome.value)
         elif run.ranks.is_main:
             assert trainer.final is not None
             folder.finish(trainer.final)
-        ended = Ended(folder.path, outcome, farewell(config, trainer, folder.path, outcome), trainer.data_error)
+        ended = Ended(folder.path, outcome, farewell(config, trainer, folder.path, outcome), trainer.feed.error)
     return ended

@@ -22,6 +22,7 @@ from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
+from sltrain.engine.micro_batch import Feed
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import Progress, Trainer
@@ -79,15 +80,13 @@ def build_trainer(
         update_step=build_step(config, compiled, live.optimizer, ranks),
         schedule=schedule,
         objects=objects,
-        stream=stream,
+        feed=Feed(stream, ranks, StopRequest(), config.micro_batch_size, saved.get("stream", {})),
         eval_set=eval_set,
         ranks=ranks,
         checkpointer=checkpointer,
         sinks=sinks,
         memory=memory,
-        stop=StopRequest(),
         set_learning_rate=learning_rate_setter(config, live),
-        micro_batch_size=config.micro_batch_size,
         model_metrics=lambda: weight_norms(model),
         final_metrics=lambda: {
             "dtype": dtype_name(next(model.parameters()).dtype),
@@ -96,7 +95,6 @@ def build_trainer(
             "index_bytes": stored_bytes(model)["indices"],
         },
         progress=progress,
-        stream_state=saved.get("stream", {}),
         built_with={"arithmetic": arithmetic},
     )
     schedule.enter = partial(enter_phase, config, model, trainer, live)

@@ -1,11 +1,10 @@
 """`tokenizer=bpe:SIZE`: a byte-level BPE trained on the corpus itself and cached.
 
-For corpora that no published tokenizer fits, and for machines without a network. Every text can be encoded, because
-the 256 bytes are pieces. Training is deterministic: it reads a fixed sample of the documents that are not held out,
-and the cache key covers the corpus, the size and the sample. 8,192 pieces on the standard library take about 2 s.
+For corpora that no published tokenizer fits, and for machines without a network. It encodes every text, because the
+256 bytes are pieces. Training is deterministic: it reads a fixed sample of the documents that are not held out, and
+the cache key covers the corpus, the size and the sample. 8,192 pieces on the standard library take about 2 s.
 """
 
-import contextlib
 import logging
 import os
 import tempfile
@@ -19,7 +18,7 @@ from sltrain.data.documents import DataError, Source, is_held_out
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when train_bpe changes, so that no cached tokenizer of an older kind is used
+FORMAT = 1  # raise it when train_bpe changes, so that tokenizers cached by older versions are not used
 SAMPLE_CHARS = 10_000_000  # text to train on
 SAMPLE_SHARDS = 16  # shards it is taken from
 MIN_SIZE = 256 + 3  # the bytes and <pad>, </s>, <unk>
@@ -27,8 +26,7 @@ MAX_SIZE = 1_000_000
 
 
 def train_bpe(texts: Iterator[str], size: int) -> str:
-    """Train a byte-level BPE with at most `size` ids (<pad> 0, </s> 1, <unk> 2) and return its tokenizer.json.
-    Deterministic."""
+    """The tokenizer.json of a byte-level BPE with at most `size` ids (<pad> 0, </s> 1, <unk> 2). Deterministic."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -43,7 +41,10 @@ def train_bpe(texts: Iterator[str], size: int) -> str:
 
 
 def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int) -> str:
-    """The tokenizer.json of `bpe:SIZE`, from the cache if it was trained on this corpus before."""
+    """The tokenizer.json of `bpe:SIZE` for this corpus, trained unless it is in the cache.
+
+    Raises ValueError for a wrong SIZE, DataError for a corpus without text.
+    """
     digits = spec.removeprefix("bpe:")
     if not digits.isdecimal() or not MIN_SIZE <= int(digits) <= MAX_SIZE:
         raise ValueError(f"tokenizer={spec}: SIZE must be a number from {MIN_SIZE} to {MAX_SIZE:,}, as in bpe:8192")
@@ -53,43 +54,35 @@ def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int) 
     if path.exists():
         return path.read_text(encoding="utf-8")
     source.check()
-    logger.info(f"training a byte-level BPE of {size} pieces on {source.name}; it is kept in {path}")
+    logger.info(f"training a byte-level BPE of {size} pieces on {source.name}, cached in {path}")
     text = train_bpe(_sample(source, holdout_every), size)
     num_pieces = tokenizers.Tokenizer.from_str(text).get_vocab_size()
     if num_pieces == MIN_SIZE:
         raise DataError(f"{source.name} has too little text to train tokenizer={spec} on")
     if num_pieces < size:
         logger.info(f"{source.name} is too small for {size} pieces: the tokenizer has {num_pieces}")
-    _write_atomically(path, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: readers see the whole file or none, and two writers do not disturb each other.
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        open(Path(folder, path.name), "w", encoding="utf-8") as file,
+    ):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
     return text
 
 
 def _sample(source: Source, holdout_every: int) -> Iterator[str]:
-    """The first documents of the first shards that are not held out, equally many characters of each,
-    SAMPLE_CHARS in all."""
+    """The training documents at the beginning of the first shards, SAMPLE_CHARS in all, equally many from each."""
     num_shards = min(source.num_shards, SAMPLE_SHARDS)
     for shard in range(num_shards):
-        room = SAMPLE_CHARS // num_shards
+        missing = SAMPLE_CHARS // num_shards
         for document in source.documents(shard):
             if is_held_out(document.text, holdout_every):
                 continue
-            yield document.text[:room]
-            room -= len(document.text)
-            if room <= 0:
+            yield document.text[:missing]
+            missing -= len(document.text)
+            if missing <= 0:
                 break
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader sees the whole file or none; two writers at a time do not harm each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -1,8 +1,8 @@
-"""What every source of text has in common: the document, the protocol, the errors and the rule for damaged data.
+"""What all sources of text share: the document, the protocol, the errors and the rule for damaged data.
 
 A corpus is a fixed list of shards (files), a shard a fixed list of records. A document is named by (shard, record
-index), whatever is damaged or left out around it, so that a position in the corpus means the same in every process
-and after every restart.
+index), whatever is damaged or skipped around it, so a position in the corpus means the same in every process and
+after every restart.
 """
 
 import logging
@@ -15,15 +15,15 @@ from sltrain.log import ANY_RANK
 
 logger = logging.getLogger(__name__)
 
-REPORTED_PER_FILE = 3  # bad records of one file that are named one by one; the others are only counted
+WARNINGS_PER_FILE = 3  # bad records of one file that are reported; the others are skipped silently
 
 
 class DataError(ValueError):
-    """The corpus cannot give what is asked of it; the message says what to change."""
+    """The corpus cannot supply what was requested; the message says what to change."""
 
 
 class NetworkError(ConnectionError):
-    """The corpus could not be reached, or was lost on the way. A run may save and be continued later."""
+    """The corpus cannot be reached, or the connection was lost. A run may save and continue later."""
 
 
 @dataclass(slots=True)
@@ -35,38 +35,31 @@ class Document:
 
 
 class Source(Protocol):
-    """A corpus. `name` is what messages call it."""
+    """A corpus. Messages call it by its `name`."""
 
     name: str
     num_shards: int
 
     def fingerprint(self) -> str:
-        """Identity of the corpus in words and a hash; two corpora with equal fingerprints have the same documents in
-        the same order."""
-        ...
-
-    def shard_name(self, shard: int) -> str:
-        """What messages call this shard."""
+        """Words and a hash that identify the corpus: equal fingerprints, same documents in the same order."""
         ...
 
     def shard_sizes(self) -> list[int]:
-        """How much text each shard holds, in any unit that they share."""
+        """The amount of text in each shard, in any common unit."""
         ...
 
     def check(self) -> None:
-        """Raise now (DataError, NetworkError) what would otherwise end the run at its first document."""
+        """Raise DataError or NetworkError now if reading the first document would."""
         ...
 
     def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
-        """Yield the documents of a shard in order, those with index >= start and index % step == offset.
-
-        Records that are not asked for are not parsed where the format allows it.
-        """
+        """The documents of a shard with index >= start and index % step == offset, in order. Other records are not
+        parsed where the format allows it."""
         ...
 
 
 def is_held_out(text: str, every: int) -> bool:
-    """Whether a document belongs to the held-out part: one in `every`, by a hash of its text (0: none).
+    """Whether a document is held out of training: one in `every`, by a hash of its text (0: none).
 
     The text decides, not the position, so a duplicate of a held-out document is held out too.
     """
@@ -74,45 +67,33 @@ def is_held_out(text: str, every: int) -> bool:
 
 
 class BadData:
-    """The rule for damaged data: `skip` leaves it out, says so once and counts; `stop` raises DataError.
+    """What happens to damaged data: `skip` skips it and warns once, however often it is read; `stop` raises DataError.
 
-    `records` counts the records left out, `files` the files whose rest was left out; each once, however often it is
-    met.
+    Raises ValueError for another mode.
     """
 
     def __init__(self, mode: str) -> None:
         if mode not in ("skip", "stop"):
             raise ValueError(f"on_bad_data is {mode!r}; it must be skip or stop")
         self.mode = mode
-        self._seen: set[tuple[str, int]] = set()
-        self._records_of_file: dict[str, int] = {}
-        self.files = 0
-
-    @property
-    def records(self) -> int:
-        return sum(self._records_of_file.values())
+        self._reported: dict[str, list[int]] = {}  # file -> lines
+        self._damaged_files: set[str] = set()
 
     def record(self, file: str, line: int, why: str) -> None:
-        """A record (1-based line, row or paragraph of `file`) cannot be used."""
+        """Handle a record (1-based line, row or paragraph of `file`) that cannot be used."""
         if self.mode == "stop":
-            raise DataError(f"{file}:{line}: {why}; mend it, or set on_bad_data=skip to leave such records out")
-        if (file, line) in self._seen:
-            return
-        self._seen.add((file, line))
-        count = self._records_of_file[file] = self._records_of_file.get(file, 0) + 1
-        if count <= REPORTED_PER_FILE:
-            more = "; further ones of this file are left out without a line" if count == REPORTED_PER_FILE else ""
-            logger.warning(f"{file}:{line}: {why}; this record is left out{more}", extra=ANY_RANK)
+            raise DataError(f"{file}:{line}: {why}; fix it, or set on_bad_data=skip to skip bad records")
+        reported = self._reported.setdefault(file, [])
+        if len(reported) < WARNINGS_PER_FILE and line not in reported:
+            reported.append(line)
+            more = "; no further warnings for this file" if len(reported) == WARNINGS_PER_FILE else ""
+            logger.warning(f"{file}:{line}: {why}; record skipped{more}", extra=ANY_RANK)
 
     def rest_of_file(self, file: str, last_good: int, why: str) -> None:
-        """`file` cannot be read behind its `last_good` records (0: none could be read)."""
-        where = f"after its record {last_good}" if last_good else "at its very beginning"
+        """Handle a `file` that cannot be read past its first `last_good` records."""
+        damage = f"{file} is damaged {f'after its record {last_good}' if last_good else 'at its beginning'} ({why})"
         if self.mode == "stop":
-            raise DataError(
-                f"{file} is damaged {where} ({why}); replace it, or set on_bad_data=skip to leave its rest out"
-            )
-        if (file, 0) in self._seen:
-            return
-        self._seen.add((file, 0))
-        self.files += 1
-        logger.warning(f"{file} is damaged {where} ({why}); the rest of the file is left out", extra=ANY_RANK)
+            raise DataError(f"{damage}; replace it, or set on_bad_data=skip to skip the rest of the file")
+        if file not in self._damaged_files:
+            self._damaged_files.add(file)
+            logger.warning(f"{damage}; rest of the file skipped", extra=ANY_RANK)

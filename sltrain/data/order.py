@@ -1,15 +1,15 @@
 """The order of the corpus: which stream reads which documents, and in which order, in every epoch.
 
-1. Dealing. The shards, permuted by the seed, are dealt to the L streams. If that gives every stream about the same
+1. Dealing. The shards, permuted by the seed, are dealt to the L streams. If every stream then has about the same
    amount of text, as with C4, each shard is one slice, and a rank opens only the files of its own streams. If not
-   (few files, or files of different sizes) every shard is cut in L slices, slice j holding the records with
+   (few files, or files of different sizes), every shard is cut into L slices, slice j holding the records with
    index % L == j, and every stream gets one of each: a stream with less text would repeat it more often.
-2. A document belongs to one stream for good.
-3. Shuffling. In each epoch a stream reads its slices in an order of its own, and each slice in blocks of B
-   consecutive documents that are shuffled one by one. No document leaves its block, so a position is a few numbers.
+2. A document belongs to one stream in every epoch.
+3. Shuffling. In each epoch a stream permutes its slices, and reads each slice in blocks of B consecutive documents,
+   each shuffled by itself. No document leaves its block, so a position is a few numbers.
 
 A permutation sorts by a keyed BLAKE2 hash of the element. Libraries change their generators between releases; a hash
-never changes, and any position of any epoch can be computed without the ones before it.
+never changes, and any position of any epoch can be computed without those before it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,23 +31,21 @@ class Slice:
 
 
 def permuted(items: Iterable[T], *key: object) -> list[T]:
-    """The items in an order that depends on their repr and on `key` alone."""
+    """The items, in an order that depends on their repr and on `key` only."""
     salt = repr(key)
     return sorted(items, key=lambda item: blake2b(f"{salt}{item!r}".encode(), digest_size=16).digest())
 
 
 def num_logical_streams(global_batch_size: int, num_streams: int) -> int:
-    """The largest divisor of global_batch_size that is at most num_streams."""
+    """The largest divisor of global_batch_size that is at most num_streams. Raises ValueError for num_streams < 1."""
     if num_streams < 1:
         raise ValueError(f"data.num_streams is {num_streams}; it must be at least 1")
     return next(n for n in range(min(num_streams, global_batch_size), 0, -1) if global_batch_size % n == 0)
 
 
 def deal_slices(shard_sizes: Sequence[int], num_streams: int, seed: int) -> list[list[Slice]]:
-    """The slices of each stream; every record of the corpus is in exactly one slice of one stream.
-
-    `shard_sizes` are in any common unit of text.
-    """
+    """The slices of each stream; every record of the corpus is in exactly one of them. `shard_sizes` have any common
+    unit."""
     shards = permuted(range(len(shard_sizes)), "deal", seed)
     whole = [[Slice(shard, 0, 1) for shard in shards[stream::num_streams]] for stream in range(num_streams)]
     loads = [sum(shard_sizes[part.shard] for part in slices) for slices in whole]
@@ -60,10 +58,10 @@ def deal_slices(shard_sizes: Sequence[int], num_streams: int, seed: int) -> list
 
 
 def slice_order(slices: list[Slice], seed: int, epoch: int, stream: int) -> list[Slice]:
-    """The order in which a stream reads its slices in an epoch."""
+    """The slices of a stream in the order in which it reads them in an epoch."""
     return permuted(slices, "slices", seed, epoch, stream)
 
 
 def block_order(indices: list[int], seed: int, epoch: int, part: Slice) -> list[int]:
-    """Positions into `indices` (record indices of one block) in shuffled order."""
+    """A permutation of range(len(indices)), for the block of slice `part` that has these record indices."""
     return permuted(range(len(indices)), "block", seed, epoch, part.shard, part.offset, part.step, indices[0])

@@ -1,8 +1,8 @@
-"""Texts -> their different pieces, and back: ids of the pieces -> ids of the texts.
+"""Texts -> their distinct pieces, and back: ids of the pieces -> ids of the texts.
 
-Where a text is cut depends on neighbouring bytes, by a table: most often between a word and the white space behind
-it, so that `a new word` has the pieces `a`, ` new` and ` word`. Both ways are some passes over arrays, without a Python
-object for each word.
+A table says between which bytes a text is cut: mostly between a word and the white space after it, so that `a new word`
+has the pieces `a`, ` new` and ` word`. Both directions take a few passes over arrays, without a Python object for each
+word.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ _IS_SPACE = np.isin(np.arange(256), list(WHITE_SPACE))
 
 
 class Pieces(NamedTuple):
-    """The pieces of some texts, each different one once."""
+    """The pieces of some texts."""
 
-    different: list[str]
-    which: NDArray[np.int32]  # for each piece of each text in turn, its number in `different`
+    distinct: list[str]
+    which: NDArray[np.int32]  # for each piece of each text in turn, its index in `distinct`
     ends: NDArray[np.int64]  # number of pieces up to the end of each text
 
 
 def cut(texts: Sequence[str], rule: NDArray[np.uint8]) -> Pieces:
-    """Cut texts, none of them empty, by a rule: (256, 256), for a byte and the one behind it, KEEP, CUT or CUT_AT_END.
+    """The pieces of texts, none of them empty.
 
-    It must keep the bytes of a character together.
+    rule: (256, 256), KEEP, CUT or CUT_AT_END for a byte and the next one; it must not cut inside a character.
     """
     import pyarrow  # 0.1 s and 25 MB that not every run needs
 
@@ -48,11 +48,11 @@ def cut(texts: Sequence[str], rule: NDArray[np.uint8]) -> Pieces:
 
 
 def join(ids: list[bytes], pieces: Pieces) -> list[NDArray[np.int32]]:
-    """The ids of each text, from those of each different piece (int32)."""
-    lengths_of_different = np.array([len(packed) // 4 for packed in ids])
-    starts_of_different = np.cumsum(lengths_of_different) - lengths_of_different
-    lengths = lengths_of_different[pieces.which]
+    """The ids of each text, from the packed int32 ids of each distinct piece."""
+    distinct_lengths = np.array([len(packed) // 4 for packed in ids])
+    distinct_starts = np.cumsum(distinct_lengths) - distinct_lengths
+    lengths = distinct_lengths[pieces.which]
     ends = np.cumsum(lengths)
-    shifts = starts_of_different[pieces.which] - (ends - lengths)
+    shifts = distinct_starts[pieces.which] - (ends - lengths)
     joined = np.frombuffer(b"".join(ids), np.int32)[np.arange(ends[-1]) + np.repeat(shifts, lengths)]
     return np.split(joined, ends[pieces.ends[:-1] - 1])

@@ -4,11 +4,10 @@ after it.
 The rows of global batch k depend on (seed, k) alone. Documents are dealt to L logical streams (order.py), L being the
 largest divisor of global_batch_size (G) that is at most num_streams. Row i of every batch comes from stream i // (G /
 L), and rank r of W owns the streams r * L / W to (r + 1) * L / W - 1. Hence two ranks train the curve of one, and a
-run may be continued on another number of ranks.
+run may continue on another number of ranks.
 
-Every stream goes through its own documents once an epoch and then begins again in another order (logical_stream.py).
-Batch.state holds the position of every stream of this rank after the batch, because the stream itself runs ahead in a
-background thread.
+Every stream reads its own documents once an epoch, in another order each time (logical_stream.py). Batch.state holds
+the position of every stream of this rank after the batch, because the stream itself runs ahead in a background thread.
 """
 
 import logging
@@ -19,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
-from sltrain.data.logical_stream import Ids, LogicalStream, Position
+from sltrain.data.logical_stream import LogicalStream, Position
 from sltrain.data.order import deal_slices, num_logical_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
@@ -52,11 +51,12 @@ class TrainStream:
     Args:
         seed: decides the order together with global_batch_size and num_streams.
         padding: truncate_pad or pack.
+        shuffle_block: documents shuffled together.
         holdout_every: one document in this many is never trained on (0: all are).
         prefetch: batches kept ready.
 
-    Raises ValueError (also DataError) for what the user can mend; the iterator raises DataError or NetworkError when
-    the corpus gives out.
+    Raises ValueError (also DataError) for settings and corpora that cannot be used; iterating raises DataError or
+    NetworkError when the corpus fails.
     """
 
     def __init__(
@@ -76,21 +76,26 @@ class TrainStream:
         prefetch: int = 4,
     ) -> None:
         check_row_shape(padding, seq_len)
-        _check_dealing(shuffle_block, holdout_every)
-        num_logical = _shared_streams(global_batch_size, num_streams, world_size)
+        if shuffle_block < 1 or holdout_every < 0 or holdout_every == 1:
+            raise ValueError(
+                f"data.shuffle_block is {shuffle_block} and data.holdout_every is {holdout_every}; the first must be "
+                "at least 1, the second 0 (nothing is held out) or at least 2"
+            )
+        num_logical = num_logical_streams(global_batch_size, num_streams)
+        if num_logical % world_size:
+            raise ValueError(
+                f"{world_size} ranks cannot share {num_logical} data streams evenly (the largest divisor of "
+                f"global_batch_size={global_batch_size} up to data.num_streams={num_streams}); make both of them "
+                f"multiples of {world_size}"
+            )
         source.check()
         self.source = source
         self.tokenizer = tokenizer
-        self.seed = seed
-        self.seq_len = seq_len
-        self.padding = padding
-        self.shuffle_block = shuffle_block
-        self.holdout_every = holdout_every
-        self.prefetch = prefetch
         self.rows_per_stream = global_batch_size // num_logical
+        self.prefetch = prefetch
         self._slices = deal_slices(source.shard_sizes(), num_logical, seed)
         self._own = range(rank * num_logical // world_size, (rank + 1) * num_logical // world_size)
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "corpus": source.fingerprint(),
             "tokenizer": tokenizer.fingerprint(),
             "seed": seed,
@@ -113,18 +118,18 @@ class TrainStream:
         return batch
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the next batch, at most so long; whether `next` would return at once. A lost network can take
-        minutes."""
+        """Wait up to `seconds` for the next batch; return whether `next` would return at once. Retries on a lost
+        network can take minutes."""
         return self._running().wait(seconds)
 
     def state_dict(self) -> State:
-        """The state of the last batch given out. Those of all ranks, merged, are the state of the run."""
+        """The state after the last batch returned. Those of all ranks, merged, are the state of the run."""
         return self._state
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the batch that carried `state`; it must hold this rank's streams and may hold the others'.
+        """Continue after the batch that carried `state`, which holds this rank's streams and may hold others.
 
-        Raises ValueError if the corpus or a setting that decides the rows is another one.
+        Raises ValueError if the corpus or a setting that decides the rows has changed.
         """
         for key, new in self._identity.items():
             old = state.get(IDENTITY, {}).get(key)
@@ -137,7 +142,7 @@ class TrainStream:
         self._state = self._stamp({number: Position(**state[str(number)]) for number in self._own})
 
     def close(self) -> None:
-        """Stop the background thread. Iterating again goes on after the last batch given out."""
+        """Stop the background thread. Iterating again continues after the last batch returned."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -148,55 +153,37 @@ class TrainStream:
         return self._ahead
 
     def _batches(self, state: State) -> Iterator[Batch]:
-        """The batches after `state`. Shares nothing that changes with the consumer, which runs in another thread."""
-        streams = [self._logical_stream(number, Position(**state[str(number)])) for number in self._own]
+        """The batches after `state`. Runs in the background thread, so it shares nothing mutable with the consumer."""
+        seq_len, is_packed = self._identity["seq_len"], self._identity["padding"] == "pack"
+        holdout_every = self._identity[HOLDOUT]
+        streams = [
+            LogicalStream(
+                self.source,
+                number,
+                self._slices[number],
+                self._identity["seed"],
+                self._identity["data.shuffle_block"],
+                encode=lambda texts: self.tokenizer.encode_batch(texts, None if is_packed else seq_len),
+                keep=lambda text: not is_held_out(text, holdout_every),
+                at=Position(**state[str(number)]),
+            )
+            for number in self._own
+        ]
         last_epoch = max(stream.at.epoch for stream in streams)
         while True:
-            rows = [self._row(stream) for stream in streams for _ in range(self.rows_per_stream)]
+            rows = [
+                stream.packed_row(seq_len) if is_packed else stream.truncated_row()
+                for stream in streams
+                for _ in range(self.rows_per_stream)
+            ]
             epoch = max(stream.at.epoch for stream in streams)
             if epoch > last_epoch:
                 last_epoch = epoch
-                logger.info(f"epoch {epoch + 1} of the data begins: its documents come again in another order")
-            input_ids, labels = rows_to_tensors(rows, self.seq_len, self.tokenizer.pad_id)
+                logger.info(f"epoch {epoch + 1} of the data begins: the same documents in another order")
+            input_ids, labels = rows_to_tensors(rows, seq_len, self.tokenizer.pad_id)
             num_tokens = sum(map(len, rows))
             stamp = self._stamp({stream.number: stream.at for stream in streams})
             yield Batch(input_ids, labels, num_tokens, num_tokens - len(rows), epoch, stamp)
 
-    def _logical_stream(self, number: int, at: Position) -> LogicalStream:
-        max_len = self.seq_len if self.padding == "truncate_pad" else None
-        return LogicalStream(
-            self.source,
-            number,
-            self._slices[number],
-            self.seed,
-            self.shuffle_block,
-            encode=lambda texts: self.tokenizer.encode_batch(texts, max_len),
-            keep=lambda text: not is_held_out(text, self.holdout_every),
-            at=at,
-        )
-
-    def _row(self, stream: LogicalStream) -> Ids:
-        return stream.packed_row(self.seq_len) if self.padding == "pack" else stream.truncated_row()
-
     def _stamp(self, positions: dict[int, Position]) -> State:
         return {IDENTITY: self._identity, **{str(number): asdict(at) for number, at in positions.items()}}
-
-
-def _check_dealing(shuffle_block: int, holdout_every: int) -> None:
-    if shuffle_block < 1 or holdout_every < 0 or holdout_every == 1:
-        raise ValueError(
-            f"data.shuffle_block is {shuffle_block} and data.holdout_every is {holdout_every}; "
-            "the first must be at least 1, the second 0 (nothing is held out) or at least 2"
-        )
-
-
-def _shared_streams(global_batch_size: int, num_streams: int, world_size: int) -> int:
-    """The number of logical streams; ValueError if the ranks cannot share them evenly."""
-    num_logical = num_logical_streams(global_batch_size, num_streams)
-    if num_logical % world_size:
-        raise ValueError(
-            f"{world_size} ranks cannot share {num_logical} data streams evenly (the largest divisor of "
-            f"global_batch_size={global_batch_size} up to data.num_streams={num_streams}); make both of them "
-            f"multiples of {world_size}"
-        )
-    return num_logical

@@ -1,16 +1,14 @@
-"""What a method does between updates: merge factors, restart moments, change masks; and phases, after which the model
-has other parameters.
+"""What a method does between updates. An action changes values (merges factors, resets moments, redraws masks); a phase
+changes the structure (parameters join or are frozen).
 
-    update k -> phases and actions that are due after update k -> evaluation, then checkpoint, of step k
+    update k -> phases, then actions, due after update k -> evaluation, then checkpoint, of step k
 
-So the checkpoint of step k holds what its actions left, and a run resumed from it does none of them twice. Random
-numbers come from a generator seeded by (seed, name of the action, step): every rank draws the same, and a resumed run
-needs no state of a generator.
+The checkpoint of step k thus contains what its actions did, and a resumed run repeats none of them. Random numbers come
+from a generator seeded by (seed, name of the action, step): all ranks draw the same, and no generator state is saved.
 
-An action changes values, or resets optimizer state. A phase changes the structure: parameters join, or are frozen. When
-it begins, the optimizer is built again for the model as it now is, by the code that built it at the start, and gets
-its state back by name; new parameters start without. On resume the counters are read first, `change` is applied for
-every phase that has begun, still on the meta device, and then memory is allocated and the checkpoint read.
+A phase builds a new optimizer for the changed model, by the code that built the first one, and gives it the old state
+by parameter name; new parameters start without. On resume, every phase that has begun applies `change` to the model on
+the meta device; only then is memory allocated and the checkpoint read.
 
     def actions(self, running):
         def merge(moment):
@@ -30,15 +28,15 @@ from torch import nn
 
 
 class Stateful(Protocol):
-    """An object whose state survives a restart: the optimizer, what an action keeps."""
+    """An object whose state is saved in checkpoints: the optimizer, or what an action keeps."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data by name; the tensors may be the object's own."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state. Its tensors are on the CPU; where the model is elsewhere they are views of a file, so
-        those that stay on the CPU have to be copied. Raises ValueError for the state of another kind of object."""
+        """Restore a state. Its tensors are on the CPU; unless the model is there too they are views of a file, so a
+        tensor that stays on the CPU must be copied. Raises ValueError for the state of another kind of object."""
 
 
 @dataclass(frozen=True)
@@ -51,42 +49,41 @@ class Moment:
 
 @dataclass(frozen=True)
 class Action:
-    """Something done to weights or optimizer state after some updates."""
+    """A change of weights or optimizer state after some updates."""
 
-    name: str  # unique among the actions of a run
-    is_due: Callable[[int], bool]  # step -> whether it is done after this update; see `every`, `at`
-    apply: Callable[[Moment], None]  # under no_grad; equal on all ranks
-    temporary_bytes: int = 0  # memory that it takes while it works, for the plan
-    state: Stateful | None = None  # kept in checkpoints under the action's name
+    name: str  # unique in a run
+    is_due: Callable[[int], bool]  # step -> whether it happens after this update; see `every`, `at`
+    apply: Callable[[Moment], None]  # under no_grad; must do the same on all ranks
+    temporary_bytes: int = 0  # memory it takes while it works, for the plan
+    state: Stateful | None = None  # saved in checkpoints under the action's name
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run with a structure of its own. It begins after update `after`, before that step's actions."""
+    """A part of the run with its own structure. It begins after update `after`, before that step's actions."""
 
     name: str
     after: int  # updates; 0: before the first
-    change: Callable[[nn.Module], None]  # makes or freezes parameters, without values; also on the meta device
-    start: Callable[[nn.Module, torch.Generator], None] = lambda model, generator: None  # gives new parameters values
+    change: Callable[[nn.Module], None]  # adds or freezes parameters, without values; also on the meta device
+    start: Callable[[nn.Module, torch.Generator], None] = lambda model, generator: None  # fills new parameters
 
 
 @dataclass(frozen=True)
 class Running:
-    """What the actions of a method may work on. A plan asks for them with a model on the meta device, and applies
-    none."""
+    """What a method's actions work on. A plan builds them for a model on the meta device and never applies them."""
 
     model: nn.Module
     max_steps: int
-    reset_state: Callable[[Iterable[str]], None] = lambda names: None  # optimizer state of these parameters -> as new
+    reset_state: Callable[[Iterable[str]], None] = lambda names: None  # drops the optimizer state of these parameters
 
 
 def every(interval: int) -> Callable[[int], bool]:
-    """After every `interval` updates; never for 0."""
+    """Due after every `interval` updates; never for 0."""
     return lambda step: interval > 0 and step % interval == 0
 
 
 def at(*steps: int) -> Callable[[int], bool]:
-    """After each of these updates."""
+    """Due after each of these updates."""
     return lambda step: step in steps
 
 
@@ -101,22 +98,19 @@ def generator_for(seed: int, name: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
+@dataclass
 class Schedule:
-    """The actions of a run, done when they are due.
+    """The actions and phases of a run. `enter(phase, generator)` changes the model and rebuilds the optimizer."""
 
-    `enter(phase, generator)` makes a phase's structure the run's: it changes the model and builds the optimizer again.
-    """
+    actions: Sequence[Action] = ()
+    phases: Sequence[Phase] = ()
+    seed: int = 0
+    enter: Callable[[Phase, torch.Generator], None] = lambda phase, generator: None
+    is_acting: bool = False  # while some weights are changed and others not yet, also after an error in that
 
-    def __init__(
-        self,
-        actions: Sequence[Action] = (),
-        phases: Sequence[Phase] = (),
-        seed: int = 0,
-        enter: Callable[[Phase, torch.Generator], None] = lambda phase, generator: None,
-    ) -> None:
-        names = [action.name for action in actions] + [phase.name for phase in phases]
+    def __post_init__(self) -> None:
+        names = [action.name for action in self.actions] + [phase.name for phase in self.phases]
         assert len(names) == len(set(names)), f"actions and phases of one name: {names}"
-        self.actions, self.phases, self.seed, self.enter = list(actions), list(phases), seed, enter
 
     def is_due(self, step: int) -> bool:
         """Whether anything happens after update `step`."""
@@ -124,14 +118,16 @@ class Schedule:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Begin the phases and do the actions that are due after update `step`."""
+        """Begin the phases, then apply the actions, that are due after update `step`."""
+        self.is_acting = True
         for phase in self.phases:
             if phase.after == step:
                 self.enter(phase, generator_for(self.seed, phase.name, step))
         for action in self.actions:
             if action.is_due(step):
                 action.apply(Moment(step, generator_for(self.seed, action.name, step)))
+        self.is_acting = False
 
     def stateful(self) -> dict[str, Stateful]:
-        """What of the actions is kept in checkpoints, by name."""
+        """The states of actions that checkpoints save, by name."""
         return {f"action/{action.name}": action.state for action in self.actions if action.state is not None}

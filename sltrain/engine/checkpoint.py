@@ -3,15 +3,13 @@
     run_dir/checkpoints/step_00000100/
         model.safetensors  parameters and persistent buffers, the indices of S among them
         optimizer.pt       the optimizer's state by parameter name (optim/named_state.py); and NAME.pt for every other
-                           object that has a state of its own
-        state.json         step, counters, position of the data stream: the plain data that the caller hands in
+                           object with a state of its own
+        state.json         step, counters, position of the data stream: plain data from the caller
         manifest.json      size and SHA-256 of the others, written last
     run_dir/checkpoints/latest  symbolic link to the newest, for people and shells
 
-A folder with such a name is always complete (sealed_folder.py), and nothing older is deleted before it is there. If the
-disk damages one later, the one before takes over.
-
-Only one process (rank 0) saves and searches; every rank loads.
+A folder of such a name is always complete (sealed_folder.py), and older ones are deleted only after it is. If the disk
+damages it later, the one before is used. Only rank 0 saves and searches; every rank loads.
 """
 
 import contextlib
@@ -25,14 +23,7 @@ from typing import Any
 from torch import nn
 
 from sltrain.engine.actions import Stateful
-from sltrain.engine.checkpoint_files import (
-    ADVICE,
-    CheckpointError,
-    load_model,
-    load_object,
-    save_model,
-    save_object,
-)
+from sltrain.engine.checkpoint_files import ADVICE, CheckpointError, load_model, load_object, save_model, save_object
 from sltrain.engine.sealed_folder import (
     disk_reason,
     find_damage,
@@ -46,7 +37,6 @@ from sltrain.engine.sealed_folder import (
 logger = logging.getLogger(__name__)
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "state.json"
-OBJECT_SUFFIX = ".pt"
 
 # `.old` exists only while a checkpoint of the same step is replaced; it counts as a checkpoint, a `.tmp` never does.
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
@@ -56,9 +46,9 @@ class Checkpointer:
     """Saves into and loads from `run_dir/checkpoints`.
 
     Args:
-        run_dir: the run's folder; made when the first checkpoint is saved.
-        keep_last: how many checkpoints stay after a save; 0 or None keeps all.
-        to_train: False if only the model is read, so that the other objects' files need not be there.
+        run_dir: the run's folder, created by the first save.
+        keep_last: how many checkpoints remain after a save; 0 or None keeps all.
+        to_train: False to read only the model: the other objects' files may then be missing.
     """
 
     def __init__(self, run_dir: Path, keep_last: int | None, to_train: bool = True) -> None:
@@ -67,14 +57,15 @@ class Checkpointer:
         self.to_train = to_train
 
     def save(self, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step` (updates done) and return its folder.
+        """Write the checkpoint of `step` (updates done) and return its folder; one of the same step is replaced.
 
-        `objects` are what has a state besides the model, by name: the optimizer, what actions keep. `state` is JSON
-        data (so its dict keys are strings); `step` is added to it. DDP and torch.compile wrappers around the model are
-        looked through. A checkpoint of the same step is replaced.
+        Args:
+            model: may be wrapped in DDP and torch.compile.
+            objects: everything else with a state, by name: the optimizer, what actions keep.
+            state: JSON data (so its dict keys are strings); `step` is added.
 
-        Raises CheckpointError when the disk refuses (full, over quota, read-only): what was half written is removed and
-        the checkpoints that were there are untouched.
+        Raises CheckpointError when the disk refuses (full, over quota, read-only); earlier checkpoints are untouched
+        and no partial one remains.
         """
         final = self.folder / f"step_{step:08d}"
 
@@ -93,31 +84,30 @@ class Checkpointer:
                 raise
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {reason}. "
-                "Earlier ones are untouched: make room there, or lower keep_last, and start the same command again."
+                "Earlier ones are untouched: free space there, or lower keep_last, and start the same command again."
             ) from error
         self._prune(step)
         return final
 
     def find_latest(self) -> Path | None:
-        """The newest checkpoint whose files all match its manifest; None if there is no checkpoint at all. Each damaged
-        newer one is named in a warning and skipped. Raises CheckpointError if all are damaged: training must not start
-        over them unasked."""
+        """The newest checkpoint whose files all match its manifest; None if there are no checkpoints. A warning names
+        each damaged newer one. Raises CheckpointError if all are damaged: nobody asked to start over."""
         candidates = self._list()
         for _, path in reversed(candidates):
             problem = self._find_damage(path)
             if problem is None:
                 return path
-            logger.warning(f"checkpoint {path} is damaged ({problem}): looking for the one before it.")
+            logger.warning(f"checkpoint {path} is damaged ({problem}): trying the one before it.")
         if candidates:
-            anew = ", or delete that folder to start anew" if self.to_train else ""
-            raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{anew}.")
+            start_over = ", or delete that folder to start over" if self.to_train else ""
+            raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{start_over}.")
         return None
 
     def find(self, step: int) -> Path:
         """The checkpoint of `step`. Raises CheckpointError if there is none, or if it does not match its manifest."""
         paths = dict(self._list())  # of two with the same step the replacement comes last
         if step not in paths:
-            steps = ", ".join(str(known) for known in paths) or "none at all"
+            steps = ", ".join(map(str, paths)) or "none at all"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; there are: {steps}")
         problem = self._find_damage(paths[step])
         if problem is not None:
@@ -125,10 +115,11 @@ class Checkpointer:
         return paths[step]
 
     def load(self, path: Path, model: nn.Module, objects: Mapping[str, Stateful] | None) -> dict[str, Any]:
-        """Fill the model, and these objects unless None, from the folder `path`; return the saved state and "step".
+        """Load the folder `path` into the model and, unless None, into these objects; return the saved state with
+        "step".
 
-        Raises CheckpointError when a tensor's name, shape or dtype differs, when it holds the state of other objects,
-        or when a file cannot be read. If it is the model's file that differs, the model is untouched.
+        Raises CheckpointError when a tensor's name, shape or dtype differs (the model is then untouched), when it
+        holds the state of other objects, or when a file cannot be read.
         """
         path = Path(path)
         try:
@@ -141,12 +132,12 @@ class Checkpointer:
             return self.read_state(path)
         except (CheckpointError, AssertionError):
             raise
-        except Exception as error:  # unpickling a file that is not ours can raise anything
+        except Exception as error:  # unpickling a foreign file can raise anything
             raise CheckpointError(f"checkpoint {path} could not be loaded: {first_line(error)}") from error
 
     @staticmethod
     def read_state(path: Path) -> dict[str, Any]:
-        """The plain data of the checkpoint in the folder `path`, and "step"."""
+        """The plain data of the checkpoint in the folder `path`, with "step"."""
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         return state
 
@@ -155,9 +146,8 @@ class Checkpointer:
 
     def _list(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint by name, oldest first; a replaced one comes before its replacement."""
-        if not self.folder.is_dir():
-            return []
-        found = [(match, path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = [(match, path) for path in entries if (match := _NAME.fullmatch(path.name))]
         found.sort(key=lambda item: (int(item[0][1]), item[0][2] is None))
         return [(int(match[1]), path) for match, path in found]
 
@@ -173,15 +163,14 @@ class Checkpointer:
 
 
 def object_file(name: str) -> str:
-    """The file of an object: action.pool.pt for one called action/pool."""
-    return f"{name.replace('/', '.')}{OBJECT_SUFFIX}"
+    """The file of an object: action.pool.pt for action/pool."""
+    return f"{name.replace('/', '.')}.pt"
 
 
 def _refuse_other_objects(path: Path, objects: Mapping[str, Stateful]) -> None:
-    """CheckpointError naming the first object whose state only the run or only the checkpoint has, if there is one."""
+    """Raise CheckpointError, naming it, for an object whose state only the run or only the checkpoint has."""
     wanted = {object_file(name) for name in objects}
-    found = {name for name in sealed_files(path) if name.endswith(OBJECT_SUFFIX)}
+    found = {name for name in sealed_files(path) if name.endswith(".pt")}
     for name in sorted(found ^ wanted):
-        what = "has no" if name in wanted else "also has"
-        which = "which this run needs" if name in wanted else "which this run does not know"
-        raise CheckpointError(f"checkpoint {path} {what} {name}, {which}. {ADVICE}")
+        what = f"has no {name}, which this run needs" if name in wanted else f"has {name}, unknown to this run"
+        raise CheckpointError(f"checkpoint {path} {what}. {ADVICE}")

@@ -1,12 +1,11 @@
 """The files of a checkpoint: a model's tensors in safetensors, the state of any other object by torch.save.
 
-Tensors are read one by one into the memory that the model already holds, and nothing is ever cast. Other files are
-loaded with weights_only=True: code in them is not run.
+Tensors are read one by one into the memory that the model already holds, and never cast. Other files are loaded with
+weights_only=True: code in them is not run.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,35 +15,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sltrain.engine.actions import Stateful
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-ADVICE = "Give the settings it was made with, or another run_dir."
+ADVICE = "Use the settings it was made with, or another run_dir."
+SAFETENSORS_TYPES = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "BOOL": "bool"}  # before the digits
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, read, or belongs to another model. The message is for the user."""
+    """A checkpoint cannot be written or read, or belongs to another model. The message is for the user."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile wrappers, however they are nested."""
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if inner is None:
             return model
+        model = inner
 
 
 def save_model(path: Path, model: nn.Module) -> None:
@@ -62,10 +47,10 @@ def load_model(path: Path, model: nn.Module) -> None:
         found = {}
         for name in file.keys():
             part = file.get_slice(name)
-            dtype = part.get_dtype()
-            found[name] = _describe(SAFETENSORS_DTYPES.get(dtype, dtype), part.get_shape())
-        wanted = {name: _describe(tensor.dtype, tensor.shape) for name, tensor in expected.items()}
-        _refuse_differences(path, wanted, found)
+            letters = part.get_dtype().rstrip("0123456789")
+            dtype = part.get_dtype().replace(letters, SAFETENSORS_TYPES.get(letters, letters))
+            found[name] = f"{dtype} {tuple(part.get_shape())}"
+        _refuse_differences(path, expected, found)
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(file.get_tensor(name))
@@ -78,12 +63,10 @@ def save_object(path: Path, stateful: Stateful) -> None:
 
 
 def load_object(path: Path, stateful: Stateful, is_on_cpu: bool) -> None:
-    """Give the object the state in the file.
+    """Load the state in the file into the object. Raises CheckpointError for the state of another object.
 
-    A mapped file keeps the ranks of one machine from each holding a copy on its way to the GPU. On the CPU the loaded
-    tensors may become the state, and must not depend on a file that keep_last deletes.
-
-    Raises CheckpointError for the state of another object.
+    On its way to a GPU the file is mapped, so that the ranks of a machine do not each hold a copy. On the CPU the
+    loaded tensors may become the state, which must not depend on a file that keep_last deletes.
     """
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=not is_on_cpu)
     try:
@@ -103,15 +86,12 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _describe(dtype: object, shape: Any) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
-
-
-def _refuse_differences(path: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """CheckpointError naming the first tensor that differs, if one does. Values are dtypes and shapes in words."""
+def _refuse_differences(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, str]) -> None:
+    """Raise CheckpointError, naming the first, if tensors differ from `found`: dtypes and shapes in words."""
+    expected = {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}
     names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if names:
-        want, have = (tensors.get(names[0], "no such tensor") for tensors in (expected, found))
+        want, have = (described.get(names[0], "no such tensor") for described in (expected, found))
         rest = f" ({len(names) - 1} more tensors differ)" if len(names) > 1 else ""
         raise CheckpointError(
             f"checkpoint of another model: {names[0]}: this run expects {want}, {path} has {have}{rest}. {ADVICE}"

@@ -1,8 +1,7 @@
-"""The processes of one run: who am I, how many are we, and the few collective operations a run needs.
+"""The processes of one run: this one's rank, the world size, and the few collective operations a run needs.
 
-torchrun describes the processes in environment variables, which a run reads here and nowhere else. Without them it is
-one process and every operation here is the identity. Numbers and Python objects travel over gloo on the host,
-gradients over NCCL (CUDA) or gloo (CPU).
+torchrun describes the processes in environment variables. Without them there is one process and every collective is
+the identity. Numbers and Python objects travel over gloo on the host, gradients over NCCL (CUDA) or gloo (CPU).
 """
 
 import os
@@ -21,16 +20,15 @@ T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process for `auto`, `cpu` or `cuda`; with CUDA, the GPU of its local rank. Raises
-    ValueError if there is none."""
+    """The device of this process for `auto`, `cpu` or `cuda` (the GPU of its local rank). Raises ValueError if there is
+    none."""
     available = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
     if not available:
         raise ValueError("device=cuda, but this machine shows no CUDA GPU to PyTorch; use device=cpu or device=auto")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
         raise ValueError(
             f"local rank {local_rank} has no GPU of its own: {count} visible; start at most {count} processes a node"
         )
@@ -38,7 +36,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class ToldByAnotherRank(ValueError):
-    """Another rank failed and reports why; this rank ends with it, silently."""
+    """Another rank failed and reports why; this rank ends silently."""
 
     told_by_another_rank = True
 
@@ -53,7 +51,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: torch.device) -> "Ranks":
-        """Join the processes that torchrun started, or be the only one."""
+        """Join the processes that torchrun started; without torchrun, the only one."""
         ranks = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -77,7 +75,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: list[int]) -> list[int]:
-        """Element-wise sum over all ranks of a few integers (token counts, flags)."""
+        """Element-wise sum of a few integers (token counts, flags) over all ranks."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.int64)
@@ -100,24 +98,14 @@ class Ranks:
 
     def on_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; its ValueError or OSError is raised on every rank."""
-        if self.world_size == 1:
-            return make()
-        answer: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                answer[0] = make()
-            except (ValueError, OSError) as error:
-                answer[1] = str(error)
-                dist.broadcast_object_list(answer, src=0)
-                raise
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise ToldByAnotherRank(answer[1])
+        answer: list[Any] = [self.everywhere(lambda: make() if self.is_main else None)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer, src=0)
         return answer[0]
 
     def everywhere(self, make: Callable[[], T]) -> T:
-        """`make()` on every rank. If it raises ValueError or OSError on some rank, all ranks fail, and the first such
-        rank reports it. `make` must not communicate."""
+        """`make()` on every rank. If it raises ValueError or OSError on some rank, all ranks fail and the first failing
+        one reports it. `make` must not communicate."""
         result, error = None, None
         try:
             result = make()
@@ -134,8 +122,8 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks during backward. Buffers are never sent: supports are
-        equal by construction."""
+        """The model in DDP, which averages gradients over ranks during backward; bare for one rank. Buffers are not
+        sent: supports are equal by construction."""
         if self.world_size == 1:
             return model
         buffers = [name for name, _ in model.named_buffers()]
@@ -143,12 +131,6 @@ class Ranks:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def bucket_bytes(self, model: nn.Module) -> int:
-        """What DDP holds all the time for the gradients of a model that `wrap` returned."""
-        if not isinstance(model, DistributedDataParallel):
-            return 0
-        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Backward inside this context adds to the local gradients without averaging them over ranks."""
+        """Inside this context backward adds to the local gradients without averaging them over ranks."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -2,11 +2,11 @@
 
     perplexity = exp(sum of token losses / number of predicted tokens)
 
-`perplexity_galore_protocol` is the number of the harness behind the published tables of this protocol: each rank adds
-up the mean losses of its n batches but divides by n + 1, and the ranks' results are averaged. It reads about 2 % low
-at n = 180 and far lower at small n, so it compares only with a table made with the same batches: as many ranks and
-sequences a batch (micro_batch_size) as the paper used, and 10M tokens. `bits_per_byte` does not depend on the
-tokenizer: the same sum of losses, in bits, over the UTF-8 bytes that the predicted tokens stand for.
+`perplexity_galore_protocol` follows the harness of the published tables: each rank adds up the mean losses of its n
+batches but divides by n + 1, and the ranks' results are averaged. It reads about 2 % low at n = 180 and far lower at
+small n, so it compares only with a table made with the same batches: the paper's number of ranks and sequences a batch
+(micro_batch_size), and 10M tokens. `bits_per_byte` does not depend on the tokenizer: the same sum of losses, in bits,
+over the UTF-8 bytes of the predicted tokens.
 """
 
 import math
@@ -26,11 +26,10 @@ from sltrain.numeric import IGNORED_LABEL
 def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """Loss of `model` (what a micro-batch holds -> summed token loss) over batches with input_ids, labels (rows,
-    seq_len) and num_bytes.
+    """Validation numbers of `model` (a micro-batch's tensors -> summed token loss), equal on all ranks. Each rank has
+    its own batches, any number of them, with input_ids and labels (rows, seq_len) and num_bytes.
 
-    Every rank gives its own batches, as many as it has; the result is the same on all. None if `should_stop` became
-    true on some rank: half an evaluation is no number.
+    None if `should_stop` became true on some rank. Raises ValueError if no rank has a token to predict.
     """
     training = model.training
     model.eval()
@@ -48,7 +47,7 @@ def evaluate(
             [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
         )
     model.train(training)
-    totals[3] /= totals[4] + 1  # of this rank: each takes the mean over its own batches
+    totals[3] /= totals[4] + 1  # each rank averages over its own batches
     totals[6] = totals[4] > 0
     loss_sum, num_targets, num_bytes, galore_losses, _, num_stopped, num_ranks = ranks.sum_(totals).tolist()
     if num_stopped:

@@ -1,6 +1,6 @@
-"""The cadence of a run: step, log, evaluate, save, stop. What each of these does is the trainer's business.
+"""The cadence of a run: when it steps, logs, evaluates, saves and stops; trainer.py defines how.
 
-A run ends in one of five ways; in all of them what was trained is saved, except when the updates themselves broke.
+A run ends in one of five ways, and saves what was trained unless the updates themselves broke.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Outcome(Enum):
     """How a run ended."""
 
     FINISHED = "finished"
-    INTERRUPTED = "interrupted"  # a signal asked for it; what was trained was saved
+    INTERRUPTED = "interrupted"  # by a signal; what was trained was saved
     DATA_LOST = "data lost"  # the stream broke; what was trained was saved
     OUT_OF_MEMORY = "out of memory"  # saved, unless an update broke off halfway
     DIVERGED = "diverged"  # too many updates in a row were not finite
@@ -37,20 +37,18 @@ def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    trainer.rescue()  # here, where the error and the tensors of its frames are gone
+    trainer.rescue()  # outside `except`: the error would keep the tensors of its frames
     return Outcome.OUT_OF_MEMORY
 
 
 def _run(trainer: Trainer, cadence: Cadence) -> Outcome:
-
     def is_due(every: int) -> bool:
         return every > 0 and trainer.step > 0 and trainer.step % every == 0
 
     while True:
         is_last = trainer.step == cadence.max_steps
-        # Evaluation comes before saving, so that a checkpoint knows that its step was evaluated and a resumed run
-        # does not do it twice.
-        if is_due(cadence.eval_every) and not is_last and trainer.evaluated_step < trainer.step:
+        # Evaluate before saving: the checkpoint then records it, and a resumed run does not evaluate again.
+        if is_due(cadence.eval_every) and not is_last and trainer.progress.evaluated_step < trainer.step:
             trainer.evaluate("eval")
         if is_due(cadence.checkpoint_every) or is_last:
             trainer.save()

@@ -1,13 +1,15 @@
 """Memory of the training process: the peak of the process, the peak of its tensors, and what is free.
 
-The process. CUDA: the most bytes that tensors held at once (torch's allocator), and the most it had reserved from the
+The process. CUDA: the most bytes that tensors held at once (torch's allocator), and the most it reserved from the
 device. CPU: the most physical memory the process held (VmHWM of /proc/self/status), Python and its libraries included.
-Linux can reset that mark; elsewhere the peak of the whole process so far stands in for it.
+Linux can reset that mark; elsewhere the peak of the whole process so far is reported.
 
-The tensors. That is what a memory plan foretells. On CUDA it is the same number. A CPU's allocator keeps no such mark,
-so torch's profiler writes down what is allocated and freed during one update.
+The tensors. This is the number a memory plan predicts. On CUDA it is the allocator's. A CPU's allocator has no such
+mark, so torch's profiler records what is allocated and freed during one update.
 """
 
+import contextlib
+import logging
 import os
 import re
 import resource
@@ -20,61 +22,64 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+MEASURED_UPDATE = 3  # of a process: the first creates the optimizer's state, the second DDP's final buckets
+MAX_PROFILED_MICRO_BATCHES = 4  # of the measured update: each produces tens of thousands of records
 
 
 class PeakMemory:
     """Peak memory on `device` since construction or the last `reset`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._is_cuda = device.type == "cuda"
         self.measure = "cuda max_memory_allocated" if self._is_cuda else "peak resident size"
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new measurement, so that one sweep job does not inherit the peak of the one before."""
+        """Start a new measurement, so that a sweep job does not report the peak of an earlier one."""
         if self._is_cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
             return
-        try:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak remains that of the whole process
             _CLEAR_REFS.write_text("5")  # man 5 proc: sets VmHWM back to the present size
-        except OSError:
-            pass  # not Linux, or not allowed: the peak stays that of the whole process
 
     def peak_bytes(self) -> int:
         """The peak, in bytes."""
-        return torch.cuda.max_memory_allocated(self._device) if self._is_cuda else _peak_resident_bytes()
+        if self._is_cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        if (mark := _kilobytes(_STATUS, "VmHWM")) is not None:
+            return mark
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, all others KiB
 
     def reserved_bytes(self) -> int | None:
-        """The most bytes that torch's allocator had reserved from the GPU; None on the CPU."""
-        return torch.cuda.max_memory_reserved(self._device) if self._is_cuda else None
+        """The most bytes that torch's allocator reserved from the GPU; None on the CPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self._is_cuda else None
 
 
-def _peak_resident_bytes() -> int:
+def _kilobytes(path: Path, key: str) -> int | None:
+    """The entry `key: N kB` of a file of /proc, in bytes; None if the system has none."""
     try:
-        mark = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     except OSError:
-        mark = None
-    if mark:
-        return int(mark[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, everyone else KiB
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def tensor_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> tuple[T, int]:
-    """What `run` returns, and the most bytes that tensors held while it ran.
-
-    `held_bytes` is what they hold before, as `bytes_of` counts it; on CUDA the allocator knows.
-    """
+    """The result of `run`, and the most bytes that tensors held while it ran. `held_bytes` is what they held before, as
+    `bytes_of` counts it; CUDA's allocator knows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         result = run()
         return result, torch.cuda.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it tells stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr when it starts and stops
     with torch.autograd.profiler.profile(profile_memory=True, acc_events=False) as profile:
         result = run()
     present = highest = held_bytes
@@ -87,20 +92,28 @@ def tensor_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> 
 
 @dataclass
 class RunMemory:
-    """A run's memory as it was planned, beside what it turns out to be."""
+    """A run's memory: as planned, and as measured."""
 
     process: PeakMemory
-    planned_bytes: int | None  # of tensors, at their peak; None where that is unknown
-    tensor_bytes: int | None = None  # that peak in one update, once it is measured
+    planned_bytes: int | None  # peak of its tensors; None if unknown
+    tensor_bytes: int | None = None  # that peak, once one update is measured
+    num_updates: int = 0  # of this process
 
-    def measure(self, run: Callable[[], T], held_bytes: int, device: torch.device) -> T:
-        """What `run`, an update, returns; see `tensor_peak`."""
-        result, self.tensor_bytes = tensor_peak(run, held_bytes, device)
+    def measure(self, update: Callable[[], T], held_bytes: Callable[[], int], num_micro_batches: int) -> T:
+        """The result of `update`. On a CPU one update of the process is measured, see `tensor_peak`; on CUDA the
+        allocator's peak is always available."""
+        self.num_updates += 1
+        is_due = self.num_updates == MEASURED_UPDATE and num_micro_batches <= MAX_PROFILED_MICRO_BATCHES
+        if not is_due or self.process.device.type == "cuda":
+            return update()
+        result, self.tensor_bytes = tensor_peak(update, held_bytes(), self.process.device)
+        planned = "" if self.planned_bytes is None else f", {self.planned_bytes / 1e9:,.2f} planned"
+        logger.info(f"memory     {self.tensor_bytes / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> dict[str, int]:
-        """What a metrics line says. Peaks are of the rank with the highest: of the process, of its tensors, and on CUDA
-        what the allocator had reserved for them; `gather` gives the values of all ranks."""
+        """The memory numbers of a metrics line: planned, and the peaks of the process, of its tensors, and on CUDA of
+        what the allocator reserved, each of the rank with the highest; `gather` collects the values of all ranks."""
         peak, reserved = self.process.peak_bytes(), self.process.reserved_bytes()
         tensors = self.tensor_bytes if reserved is None else peak
         peaks = [max(values) for values in zip(*gather((peak, tensors or 0, reserved or 0)), strict=True)]
@@ -109,17 +122,16 @@ class RunMemory:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind these tensors, which may share it."""
+    """Bytes of the memory of these tensors; what they share counts once."""
     storages = (plain.untyped_storage() for tensor in tensors for plain in _plain(tensor))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """The tensors that one of a subclass, such as a quantized one, is made of; an ordinary one itself."""
+    """The ordinary tensors that a tensor subclass, such as a quantized one, consists of; an ordinary one itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -129,17 +141,13 @@ def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken: of the GPU, or of the machine and the container; None where the system does not
-    say."""
+    """Free memory of the GPU, or of the machine and the container; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
-    except OSError:
+    if not _MEMINFO.exists():
         return None
-    of_machine = int(available[1]) * 1024 if available else None
-    limits = [number for number in (of_machine, _free_in_container()) if number is not None]
-    return min(limits, default=None)
+    limits = [_kilobytes(_MEMINFO, "MemAvailable"), _free_in_container()]
+    return min((number for number in limits if number is not None), default=None)
 
 
 def _free_in_container() -> int | None:
@@ -155,8 +163,8 @@ def _free_in_container() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out. Torch's CUDA allocator has a type for it, its CPU allocator, the
-    driver and cuBLAS have sentences."""
+    """Whether an exception means that memory ran out. Torch's CUDA allocator has a type for it; its CPU allocator, the
+    driver and cuBLAS have messages."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")

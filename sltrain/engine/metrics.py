@@ -10,13 +10,13 @@ done), `tokens` (non-pad tokens trained on, all ranks), `positions` (rows x row 
                  peak_memory_bytes (of the process on a CPU; on CUDA of its tensors),
                  low_rank_norm and sparse_norm (Frobenius, of scale * BA and of S, over all layers)
     eval, final  loss, perplexity, perplexity_galore_protocol, bits_per_byte, eval_tokens,
-                 eval_processes (those that had a part of the text; see evaluate.py)
-    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes, dtype (what auto became)
+                 eval_processes (those that evaluated a part of the text; see evaluate.py)
+    final        also the three of memory, peak_memory_measure, num_parameters, index_bytes, dtype (what auto chose)
     stopped      outcome, in words: why the run ended before its budget
 
-Every sink has the same face, `log(event)` and `close()`, and lives on rank 0 only. metrics.jsonl is the truth: one
-event a line, strict JSON (a number that is not finite is null). A run that resumes at step N first calls
-`rewrite_until(path, N)`, so the file holds no step twice and no half line.
+Sinks exist on rank 0 only. metrics.jsonl is the reference: one event a line, strict JSON (a number that is not finite
+is null). A run that resumes at step N first calls `rewrite_until(path, N)`, so that the file has no step twice and no
+partial line.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
+from sltrain.engine.sealed_folder import write_atomically
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def safe_exp(loss: float) -> float:
 
 
 class Throughput:
-    """Speed over one logging window: from one `read` to the next, the first one from construction.
+    """Speed over one logging window: from one `read` to the next, the first from construction.
 
     with throughput.waiting(): batch = next(stream)
     with throughput.paused():  evaluate()
@@ -82,7 +83,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the seconds inside (evaluating, saving), and any waiting in them, out of the window."""
+        """Exclude the seconds inside (evaluating, saving), and any waiting in them, from the window."""
         begin, waited = self._clock(), self._waited
         try:
             yield
@@ -95,7 +96,7 @@ class Throughput:
         self._num_tokens += num_tokens
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second and data_wait_fraction (of this process's seconds) of the window, which ends here."""
+        """End the window; return its tokens_per_second and data_wait_fraction (of this process's seconds)."""
         now = self._clock()
         seconds = now - self._start
         numbers = {
@@ -110,7 +111,7 @@ class Throughput:
 
 
 def to_strict_json(event: Mapping[str, Any]) -> str:
-    """JSON that every parser reads: NaN and infinities become null."""
+    """JSON without NaN and infinities, which become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):
@@ -125,7 +126,7 @@ def to_strict_json(event: Mapping[str, Any]) -> str:
 
 
 class JsonlSink:
-    """Appends events to a file, each with a single write. After a checkpoint and at the end it is fsynced as well."""
+    """Appends events to a file, each with a single write; fsyncs after a checkpoint and at the end."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)
@@ -140,22 +141,15 @@ class JsonlSink:
 
 
 def rewrite_until(path: Path, step: int) -> int:
-    """Keep the complete lines of events up to `step`, byte for byte and in order; return the number of lines dropped.
-
-    Dropped are later ones, damaged ones, and `final` and `stopped` ones, since the run goes on. The file is replaced
-    atomically; a missing file is left missing.
-    """
+    """Keep the complete lines of events up to `step`, byte for byte and in order; return the number of lines dropped:
+    later ones, damaged ones, and `final` and `stopped` ones, since the run continues. The file is replaced atomically;
+    a missing one is not created."""
     path = Path(path)
     if not path.exists():
         return 0
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     kept = [line for line in lines if _belongs(line, step)]
-    partial = path.with_name(f"{path.name}.tmp")
-    with open(partial, "wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
     return len(lines) - len(kept)
 
 
@@ -173,12 +167,12 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 class ProgressBar:
-    """A tqdm bar on standard error, or in a notebook; plain lines now and then where neither can be.
+    """A tqdm bar on standard error or in a notebook, or plain lines where neither is possible.
 
     Args:
         max_steps: updates of the whole run.
-        first_step: updates already done when this process begins.
-        seconds_between_lines: least time from one plain line to the next.
+        first_step: updates done before this process.
+        seconds_between_lines: least time between two plain lines.
     """
 
     def __init__(
@@ -237,14 +231,14 @@ class ProgressBar:
 
 
 def _has_columns(stream: TextIO) -> bool:
-    """Whether a bar can be drawn there. Some pseudo terminals say that they have no columns."""
+    """Whether a bar can be drawn there. Some pseudo terminals report no columns."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 def _evaluation_line(event: Event) -> str:
     what = "final evaluation" if event["event"] == "final" else "evaluation"
     published = event["perplexity_galore_protocol"]
-    # On few batches that count is so far off that it would only confuse; metrics.jsonl has it always.
+    # On few batches that number is so far off that it would only confuse; metrics.jsonl always has it.
     is_close = published > 0.9 * event["perplexity"]
     return (
         f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f}"
@@ -259,23 +253,16 @@ def _evaluation_line(event: Event) -> str:
 class WandbSink:
     """Sends events to Weights & Biases, keys prefixed by the event ("train/loss"), at the event's step.
 
-    The run's id is kept in `run_dir/wandb_id`, so a resumed run goes on in the same W&B run. Without a stored API key
-    it records offline into `run_dir/wandb` and says so in one line; WANDB_MODE is respected. Raises ValueError if wandb
-    is missing or refuses.
+    `run_dir/wandb_id` holds the run's id, so a resumed run continues the same W&B run. Without a stored API key it
+    records offline into `run_dir/wandb` and says so in one line; WANDB_MODE is respected. Raises ValueError if wandb is
+    missing or refuses.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        project: str,
-        entity: str | None,
-        config: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, run_dir: Path, *, project: str, entity: str | None, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError("tracker=wandb needs wandb: run `pip install wandb`, or take tracker=none.") from error
+            raise ValueError("tracker=wandb needs wandb: run `pip install wandb`, or choose tracker=none.") from error
         try:
             mode: Any = wandb.setup().settings.mode
             if mode == "online" and not wandb.login(prompt=False):
@@ -293,11 +280,11 @@ class WandbSink:
             )
         except wandb.Error as error:
             raise ValueError(
-                f"tracker=wandb: {error}. Set WANDB_MODE=offline to record without its server, or take tracker=none."
+                f"tracker=wandb: {error}. Set WANDB_MODE=offline to record without its server, or choose tracker=none."
             ) from error
         if mode == "offline":
             logger.info(
-                f"W&B: no API key or offline mode; recording in {run_dir}/wandb, send it later with `wandb sync`."
+                f"W&B: no API key or offline mode; recording in {run_dir}/wandb, upload it later with `wandb sync`."
             )
         elif mode == "online":
             logger.info(f"W&B: {self._run.url}")
@@ -312,12 +299,10 @@ class WandbSink:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id stored in the run folder; made on first use."""
+    """The id stored in the run folder, created on first use."""
     path = run_dir / "wandb_id"
     if path.exists() and (stored := path.read_text().strip()):
         return stored
     run_id = secrets.token_hex(4)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(f"{run_id}\n")
-    os.replace(partial, path)
+    write_atomically(path, f"{run_id}\n")
     return run_id

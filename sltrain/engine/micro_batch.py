@@ -1,18 +1,69 @@
-"""What one forward pass reads: ids, labels, and which positions to compute.
+"""The data of one update: fetched, agreed on by all ranks, cut into micro-batches. A micro-batch is what one forward
+pass reads: ids, labels, and which positions to compute.
 
-A document shorter than its row ends in pads, on which a model need not spend anything. Of the real tokens the last one
-of a row predicts nothing and is read by nothing after it, so it is left out too: what remains are the positions before
-the last label of their row, all of which have a target.
-
-They are counted here, from labels on the host: a GPU that counted them would make the host wait for it.
+A document shorter than its row ends in pads, which a model can skip. The last real token of a row predicts nothing and
+nothing after it reads it, so it is skipped too. What remains are the positions before the last label of their row, all
+of which have a target. They are counted here, from labels on the host: counting on a GPU would make the host wait.
 """
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.stop import StopRequest
 from sltrain.numeric import IGNORED_LABEL
 
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # input_ids (B, T), labels (B, T), rows (N,) or None for all
+
+STOP_CHECK_SECONDS = 1.0  # how long a signal may wait for a stream that waits for the network
+
+
+@dataclass
+class Update:
+    """The data of one update."""
+
+    batch: Any  # this rank's rows; None if it has none
+    num_tokens: int  # this and the following: of all ranks
+    num_targets: int
+    someone_stopped: bool
+    someone_lost_data: bool
+
+
+@dataclass
+class Feed:
+    """Fetches the batches of this rank. The stream prefetches, so each batch carries the position that follows it."""
+
+    stream: Any  # iterator of batches, with `wait` and `close`
+    ranks: Ranks
+    stop: StopRequest
+    micro_batch_size: int
+    state: dict[str, Any] = field(default_factory=dict)  # the stream's position after the last finished update
+    error: Exception | None = None  # what ended this rank's stream
+
+    def fetch(self) -> Any:
+        """This rank's next batch; None if a signal came first, or if the stream ended: then `error` says why."""
+        try:
+            while not self.stop.is_set:
+                if self.stream.wait(STOP_CHECK_SECONDS):
+                    return next(self.stream)
+        except (ConnectionError, ValueError) as error:  # the network is lost, or on_bad_data=stop
+            self.error = error
+        return None
+
+    def agree(self, batch: Any) -> Update:
+        """The update of which this rank fetched `batch`; except for the rows it is the same on all ranks."""
+        counts = [0, 0] if batch is None else [batch.num_tokens, batch.num_targets]
+        flags = [int(self.stop.is_set), int(self.error is not None)]
+        num_tokens, num_targets, num_stopped, num_lost = self.ranks.sum([*counts, *flags])
+        return Update(batch, num_tokens, num_targets, num_stopped > 0, num_lost > 0)
+
+    def micro_batches(self, batch: Any) -> list[MicroBatch]:
+        """This rank's rows, in order, `micro_batch_size` at a time, on its device."""
+        pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
+        return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
 
 
 def make_micro_batch(input_ids: Tensor, labels: Tensor, device: torch.device) -> MicroBatch:
@@ -22,7 +73,7 @@ def make_micro_batch(input_ids: Tensor, labels: Tensor, device: torch.device) ->
 
 
 def rows_to_compute(labels: Tensor) -> Tensor | None:
-    """The positions b T + t of labels (B, T) that a loss depends on, (N,) int64, ascending; None if no row is
+    """The positions b T + t of labels (B, T) that the loss depends on, (N,) int64, ascending; None if no row is
     padded."""
     positions = torch.arange(labels.shape[1])
     last = (positions * (labels != IGNORED_LABEL)).amax(1, keepdim=True)  # (B, 1) of the last label in each row
@@ -32,5 +83,5 @@ def rows_to_compute(labels: Tensor) -> Tensor | None:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy from pinned memory does not make the host wait."""
+    """Copy through pinned memory, so that the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

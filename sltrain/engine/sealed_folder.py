@@ -1,13 +1,12 @@
 """Folders that survive a kill at any instant: one with the final name is complete.
 
-`step_00000100` is written as `step_00000100.tmp`, every file and folder is fsynced, and one rename gives it its name.
-manifest.json, written last, holds size and SHA-256 of all the other files. A folder that is replaced is `.old` for a
-moment; one that is deleted is first renamed to `.tmp`. Reading trusts the manifest alone, so damage done later by the
-disk is seen too.
+`step_00000100` is written as `step_00000100.tmp`, every file and folder is fsynced, and one rename publishes it.
+manifest.json, written last, holds size and SHA-256 of all the other files. A replaced folder is `.old` for a moment; a
+deleted one is renamed to `.tmp` first. Readers check against the manifest, which also reveals later disk damage.
 
 SHA-256 runs at 1.9 GB/s on a CPU with SHA instructions, while the same file is still being fsynced: 1 GB took 3.1 s to
-write and 0.3 s more to hash. So a 32-bit checksum, three times faster, would gain nothing that one notices, and anyone
-can repeat this one with `sha256sum`. Verifying the 20 GB of a 7B run takes 10 s, once a resume.
+write and 0.3 s more to hash. A 32-bit checksum, three times faster, would save nothing noticeable, and anyone can
+verify this one with `sha256sum`. Verifying the 20 GB of a 7B run takes 10 s, once a resume.
 """
 
 import errno
@@ -27,9 +26,9 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_sealed(final: Path, fill: Callable[[Path], None], facts: dict[str, Any]) -> None:
-    """Write the folder `final`, with the files that `fill` writes into the folder it is given and a manifest that also
-    says `facts`. A folder of that name is replaced; until then it stays. On an error nothing new remains, except after
-    a kill a `.tmp`."""
+    """Write the folder `final`: the files that `fill(folder)` writes, and a manifest that includes `facts`. An existing
+    folder of that name is replaced once the new one is complete. After an error nothing new remains; after a kill, a
+    `.tmp`."""
     partial = final.with_name(f"{final.name}.tmp")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -41,24 +40,19 @@ def write_sealed(final: Path, fill: Callable[[Path], None], facts: dict[str, Any
         (partial / MANIFEST_FILE).write_text(json.dumps({**facts, "files": files}, indent=1))
         fsync(partial / MANIFEST_FILE)
         fsync(partial)
-        _publish(partial, final)
+        if final.exists():  # a kill between these two renames leaves `.old`, which counts as complete
+            replaced = final.with_name(f"{final.name}.old")
+            remove(replaced)
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        fsync(final.parent)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Give the complete folder `partial` its name."""
-    if final.exists():  # a kill between these two renames leaves `.old`, which counts as complete
-        replaced = final.with_name(f"{final.name}.old")
-        remove(replaced)
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    fsync(final.parent)
-
-
 def point_to(folder: Path, pointer: Path) -> None:
-    """Make the symbolic link `pointer` lead to `folder` beside it, where the file system has such links."""
+    """Make `pointer` a symbolic link to `folder` beside it, if the file system supports links."""
     partial = pointer.with_name(f"{pointer.name}.tmp")
     partial.unlink(missing_ok=True)
     try:
@@ -72,8 +66,7 @@ def point_to(folder: Path, pointer: Path) -> None:
 
 
 def sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of all files: name -> {"bytes", "sha256"}. Raises OSError, or ValueError for what is no
-    manifest."""
+    """The manifest's file entries: name -> {"bytes", "sha256"}. Raises OSError, or ValueError if it is no manifest."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
@@ -82,8 +75,8 @@ def sealed_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_damage(folder: Path, names: Collection[str] = (), has_more: bool = True) -> str | None:
-    """What is wrong with the folder in a few words; None if its files match the manifest: those of `names`, which must
-    be there, and all others in the manifest unless `has_more` is False."""
+    """What is wrong with the folder, in a few words; None if its files match the manifest: those of `names`, which must
+    exist, and, unless `has_more` is False, all others it lists."""
     try:
         files = sealed_files(folder)
         for name in dict.fromkeys([*names, *(files if has_more else ())]):
@@ -104,7 +97,7 @@ def find_damage(folder: Path, names: Collection[str] = (), has_more: bool = True
 
 
 def remove(path: Path) -> None:
-    """Delete a folder or link; half of it deleted still ends in `.tmp`."""
+    """Delete a folder or link; a partly deleted folder ends in `.tmp`."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -117,11 +110,8 @@ def remove(path: Path) -> None:
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """What the operating system said, when it caused `error`; else None.
-
-    torch.save raises a RuntimeError with the OSError as its context; safetensors puts the text "(os error 28)" into its
-    own exception.
-    """
+    """The operating system's message if it caused `error`, else None. torch.save raises a RuntimeError with the OSError
+    as its context; safetensors puts the text "(os error 28)" into its own exception."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -133,7 +123,7 @@ def disk_reason(error: BaseException) -> str | None:
 
 
 def fsync(path: Path) -> None:
-    """Return when the file's bytes, or the folder's entries, are on the disk."""
+    """Force the file's bytes, or the folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,17 +132,31 @@ def fsync(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type."""
+    """The first line of an exception's message, or its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Bring a written file to the disk and return its manifest entry. The hash reads memory while the disk works."""
+    """Force a written file to disk and return its manifest entry. The hash reads memory while the disk works."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(_sha256, path)
         fsync(path)
         return {"bytes": path.stat().st_size, "sha256": digest.result()}
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, or nothing."""
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One update of a model: micro-batches -> gradients -> moved weights.
+"""One update of a model: micro-batches -> gradients -> new weights.
 
 The loss of an update is the mean over all its tokens, whatever micro-batch or rank they are in:
 
@@ -6,13 +6,13 @@ The loss of an update is the mean over all its tokens, whatever micro-batch or r
 
 so every micro-batch's summed loss is divided by the global token count, which is known before the first backward.
 
-OrdinaryStep   collects all gradients, then lets the optimizer move all weights. The model is wrapped in DDP, which
+OrdinaryStep   collects all gradients, then lets the optimizer update all weights. The model is wrapped in DDP, which
                averages over ranks, hence a factor world_size. An update whose loss or gradient is not finite is
-               skipped; the one host read of a step serves that test and the log.
-PerLayerStep   lets the optimizer move each weight inside the last backward, and sum its gradient over ranks itself:
-               the model is bare and there is no factor. By the time all gradients are known the first have been used,
-               so the loss of all micro-batches and ranks is read before the last backward, and a bad one skips the
-               whole update; a bad gradient skips its own tensor.
+               skipped; the one host synchronization of a step serves that test and the log.
+PerLayerStep   lets the optimizer update each weight inside the last backward, and sum its gradient over ranks itself:
+               the model is bare and there is no factor. Gradients are used before all of them are known, so the loss
+               of all micro-batches and ranks is checked before the last backward: if it is not finite the whole update
+               is skipped; a gradient that is not finite skips its own tensor.
 """
 
 import math
@@ -37,42 +37,36 @@ class StepResult:
     """What one update did."""
 
     loss: float  # mean token loss of the update, natural log, over all ranks
-    grad_norm: float  # global L2 norm before clipping; PerLayerStep: of the gradients that were finite
+    grad_norm: float  # global L2 norm before clipping; PerLayerStep: of the finite gradients
     skipped: bool = False  # nothing was updated
-    num_skipped_tensors: int | None = (
-        None  # whose gradients were not finite; None: such an update is skipped as a whole
-    )
+    num_skipped_tensors: int | None = None  # whose gradients were not finite; None for OrdinaryStep
 
 
 class UpdateStep(ABC):
     """Makes the updates of one model with one optimizer."""
 
     optimizer: torch.optim.Optimizer
+    bucket_bytes = 0  # held between updates besides weights and optimizer state
 
     @abstractmethod
     def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
         """Make one update.
 
         Args:
-            micro_batches: arguments of the model, those of this rank, on its device; the model gives the summed token
-                loss of each, a scalar.
+            micro_batches: this rank's arguments of the model, on its device; for each the model returns the summed
+                token loss, a scalar.
             num_targets: predicted tokens of the whole update, over all ranks.
-            on_skip: called with the name of what was not finite when the update is skipped.
+            on_skip: called when the update is skipped, with the name of what was not finite.
         """
 
     @property
     @abstractmethod
     def is_whole(self) -> bool:
-        """Whether weights and optimizer state are those after a whole number of updates: False while weights move, and
-        after an error in that."""
-
-    @property
-    def bucket_bytes(self) -> int:
-        """What is held between updates besides weights and optimizer state."""
-        return 0
+        """False while weights change and after an error in that: weights and optimizer state are then those of no
+        whole number of updates."""
 
     def close(self) -> None:
-        """Let go of the model, for which another step is made."""
+        """Release the model, so that another step can be built for it."""
         return
 
 
@@ -85,6 +79,8 @@ class OrdinaryStep(UpdateStep):
         grad_clip_per_parameter: largest norm of one parameter's gradient, or None; a larger one is scaled down.
     """
 
+    is_whole = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -95,18 +91,11 @@ class OrdinaryStep(UpdateStep):
     ) -> None:
         self.model, self.optimizer, self.ranks = ranks.wrap(model), optimizer, ranks
         self.grad_clip, self.grad_clip_per_parameter = grad_clip, grad_clip_per_parameter
-        self._is_whole = True
-
-    @property
-    def is_whole(self) -> bool:
-        return self._is_whole
-
-    @property
-    def bucket_bytes(self) -> int:
-        return self.ranks.bucket_bytes(self.model)
+        if self.model is not model:  # DDP keeps all gradients in buckets
+            self.bucket_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     def close(self) -> None:
-        del self.model  # DDP takes its hooks from the parameters when it is gone
+        del self.model  # with it DDP removes its hooks from the parameters
 
     def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,9 +119,9 @@ class OrdinaryStep(UpdateStep):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         if self.grad_clip_per_parameter is not None:
             torch._foreach_mul_(gradients, [clip_factor(norm, self.grad_clip_per_parameter) for norm in norms])
-        self._is_whole = False
+        self.is_whole = False
         self.optimizer.step()
-        self._is_whole = True
+        self.is_whole = True
         return result
 
     def _backward(self, micro_batches: Inputs, num_targets: int) -> tuple[Tensor, torch.dtype]:
@@ -141,7 +130,7 @@ class OrdinaryStep(UpdateStep):
         scale = self.ranks.world_size / max(num_targets, 1)
         for i, micro_batch in enumerate(micro_batches):
             is_last = i + 1 == len(micro_batches)
-            with nullcontext() if is_last else self.ranks.no_sync(self.model):  # gradients cross ranks once an update
+            with nullcontext() if is_last else self.ranks.no_sync(self.model):  # one all-reduce an update
                 loss = self.model(*micro_batch)
                 (loss * scale).backward()
             loss_sum += loss.detach()
@@ -149,19 +138,19 @@ class OrdinaryStep(UpdateStep):
 
 
 class PerLayerOptimizer(Protocol):
-    """What PerLayerStep needs of its optimizer, besides torch's protocol; optim/per_layer.py has it."""
+    """What PerLayerStep needs besides torch's protocol; optim/per_layer.py implements it."""
 
-    has_begun: bool  # whether the update under way has changed weights or moments
+    has_begun: bool  # whether the current update has changed weights or moments
 
     def zero_grad(self) -> None:
-        """Drop gradients and an update that was begun."""
+        """Drop all gradients and the current update."""
 
     def before_backward(self, is_last: bool) -> None:
         """Announce the backward of one micro-batch, the update's last one or not."""
 
     def finish(self) -> tuple[float, int, int]:
         """End the update, on all ranks: sum of squared norms of the gradients used, number of tensors updated, number
-        of gradients left out because they were not finite."""
+        of tensors skipped because their gradients were not finite."""
         ...
 
 
@@ -198,11 +187,9 @@ class PerLayerStep(UpdateStep):
             (loss * (1 / num_targets)).backward()
 
         squared_norm, num_updated, num_skipped = self._per_layer.finish()
-        result = StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_skipped_tensors=num_skipped)
         if num_updated == 0:
-            result.skipped = True
             on_skip("every gradient")
-        return result
+        return StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_updated == 0, num_skipped)
 
 
 def _first_non_finite(model: nn.Module) -> str:

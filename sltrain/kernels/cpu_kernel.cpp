@@ -300,7 +300,7 @@ template <int T> void sparse_backward(const Problem& p, const float* const* grad
   for (I g = 0, k = 0; g < p.count; k += p.num[g++]) std::copy_n(given.begin() + k, p.num[g], dvalues[g]);
 }
 
-// ---- Blocks. A panel is the columns of a block, in strips of S columns: (strips, BLOCK_T, S), zeros behind.
+// ---- Blocks. A panel is the columns of a block, in strips of S columns: (strips, BLOCK_T, S), zero-padded.
 
 constexpr I S = 16, BLOCK_T = 64;
 constexpr int Q = S / W, R = W == 16 ? 16 : 4;  // R x Q registers of sums

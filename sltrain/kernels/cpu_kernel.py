@@ -2,25 +2,25 @@
 
     y = x S^T,   dx = dy S,   dvalues = (dy^T x) at the trained positions;   x (N, in), S (out, in) with nnz entries
 
-torch's own sparse products take longer than the dense product at 3 % entries. What makes them slow is that every entry
-touches a few floats of x and y in main memory. Here 64 rows of x (tokens) are transposed into cache, so that an entry
-meets 64 neighbouring floats: one row of S against the tile stays in registers (forward), one column of S against the
-tile of dy gives its column of dx and all its dvalues in one reading (backward). Blocks multiply tiles packed by block
-column, as a small dense product. Several S that are applied to the same x share its tile.
+torch's own sparse products take longer than the dense product at 3 % entries, because every entry touches a few floats
+of x and y in main memory. Here 64 rows of x (tokens) are transposed into cache, so that an entry reads 64 neighbouring
+floats: one row of S times the tile stays in registers (forward), one column of S times the tile of dy gives its column
+of dx and all its dvalues in one pass (backward). Blocks multiply tiles packed by block column, as a small dense
+product. Several S that are applied to the same x share its tile.
 
-The C++ is cpu_kernel.cpp; compile_cpp.py compiles it and keeps the result. Before first use it must reproduce a small
-product computed by torch. Where any of this fails, `status` says why and callers use plain torch;
-SLTRAIN_CPU_KERNEL=off asks for that.
+The C++ is cpu_kernel.cpp, compiled and cached by compile_cpp.py. Before first use it must reproduce a small product
+computed by torch. If any of this fails, `status` returns the reason and callers use plain torch;
+SLTRAIN_CPU_KERNEL=off requests that.
 
-The threads are those of torch (torch.set_num_threads): the C++ calls the OpenMP library that torch has loaded. Results
-are the same bit for bit as long as their number is. Like torch itself, a forked child must use one thread if its parent
+The threads are torch's (torch.set_num_threads): the C++ calls the OpenMP library that torch has loaded. Results are the
+same bit for bit for the same number of threads. As with torch itself, a forked child must use one thread if its parent
 used more.
 """
 
 import ctypes
+import functools
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,17 +33,16 @@ SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 INT32_MAX = 2**31 - 1
 
 logger = logging.getLogger(__name__)
+_library: ctypes.CDLL | None = None  # while it is checked, and from then on
 
 
 def status() -> str | None:
-    """None when the kernel can be used, else one line that says why not. The first call builds it (seconds, once a
-    machine) or loads it from the cache."""
-    if not _kernel.tried:
-        _kernel.prepare()
-    return _kernel.problem
+    """None when the kernel can be used, else the reason in one line. The first call builds it (seconds, once a machine)
+    or loads it from the cache."""
+    return _prepare()
 
 
-# torch.compile takes the answer for a constant instead of tracing how the kernel is built. This is
+# torch.compile treats the answer as a constant instead of tracing how the kernel is built. This is
 # torch.compiler.assume_constant_result, without importing the compiler, which takes a second.
 status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -54,8 +53,8 @@ def forward(
     """x S^T (N, out), new tensors, for each S: its number of rows in `outs`, and
 
     block_size 0    values (nnz,) and places (nnz,): positions flat in row-major order, sorted
-    block_size b    values (T, b, b) and places (T,): block row * ceil(in / b) + block column, sorted; what sticks out
-                    of the matrix is not read
+    block_size b    values (T, b, b) and places (T,): block row * ceil(in / b) + block column, sorted; what overhangs
+                    the matrix is not read
 
     x (N, in) and values are float32, places int32.
     """
@@ -66,32 +65,26 @@ def backward(
     x: Tensor, grads: list[Tensor], values: list[Tensor], places: list[Tensor], block_size: int = 0
 ) -> list[Tensor]:
     """As `forward`, with a gradient (N, out) for each S -> [sum of grad S (N, in), then the gradient of each S's
-    values]; 0 for what sticks out of the matrix."""
+    values]; 0 for what overhangs the matrix."""
     return torch.ops.sltrain.backward.default(x, grads, values, places, block_size)
 
 
 def scratch_bytes(
-    num_rows: int,
-    in_features: int,
-    outs: Sequence[int],
-    nums: Sequence[int],
-    threads: int,
-    direction: str,
-    block_size: int = 0,
+    num_rows: int, in_features: int, outs: list[int], nums: list[int], threads: int, direction: str, block_size: int = 0
 ) -> int:
-    """Bytes that one call needs besides its arguments and results, for N = num_rows, and for each S its rows and its
-    number of entries (block_size 0) or blocks. `direction` is forward or backward.
+    """Bytes that one call needs besides its arguments and results. `outs` are the rows of each S, `nums` its entries
+    (block_size 0) or blocks; `direction` is forward or backward.
 
     entries    flat int32 places, decoded for the call; a tile of x, or of the gradients, a thread. Backward also a copy
                of S ordered by column (12 bytes an entry), and the sums of dvalues: one a thread, and one in that order
     blocks     a copy of S padded to the registers; tiles; backward also a sum of dvalues a thread
 
-    Nothing of it outlives the call but the tiles, which each thread keeps for the next one.
+    All is freed after the call but the tiles, which each thread keeps for the next one.
     """
     assert direction in ("forward", "backward")
     backward, total = direction == "backward", sum(nums)
     if block_size:
-        wide, across = _round_up(block_size, 16), -(-in_features // block_size)
+        wide, across = -(-block_size // 16) * 16, -(-in_features // block_size)
         down = sum(-(-out // block_size) for out in outs)
         parts = _parts(num_rows, 64, threads)
         packed = total * (4 * block_size * wide + 24) + 8 * (across + down)  # and lists of what lies where
@@ -110,15 +103,11 @@ def scratch_bytes(
 
 
 def _parts(num_rows: int, tile_rows: int, threads: int) -> int:
-    """Threads that get work."""
+    """The number of threads that get work."""
     return max(1, min(threads, -(-num_rows // tile_rows)))
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-# What torch sees: two operations with shapes that torch.compile can ask for without running them.
+# The operations as torch sees them, with fakes for torch.compile, which needs the shapes of results only.
 
 
 def _forward_fake(
@@ -152,7 +141,7 @@ def _backward(
 
 
 class _Problem:
-    """The arguments that all four C++ functions begin with, checked, and kept alive while they run."""
+    """The arguments that all four C++ functions start with, checked, and kept alive while they run."""
 
     def __init__(self, x: Tensor, values: list[Tensor], places: list[Tensor], outs: Sequence[int], block_size: int):
         assert x.dim() == 2 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *values))
@@ -168,7 +157,9 @@ class _Problem:
     def run(self, direction: str, *arguments: object) -> None:
         integer = ctypes.c_int64
         integers = integer * len(self.values)
-        code = _kernel.function(f"sltrain_{'block' if self.block_size else 'sparse'}_{direction}")(
+        if _library is None and status() is not None:
+            raise RuntimeError(f"the CPU kernel cannot be used: {status()}")
+        code = getattr(_library, f"sltrain_{'block' if self.block_size else 'sparse'}_{direction}")(
             integer(self.block_size),
             integer(len(self.x)),
             integer(self.x.shape[1]),
@@ -190,63 +181,37 @@ def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def _register() -> None:
-    for name, arguments, function, fake in (
-        ("forward", "Tensor x, Tensor[] values, Tensor[] places, int[] outs", _forward, _forward_fake),
-        ("backward", "Tensor x, Tensor[] grads, Tensor[] values, Tensor[] places", _backward, _backward_fake),
-    ):
-        torch.library.define(f"sltrain::{name}", f"({arguments}, int block_size) -> Tensor[]")
-        torch.library.impl(f"sltrain::{name}", "CPU", function)
-        torch.library.register_fake(f"sltrain::{name}", fake)
+for _name, _arguments, _function, _fake in (
+    ("forward", "Tensor x, Tensor[] values, Tensor[] places, int[] outs", _forward, _forward_fake),
+    ("backward", "Tensor x, Tensor[] grads, Tensor[] values, Tensor[] places", _backward, _backward_fake),
+):
+    torch.library.define(f"sltrain::{_name}", f"({_arguments}, int block_size) -> Tensor[]")
+    torch.library.impl(f"sltrain::{_name}", "CPU", _function)
+    torch.library.register_fake(f"sltrain::{_name}", _fake)
 
 
-_register()
-
-
-class _Kernel:
-    """The loaded library, or why there is none. Prepared once a process."""
-
-    def __init__(self) -> None:
-        self.tried = False
-        self.problem: str | None = None
-        self._library: ctypes.CDLL | None = None
-        self._lock = threading.Lock()
-
-    def prepare(self) -> None:
-        with self._lock:
-            if self.tried:
-                return
-            try:
-                self._library = _load()
-                _check()
-            except CannotCompile as error:
-                self._library, self.problem = None, str(error)
-            except (OSError, ValueError, AssertionError, MemoryError) as error:  # no folder for temporary files, say
-                self._library, self.problem = None, f"the kernel could not be made: {one_line(str(error))}"
-            self.tried = True
-
-    def function(self, name: str) -> "ctypes._NamedFuncPointer":
-        if self._library is None and not self.tried:
-            self.prepare()
-        if self._library is None:
-            raise RuntimeError(f"the CPU kernel cannot be used: {self.problem}")
-        return getattr(self._library, name)
-
-
-_kernel = _Kernel()
-
-
-def _load() -> ctypes.CDLL:
+@functools.cache
+def _prepare() -> str | None:
+    """Load the library; return why there is none."""
+    global _library
     if os.environ.get("SLTRAIN_CPU_KERNEL", "").lower() == "off":
-        raise CannotCompile("switched off by SLTRAIN_CPU_KERNEL=off")
-    library = load_cpp(SOURCE)
-    if not library.sltrain_has_threads() and torch.get_num_threads() > 1:
-        logger.warning("the CPU kernel runs on one thread: torch's OpenMP library has no GOMP_parallel")
-    return library
+        return "switched off by SLTRAIN_CPU_KERNEL=off"
+    try:
+        _library = load_cpp(SOURCE)
+        if not _library.sltrain_has_threads() and torch.get_num_threads() > 1:
+            logger.warning("the CPU kernel runs on one thread: torch's OpenMP library has no GOMP_parallel")
+        _check()
+        return None
+    except CannotCompile as error:
+        problem = str(error)
+    except (OSError, ValueError, AssertionError, MemoryError) as error:  # such as no folder for temporary files
+        problem = f"the kernel could not be built: {one_line(str(error))}"
+    _library = None
+    return problem
 
 
 def _check() -> None:
-    """A miscompiled kernel must not train anything."""
+    """Raise CannotCompile for a miscompiled kernel, before it trains anything."""
     generator = torch.Generator("cpu").manual_seed(0)
     n, out_features, in_features, block = 75, 23, 41, 5
     x, grad = (torch.randn(n, size, generator=generator, device="cpu") for size in (in_features, out_features))

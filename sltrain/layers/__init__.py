@@ -1,4 +1,4 @@
-"""Layers that stand for the matrix of an nn.Linear, and replacing the linears of any model with them."""
+"""Layers that hold the matrix of an nn.Linear in another form, and functions that put them into any model."""
 
 from sltrain.layers.base import LAYERS, Footprint, ReplacedLinear, Rows
 from sltrain.layers.convert import merge_to_dense, replace_linears

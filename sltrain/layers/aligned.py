@@ -1,8 +1,8 @@
-"""Products with a dense matrix on sides that matrix units like, and nn.Linear computed that way.
+"""Products with a dense matrix whose sides are zero-padded to what matrix units read fast, and nn.Linear with them.
 
 Matrix units read rows in pieces of 16 bytes and are slow on matrices whose sides do not divide into them, such as the
-5461 of LLaMA 1B. On CUDA such sides are filled up with zeros inside the product; nothing filled up is kept for
-backward. Under autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor.
+5461 of LLaMA 1B. On CUDA such sides are padded inside the product; no padded tensor is kept for backward. Under
+autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor.
 """
 
 from typing import Any
@@ -14,28 +14,22 @@ from torch.autograd.function import once_differentiable
 
 
 class AlignedLinear(nn.Linear):
-    """nn.Linear whose product is computed on aligned sides; the parameters stay as they are."""
+    """nn.Linear with the same parameters, computed on aligned sides."""
 
     def forward(self, x: Tensor) -> Tensor:
         return aligned_linear(x, self.weight, self.bias)
 
 
 def alignment(tensor: Tensor) -> int:
-    """Entries that the sides of matrices of this kind should be a multiple of; 1 where it makes no difference."""
+    """The number that sides of matrices of this device and dtype should be a multiple of; 1 if it does not matter."""
     return 16 // tensor.element_size() if tensor.is_cuda and tensor.element_size() < 4 else 1
 
 
-def aligned(matrix: Tensor) -> Tensor:
-    """A matrix filled up with zeros to aligned sides; itself if it has them."""
+def aligned(matrix: Tensor, pad_rows: bool = True) -> Tensor:
+    """The matrix, zero-padded to aligned sides where necessary; without `pad_rows` only its second side."""
     multiple = alignment(matrix)
-    missing_rows, missing_columns = -matrix.shape[0] % multiple, -matrix.shape[1] % multiple
-    return F.pad(matrix, (0, missing_columns, 0, missing_rows)) if missing_rows or missing_columns else matrix
-
-
-def aligned_columns(matrix: Tensor) -> Tensor:
-    """A matrix whose second side alone is filled up."""
-    missing = -matrix.shape[1] % alignment(matrix)
-    return F.pad(matrix, (0, missing)) if missing else matrix
+    rows, columns = -matrix.shape[0] % multiple if pad_rows else 0, -matrix.shape[1] % multiple
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,7 +41,7 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast computes x W^T in; None without autocast, and for float64, which autocast leaves alone."""
+    """The dtype in which autocast computes x W^T; None without autocast, and for float64, which it does not cast."""
     device_type = x.device.type
     available = torch.amp.is_autocast_available(device_type)
     if available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
@@ -56,7 +50,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in `dtype`; None: as it is."""
+    """The tensor in `dtype`; unchanged for None."""
     return tensor if dtype is None else tensor.to(dtype)
 
 
@@ -65,7 +59,7 @@ class _AlignedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        rows = aligned_columns(cast_to(x, cast).reshape(-1, x.shape[-1]))
+        rows = aligned(cast_to(x, cast).reshape(-1, x.shape[-1]), pad_rows=False)
         y = (rows @ aligned(cast_to(weight, cast)).t())[:, : len(weight)].unflatten(0, x.shape[:-1])
         return y if bias is None else y.add_(cast_to(bias, cast))
 
@@ -74,12 +68,12 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         out_features, in_features = weight.shape
-        rows = aligned_columns(grad_y.reshape(-1, out_features))
+        rows = aligned(grad_y.reshape(-1, out_features), pad_rows=False)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ aligned(weight.to(grad_y.dtype)))[:, :in_features].reshape(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            columns = aligned_columns(x.to(grad_y.dtype).reshape(-1, in_features))
+            columns = aligned(x.to(grad_y.dtype).reshape(-1, in_features), pad_rows=False)
             grad_weight = (rows.t() @ columns)[:out_features, :in_features].contiguous().to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)

@@ -1,4 +1,4 @@
-"""A layer that stands for the matrix of an nn.Linear, and what it says of itself.
+"""The interface of a layer that holds the matrix of an nn.Linear in another form.
 
     class ReLoRALinear(ReplacedLinear, kind="relora"):       # in layers/kinds/relora.py, or in another package
         GROUPS = {"A": "low_rank", "B": "low_rank"}
@@ -11,16 +11,10 @@
         def multiply_adds(self): ...
 
 Counts, plans, exports, spectra, norms and benchmarks ask the layer and know no kind. The subclass is registered in
-LAYERS under its kind, which is what a compressed export names; `LAYERS.load(kind)` finds it again.
+LAYERS under its kind, the name that a compressed export stores; `LAYERS.load(kind)` finds it.
 
-Bytes that layers need besides their parameters, for N rows of x, are a Footprint:
-
-    kept          from forward to backward, besides x itself, which layers of the same x keep once
-    temporary     at most at once inside forward or backward, besides x, y and their gradients
-    gradients     of the trained parameters of one call, which all come at once
-
-They are counted from shapes alone, so it works on the meta device. Temporaries are bounds of the largest terms: in a
-whole model they are a few per cent of the sum.
+A Footprint counts the bytes that layers need besides their parameters, for N rows of x, from shapes alone (so also on
+the meta device). Temporaries are bounds of the largest terms: in a whole model they are a few per cent of the sum.
 """
 
 from collections.abc import Sequence
@@ -49,13 +43,13 @@ class Rows:
 class Footprint:
     """Bytes of the layers that are applied to one x."""
 
-    kept: int
-    temporary: int
-    gradients: int
+    kept: int  # from forward to backward, besides x itself, which layers of the same x keep once
+    temporary: int  # at most at once inside forward or backward, besides x, y and their gradients
+    gradients: int  # of the trained parameters, which one backward call returns together
 
 
 class ReplacedLinear(nn.Module):
-    """y = x W^T + bias for x (..., in_features) -> (..., out_features), with a W that is kept as something else.
+    """y = x W^T + bias for x (..., in_features) -> (..., out_features), for a W that is held in another form.
 
     A subclass calls `super().__init__` and sets `bias` to a parameter or None. It is ready after construction; on the
     meta device only shapes exist, and `reset_parameters` fills it after `to_empty(device=...)`.
@@ -81,24 +75,27 @@ class ReplacedLinear(nn.Module):
             raise ValueError(f"unknown path {path!r}: choose one of {', '.join(('auto', *self.PATHS))}")
         self.in_features, self.out_features, self.path = in_features, out_features, path
 
-    # ---- what a kind has to say
+    # ---- what a kind defines; where it does not, asking raises ValueError
 
     def parts(self) -> dict[str, Part]:
-        """The summands of W by name, such as W0, BA, S. Raises ValueError for a kind that does not say."""
-        raise ValueError(f"{type(self).__name__} does not say what its W is made of: define parts()")
+        """The summands of W by name, such as W0, BA, S."""
+        raise self._undefined("parts")
 
     def settings(self) -> dict[str, Any]:
-        """Plain data that, with the sizes, bias, device and dtype, make the layer: LAYERS.load(kind)(in_features,
-        out_features, bias=..., device=..., dtype=..., **settings)."""
-        raise ValueError(f"{type(self).__name__} does not say what it is made with: define settings()")
+        """Plain data that rebuilds the layer: LAYERS.load(kind)(in_features, out_features, bias=..., device=...,
+        dtype=..., **settings)."""
+        raise self._undefined("settings")
 
     def footprint(self, rows: Rows) -> Footprint:
-        """The bytes of one call. Raises ValueError for a kind that does not say."""
-        raise ValueError(f"no memory is accounted for layers of kind {type(self).__name__}: define footprint()")
+        """The bytes of one call."""
+        raise self._undefined("footprint")
 
     def multiply_adds(self) -> int:
-        """Those of x W^T for one row of x, by the method's mathematics, however it is computed."""
-        raise ValueError(f"{type(self).__name__} does not say what a product costs: define multiply_adds()")
+        """Multiply-adds of x W^T for one row of x, by the method's mathematics, however it is computed."""
+        raise self._undefined("multiply_adds")
+
+    def _undefined(self, method: str) -> ValueError:
+        return ValueError(f"{type(self).__name__} does not define {method}(), see sltrain/layers/base.py")
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every parameter and buffer, from a CPU generator (None: torch's)."""
@@ -110,23 +107,19 @@ class ReplacedLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls,
-        weight: Tensor,
-        generator: torch.Generator | None = None,
-        bias: Tensor | None = None,
-        **settings: Any,
+        cls, weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None, **settings: Any
     ) -> "ReplacedLinear":
-        """A layer that starts as the dense W (out, in). Raises ValueError for a kind that cannot."""
+        """A layer whose W starts as a dense matrix (out, in). Raises ValueError for a kind that cannot."""
         raise ValueError(f"layers of kind {cls.kind} cannot start from a dense matrix")
 
     def warnings(self) -> dict[str, str]:
-        """What a user should know before training with it: topic -> line. Of several layers the first one's is said."""
+        """What a user should know before training: topic -> line. Of each topic a model shows the first layer's."""
         return {}
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: "Sequence[Any]") -> list[Tensor]:
-        """The output of each of these layers, all of this class, for the same x. Layers that are not called one by one
-        run no forward hooks."""
+        """The output of each of these layers of this class for the same x. An override that computes them in one call
+        skips their forward hooks."""
         return [layer(x) for layer in layers]
 
     @classmethod
@@ -134,16 +127,16 @@ class ReplacedLinear(nn.Module):
         """The bytes of `forward_together`."""
         return one_by_one([layer.footprint(rows) for layer in layers])
 
-    # ---- what follows from that
+    # ---- what follows from it
 
     def dense_weight(self) -> Tensor:
-        """W, (out, in), detached: what nn.Linear would hold."""
+        """W, (out, in), detached: the weight of an nn.Linear that computes the same."""
         summands = [part.dense() for part in self.parts().values()]
         return sum(summands[1:], summands[0])
 
     @property
     def num_trained(self) -> int:
-        """Trained values that stand for W: all but the bias's."""
+        """The number of trained values that make up W: all but the bias."""
         return sum(p.numel() for name, p in self.named_parameters() if p.requires_grad and name != "bias")
 
     def chosen_path(self, x: Tensor) -> str:
@@ -158,7 +151,7 @@ class ReplacedLinear(nn.Module):
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}
         if type(self).settings is not ReplacedLinear.settings:
-            shown |= self.settings()
+            shown |= {name: value for name, value in self.settings().items() if value is not None}
         shown |= {"bias": self.bias is not None, **({"path": self.path} if self.PATHS else {})}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
@@ -167,12 +160,12 @@ LAYERS: Registry[ReplacedLinear] = Registry("layer", "sltrain.layers.kinds", "sl
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear that holds its weight and bias, and nothing else."""
+    """Whether it is an nn.Linear with no other tensors than weight and bias."""
     return isinstance(module, nn.Linear) and module.state_dict().keys() <= {"weight", "bias"}
 
 
 def check_known(name: str, module: nn.Module) -> None:
-    """Raise ValueError for a module in place of a linear that is neither one nor says what its W is."""
+    """Raise ValueError for a module whose W is unknown: no plain nn.Linear, and no ReplacedLinear that defines it."""
     if is_plain_linear(module):
         return
     if not isinstance(module, ReplacedLinear):
@@ -181,11 +174,11 @@ def check_known(name: str, module: nn.Module) -> None:
             " so nothing is known of its W"
         )
     if module.is_mergeable and type(module).parts is ReplacedLinear.parts:
-        raise ValueError(f"{name}: {type(module).__name__} does not say what its W is made of: define parts()")
+        raise ValueError(f"{name}: {module._undefined('parts')}")
 
 
 def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
-    """The summands of a module's W; an nn.Linear has one, W. Raises ValueError where nothing is known of it."""
+    """The summands of a module's W; an nn.Linear has one, W. Raises ValueError as `check_known`."""
     check_known(name, module)
     if isinstance(module, ReplacedLinear):
         return module.parts()
@@ -195,15 +188,23 @@ def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
 
 def footprint(layers: Sequence[nn.Module], rows: Rows) -> Footprint:
     """The bytes of layers applied to the same x (num_rows, in). Raises ValueError for a module that is neither an
-    nn.Linear nor a ReplacedLinear, and for a kind that does not say."""
+    nn.Linear nor a ReplacedLinear, and for a kind that defines no footprint."""
     kind = type(layers[0])
     if issubclass(kind, ReplacedLinear) and all(type(layer) is kind for layer in layers):
         return kind.footprint_together(layers, rows)
-    return one_by_one([_footprint_alone(layer, rows) for layer in layers])
+    alone = []
+    for layer in layers:
+        if isinstance(layer, ReplacedLinear):
+            alone.append(layer.footprint(rows))
+        elif is_plain_linear(layer):
+            alone.append(Footprint(kept=0, temporary=0, gradients=gradient_bytes(layer)))
+        else:
+            raise ValueError(f"cannot count the memory of a {type(layer).__name__}: make it a ReplacedLinear")
+    return one_by_one(alone)
 
 
 def one_by_one(footprints: Sequence[Footprint]) -> Footprint:
-    """Of layers that share nothing but x."""
+    """The bytes of layers that share nothing but x."""
     return Footprint(
         kept=sum(part.kept for part in footprints),
         temporary=max(part.temporary for part in footprints),
@@ -211,22 +212,14 @@ def one_by_one(footprints: Sequence[Footprint]) -> Footprint:
     )
 
 
-def gradient_bytes(layer: nn.Module) -> int:
+def gradient_bytes(module: nn.Module) -> int:
     """Bytes of the gradients of its trained parameters."""
-    return sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
-
-
-def _footprint_alone(layer: nn.Module, rows: Rows) -> Footprint:
-    if isinstance(layer, ReplacedLinear):
-        return layer.footprint(rows)
-    if is_plain_linear(layer):
-        return Footprint(kept=0, temporary=0, gradients=gradient_bytes(layer))
-    raise ValueError(f"no memory is accounted for layers of kind {type(layer).__name__}: make it a ReplacedLinear")
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """Fill with numbers uniform in +-bound, drawn on the CPU in float32 and copied, so that one generator gives one
-    layer on every device and dtype. Pieces of one sequence: no second copy of all is made."""
+    """Fill with numbers uniform in +-bound, drawn on the CPU in float32 and copied, so that a seed gives the same layer
+    on every device and in every dtype. Drawn piece by piece: no second copy of the tensor exists."""
     for piece in parameter.detach().view(-1).split(DRAWN_AT_ONCE):
         drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
         piece.copy_(drawn.uniform_(-bound, bound, generator=generator))

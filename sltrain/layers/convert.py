@@ -5,9 +5,8 @@
 
     replace_linears(model, lambda name, linear: ".mlp." in name, make)
 
-Nothing here knows a model family: which linears are replaced is a predicate over (name, module), what takes their place
-a constructor over the same. A module that hangs in several places of the model (shared weights) is replaced by one new
-module in all of them.
+No model family is known here: a predicate over (name, linear) says which linears to replace, a constructor over the
+same what replaces them. A module that occurs several times in the model (shared weights) is replaced by one new module.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,20 +23,14 @@ class UnknownKind(ValueError):
 
 
 def replace_linears(
-    model: nn.Module,
-    should_replace: Callable[[str, nn.Linear], bool],
-    make: Callable[[str, nn.Linear], nn.Module],
+    model: nn.Module, should_replace: Callable[[str, nn.Linear], bool], make: Callable[[str, nn.Linear], nn.Module]
 ) -> list[str]:
     """Replace in place each nn.Linear that `should_replace(name, linear)` picks by `make(name, linear)`; return names.
 
-    Names are those of `model.named_modules()`. The values of the replaced linear are dropped: this is for training from
+    Names are those of `model.named_modules()`. The values of the replaced linear are lost: this is for training from
     scratch. Raises ValueError if none was replaced.
     """
-
-    def matches(name: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and should_replace(name, module)
-
-    names = _replace(model, matches, make)
+    names = _replace(model, lambda name, m: isinstance(m, nn.Linear) and should_replace(name, m), make)
     if not names:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         found = ", ".join(linears[:4]) + (", ..." if len(linears) > 4 else "") or "none"
@@ -45,18 +38,24 @@ def replace_linears(
     return names
 
 
+@torch.no_grad()
 def merge_to_dense(model: nn.Module) -> list[str]:
     """Replace in place every ReplacedLinear by an nn.Linear that computes the same; return names. Raises ValueError for
     a layer whose W is not one matrix."""
 
-    def matches(name: str, module: nn.Module) -> bool:
-        return isinstance(module, ReplacedLinear)
+    def make(name: str, layer: ReplacedLinear) -> nn.Linear:
+        weight, has_bias = layer.dense_weight(), layer.bias is not None
+        linear = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta", dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.detach().clone())
+        return linear
 
-    return _replace(model, matches, _dense_linear)
+    return _replace(model, lambda name, module: isinstance(module, ReplacedLinear), make)
 
 
 def layer_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{name: settings} of every ReplacedLinear, with its kind: plain data, from which `restore_layers` makes them."""
+    """{name: kind and settings} of every ReplacedLinear: plain data, from which `restore_layers` rebuilds them."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ReplacedLinear)}
     return {name: {"kind": layer.kind, **layer.settings()} for name, layer in layers.items()}
 
@@ -85,11 +84,10 @@ def restore_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
 
-    if not settings:
-        return
-    missing = settings.keys() - set(replace_linears(model, lambda name, linear: name in settings, make))
-    if missing:
-        raise ValueError(f"the model has no linear called {min(missing)}")
+    if settings:
+        missing = settings.keys() - set(replace_linears(model, lambda name, linear: name in settings, make))
+        if missing:
+            raise ValueError(f"the model has no linear called {min(missing)}")
 
 
 def _replace(
@@ -98,7 +96,7 @@ def _replace(
     names: list[str] = []
     made: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not name or not matches(name, module):  # the root has no place to be replaced in
+        if not name or not matches(name, module):  # the root has no parent to replace it in
             continue
         if module not in made:
             made[module] = make(name, module).train(module.training)
@@ -106,13 +104,3 @@ def _replace(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[module])
     return names
-
-
-@torch.no_grad()
-def _dense_linear(name: str, layer: ReplacedLinear) -> nn.Linear:
-    weight = layer.dense_weight()
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone())
-    return linear

@@ -23,20 +23,13 @@ from sltrain.layers.parts import LowRankPart, Part
 
 
 class FactoredLinear(ReplacedLinear):
-    """A (rank, in), B (out, rank) and the bias. Not a layer by itself."""
+    """The base of layers with factors A (rank, in), B (out, rank). `like` are their device and dtype. Raises ValueError
+    for a rank outside [0, min(in, out)] and an alpha that is not above 0."""
 
     GROUPS = {"A": "low_rank", "B": "low_rank"}
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        path: str = "auto",
+        self, in_features: int, out_features: int, rank: int, alpha: float, bias: bool, path: str = "auto", **like: Any
     ) -> None:
         super().__init__(in_features, out_features, path)
         limit = min(in_features, out_features)
@@ -48,9 +41,9 @@ class FactoredLinear(ReplacedLinear):
             raise ValueError(f"alpha must be above 0 (the low-rank product is scaled by alpha / rank), got {alpha}")
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / rank if rank else 0.0
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.A = nn.Parameter(torch.empty(rank, in_features, **like))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **like))
+        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
 
     def parts(self) -> dict[str, Part]:
         return {"BA": LowRankPart(self.B.detach(), self.A.detach(), self.scale)} if self.rank else {}

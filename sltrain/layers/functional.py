@@ -13,15 +13,12 @@
                dA = u^T x,            dB = scale * dy^T h,        dvalues = (dy^T x) at the trained positions
                multiply-adds          3 N r (in + out) + 3 N nnz, and h (N, r) is kept for backward
 
-Both compute the same up to rounding; cost.py says which is cheaper. Plain autograd would keep a dense W (composed), or
-an x S^T beside every h B^T (factored), from forward to backward. Here x, the parameters and h are saved and everything
-else lives inside one call; W and dW never at the same time. Positions are distinct, so a dense S is added by gather and
-assignment instead of by atomic additions, whose order (and so whose result) changes from run to run on CUDA.
-
-The products with a dense W are computed on aligned sides (aligned.py).
-
-Under autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor. Differentiable
-once.
+Both compute the same up to rounding; cost.py chooses the cheaper. Plain autograd would keep a dense W (composed), or an
+x S^T beside every h B^T (factored), from forward to backward. Here x, the parameters and h are saved, and the rest
+lives inside one call; W and dW never at the same time. Positions are distinct, so a dense S is added by gather and
+assignment instead of by atomic additions, whose order (and so whose result) changes from run to run on CUDA. Products
+with a dense W are computed on aligned sides (aligned.py). Under autocast the arithmetic and the output have autocast's
+dtype, each gradient that of its tensor. Differentiable once.
 """
 
 from dataclasses import dataclass
@@ -32,23 +29,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain.layers import sparse
-from sltrain.layers.aligned import aligned, aligned_columns, aligned_linear, autocast_dtype, cast_to
-from sltrain.layers.sparse import Sparse
+from sltrain.layers.aligned import aligned, aligned_linear, autocast_dtype, cast_to
+from sltrain.layers.parts import SparsePart
 from sltrain.layers.support import Support
 
 
 @dataclass
 class Weight:
-    """The parts of one W, (out, in): A (r, in), B (out, r), values (nnz,), indices as `support` draws them, and the
-    bias (out,) or None that goes with it. r = 0 leaves S alone, nnz = 0 leaves B A alone."""
+    """The parts of one W, (out, in), and its bias. r = 0 is S alone, nnz = 0 is B A alone."""
 
-    A: Tensor
-    B: Tensor
-    values: Tensor
-    indices: Tensor
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    values: Tensor  # (nnz,)
+    indices: Tensor  # as `support` draws them
     support: Support
     scale: float
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # (out,)
+
+    @property
+    def S(self) -> SparsePart:
+        return SparsePart(self.values, self.indices, self.support)
 
 
 def compose_weight(weight: Weight) -> Tensor:
@@ -63,7 +63,7 @@ def compose_weight(weight: Weight) -> Tensor:
 def composed_linear(x: Tensor, weight: Weight) -> Tensor:
     """x (..., in) -> x W^T + bias (..., out), through a dense W."""
     w = weight
-    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, w.support, w.scale, autocast_dtype(x))
+    return _Composed.apply(x, w.A, w.B, w.values, w.indices, w.bias, (w.support, w.scale, autocast_dtype(x)))
 
 
 def factored_linears(x: Tensor, weights: list[Weight]) -> list[Tensor]:
@@ -76,18 +76,10 @@ def factored_linears(x: Tensor, weights: list[Weight]) -> list[Tensor]:
 class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        bias: Tensor | None,
-        support: Support,
-        scale: float,
-        cast: torch.dtype | None,
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, constants: Any
     ) -> Tensor:
-        # Without a cast mixed dtypes are left for matmul to refuse, as in nn.Linear.
+        support, scale, cast = constants
+        # Without a cast matmul refuses mixed dtypes, as in nn.Linear.
         A_cast, B_cast, values_cast = (cast_to(t, cast) for t in (A, B, values))
         weight = compose_weight(Weight(A_cast, B_cast, values_cast, indices, support, scale))
         y = aligned_linear(cast_to(x, cast), weight, None if bias is None else cast_to(bias, cast))
@@ -102,18 +94,18 @@ class _Composed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, values, indices = ctx.saved_tensors
-        needs_x, needs_A, needs_B, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_A, needs_B, needs_values, _, needs_bias, _ = ctx.needs_input_grad
         dtype, out_features, in_features = grad_y.dtype, B.shape[0], A.shape[1]
         A_cast, B_cast = A.to(dtype), B.to(dtype)
-        rows = aligned_columns(grad_y.reshape(-1, out_features))  # (N, out), or a few more
+        rows = aligned(grad_y.reshape(-1, out_features), pad_rows=False)  # (N, out), or a few more columns
         grad_x = grad_A = grad_B = grad_values = grad_bias = None
         if needs_x:
             weight = compose_weight(Weight(A_cast, B_cast, values.to(dtype), indices, ctx.support, ctx.scale))
             grad_x = (rows @ aligned(weight))[:, :in_features].reshape(*grad_y.shape[:-1], in_features)
             grad_x = grad_x.to(ctx.x_dtype)
-            del weight  # before dW is made
+            del weight  # before dW is allocated
         if needs_A or needs_B or needs_values:
-            columns = aligned_columns(x.to(dtype).reshape(-1, in_features))
+            columns = aligned(x.to(dtype).reshape(-1, in_features), pad_rows=False)
             grad_weight = (rows.t() @ columns)[:out_features, :in_features].contiguous()  # (out, in)
             if needs_A:
                 grad_A = (ctx.scale * (B_cast.t() @ grad_weight)).to(A.dtype)
@@ -125,7 +117,7 @@ class _Composed(torch.autograd.Function):
                     grad_values[entries] = flat.index_select(0, positions).to(values.dtype)
         if needs_bias:
             grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
-        return grad_x, grad_A, grad_B, grad_values, None, grad_bias, None, None, None
+        return grad_x, grad_A, grad_B, grad_values, None, grad_bias, None
 
 
 class _Factored(torch.autograd.Function):
@@ -135,11 +127,11 @@ class _Factored(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, constants: list[tuple[Support, float]], cast: torch.dtype | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights = _unflatten(tensors, constants, cast)
+        weights = _weights(tensors, constants, cast)
         rows = cast_to(x, cast).reshape(-1, x.shape[-1]).contiguous()  # (N, in)
         hidden = rows @ torch.cat([w.A for w in weights]).t()  # (N, sum of ranks)
         ys = []
-        products = sparse.forward(rows, [_sparse(w) for w in weights])
+        products = sparse.forward(rows, [w.S for w in weights])
         for w, h, y in zip(weights, hidden.split([len(w.A) for w in weights], dim=1), products, strict=True):
             y.addmm_(h, (w.scale * w.B).t())
             ys.append((y if w.bias is None else y.add_(w.bias)).view(*x.shape[:-1], len(w.B)))
@@ -152,34 +144,26 @@ class _Factored(torch.autograd.Function):
     def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *tensors = ctx.saved_tensors
         dtype = grad_ys[0].dtype
-        weights = _unflatten(tensors, ctx.constants, dtype)
+        weights = _weights(tensors, ctx.constants, dtype)
         rows = x.to(dtype).reshape(-1, x.shape[-1]).contiguous()
         grads = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grad_ys]  # (N, out) each
-        grad_x, grad_values = sparse.backward(rows, grads, [_sparse(w) for w in weights])
-        result: list[Tensor | None] = []
+        grad_x, grad_values = sparse.backward(rows, grads, [w.S for w in weights])
         hiddens = hidden.split([len(w.A) for w in weights], dim=1)
-        for w, h, grad, grad_value, original in zip(
-            weights, hiddens, grads, grad_values, zip(*[iter(tensors)] * 5, strict=True), strict=True
-        ):
+        found: list[Tensor | None] = []
+        for w, h, grad, grad_value in zip(weights, hiddens, grads, grad_values, strict=True):
             u = grad @ (w.scale * w.B)  # (N, r)
             grad_x.addmm_(u, w.A)
             grad_B = grad.t() @ h
-            own = (u.t() @ rows, grad_B.mul_(w.scale), grad_value, None, None if w.bias is None else grad.sum(0))
-            result += [None if g is None else g.to(t.dtype) for g, t in zip(own, original, strict=True)]
-        needed = ctx.needs_input_grad[3:]
-        result = [g if needs else None for g, needs in zip(result, needed, strict=True)]
+            found += [u.t() @ rows, grad_B.mul_(w.scale), grad_value, None, None if w.bias is None else grad.sum(0)]
+        wanted = zip(found, tensors, ctx.needs_input_grad[3:], strict=True)
+        result = [g.to(t.dtype) if needs and g is not None else None for g, t, needs in wanted]
         return grad_x.view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None, None, None, *result
 
 
-def _unflatten(tensors: Any, constants: list[tuple[Support, float]], cast: torch.dtype | None) -> list[Weight]:
+def _weights(tensors: Any, constants: list[tuple[Support, float]], cast: torch.dtype | None) -> list[Weight]:
     weights = []
-    for (A, B, values, indices, bias), (support, scale) in zip(
-        zip(*[iter(tensors)] * 5, strict=True), constants, strict=True
-    ):
+    for number, (support, scale) in enumerate(constants):
+        A, B, values, indices, bias = tensors[5 * number : 5 * number + 5]
         bias = None if bias is None else cast_to(bias, cast)
         weights.append(Weight(cast_to(A, cast), cast_to(B, cast), cast_to(values, cast), indices, support, scale, bias))
     return weights
-
-
-def _sparse(weight: Weight) -> Sparse:
-    return Sparse(weight.support, weight.indices, weight.values)

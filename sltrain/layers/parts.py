@@ -1,11 +1,7 @@
-"""The summands of a W, each with its dense matrix, Frobenius norm and singular values by the cheapest way.
-
-    DensePart      a matrix as it is
-    LowRankPart    scale * B A, with B (out, r), A (r, in): norm and r singular values through (r, r) matrices
-    SparsePart     the S with these values on a support
+"""The summands of a W, each with its dense matrix, Frobenius norm and singular values, computed the cheapest way.
 
 |B A|^2 is the sum of (B^T B) * (A A^T). With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of
-R_B R_A^T. Singular values are computed in float64; what rounding cannot tell from 0 is 0.
+R_B R_A^T: both need (r, r) matrices only. Singular values are computed in float64, and are 0 below rounding error.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +17,7 @@ from sltrain.layers.support import Support
 class Part(ABC):
     """One summand of W, (out, in), detached from autograd."""
 
-    group: ClassVar[str]  # under which norms are added up: dense, low_rank or sparse
+    group: ClassVar[str]  # dense, low_rank or sparse: norms are summed by group
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -32,13 +28,13 @@ class Part(ABC):
         """Frobenius norm, 0-d float32."""
 
     def singular_values(self) -> Tensor:
-        """Those that can be above 0, at most min(out, in), float64, descending."""
+        """The singular values that can be above 0, at most min(out, in), float64, descending."""
         return singular_values(self.dense())
 
 
 @dataclass(frozen=True)
 class DensePart(Part):
-    """A matrix as it is, (out, in)."""
+    """A dense matrix (out, in)."""
 
     matrix: Tensor
     group = "dense"
@@ -52,7 +48,7 @@ class DensePart(Part):
 
 @dataclass(frozen=True)
 class LowRankPart(Part):
-    """scale * B A with B (out, r), A (r, in)."""
+    """scale * B A with B (out, r), A (r, in); it has r singular values."""
 
     B: Tensor
     A: Tensor
@@ -84,7 +80,7 @@ class LowRankPart(Part):
 
 @dataclass(frozen=True)
 class SparsePart(Part):
-    """S: its values (nnz,), and where they are, the indices that `support` drew."""
+    """S: its values (nnz,), and their places, the indices that `support` drew."""
 
     values: Tensor
     indices: Tensor
@@ -104,13 +100,13 @@ class SparsePart(Part):
 
 @torch.no_grad()
 def singular_values(matrix: Tensor) -> Tensor:
-    """(out, in) -> (min(out, in),) float64, descending."""
+    """Singular values of a matrix (out, in): (min(out, in),) float64, descending."""
     matrix = matrix.double()
     tall = matrix if len(matrix) >= matrix.shape[1] else matrix.t()  # several times faster than a wide one
     return _without_noise(torch.linalg.svdvals(tall), max(matrix.shape))
 
 
 def _without_noise(values: Tensor, longer: int) -> Tensor:
-    """With 0 for what is below the rounding of a matrix whose longer side is `longer`: NumPy's rule for ranks."""
+    """Set values below the rounding error of a matrix with this longer side to 0: NumPy's rule for ranks."""
     tolerance = values.max() * longer * torch.finfo(values.dtype).eps if len(values) else 0.0
     return torch.where(values > tolerance, values, torch.zeros_like(values))

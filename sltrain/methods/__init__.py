@@ -1,1 +1,1 @@
-"""Ways to parametrize the projections of a model: one file a method, found by name."""
+"""Methods that parametrize the projections of a model: one file a method, found by name."""

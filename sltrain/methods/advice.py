@@ -5,12 +5,11 @@ from torch import nn
 
 from sltrain.layers import Part, ReplacedLinear
 
-ALWAYS = ("low_rank", "sparse")  # groups whose norm is logged even where no layer has such a part
+ALWAYS = ("low_rank", "sparse")  # groups whose norm is logged even if no layer has such a part
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """A line if there are layers that train no fewer values than a dense matrix, and what the layers warn of
-    themselves, a line a topic."""
+    """A line if layers train no fewer values than a dense matrix, and the layers' own warnings, one line a topic."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
     lines = []
     heavy = [name for name, layer in layers.items() if layer.num_trained >= layer.in_features * layer.out_features]
@@ -28,8 +27,8 @@ def warnings(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def weight_norms(model: nn.Module) -> dict[str, float]:
-    """Frobenius norms of the low-rank and the sparse parts of W, and of dense ones if there are any, each over all
-    layers together; nothing for a model without such layers."""
+    """Frobenius norms of the low-rank, sparse and other parts of W, each over all layers: {"low_rank_norm": ...}; empty
+    for a model without replaced layers."""
     layers = [layer for layer in model.modules() if isinstance(layer, ReplacedLinear) and layer.is_mergeable]
     if not layers:
         return {}

@@ -1,4 +1,4 @@
-"""A method says how attention and MLP projections are parametrized. It is one file:
+"""The interface of a method, which parametrizes attention and MLP projections. It is one file:
 
     @METHODS.register("low_rank")
     @dataclass
@@ -7,10 +7,10 @@
         def replace(self, model, chosen): ...     # puts its layers in place of the chosen linears
 
 `method=NAME` chooses it, and `config.method` is the object. This file and the files of methods import torch only inside
-functions: a mistyped key is refused before torch is loaded.
+functions, so that a mistyped key is reported before torch is loaded.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -30,33 +30,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Method:
-    """The face of a method. Fields of a subclass are its options; only `replace` must be defined."""
+    """A method. Fields of a subclass are its options; only `replace` must be defined."""
 
     name: str = MISSING
 
     def check(self) -> None:
-        """Raise ValueError, naming key, value and remedy, for options that do not go together."""
+        """Raise ValueError, naming key, value and remedy, for options out of range or in contradiction."""
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
-        """Replace in place the linears that `chosen(name, linear)` picks; return their names. The model may be on the
-        meta device. Raises ValueError for options a layer cannot have, and if no linear was chosen."""
-        raise TypeError(f"{type(self).__name__} does not say what it replaces linears by")
+        """Replace in place the linears that `chosen(name, linear)` picks, keeping device and dtype (meta included);
+        return their names. Raises ValueError for options a layer cannot have, for an override whose pattern fits no
+        layer, and if no linear was chosen."""
+        raise TypeError(f"{type(self).__name__} does not define replace()")
 
     def group_options(self, parameter: "ParamInfo") -> dict[str, float]:
-        """Settings of the optimizer for one parameter that differ from the run's: {"lr_scale": 0.5} halves its
-        learning rate, {"weight_decay": 0.0} keeps it from decaying."""
+        """Optimizer settings of one parameter that differ from the run's: {"lr_scale": 0.5} halves its learning rate,
+        {"weight_decay": 0.0} exempts it from decay."""
         return {}
 
     def actions(self, running: "Running") -> "list[Action]":
-        """What happens between updates, see engine/actions.py. Called again when a phase has changed the model."""
+        """Actions between updates, see engine/actions.py. Called again after a phase has changed the model."""
         return []
 
     def phases(self, max_steps: int) -> "list[Phase]":
-        """The parts of a run of `max_steps` updates in which the model has another structure, see engine/actions.py."""
+        """The parts of a run of `max_steps` updates in which the model's structure differs, see engine/actions.py."""
         return []
 
     def columns(self) -> dict[str, Any]:
-        """The options that the start-up line, the table of a report and the model card show, in this order."""
+        """The options shown by the start-up line, the table of a report and the model card, in this order."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
         return {key: value for key, value in shown.items() if isinstance(value, int | float | str)}
 
@@ -65,39 +66,38 @@ METHODS: Registry[Method] = Registry("method", "sltrain.methods", "sltrain.metho
 
 
 def pattern_fits(pattern: str, name: str) -> bool:
-    """Whether a pattern with the shell's wildcards fits the full module name or one of its dotted parts: `q_proj`,
-    `mlp`, `*_proj` and `model.layers.[01].*` all work."""
+    """Whether a pattern with shell wildcards fits the module name or one of its dotted parts, such as `q_proj`, `mlp`,
+    `*_proj`, `model.layers.[01].*`."""
     return any(fnmatchcase(candidate, pattern) for candidate in [name, *name.split(".")])
 
 
 def resolve(value: Any, overrides: dict[str, Any], name: str) -> Any:
-    """The value of one layer: that of the last override whose pattern fits its name, or the method's own."""
+    """The value of one layer: that of the last override whose pattern fits its name, else `value`."""
     fitting = [override for pattern, override in overrides.items() if pattern_fits(pattern, name)]
     return fitting[-1] if fitting else value
 
 
-def check_patterns(key: str, patterns: Iterable[str], names: list[str]) -> None:
-    """Raise ValueError for a pattern that fits none of the replaced layers (without layers nothing is checked)."""
-    for pattern in patterns:
-        if names and not any(pattern_fits(pattern, name) for name in names):
-            kinds = sorted({name.rpartition(".")[2] for name in names})
-            examples = ", ".join(names[:2] + kinds[:8])
-            raise ValueError(f"{key}: the pattern {pattern!r} fits no replaced layer; try for example {examples}")
-
-
-def chosen_names(model: "nn.Module", chosen: "Chosen") -> list[str]:
-    """Names of the linears that `chosen` picks."""
+def replace_each(
+    model: "nn.Module",
+    chosen: "Chosen",
+    make: "Callable[[str, nn.Linear, dict[str, Any]], nn.Module]",
+    overrides: Mapping[str, Iterable[str]] | None = None,
+) -> list[str]:
+    """Replace each chosen linear by `make(name, linear, like)`, where `like` are the linear's bias, device and dtype as
+    arguments of a layer; return names. Raises ValueError if none was chosen, for a pattern in `overrides` (key of the
+    configuration -> patterns) that fits no chosen linear, and as `make`, with the name of the layer."""
     from torch import nn
 
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and chosen(name, module)]
-
-
-def replace_each(
-    model: "nn.Module", chosen: "Chosen", make: "Callable[[str, nn.Linear, dict[str, Any]], nn.Module]"
-) -> list[str]:
-    """Replace each chosen linear by `make(name, linear, like)`, where `like` holds bias, device and dtype for a layer
-    like this linear. A ValueError of `make` gets the layer's name in front."""
     from sltrain.layers.convert import replace_linears
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name, linear in linears.items() if chosen(name, linear)]
+    for key, patterns in (overrides or {}).items():
+        for pattern in patterns:
+            if names and not any(pattern_fits(pattern, name) for name in names):
+                kinds = sorted({name.rpartition(".")[2] for name in names})
+                examples = ", ".join(names[:2] + kinds[:8])
+                raise ValueError(f"{key}: the pattern {pattern!r} fits no replaced layer; try for example {examples}")
 
     def make_named(name: str, linear: "nn.Linear") -> "nn.Module":
         weight = linear.weight

@@ -1,6 +1,6 @@
-"""Dense training: every projection stays an nn.Linear. The baseline the other methods are measured against.
+"""Dense training, the baseline of the other methods: every projection stays an nn.Linear.
 
-So that it is a fair one, projections get the same treatment of awkward sides (5461 in LLaMA 1B) as factored ones do.
+For a fair comparison, products are computed on aligned sides (5461 in LLaMA 1B is not), as those of factored layers.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ class Full(Method):
     """method=full has no options."""
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
-        """Put an AlignedLinear, with the same parameters, in place of each chosen linear."""
         from sltrain.layers.aligned import AlignedLinear
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":

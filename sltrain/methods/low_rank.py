@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_patterns, chosen_names, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,14 +28,10 @@ class LowRank(Method):
                 raise ValueError(f"method=low_rank needs rank above 0, and {name} is {rank}")
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
-        """Put a LowRankLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
-        rank a layer cannot have, and for a pattern that fits nothing."""
         from sltrain.layers import LowRankLinear
-
-        check_patterns("rank_overrides", self.rank_overrides, chosen_names(model, chosen))
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             return LowRankLinear(linear.in_features, linear.out_features, rank, self.alpha, **like)
 
-        return replace_each(model, chosen, make)
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_patterns, chosen_names, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +18,7 @@ SUPPORTS = ("uniform", "stratified", "block", "column")
 @METHODS.register("sltrain")
 @dataclass
 class SLTrain(Method):
-    """Options of method=sltrain. An override maps a name pattern to another rank or sparsity; of several that fit a
-    layer, the last wins."""
+    """Options of method=sltrain. Of several overrides whose pattern fits a layer, the last wins."""
 
     rank: int = MISSING  # inner size of B A; 0: S alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
@@ -32,7 +31,9 @@ class SLTrain(Method):
     def check(self) -> None:
         if self.support not in SUPPORTS:
             raise ValueError(f"support={self.support}: choose one of {', '.join(SUPPORTS)}")
-        check_ranks(self.rank_overrides)
+        for pattern, rank in self.rank_overrides.items():
+            if rank < 0:
+                raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
         sparsities = {"sparsity": self.sparsity, **self.sparsity_overrides}
         for name, sparsity in sparsities.items():
             if not 0 <= sparsity < 1:
@@ -55,31 +56,13 @@ class SLTrain(Method):
             )
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
-        """Put an SLTrainLinear in place of each chosen linear, on its device and in its dtype. Raises ValueError for a
-        rank, sparsity or block size a layer cannot have, and for a pattern that fits nothing."""
         from sltrain.layers import SLTrainLinear
 
-        names = chosen_names(model, chosen)
-        check_patterns("rank_overrides", self.rank_overrides, names)
-        check_patterns("sparsity_overrides", self.sparsity_overrides, names)
-
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            return SLTrainLinear(
-                linear.in_features,
-                linear.out_features,
-                resolve(self.rank, self.rank_overrides, name),
-                resolve(self.sparsity, self.sparsity_overrides, name),
-                self.alpha,
-                support=self.support,
-                block_size=self.block_size,
-                **like,
-            )
+            rank = resolve(self.rank, self.rank_overrides, name)
+            sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
+            shape = (linear.in_features, linear.out_features, rank, sparsity, self.alpha)
+            return SLTrainLinear(*shape, support=self.support, block_size=self.block_size, **like)
 
-        return replace_each(model, chosen, make)
-
-
-def check_ranks(overrides: dict[str, int]) -> None:
-    """Raise ValueError for an override below 0."""
-    for pattern, rank in overrides.items():
-        if rank < 0:
-            raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
+        patterns = {"rank_overrides": [*self.rank_overrides], "sparsity_overrides": [*self.sparsity_overrides]}
+        return replace_each(model, chosen, make, patterns)

@@ -1,18 +1,18 @@
-"""Two element-wise operations that keep for backward no more than they were given, and a third of the MLP's memory.
+"""RMSNorm and SwiGLU that keep only their inputs for backward, and recomputation of the product of SwiGLU.
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight     keeps x and one number a row
     swiglu      y = silu(gate) * up                        keeps gate and up
 
-Written out as above, autograd keeps intermediate results as well, 20 MB a decoder layer of the 60M model and 2,000
-tokens, and passes over memory more often: backward of the norm takes 1.5 ms here and 5 to 8 ms there (one core, 1740 x
-512, float32). With m = mean(x^2) + eps and n = x / sqrt(m), and g = dy * weight in backward:
+Written out as above, autograd also keeps intermediate results, 20 MB a decoder layer of the 60M model and 2,000 tokens,
+and passes over memory more often: backward of the norm takes 1.5 ms here and 5 to 8 ms there (one core, 1740 x 512,
+float32). With m = mean(x^2) + eps and n = x / sqrt(m), and g = dy * weight in backward:
 
     dweight = sum over rows of dy * n,      dx = (g - n * mean(g * n)) / sqrt(m)
 
 Differentiable once.
 
-The projection that reads the product of swiglu would keep it, as large as gate and up. `made_again` lets it be computed
-a second time in backward instead, bit for bit, for less than a hundredth of an update's time.
+The projection of the product of swiglu would keep it, a third of the MLP's memory. `recomputed` recomputes it in
+backward instead, bit for bit, for less than a hundredth of an update's time.
 """
 
 from contextlib import AbstractContextManager
@@ -34,8 +34,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-def made_again(product: Tensor, gate: Tensor, up: Tensor) -> AbstractContextManager[Any]:
-    """A context in which whatever would keep `product` = swiglu(gate, up) for backward computes it again there."""
+def recomputed(product: Tensor, gate: Tensor, up: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations do not keep `product` = swiglu(gate, up) for backward but recompute it there."""
     address, shape, gate, up = product.data_ptr(), product.shape, gate.detach(), up.detach()
     marker = object()
 
@@ -60,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_root = ctx.saved_tensors
-        normed = x * inverse_root  # float32, and so is all that follows
+        normed = x * inverse_root  # float32, as everything below
         grad_y = grad_y.to(normed.dtype)
         grad_weight = torch.linalg.vecdot(grad_y.reshape(-1, x.shape[-1]), normed.reshape(-1, x.shape[-1]), dim=0)
         grad = grad_y * weight

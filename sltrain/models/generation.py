@@ -1,9 +1,9 @@
-"""Text that goes on: a model reads the prompt once, then one token after the other is picked and read.
+"""Text generation: a model reads the prompt once, then each picked token.
 
-    logits (V,) of the last position  ->  temperature, the k likeliest, the likeliest with together p  ->  one id
+    logits (V,) of the last position  ->  temperature, top-k, top-p  ->  one id
 
-in transformers' order and meaning. Temperature 0 is greedy: the likeliest id, with no chance in it. Ids are drawn on
-the CPU, so that a seed gives the same text wherever the logits are the same.
+in transformers' order and meaning. Temperature 0 is greedy: the likeliest id, not random. Ids are drawn on the CPU, so
+that a seed gives the same text wherever the logits are the same.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from sltrain.models.llama import LlamaForCausalLM
 
 @dataclass
 class Sampling:
-    """How the next id is picked. Raises ValueError for values that pick nothing."""
+    """How the next id is picked. Raises ValueError for values outside their range."""
 
-    temperature: float = 0.0  # 0: greedy; 1: as the model says; above: more surprising
+    temperature: float = 0.0  # 0: greedy; 1: the model's own distribution; above: flatter
     top_k: int | None = None  # only the k likeliest
-    top_p: float | None = None  # only the likeliest that together have at least this probability
+    top_p: float | None = None  # only the likeliest whose probabilities add up to at least this
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,14 +37,14 @@ class Sampling:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: must be between 0 and 2^63 - 1")
         if self.temperature == 0 and (self.top_k or self.top_p):
-            raise ValueError("top-k and top-p narrow a random choice, and temperature 0 leaves none; set temperature 1")
+            raise ValueError("top-k and top-p have no effect at temperature 0, which is greedy; set temperature 1")
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One id from logits (V,). Raises ValueError if they are not finite."""
-    scores = logits.cpu().double()  # a float32 has no room for very small temperatures
+    scores = logits.cpu().double()  # float32 overflows for very small temperatures
     if not scores.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights diverged; take an earlier step")
+        raise ValueError("the model's logits are not finite: its weights diverged; use an earlier step")
     if sampling.temperature == 0:
         return int(scores.argmax())
     scores = (scores - scores.max()) / sampling.temperature
@@ -53,7 +53,7 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     probabilities = scores.softmax(0)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(0) - ordered  # of all that are likelier
+        before = ordered.cumsum(0) - ordered  # of all likelier ids together
         probabilities = probabilities.index_fill(0, order[before >= sampling.top_p], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
@@ -62,10 +62,8 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 def generate(
     model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, eos_id: int, sampling: Sampling
 ) -> Iterator[int]:
-    """Yield up to `max_new_tokens` ids after `prompt`; the last one is `eos_id` if the text ended by itself.
-
-    The caller sees to it that both together fit the model's context.
-    """
+    """Yield up to `max_new_tokens` ids that continue `prompt`, the last one `eos_id` if the model ended the text. The
+    caller ensures that both fit the model's context."""
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KeyValueCache()
     device = model.lm_head.weight.device

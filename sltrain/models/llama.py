@@ -1,7 +1,7 @@
 """The LLaMA decoder (Touvron et al., arXiv 2302.13971), with transformers' parameter names and rotary layout.
 
-A state dict of this model IS one of transformers.LlamaForCausalLM with an untied head, and the logits are the same, so
-checkpoints go either way without a converter.
+A state dict of this model is one of transformers.LlamaForCausalLM with an untied head, and the logits are the same, so
+either loads the other's checkpoints.
 
     B sequences, T positions, N rows of x, D hidden size, V vocabulary, H query heads, G key/value heads (G divides H),
     d = D / H
@@ -10,10 +10,10 @@ checkpoints go either way without a converter.
     per layer:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))                                        (N, V)
 
-Sequences are padded on the right: causal attention never looks at a pad from a real position, so no mask is needed.
-What a loss does not depend on need not be computed: everything but attention works row by row, so x holds the rows it
-is told (N of them, B T if it is told none), and attention alone lays them out as (B, T). Loss and gradients stay the
-same. In a bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
+Sequences are padded on the right: in causal attention no real position sees a pad, so no mask is needed. Positions that
+cannot affect the loss are skipped: everything except attention works row by row, so x is (N, D), one row per kept
+position (B T by default), and attention alone spreads the rows over (B, T). Loss and gradients stay the same. In a
+bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sltrain.config import ModelConfig
 from sltrain.models.cache import KeyValueCache
-from sltrain.models.fused import made_again, rms_norm, swiglu
+from sltrain.models.fused import recomputed, rms_norm, swiglu
 from sltrain.models.loss import chunked_cross_entropy_sum
 from sltrain.numeric import IGNORED_LABEL
 
@@ -35,13 +35,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def is_projection(name: str, module: nn.Module) -> bool:
-    """Whether `module` is an attention or MLP projection: what the paper replaces. Never embeddings, norms or the
-    head."""
+    """Whether `module` is an attention or MLP projection, which the paper replaces; not the head."""
     return isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight; the mean and the division in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight; mean and division in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -54,17 +53,17 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Grid:
-    """The (B, T) grid of positions, and where the N rows of x lie in it."""
+    """The (B, T) grid of positions, and the places of the N rows of x in it."""
 
     num_sequences: int
     num_positions: int
-    rows: Tensor | None  # (N,) int64, the position b T + t of each row, ascending; None: all B T positions
+    rows: Tensor | None  # (N,) int64, the position b T + t of each row, ascending; None: all B T
     cos: Tensor  # (T, 1, d), see rotary_tables
     sin: Tensor
     cache: KeyValueCache | None = None  # of the positions before these
 
     def spread(self, x: Tensor, head_size: int) -> Tensor:
-        """x (N, heads * d) -> (B, T, heads, d), zero at the positions that x lacks."""
+        """x (N, heads * d) -> (B, T, heads, d), zero at skipped positions."""
         if self.rows is not None:
             # index_put_, because index_copy_ would keep x for backward
             x = x.new_zeros(self.num_sequences * self.num_positions, x.shape[1]).index_put_((self.rows,), x)
@@ -84,11 +83,10 @@ def rotary_tables(
     num_positions: int, head_size: int, theta: float, device: torch.device, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (T, 1, d) float32, of the positions from `first` on: position t turns the pair
-    (i, i + d/2) by the angle t / theta^(2i/d). The sines of the first half, which meet the pair's other number in
-    `rotate`, are negative.
+    (i, i + d/2) by the angle t / theta^(2i/d). The sines of the first half are negative, as `rotate` needs them.
 
-    Made anew in every forward pass, once for all layers: T x d numbers cost nothing, and a buffer of them would be
-    garbage after `to_empty` and limit T.
+    Recomputed in every forward pass, once for all layers: that costs nothing, and a buffer would be garbage after
+    `to_empty` and limit T.
     """
     inverse_frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     positions = torch.arange(first, first + num_positions, device=device, dtype=torch.float32)
@@ -103,8 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *projections: nn.Module) -> list[Tensor]:
-    """The output of each projection of the same x. A kind of layer that can read x once for several offers
-    `forward_together(x, layers)`."""
+    """The output of each projection of the same x, by `forward_together` (layers/base.py) where their class has it."""
     kind = type(projections[0])
     if hasattr(kind, "forward_together") and all(type(projection) is kind for projection in projections):
         return kind.forward_together(x, projections)
@@ -130,13 +127,13 @@ class Attention(nn.Module):
         if grid.cache is not None:
             k, v = grid.cache.extend(self, k, v)
         shares_kv = self.num_kv_heads != self.num_heads
-        is_causal = k.shape[2] == q.shape[2]  # otherwise one new position, which sees all before it
+        is_causal = k.shape[2] == q.shape[2]  # otherwise one new position, which sees all others
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=shares_kv)  # (B, H, T, d)
         return self.o_proj(grid.collect(y.transpose(1, 2)))
 
 
 class MLP(nn.Module):
-    """`keeps_product`: under activation checkpointing, which already computes everything again."""
+    """`keeps_product`: under activation checkpointing, which recomputes the whole layer anyway."""
 
     def __init__(self, config: ModelConfig, keeps_product: bool) -> None:
         super().__init__()
@@ -150,7 +147,7 @@ class MLP(nn.Module):
         product = swiglu(gate, up)
         if self.keeps_product or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.down_proj(product)
-        with made_again(product, gate, up):
+        with recomputed(product, gate, up):
             return self.down_proj(product)
 
 
@@ -168,15 +165,15 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T. With a cache the ids go on where it
-    ends, one at a time after the first pass."""
+    """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T. With a cache the ids continue its
+    positions, one at a time after the first pass."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, activation_checkpointing: bool) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
-        # As nn.Embedding fills itself, but on meta that would import the compiler, a second.
+        # As nn.Embedding's own start, which on meta imports the compiler (a second).
         drawn = torch.randn(vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(
@@ -201,12 +198,9 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder with its head. `activation_checkpointing` keeps only each layer's input and computes the layer again
-    in backward.
-
-    Construction leaves torch's default values; call `init_weights`. Raises ValueError for a configuration without a
-    vocabulary or whose heads do not fit its hidden size.
-    """
+    """The decoder with its head. `activation_checkpointing` keeps only each layer's input and recomputes the layer in
+    backward. Call `init_weights` after construction. Raises ValueError for a configuration without a vocabulary size or
+    whose heads do not fit its hidden size."""
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -220,45 +214,39 @@ class LlamaForCausalLM(nn.Module):
         float32.
 
         Labels are aligned with input_ids (position t is predicted from positions before t); -100 marks a position
-        without a target. `rows` (N,) int64 names the positions b T + t to compute, ascending: with every target, the
-        positions before it in its sequence; what is left out has no logits (they are then (N, V)) and no loss.
+        without a target. `rows` (N,) int64 are the positions b T + t to compute, ascending; they must include all
+        positions before a target in its sequence. Other positions have no logits, which are then (N, V), and no loss.
         """
         hidden = self.model(input_ids, rows)  # (N, D)
         if labels is None:
             logits = self.lm_head(hidden)
             return logits if rows is not None else logits.view(*input_ids.shape, -1)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1, the last one nothing
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1
         return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter and buffer: norms 1, embeddings, head and dense projections normal(0,
-        initializer_range), and whatever was put in a projection's place by its own `reset_parameters(generator)`.
-
-        Each module draws from a generator of its own, seeded by (seed, its name), on the CPU in float32, and copies. So
-        the values do not depend on build order, rank, device or dtype.
-        """
+        initializer_range), replaced projections by their `reset_parameters(generator)`. Each module has a generator
+        seeded by (seed, its name) and draws on the CPU in float32, so the values do not depend on build order, rank,
+        device or dtype."""
         for name, module in self.named_modules():
-            generator = _named_generator(seed, name)
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Linear | nn.Embedding):
-                for piece in module.weight.view(-1).split(DRAWN_AT_ONCE):  # no float32 copy of all
+                for piece in module.weight.view(-1).split(DRAWN_AT_ONCE):  # no float32 copy of the whole
                     drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
                     piece.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters(generator)
             else:
-                assert not list(module.parameters(recurse=False)), f"nobody initialises {name}"
-
-
-def _named_generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+                assert not list(module.parameters(recurse=False)), f"{name} is not initialized"
 
 
 def _check(config: ModelConfig) -> int:
-    """The vocabulary's size. Raises ValueError for a shape that cannot be built."""
+    """The vocabulary size. Raises ValueError for a shape that cannot be built."""
     if config.vocab_size is None:
         raise ValueError(f"model {config.name} has no vocabulary size: set model.vocab_size, or take the tokenizer's")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads

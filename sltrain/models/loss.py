@@ -3,22 +3,20 @@
     N rows, D hidden size, V vocabulary       loss = sum_n  logsumexp(h_n W^T) - h_n W_{y_n}^T
     dlogits = softmax(h W^T) - onehot(y),     dh = dlogits W,     dW = dlogits^T h
 
-The logits of one 512 x 256 batch over 32,000 tokens are 16.8 GB in float32, as much again for their gradient: far
-more than the rest of a small model. So a chunk of rows at a time makes its logits and its loss and at once, in the
-forward pass, their gradient; backward only multiplies by the gradient of the sum. What waits for backward is dh (N, D)
-and the smaller of two things:
+The logits of one 512 x 256 batch over 32,000 tokens are 16.8 GB in float32, and so is their gradient: far more than the
+rest of a small model. So the forward pass computes logits, loss and their gradient for one chunk of rows at a time;
+backward only multiplies by the gradient of the sum. Kept for backward are dh (N, D) and the smaller of
 
     many rows    dW (V, D), accumulated in float32 so that many small bfloat16 contributions are not rounded away
-    few rows     dlogits (N, V) and h, of which backward makes dW in one product: the batch-of-one of a 7B model then
-                 needs 16 MB beside the gradient itself, not 786
+    few rows     dlogits (N, V) and h, from which backward computes dW in one product: a batch of one sequence of a 7B
+                 model then needs 16 MB beside the gradient itself, not 786
 
-The logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input).
-
-torch has a `linear_cross_entropy` of the same idea, but not in every release this package supports (torch >= 2.11), and
-with options that still move; a page of our own behaves the same everywhere. As there, the result can be differentiated
-once, not twice.
+The logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input). Differentiable
+once. torch's `linear_cross_entropy` has the same idea, but is not in every release this package supports (torch >=
+2.11), and its options still change.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from sltrain.numeric import IGNORED_LABEL
 
-# Of float32 logits. A CPU's memory manager keeps pieces of this size for the next chunk; larger ones it returns to the
-# system, and getting them back costs more than the softmax. A GPU wants larger products.
+# Of float32 logits. A CPU's allocator keeps pieces of this size for the next chunk; larger ones go back to the system,
+# and getting them again costs more than the softmax. A GPU needs larger products.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
-MIN_CHUNK_ROWS = 128  # fewer rows would leave the matrix products idle
+MIN_CHUNK_ROWS = 128  # with fewer, matrix products are inefficient
 SCALE_ROWS = 1024  # of a gradient, scaled in float32 at a time
 
 
@@ -40,20 +38,19 @@ def default_chunk_rows(vocab_size: int, device_type: str) -> int:
 
 
 def keeps_logit_gradients(num_rows: int, hidden_size: int, element_size: int) -> bool:
-    """Whether dlogits (N, V) and h wait for backward, because they are smaller than dW (V, D) as it is accumulated and
-    kept."""
+    """Whether dlogits (N, V) and h are kept for backward, being smaller than dW (V, D) and its float32 accumulator."""
     accumulated = 4 if element_size < 4 else 0
     return num_rows * element_size <= hidden_size * (element_size + accumulated)
 
 
-# Tracing would unroll the loop over chunks, anew for every number of rows. This is torch.compiler.disable, but imports
-# the compiler (a second) when it is first called instead of here.
+# Tracing would unroll the loop over chunks for every number of rows. This is torch.compiler.disable, but imports the
+# compiler (a second) at the first call instead of here.
 @torch._disable_dynamo
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Sum over rows of cross-entropy(hidden weight^T, labels), 0-d float32, in nats.
 
     hidden (N, D), weight (V, D), labels (N,) int64 where -100 marks rows without a target. `chunk_rows` bounds the rows
-    of logits held at a time (None: by CHUNK_BYTES). Without gradients to compute (torch.no_grad) only the loss is.
+    of logits held at a time (None: by CHUNK_BYTES). Under torch.no_grad only the loss is computed.
     """
     device_type = hidden.device.type
     has_autocast = torch.amp.is_autocast_available(device_type)
@@ -66,31 +63,27 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
     return _run_chunks(hidden, weight, labels, chunk_rows, _Gradients())
 
 
+@dataclass
 class _Gradients:
-    """What the chunks leave for backward; None for what is not needed."""
+    """The gradients that chunks compute; None for those not needed."""
 
-    def __init__(
-        self, hidden: Tensor | None = None, weight: Tensor | None = None, logits: Tensor | None = None
-    ) -> None:
-        self.hidden, self.weight, self.logits = hidden, weight, logits
-
-    @classmethod
-    def allocate(cls, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool) -> "_Gradients":
-        gradients = cls(torch.empty_like(hidden) if needs_hidden else None)
-        if needs_weight and keeps_logit_gradients(len(hidden), hidden.shape[1], hidden.element_size()):
-            gradients.logits = hidden.new_empty(len(hidden), len(weight))
-        elif needs_weight:
-            gradients.weight = weight.new_zeros(weight.shape, dtype=_exact(hidden))
-        return gradients
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
-        gradients = _Gradients.allocate(hidden, weight, *ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        gradients = _Gradients(torch.empty_like(hidden) if needs_hidden else None)
+        if needs_weight and keeps_logit_gradients(len(hidden), hidden.shape[1], hidden.element_size()):
+            gradients.logits = hidden.new_empty(len(hidden), len(weight))
+        elif needs_weight:
+            gradients.weight = weight.new_zeros(weight.shape, dtype=_exact(hidden))
         loss = _run_chunks(hidden, weight, labels, chunk_rows, gradients)
         grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        # A row without a target is made zero where it is D wide, not V.
+        # A row without a target is zeroed in h, which is D wide, not in dlogits, which is V wide.
         source = None if gradients.logits is None else hidden * (labels != IGNORED_LABEL).unsqueeze(1)
         ctx.save_for_backward(gradients.hidden, grad_weight, gradients.logits, source)
         return loss
@@ -107,8 +100,8 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
 
 
 def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
-    """matrix * factor, multiplied in the factor's float32: 1 / num_tokens rounded to bfloat16 would shift every
-    gradient's scale by up to 0.4 %."""
+    """matrix * factor, multiplied in the factor's float32: 1 / num_tokens rounded to bfloat16 would scale every
+    gradient by up to 0.4 % too much or too little."""
     if matrix.dtype == factor.dtype:
         return matrix * factor
     result = torch.empty_like(matrix)
@@ -131,7 +124,8 @@ def _run_chunks(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int,
 
 
 def _run_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, rows: slice, gradients: _Gradients) -> Tensor:
-    """The sum of the log-probabilities of these rows' labels. Its logits are gone when it returns."""
+    """The sum of the log-probabilities of these rows' labels; fills their part of `gradients`. A function, so that the
+    logits are freed."""
     exact, chunk, label = _exact(hidden), hidden[rows], labels[rows].unsqueeze(1)
     has_target, target = label != IGNORED_LABEL, label.clamp(min=0)
     log_p = torch.log_softmax(chunk @ weight.t(), 1, dtype=exact)  # (rows, V)

@@ -2,12 +2,12 @@
 
     which parameters   those that are trained, each once; in groups that share weight decay and learning-rate scale
     which optimizer    the chosen one for what it takes, its `rest()` for the others (composite.py)
-    rounding           stochastic rounding is put around an optimizer that does not do it itself (rounding.py)
-    pieces             an element-wise optimizer that works on several copies of a parameter gets it in pieces
+    rounding           an optimizer that does not round stochastically itself is wrapped (rounding.py)
+    pieces             an element-wise optimizer that makes several copies of a parameter gets it in pieces
                        (in_pieces.py)
 
-What an optimizer says of itself: kinds/base.py. What it keeps and takes in bytes, with rounding and pieces counted, is
-here too, for the memory plan.
+kinds/base.py defines what an optimizer declares. The bytes of state and step, rounding and pieces included, are counted
+here for the memory plan.
 """
 
 import dataclasses
@@ -40,18 +40,17 @@ def build_optimizer(
     infos: Mapping[str, ParamInfo] | None = None,
     group_options: GroupOptions = lambda parameter: {},
 ) -> Optimizer:
-    """The optimizer over `model.named_parameters()`, which live on `device`.
-
-    Frozen parameters are left out, and a parameter that comes twice (tied weights) is updated once.
+    """The optimizer over `model.named_parameters()`, which live on `device`. Frozen parameters are skipped; a parameter
+    that comes twice (tied weights) is updated once.
 
     Args:
         seed: of stochastic rounding.
-        infos: what each parameter is for, by name; without it the names alone tell gains and biases.
-        group_options: settings of single parameters: "lr_scale" is their part of the learning rate, "weight_decay"
-            stands in place of the run's.
+        infos: what each parameter is for, by name; without it only gains and biases are recognized, by name.
+        group_options: settings of single parameters: "lr_scale" multiplies the learning rate, "weight_decay" replaces
+            the run's.
 
-    Raises ValueError for a package that is missing, when nothing is trainable, and for an optimizer that takes none of
-    the parameters.
+    Raises ValueError for a missing package, when nothing is trainable, and for an optimizer that takes none of the
+    parameters.
     """
     options.check_package()
     trainable = trained_parameters(named_parameters, infos or {})
@@ -62,7 +61,7 @@ def build_optimizer(
         taken = {p: info for p, info in trainable.items() if options.takes(info) == (member is options)}
         if taken:
             groups = parameter_groups(taken, weight_decay, group_options)
-            if not all(options.takes(info) for info in trainable.values()):
+            if len(taken) < len(trainable):
                 groups = [{**group, "member": len(members)} for group in groups]
             members.append(_build_one(groups, member, lr, device, stochastic_rounding, seed))
     return members[0] if len(members) == 1 else Composite(members)
@@ -84,7 +83,7 @@ def _build_one(
 def trained_parameters(
     named_parameters: Iterable[tuple[str, nn.Parameter]], infos: Mapping[str, ParamInfo]
 ) -> dict[nn.Parameter, ParamInfo]:
-    """The parameters that are not frozen, each once; a tied one goes by its first name. Raises ValueError if there is
+    """The parameters that are not frozen, each once, a tied one under its first name. Raises ValueError if there is
     none."""
     trained: dict[nn.Parameter, ParamInfo] = {}
     for name, parameter in named_parameters:
@@ -101,8 +100,8 @@ def parameter_groups(
     weight_decay: float,
     group_options: GroupOptions = lambda parameter: {},
 ) -> Groups:
-    """The parameters, each exactly once, in groups of equal settings, with their names in "param_names", as torch's
-    optimizers keep them. Those that decay come first."""
+    """The parameters, each exactly once, in groups of equal settings, those that decay first. "param_names" has their
+    names, as torch's optimizers keep them."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter, info in sorted(trainable.items(), key=lambda item: not item[1].decays):
         settings = {"weight_decay": weight_decay if info.decays else 0.0, **group_options(info)}
@@ -114,17 +113,13 @@ def parameter_groups(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Make `lr`, times the group's "lr_scale" if it has one, the learning rate of every group from the next update
-    on."""
+    """Set the learning rate of every group to `lr`, times the group's "lr_scale" if it has one."""
     for group in optimizer.param_groups:
         scaled = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(scaled)  # torchao's: its compiled step reads a tensor
+            group["lr"].fill_(scaled)  # torchao's compiled step reads a tensor
         else:
             group["lr"] = scaled
-
-
-# ---- what goes together
 
 
 def check_updates(
@@ -134,11 +129,11 @@ def check_updates(
     grad_clip: float | None = None,
     stochastic_rounding: bool = False,
 ) -> None:
-    """Raise ValueError for ways of updating that do not go together; `dtype` is that of the weights."""
+    """Raise ValueError for ways of updating that exclude each other; `dtype` is that of the weights."""
     if per_layer_update and grad_clip is not None:
         raise ValueError(
             f"grad_clip={grad_clip} needs all gradients at once, which per_layer_update=true frees one by one; "
-            f"set grad_clip=null, or grad_clip_per_parameter={grad_clip} in its place."
+            f"set grad_clip=null, or grad_clip_per_parameter={grad_clip} instead."
         )
     if stochastic_rounding and dtype != torch.bfloat16:
         raise ValueError(
@@ -148,37 +143,31 @@ def check_updates(
 
 
 def works_in_pieces(options: OptimizerConfig, stochastic_rounding: bool) -> bool:
-    """Whether the optimizer is given its parameters in pieces, because it, or the rounding around it, would take
-    several float32 copies of them. Only an element-wise optimizer can be."""
+    """Whether the optimizer gets its parameters in pieces: it is element-wise, and it, or the wrapper that rounds for
+    it, would make several float32 copies of them."""
     rounded_outside = stochastic_rounding and not options.rounds
     return options.locality == "element" and (options.in_pieces or rounded_outside)
 
 
-# ---- bytes
-
-
 def state_bytes(options: OptimizerConfig, infos: Iterable[ParamInfo], stochastic_rounding: bool = False) -> int:
-    """Bytes of the whole state that `build_optimizer`'s result keeps of these parameters."""
+    """Bytes of the state that the result of `build_optimizer` keeps for these parameters."""
     members: dict[str, OptimizerConfig] = {}
     total = 0
     for info in infos:
         member = options if options.takes(info) else options.rest()
         members[member.name] = member
-        # Rounded outside, it sees parameters in float32.
-        seen = 4 if stochastic_rounding and not member.rounds else info.element_size
-        seen_info = dataclasses.replace(info, element_size=seen)
-        if works_in_pieces(member, stochastic_rounding):
-            pieces = (dataclasses.replace(seen_info, shape=(size,)) for size in piece_sizes(info.numel))
-            total += sum(map(member.state_bytes, pieces))
-        else:
-            total += member.state_bytes(seen_info)
+        if stochastic_rounding and not member.rounds:  # it sees float32 copies
+            info = dataclasses.replace(info, element_size=4)
+        sizes = piece_sizes(info.numel) if works_in_pieces(member, stochastic_rounding) else None
+        parts = [info] if sizes is None else [dataclasses.replace(info, shape=(size,)) for size in sizes]
+        total += sum(map(member.state_bytes, parts))
     return total + sum(member.shared_bytes for member in members.values())
 
 
 def step_bytes(
     options: OptimizerConfig, infos: Iterable[ParamInfo], device_type: str, stochastic_rounding: bool = False
 ) -> int:
-    """Bytes that a step of `build_optimizer`'s result takes while it works: those of the parameter that needs most."""
+    """Temporary bytes of a step of `build_optimizer`'s result: those of the parameter that needs most."""
     needs = [0]
     for info in infos:
         member = options if options.takes(info) else options.rest()

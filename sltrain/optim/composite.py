@@ -1,5 +1,5 @@
-"""Several optimizers, each over its own parameters, behind one face: one that takes matrices only, and the one that
-updates the rest. Each parameter group carries the number of its optimizer under "member"."""
+"""Several optimizers, each over its own parameters, as one: one that takes matrices only, and the one that updates the
+rest. Each parameter group carries the index of its optimizer under "member"."""
 
 from collections import ChainMap
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from sltrain.optim.wrapper import WrappedOptimizer
 
 
 class Composite(WrappedOptimizer):
-    """The optimizers `members`, whose groups have "member" set to their places in that list."""
+    """The optimizers `members`, whose groups have "member" set to their index in that list."""
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
         super().__init__(members[0])
@@ -37,16 +37,3 @@ class Composite(WrappedOptimizer):
         for member in self.members:
             if member.param_groups:
                 member.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for member in self.members:
-            member.zero_grad(set_to_none)
-
-    def close(self) -> None:
-        for member in self.members:
-            if isinstance(member, WrappedOptimizer):
-                member.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Refused: a state by index says nothing of whose it is; see named_state.py."""
-        raise TypeError("the state of several optimizers is saved by name: optim/named_state.py")

@@ -1,12 +1,12 @@
 """An optimizer that sees a large parameter as several small ones.
 
-Optimizers that compute a quantized update with ordinary tensor operations need several float32 copies of a parameter
-while they work: seven for torchao's 4-bit AdamW, 3.7 GB for the embedding of a 7B model whose whole 4-bit state is
-3.3 GB. Given pieces of at most PIECE elements, one after the other, they need those of one piece, 0.1 GB. What they
-compute is the same, because they work element by element and quantize by blocks that lie inside a piece.
+Optimizers that compute a quantized update with ordinary tensor operations need several float32 copies of a parameter:
+seven for torchao's 4-bit AdamW, 3.7 GB for the embedding of a 7B model whose whole 4-bit state is 3.3 GB. Given pieces
+of at most PIECE elements, one after the other, they need those of one piece, 0.1 GB. The result is the same, because
+they work element by element and quantize by blocks that lie inside a piece.
 
-The last piece holds what BLOCK does not divide: a few elements, whose moments then are not quantized. So the moments of
-any parameter are, but for these, even where the optimizer asks for sizes that its blocks divide.
+The last piece holds the few elements that BLOCK does not divide; their moments are not quantized. So nearly all moments
+of any parameter are quantized, even by an optimizer that requires sizes which its blocks divide.
 
 State and checkpoints are those of the pieces, called layer.weight#0, layer.weight#1, ...; `param_groups` are of the
 whole parameters.
@@ -26,7 +26,7 @@ BLOCK = 256  # the block sizes of the quantized optimizers, 128 and 256, divide 
 
 
 def piece_sizes(numel: int) -> list[int]:
-    """Sizes of the pieces that a parameter of `numel` elements is cut into, in order."""
+    """Sizes of the pieces of a parameter of `numel` elements, in order."""
     whole = numel - numel % BLOCK
     sizes = [min(PIECE, whole - first) for first in range(0, whole, PIECE)]
     return [*sizes, numel - whole] if numel > whole or not sizes else sizes
@@ -36,8 +36,8 @@ class InPieces(WrappedOptimizer):
     """Makes an optimizer over pieces work on whole parameters.
 
     Args:
-        groups: parameter groups of contiguous parameters whose memory stays where it is.
-        make: the optimizer for groups of pieces.
+        groups: parameter groups of contiguous parameters whose memory never moves.
+        make: groups of pieces -> the optimizer of the pieces.
     """
 
     def __init__(self, groups: list[dict[str, Any]], make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
@@ -73,10 +73,6 @@ class InPieces(WrappedOptimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._groups = groups
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for parameter in self._pieces:
-            parameter.grad = None
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, a piece at a time."""
@@ -84,15 +80,12 @@ class InPieces(WrappedOptimizer):
         for group, parameter in with_gradients(self):
             assert parameter.grad is not None
             for piece, grad in zip(self._pieces[parameter], _cut(parameter.grad), strict=True):
-                self._update(group, piece, grad)
-
-    def _update(self, group: dict[str, Any], piece: nn.Parameter, grad: Tensor) -> None:
-        piece.grad = grad
-        try:
-            with only(self.inner, group, piece):
-                self.inner.step()
-        finally:
-            piece.grad = None
+                piece.grad = grad
+                try:
+                    with only(self.inner, group, piece):
+                        self.inner.step()
+                finally:
+                    piece.grad = None
 
 
 def _cut(tensor: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters, as a checkpoint stores it and as it outlives a changed model.
+"""An optimizer's state by parameter name, as a checkpoint stores it and as it survives a change of the model.
 
     {"class":  name of the optimizer's class; of several, joined by " + ",
      "groups": [{"names": [...], "weight_decay": ..., ...}, ...],      settings of each parameter group
@@ -7,9 +7,9 @@
 It is that of the innermost optimizers: one that works through another has no state of its own (wrapper.py), so
 per-layer update can be switched on and off between two runs. An optimizer over pieces of the parameters calls them
 layer.weight#0, layer.weight#1, ... (in_pieces.py). Names come from "param_names" of the parameter groups, which torch
-keeps for an optimizer that was given named parameters; a tied parameter goes by its first name.
+keeps for an optimizer that was given named parameters; a tied parameter has its first name.
 
-Checkpoints used to hold torch's state_dict, by index; `OptimizerState` converts it.
+Checkpoints of the first format hold torch's state_dict, by index; `OptimizerState` converts it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ NamedState = dict[str, Any]  # as above
 
 
 def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Name -> parameter, of all groups in order. Raises ValueError for an optimizer that was given none."""
+    """Name -> parameter, of all groups in order. Raises ValueError for an optimizer that was given no names."""
     named: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         if len(group.get("param_names", ())) != len(group["params"]):
@@ -48,37 +48,49 @@ def named_state(optimizer: Optimizer) -> NamedState:
 
 
 def load_named_state(optimizer: Optimizer, saved: NamedState, strict: bool = True) -> None:
-    """Make `saved` the optimizer's whole state; a group whose names are those of a saved group gets its settings too.
+    """Make `saved` the optimizer's whole state. A group with the names of a saved group gets its settings too.
 
-    Every tensor keeps its dtype, and one that lies where it is needed becomes the state itself. torch's load_state_dict
-    casts floating state to the parameter's dtype (float32 moments of bfloat16 parameters would be rounded),
-    bitsandbytes' copies everything first.
+    Tensors keep their dtype, and one that is where it is needed becomes the state itself. torch's load_state_dict casts
+    floating state to the parameter's dtype (float32 moments of bfloat16 parameters would be rounded); bitsandbytes'
+    copies everything first.
 
     Raises ValueError for the state of another class of optimizer and, if `strict`, for names that only one side has.
-    Otherwise a parameter that is new to the state starts as in a new optimizer, and the state of one that is gone is
-    dropped.
+    Otherwise a new parameter starts as in a new optimizer, and the state of a missing one is dropped.
     """
     leaves = innermost(optimizer)
     named = {name: parameter for leaf in leaves for name, parameter in named_parameters(leaf).items()}
     _check_class(leaves, saved)
     if strict:
         _check_names(named, saved)
-    place = _Placing(named.values())
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in named.values())
+    copies: dict[int, Tensor] = {}  # by id: what parameters share (bitsandbytes' quantization maps) stays shared
+
+    def place(value: Any, device: torch.device) -> Any:
+        """The value on `device`. In a run on a GPU a tensor on the CPU may be a view of a mapped file: it is copied."""
+        if not isinstance(value, Tensor) or (value.device == device and (is_on_cpu or device.type != "cpu")):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.to(device, copy=True)
+        return copies[id(value)]
+
     groups = {tuple(group["names"]): group for group in saved["groups"]}
     for leaf in leaves:
         leaf.state.clear()
         for group in leaf.param_groups:
             settings = groups.get(tuple(group["param_names"]), {})
-            for key in _settings(group).keys() & settings.keys():  # torch's AdamW has settings that ours has not
+            for key in _settings(group).keys() & settings.keys():  # torch's AdamW has settings that ours lacks
                 group[key] = place(settings[key], torch.device("cpu"))
+            # A step count is on the host, where it is read; torch's fused and capturable optimizers read it elsewhere.
+            counts_on_host = not (group.get("fused") or group.get("capturable"))
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 for key, value in saved["state"].get(name, {}).items():
-                    leaf.state[parameter][key] = place(value, _device_of_state(key, parameter, group))
+                    device = torch.device("cpu") if key == "step" and counts_on_host else parameter.device
+                    leaf.state[parameter][key] = place(value, device)
 
 
 def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
-    """Forget what the optimizer remembers of these parameters, moments and number of updates: each goes on as in a new
-    optimizer. Raises ValueError for a name that it does not have."""
+    """Drop the state of these parameters, moments and number of updates: each continues as in a new optimizer. Raises
+    ValueError for an unknown name."""
     unknown = set(names) - named_parameters(optimizer).keys()
     if unknown:
         raise ValueError(f"the optimizer has no parameter {min(unknown)}")
@@ -89,10 +101,10 @@ def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
 
 
 def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimizer:
-    """What `build` makes for a model whose parameters have changed, with the state that `old` had.
+    """The result of `build`, for a model whose parameters have changed, with the state of `old`, by name.
 
-    It is given to parameters by name. One that is new, or has another shape than under `old`, starts as in a new
-    optimizer; the state of one that is gone is dropped. `old` is of no use afterwards.
+    A new parameter, or one of another shape than under `old`, starts as in a new optimizer; the state of a missing one
+    is dropped. `old` cannot be used afterwards.
     """
     shapes = {name: parameter.shape for name, parameter in named_parameters(old).items()}
     saved = named_state(old)
@@ -108,11 +120,11 @@ def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimiz
 
 
 class OptimizerState:
-    """An optimizer as one of the objects that a checkpoint holds: its named state, whichever format the file has.
+    """An optimizer as an object of a checkpoint: its named state, from a file of either format.
 
     Args:
         optimizer: any optimizer of build.py.
-        model_names: of the model's parameters, in its order, by which files of the first format are read.
+        model_names: of the model's parameters, in its order; needed for files of the first format.
     """
 
     def __init__(self, optimizer: Optimizer, model_names: Iterable[str]) -> None:
@@ -127,33 +139,25 @@ class OptimizerState:
         load_named_state(self.optimizer, self._convert(state) if "state_dict" in state else state)
 
     def _convert(self, by_index: Mapping[str, Any]) -> NamedState:
-        """The named state that a state_dict by index stands for. Its groups were the parameters that decay and the
-        others, in the model's order."""
+        """The named state of a state_dict by index. Its groups were the parameters that decay and the others, in the
+        model's order."""
         groups, states = by_index["state_dict"]["param_groups"], by_index["state_dict"]["state"]
         numbers = {name: number for number, name in enumerate(self.model_names)}
         leaves = innermost(self.optimizer)
         _check_class(leaves, by_index)  # so there is one, as there was
         names = sorted(named_parameters(leaves[0]), key=lambda name: numbers[_whole_name(name)])
-        by_group = [
-            [name for name in names if is_gain_or_bias(_whole_name(name)) != decays] for decays in (True, False)
-        ]
-        by_group = [group for group in by_group if group]
-        want, have = (
-            " + ".join(str(len(group)) for group in each) for each in (by_group, [g["params"] for g in groups])
-        )
+        decays = [[name for name in names if is_gain_or_bias(_whole_name(name)) == fixed] for fixed in (False, True)]
+        named = [group for group in decays if group]
+        want = " + ".join(str(len(group)) for group in named)
+        have = " + ".join(str(len(group["params"])) for group in groups)
         if want != have:
             raise ValueError(f"this run expects groups of {want} parameters, the file has groups of {have}")
+        pairs = list(zip(named, groups, strict=True))
+        index = {name: i for names, group in pairs for name, i in zip(names, group["params"], strict=True)}
         return {
             "class": by_index["class"],
-            "groups": [
-                {"names": group_names, **_settings(group)} for group_names, group in zip(by_group, groups, strict=True)
-            ],
-            "state": {
-                name: _flat(states[index])
-                for group_names, group in zip(by_group, groups, strict=True)
-                for name, index in zip(group_names, group["params"], strict=True)
-                if index in states
-            },
+            "groups": [{"names": names, **_settings(group)} for names, group in pairs],
+            "state": {name: _flat(states[i]) for name, i in index.items() if i in states},
         }
 
 
@@ -168,7 +172,7 @@ def _check_class(leaves: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
 
 
 def _check_names(named: Mapping[str, Tensor], saved: NamedState) -> None:
-    """Raise ValueError if the state is one of other parameters."""
+    """Raise ValueError for the state of other parameters."""
     have = {name for group in saved["groups"] for name in group["names"]}
     if differing := named.keys() ^ have:
         first = min(differing)
@@ -177,45 +181,17 @@ def _check_names(named: Mapping[str, Tensor], saved: NamedState) -> None:
         raise ValueError(f"parameter {first}: {whose}{more}")
 
 
-class _Placing:
-    """Puts values that another optimizer had, or that were read from a file, where they are needed.
-
-    A tensor that is there already becomes the state itself; but in a run on another device than the CPU a tensor on the
-    CPU may be a view of the mapped file, so it is copied. What parameters share (bitsandbytes' quantization maps) stays
-    shared.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._is_all_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-        self._copies: dict[int, Tensor] = {}  # by id of what was copied
-
-    def __call__(self, value: Any, device: torch.device) -> Any:
-        is_mapped = isinstance(value, Tensor) and value.device.type == "cpu" and not self._is_all_on_cpu
-        if not isinstance(value, Tensor) or (value.device == device and not is_mapped):
-            return value
-        if id(value) not in self._copies:
-            self._copies[id(value)] = value.to(device, copy=True)
-        return self._copies[id(value)]
-
-
-def _device_of_state(key: str, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where one tensor of a parameter's state lives: with the parameter. A step count is read on the host, but by
-    torch's fused and capturable optimizers on the device."""
-    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-    return torch.device("cpu") if on_host else parameter.device
-
-
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _whole_name(name: str) -> str:
-    """The parameter that a piece belongs to; a whole parameter's own name."""
+    """The parameter of a piece; a whole parameter's own name."""
     return name.partition("#")[0]
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state as the state itself has it; bitsandbytes' state_dict wraps some of it in another dict."""
+    """One parameter's state, without the inner dict that bitsandbytes' state_dict puts some of it into."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         flat.update(_flat(value) if isinstance(value, Mapping) else {key: value})

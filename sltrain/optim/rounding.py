@@ -9,8 +9,8 @@ In bits: a float32 is a bfloat16 and 16 bits more. Adding 16 uniform random bits
 half with exactly this probability; the lower half is then cut off. (Gupta et al., arXiv 1502.02551; for Adam in
 bfloat16, Zamirai et al., arXiv 2010.06192.)
 
-The random numbers of an update depend on (seed, number of the parameter, updates it has had) and on nothing else: every
-rank draws the same ones, and a resumed run needs none of a generator's state.
+The random numbers of an update depend only on (seed, number of the parameter, its updates so far): all ranks draw the
+same, and a resumed run needs no generator state.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from sltrain.numeric import pieces
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
-_LOWER_HALF = 2**16  # values that the bits have which a bfloat16 lacks
+_LOWER_HALF = 2**16  # values of the bits that a bfloat16 lacks
 
 
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -31,12 +31,12 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     assert values.dtype == torch.float32, values.dtype
     noise = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
-    # Without this a nan could become a number: its pattern is not that of a magnitude.
+    # A nan's pattern is no magnitude: noise could make it a number.
     return torch.where(values.isnan(), values, rounded).bfloat16()
 
 
 def round_into(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
-    """Write float32 values into a contiguous bfloat16 tensor of the same shape, stochastically rounded."""
+    """Write float32 values, stochastically rounded, into a contiguous bfloat16 tensor of the same shape."""
     for to, piece in pieces(target, values):
         to.copy_(stochastic_round(piece, generator))
 
@@ -48,15 +48,13 @@ def generator_of_update(device: torch.device, seed: int, parameter_number: int, 
 
 
 class StochasticRounding(WrappedOptimizer):
-    """Makes any optimizer here round the weights of its bfloat16 parameters stochastically.
+    """Makes any optimizer here round bfloat16 weights stochastically.
 
     The inner optimizer updates a float32 copy of one parameter, from a float32 copy of its gradient, and the result is
     rounded back: two float32 copies of the largest parameter more than without. bitsandbytes' 8-bit moments come out
-    the same (they are computed from the gradient in float32, whatever its dtype). Where torchao's 4-bit AdamW keeps
-    moments in the parameter's dtype, these are float32 here.
-
-    torchao has stochastic rounding of its own, from the global generator: ranks could draw differently, and a resumed
-    run would.
+    the same (they are computed in float32 from a gradient of any dtype). The moments that torchao's 4-bit AdamW keeps
+    in the parameter's dtype are float32 here. torchao's own stochastic rounding draws from the global generator: ranks
+    could differ, and a resumed run would.
     """
 
     def __init__(self, inner: Optimizer, seed: int) -> None:
@@ -73,7 +71,7 @@ class StochasticRounding(WrappedOptimizer):
             self._update(group, parameter)
 
     def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
-        exact = nn.Parameter(parameter.detach().float())  # stands in for the parameter, with its state
+        exact = nn.Parameter(parameter.detach().float())  # replaces the parameter, and has its state, for this step
         assert parameter.grad is not None
         exact.grad = parameter.grad.float()
         state = self.inner.state

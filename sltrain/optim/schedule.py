@@ -21,10 +21,8 @@ def warmup_cosine(step: int, max_steps: int, warmup_steps: int, min_lr_ratio: fl
 
 
 def effective_warmup(warmup_steps: int, max_steps: int) -> tuple[int, str | None]:
-    """The warmup a run of `max_steps` updates can have, and one line for the user if that is not what was asked.
-
-    A warmup that does not end before the run does becomes a tenth of the run, the share that the paper's recipes use.
-    """
+    """The warmup of a run of `max_steps` updates, and one line for the user if it is not `warmup_steps`: a warmup that
+    does not end before the run becomes a tenth of the run, the share in the paper's recipes."""
     if warmup_steps < max_steps:
         return warmup_steps, None
     shortened = max_steps // 10

@@ -1,8 +1,8 @@
 """An optimizer that works through another one.
 
 Per-layer update and stochastic rounding change when and how an update is made, not what is remembered between updates.
-So they stand around an ordinary optimizer and have no state of their own: a checkpoint holds the innermost one's. So
-per-layer update can be put on and taken off between two runs; the others change what is computed.
+So they wrap an ordinary optimizer and have no state of their own: a checkpoint holds that of the innermost ones, by
+parameter name (named_state.py).
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 
 class WrappedOptimizer(Optimizer):
-    """The face of `inner`: its groups, its state, its state_dict. A subclass says what `step` does."""
+    """The groups and the state of `inner`, as an optimizer. A subclass defines `step`."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner  # Optimizer.__init__ would make groups and a state of its own
@@ -32,27 +32,28 @@ class WrappedOptimizer(Optimizer):
     def state(self) -> Any:  # type: ignore[override]
         return self.inner.state
 
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
+        """Drop all gradients."""
+        for _, parameter in with_gradients(self):
+            parameter.grad = None
 
     def close(self) -> None:
-        """Let go of the parameters, which another optimizer may then have."""
-        if isinstance(self.inner, WrappedOptimizer):
-            self.inner.close()
+        """Release the parameters, so that another optimizer can have them."""
+        for member in self.members:
+            if isinstance(member, WrappedOptimizer):
+                member.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: hooks, numbers and pieces are made for the parameters given at the start."""
         raise TypeError(f"{type(self).__name__} has all its parameters from the start; see rebuild_optimizer")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: torch's state_dict, by index, does not tell pieces and members apart."""
+        raise TypeError(f"the state of {type(self).__name__} is saved by parameter name, see optim/named_state.py")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refused, as `state_dict`."""
+        self.state_dict()
 
 
 def innermost(optimizer: Optimizer) -> list[Optimizer]:
@@ -63,7 +64,7 @@ def innermost(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def with_gradients(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
-    """(its group, parameter) for every parameter that has a gradient."""
+    """(group, parameter) for every parameter that has a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -74,8 +75,8 @@ def with_gradients(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Pa
 def only(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Iterator[None]:
     """Inside this context the optimizer has one parameter, with the settings of `group`; its state stays whole.
 
-    The cost does not depend on how many parameters there are. torch's optimizers and bitsandbytes' read `param_groups`
-    anew in every step, and keep their state by parameter.
+    The cost does not grow with the number of parameters. torch's and bitsandbytes' optimizers read `param_groups` in
+    every step, and keep their state by parameter.
     """
     groups = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": [parameter]}]

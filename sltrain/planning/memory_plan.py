@@ -7,17 +7,17 @@
     kept, a layer    e N (6 D + 2 G d + 2 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate
                                                 and up
                      4 N (2 + H)                the norms' divisors, the softmax's
-                     and what projections keep  N r e of each factored or low-rank one: their `footprint`
+                     and the `footprint` of projections: N r e of each factored or low-rank one
                      with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
                      another e N I for the product of gate and up
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
-                     Gradients that wait for the next micro-batch, and DDP's buckets, are there all the time.
-                     What waits is not in the buckets: DDP moves it there in the last backward.
+                     Gradients that wait for the next micro-batch, and DDP's buckets, exist all the time.
+                     The former are not in the buckets: DDP moves them there in the last backward.
 
 Memory rises and falls within an update; `STAGES` are the moments at which it can be highest, and the plan is the
-highest of them. Not in it: what the driver and the libraries take for themselves, and what an allocator loses by
-rounding. Rows are counted as if none were padded.
+highest of them. Not included: memory of the driver and the libraries, and what an allocator loses by rounding. Rows are
+counted as if none were padded.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class UpdateShape:
-    """What an update on one rank looks like, as far as memory is concerned."""
+    """The properties of an update on one rank that its memory depends on."""
 
     batch_size: int  # sequences of a micro-batch
     seq_len: int
@@ -65,7 +65,7 @@ class UpdateShape:
 class MemoryPlan:
     """Bytes at the moment when most are in use."""
 
-    groups: dict[str, int]  # name -> bytes: those of GROUPS, and between them other groups of what is stored
+    groups: dict[str, int]  # name -> bytes: those of GROUPS, and between them other groups of `stored_bytes`
     stage: str  # of an update, one of STAGES
     phase: str = ""  # of the run (engine/actions.py), where it has several
 
@@ -82,10 +82,9 @@ def plan_memory(
     update_temporaries: int = 0,
     action_temporaries: int = 0,
 ) -> MemoryPlan:
-    """The plan for a model on any device, meta included. Frozen parameters have no gradient. Raises ValueError for a
-    kind of layer that is not accounted for.
+    """The plan for a model on any device, meta included. Raises ValueError for a layer of unknown kind.
 
-    `optimizer_state` is the optimizer's, in bytes, `update_temporaries` what it allocates while it works, and
+    `optimizer_state` are the optimizer's bytes, `update_temporaries` what it allocates during an update, and
     `action_temporaries` what an action between updates does; `stored` are the stored bytes of another layout than the
     model's own (layouts.py).
     """
@@ -103,7 +102,7 @@ def plan_memory(
 
 
 class _Parts:
-    """The pieces that stages are made of, in bytes."""
+    """The terms of the stages, in bytes."""
 
     def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
         self.shape, self.config = shape, model.config
@@ -123,106 +122,70 @@ class _Parts:
         self.layer_temporaries, self.layer_gradient = max((peak for _, peak in layers), key=sum)
 
     def _of_layer(self, layer: DecoderLayer) -> tuple[int, tuple[int, int]]:
-        """What one decoder layer keeps, and (temporaries, new gradients) when its backward needs most beside that."""
+        """Bytes that one decoder layer keeps, and (temporaries, new gradients) at the peak of its backward."""
         attention, mlp, num_rows = layer.self_attn, layer.mlp, self.shape.num_rows
-        together = (
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
+        qkv, o, gate_up, down = (
+            footprint(layers, Rows(num_rows, self.element, self.shape.has_kernel))
+            for layers in (
+                [attention.q_proj, attention.k_proj, attention.v_proj],
+                [attention.o_proj],
+                [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj],
+            )
         )
-        rows = Rows(num_rows, self.element, self.shape.has_kernel)
-        parts = [footprint(layers, rows) for layers in together]
         kv_size = attention.num_kv_heads * attention.head_size
-        keeps_product = layer.mlp.keeps_product
-        kept = 6 * self.hidden + (2 + keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
-        kept += 4 * num_rows * (2 + attention.num_heads) + sum(part.kept for part in parts)
-        _, _, gate_up, down = parts
+        kept = 6 * self.hidden + (2 + mlp.keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
+        kept += 4 * num_rows * (2 + attention.num_heads) + qkv.kept + o.kept + gate_up.kept + down.kept
         # Beside the gradient of the residual stream:
-        product = 0 if keeps_product else self.wide  # made again
+        product = 0 if mlp.keeps_product else self.wide  # recomputed
         moments = [
-            (product + self.wide + down.temporary, down.gradients),  # down_proj makes the gradient of the product
-            (product + 2 * self.wide, 0),  # that of the gate, and silu(gate), take shape while the product has gone
-            (product + self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up have gone too
+            (product + self.wide + down.temporary, down.gradients),  # down_proj computes the gradient of the product
+            (product + 2 * self.wide, 0),  # the gradient of the gate and silu(gate) are allocated, the product is freed
+            (product + self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up are freed too
         ]
         temporary, gradients = max(moments, key=sum)
         return kept, (self.hidden + temporary, gradients)
 
     def stage(self, name: str) -> dict[str, int]:
         """Bytes by group in one of STAGES, besides what is always there."""
-        shape = self.shape
+        shape, every, head, embedding = self.shape, self.all_gradients, self.head_gradient, self.embedding_gradient
+        layer, temporary = self.layer_gradient, self.layer_temporaries
         kept = self.num_layers * self.hidden if self.checkpointing else self.all_kept
         kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
-        top = 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
-        last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is there already
-        activations, logits, temporaries = {
-            "loss": (kept + top, self._loss_forward(), 0),
-            "head backward": (kept + top, self._loss_backward(), 0),
-            "head update": (kept + top, self.hidden, 0),
-            "first layer backward": (last_kept, 0, self.layer_temporaries),
-            "last layer backward": (self.layer_kept, 0, self.layer_temporaries),
-            "embedding backward": (self.hidden, 0, 0),
-            "update": (0, 0, 0),
-            "action": (0, 0, 0),
+        last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is in `kept`
+        kept += 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
+        loss, loss_backward = self._loss()
+        activations, logits, temporaries, new, finished = {  # the last two: gradients
+            "loss": (kept, loss, 0, 0, 0),
+            "head backward": (kept, loss_backward, 0, head, 0),
+            "head update": (kept, self.hidden, 0, head, 0),
+            "first layer backward": (last_kept, 0, temporary, layer, head),
+            "last layer backward": (self.layer_kept, 0, temporary, layer, every - embedding - layer),
+            "embedding backward": (self.hidden, 0, 0, embedding, every - embedding),
+            "update": (0, 0, 0, 0, every),
+            "action": (0, 0, 0, 0, 0),
         }[name]
+        if shape.num_micro_batches > 1 and name != "action":
+            finished = every  # of the micro-batches before
+        elif shape.per_layer_update or shape.uses_ddp:
+            finished = 0  # applied, or in DDP's buckets
         return {
-            "ddp_buckets": self.all_gradients if shape.uses_ddp else 0,
-            "gradients": self._gradients(name),
+            "ddp_buckets": every if shape.uses_ddp else 0,
+            "gradients": finished + new,
             "activations": activations,
             "logits": logits,
             "temporaries": temporaries,
         }
 
-    @property
-    def _keeps_logit_gradients(self) -> bool:
-        return self.head_gradient > 0 and keeps_logit_gradients(
-            self.shape.num_rows, self.config.hidden_size, self.element
-        )
-
-    def _loss_forward(self) -> int:
-        """What is being collected for backward, and a chunk at work."""
-        rounds = self.element < 4  # float32 is made of, and rounded to, a narrower dtype
-        chunk_rows = min(self.shape.num_rows, default_chunk_rows(self.vocabulary_size, self.shape.device_type))
+    def _loss(self) -> tuple[int, int]:
+        """Bytes while the loss is computed, with a chunk of logits, and in its backward, with the gradient of the last
+        norm's output. The head's gradient counts as a gradient when backward returns it."""
+        num_rows, rounds = self.shape.num_rows, self.element < 4  # a narrower dtype is computed in float32, and rounded
+        chunk_rows = min(num_rows, default_chunk_rows(self.vocabulary_size, self.shape.device_type))
         chunk = chunk_rows * self.vocabulary_size * (8 + self.element * rounds)  # the product, in float32; log-softmax
-        if self._keeps_logit_gradients:
-            return self._loss_kept() + chunk
+        if self.head_gradient > 0 and keeps_logit_gradients(num_rows, self.config.hidden_size, self.element):
+            kept = 2 * self.hidden + num_rows * self.vocabulary_size * self.element
+            return kept + chunk, kept + self.hidden
         accumulated = self.head_gradient // self.element * 4
-        return self.hidden + accumulated + max(chunk, self.head_gradient * rounds)
-
-    def _loss_kept(self) -> int:
-        if self._keeps_logit_gradients:
-            return 2 * self.hidden + self.shape.num_rows * self.vocabulary_size * self.element
-        return self.hidden + self.head_gradient
-
-    def _loss_backward(self) -> int:
-        """What was kept, and the gradient of the last norm's output; the head's gradient counts as one."""
-        return self._loss_kept() + self.hidden
-
-    def _gradients(self, stage: str) -> int:
-        """Bytes of gradients besides DDP's buckets: those that wait, those that are done, those that are new."""
-        shape = self.shape
-        if stage == "action":
-            return 0
-        new = {
-            "loss": 0,
-            "head backward": self.head_gradient,
-            "head update": self.head_gradient,
-            "first layer backward": self.layer_gradient,
-            "last layer backward": self.layer_gradient,
-            "embedding backward": self.embedding_gradient,
-            "update": 0,
-        }[stage]
-        if shape.num_micro_batches > 1:
-            return self.all_gradients + new
-        if shape.per_layer_update or shape.uses_ddp:
-            return new
-        done = {
-            "loss": 0,
-            "head backward": 0,
-            "head update": 0,
-            "first layer backward": self.head_gradient,
-            "last layer backward": self.all_gradients - self.embedding_gradient - self.layer_gradient,
-            "embedding backward": self.all_gradients - self.embedding_gradient,
-            "update": self.all_gradients,
-        }[stage]
-        return done + new
+        forward = self.hidden + accumulated + max(chunk, self.head_gradient * rounds)
+        return forward, self.hidden + self.head_gradient + self.hidden

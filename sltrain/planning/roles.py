@@ -1,4 +1,4 @@
-"""A model -> what each of its trained parameters is for."""
+"""The role of each trained parameter of a model."""
 
 from torch import nn
 
@@ -8,8 +8,7 @@ ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values"}  # of a layer's GROUP
 
 
 def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:
-    """The trained parameters by name, in the model's order; frozen ones are left out, and a tied one goes by its first
-    name. Works on the meta device."""
+    """The trained parameters by name, in the model's order; a tied one has its first name. Works on the meta device."""
     found: dict[nn.Parameter, ParamInfo] = {}
     for module_name, module in model.named_modules():
         groups = getattr(module, "GROUPS", {})

@@ -1,1 +1,1 @@
-"""Run folders: what lies in one, who may write to it, and what it says of its run."""
+"""Run folders: what is in one, which process may write to it, and what it says about its run."""

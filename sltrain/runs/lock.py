@@ -1,4 +1,4 @@
-"""One live process a run folder: a second one in the same folder would mix two runs' checkpoints and logs."""
+"""One live process a run folder: a second one would mix two runs' checkpoints and logs."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 1.0  # whoever only looks at a run (run_record.py) holds the lock for an instant
+PATIENCE_SECONDS = 1.0  # a reader (run_record.py) holds the lock for an instant
 
 
 class RunLocked(ValueError):
@@ -20,8 +20,8 @@ class RunLocked(ValueError):
 class RunLock:
     """Holds `run_dir/.lock` from construction to `release`, the end of a `with` block, or the process's death.
 
-    Raises RunLocked, naming the owner, while another process holds it. The kernel's flock does the work, so a dead
-    owner never blocks. A file system that has no such locks is named in a warning, and the run goes on without.
+    Raises RunLocked, naming the owner, while another process holds it. The lock is the kernel's flock, so a dead owner
+    never blocks. On a file system without such locks a warning is logged and nothing is locked.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -35,18 +35,18 @@ class RunLock:
             owner = self._file.read().strip() or "another process"
             self._file.close()
             raise RunLocked(
-                f"run_dir={run_dir} is in use by {owner}. Wait for it or stop it, or name another run_dir."
+                f"run_dir={run_dir} is in use by {owner}. Wait for it or stop it, or choose another run_dir."
             ) from None
         except OSError as error:
-            logger.warning(f"{run_dir} cannot be locked ({error.strerror}): take care not to start a second run in it.")
+            logger.warning(f"{run_dir} cannot be locked ({error.strerror}): do not start a second run in it.")
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
-        # A forked child shares the lock and would keep it beyond our death.
+        # A forked child shares the lock and would keep it after our death.
         os.register_at_fork(after_in_child=self._file.close)
 
     def _take(self) -> None:
-        """Raises BlockingIOError if others hold the lock for longer than a look takes."""
+        """Raises BlockingIOError if others hold the lock for longer than a reader does."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -58,7 +58,7 @@ class RunLock:
             time.sleep(0.02)
 
     def release(self) -> None:
-        """Give the folder free. May be called twice."""
+        """Release the lock. May be called twice."""
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)

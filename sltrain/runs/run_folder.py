@@ -1,18 +1,17 @@
 """One folder holds one run: its configuration, metrics, checkpoints and, at the end, its summary.
 
     outputs/2026-01-31_12-00-00_llama_60m_sltrain/
-        config.yaml       the composed configuration, as last started
+        config.yaml       the composed configuration of the latest start
         tokenizer.json    the tokenizer, unmodified
         metrics.jsonl     one line an event
         checkpoints/      see checkpoint.py
         summary.json      the final line; it exists if and only if the run is finished
 
-A folder that holds a run is only ever continued, and only with a configuration that means the same mathematics.
+A folder that holds a run can only be continued, and only with a configuration that means the same mathematics.
 """
 
 import contextlib
 import itertools
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ import yaml
 
 from sltrain.config import RETIRED_KEYS
 from sltrain.engine.metrics import to_strict_json
+from sltrain.engine.sealed_folder import write_atomically
 from sltrain.runs.lock import RunLock
 
 OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of this program
-LEFT_BEHIND = (".lock", "config.yaml.tmp")  # by a start that was cut short
+LEFTOVERS = (".lock", "config.yaml.tmp")  # of a start that was killed
 
 
 class RunFolder:
-    """The folder of one run. Nothing is written before `claim`.
+    """The folder of one run; `claim` is the first to write to it.
 
-    `is_new` asks for a folder that no run has had before: its name then gets a suffix if another process was faster.
+    `is_new` asks for a folder without a run: its name gets a suffix if another process was faster.
     """
 
     def __init__(self, path: Path, is_new: bool = False) -> None:
@@ -64,55 +64,51 @@ class RunFolder:
 
     @property
     def has_progress(self) -> bool:
-        """Whether there is training to lose; a run that failed before its first update may begin anew."""
+        """Whether there is training to lose; a run that failed before its first update may start over."""
         if self.is_finished or self.has_checkpoint:
             return True
         return self.metrics_file.exists() and b'"event": "train"' in self.metrics_file.read_bytes()
 
     def check(self, config: dict[str, Any], resume: str, changeable: Collection[str]) -> None:
-        """Refuse (ValueError) a folder with other things in it, and one whose run another configuration must not
-        continue."""
+        """Raise ValueError for a folder with other content, and for a run that `config` and `resume` cannot continue;
+        `changeable` are the keys that may differ."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise ValueError(f"run_dir={self.path} is a file; name a folder")
-        foreign = [entry.name for entry in self.path.iterdir() if entry.name not in LEFT_BEHIND]
-        if foreign and not self._is_ours():
-            raise ValueError(f"run_dir={self.path} holds other files and no run; name a new or an empty folder")
+            raise ValueError(f"run_dir={self.path} is a file; choose a folder")
+        if any(entry.name not in LEFTOVERS for entry in self.path.iterdir()) and not (
+            self.config_file.exists() and self._saved_config().keys() >= OURS
+        ):
+            raise ValueError(f"run_dir={self.path} holds other files and no run; choose a new or an empty folder")
         if not self.has_progress:
             return
         if resume == "never":
-            raise ValueError(f"run_dir={self.path} holds a run; resume=auto continues it, another run_dir starts anew")
-        changed = self._changes(config, changeable)
-        if changed:
+            raise ValueError(
+                f"run_dir={self.path} holds a run; resume=auto continues it, another run_dir starts a new one"
+            )
+        if changed := self._changes(config, changeable):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise ValueError(
                 f"run_dir={self.path} holds another run: {'; '.join(changed[:3])}{more}."
-                " Type the old values, or name another run_dir"
+                " Use the old values, or choose another run_dir"
             )
-
-    def _is_ours(self) -> bool:
-        """Whether config.yaml is one of this program."""
-        return self.config_file.exists() and self._saved_config().keys() >= OURS
 
     def _saved_config(self) -> dict[str, Any]:
         try:
-            saved = yaml.safe_load(self.config_file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            saved = None
-        if not isinstance(saved, dict):
-            raise ValueError(f"{self.config_file} is damaged; restore it, or name another run_dir")
-        return saved
+            return read_config(self.config_file)
+        except ValueError as error:
+            raise ValueError(f"{error}; restore it, or choose another run_dir") from None
 
     def _changes(self, config: dict[str, Any], changeable: Collection[str]) -> list[str]:
+        """The differences between the saved configuration and `config` that mean another run, in words."""
         saved = self._saved_config()
         for key, todays in RETIRED_KEYS.items():
             if (value := saved.pop(key, todays)) != todays:
                 raise ValueError(
                     f"run_dir={self.path} holds a run with {key}={value}, which this version can read but not continue"
-                    f" (only {key}={todays}); name another run_dir"
+                    f" (only {key}={todays}); choose another run_dir"
                 )
-        # A key that did not exist yet when the run began has the value that the run was made with: the default.
+        # A key that is newer than the run has the value that the run used: the default.
         skipped = {*changeable, *(key for key in config if key not in saved)}
         for group in config:
             if isinstance(config[group], dict) and isinstance(saved.get(group), dict) and "name" in saved[group]:
@@ -126,11 +122,10 @@ class RunFolder:
         ]
 
     def claim(self, config: dict[str, Any], resume: str, changeable: Collection[str], tokenizer_json: str) -> Path:
-        """Make the folder if need be, lock it against a second process, write the configuration and the tokenizer;
-        return its path.
+        """Create the folder if necessary, lock it, write the configuration and the tokenizer; return its path.
 
-        Raises RunLocked if a live process has it, ValueError if its tokenizer is another, or if what another process
-        did to it since `check` forbids to go on.
+        Raises RunLocked if a live process has it, and ValueError if its tokenizer differs or if another process has
+        changed it since `check` so that the run cannot start.
         """
         self.path = _make_new(self.path) if self.is_new else self.path
         self._lock = RunLock(self.path)
@@ -141,7 +136,7 @@ class RunFolder:
             if not self.tokenizer_file.exists() or self.tokenizer_file.read_bytes() != tokenizer_json.encode():
                 raise ValueError(
                     f"the tokenizer is not the one this run began with ({self.tokenizer_file});"
-                    " name that file: tokenizer=PATH"
+                    " choose that file: tokenizer=PATH"
                 )
         else:
             self.write_config(config)  # first: it marks the folder as ours
@@ -149,21 +144,21 @@ class RunFolder:
         return self.path
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write config.yaml: what the run was last started with."""
+        """Write config.yaml: the configuration of the latest start."""
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False))
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
 
     def finish(self, final: dict[str, Any]) -> None:
-        """Write summary.json: from now on the run is finished."""
+        """Write summary.json, which makes the run a finished one."""
         write_atomically(self.summary_file, to_strict_json(final) + "\n")
 
 
 def _make_new(path: Path) -> Path:
-    """Make the folder `path`, or the first free one of path_2, path_3, ..."""
+    """Create the folder `path`, or the first unused one of path_2, path_3, ..."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for candidate in itertools.chain([path], (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
@@ -172,8 +167,19 @@ def _make_new(path: Path) -> Path:
     raise AssertionError("unreachable")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a config.yaml. Raises OSError, or ValueError if it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged")
+    return config
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted key -> value. An empty mapping is no key."""
+    """Nested mapping -> dotted key -> value. An empty mapping has no keys."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -181,17 +187,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + str(key)] = value
     return flat
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text as UTF-8, or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

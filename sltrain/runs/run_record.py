@@ -1,17 +1,17 @@
-"""What a run folder says about its run, for whoever looks from outside: nothing is written and no run is disturbed.
+"""What a run folder says about its run, read from outside: nothing is written and no run is disturbed.
 
-A folder may belong to a run that writes to it right now, died in the middle of a line, or was copied from another
-machine in part. So nothing in it is taken for granted: what cannot be read becomes a note, and the rest still counts.
+A run may be writing to the folder right now, may have died in the middle of a line, or may have been copied in part
+from another machine. So what cannot be read becomes a note, and the rest still counts.
 
-The status is told by the first of these that holds:
+The status is the first of these that applies:
 
     finished      summary.json exists
     running       a live process of this machine holds `.lock`
     interrupted, diverged, out of memory, data lost
                   the last line of metrics.jsonl is a `stopped` line with this outcome
-    not started   there is no line in metrics.jsonl, and `.lock` names no process that ever held it
-    running       metrics.jsonl (config.yaml before it) was written within ten minutes, and `.lock` does not deny it: a
-                  lock is not seen across machines, so a free one counts only if its owner ran on this one
+    not started   metrics.jsonl has no line, and `.lock` names no process that ever held it
+    running       metrics.jsonl (config.yaml before it) was written within ten minutes, and `.lock` does not contradict:
+                  locks are not visible across machines, so a free one counts only if its owner ran on this one
     crashed       nothing says how the run ended
 """
 
@@ -28,21 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sltrain.engine.metrics import Event
-from sltrain.runs.run_folder import OURS, RunFolder
+from sltrain.runs.run_folder import OURS, RunFolder, read_config
 
 RECENT_SECONDS = 600.0
 
-# What must be a number wherever a line has it. A loss that was not finite is null; it was NaN in early folders.
+# Must be numbers in every line that has them. A loss that is not finite is null; in early folders it is NaN.
 LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
 NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens eval_processes peak_memory_bytes peak_tensor_bytes".split()
 
 
 @dataclass
 class RunRecord:
-    """One run as its folder tells it. Events are those of metrics.py; a loss that was not finite is NaN."""
+    """One run as its folder describes it. Events are those of metrics.py; a loss that is not finite is NaN."""
 
     path: Path
     config: dict[str, Any]  # config.yaml; empty if it cannot be read
@@ -52,18 +50,13 @@ class RunRecord:
     final: Event | None
     last: Event | None  # the newest event of any kind
     status: str
-    tokenizer_hash: str | None  # of the bytes of tokenizer.json
+    tokenizer_hash: str | None  # SHA-256 of tokenizer.json
     notes: list[str]  # what is missing or damaged
 
 
-# ---- finding runs
-
-
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among `paths` and below them, each once, in the order of paths and names.
-
-    Below a run folder and in hidden folders nothing is looked for; symbolic links are followed.
-    """
+    """The run folders among `paths` and below them, each once, in the order of paths and names. Run folders and hidden
+    folders are not searched; symbolic links are followed."""
     seen: set[str] = set()
     return [run for path in paths for run in _walk(Path(path), seen)]
 
@@ -76,37 +69,39 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
-    with contextlib.suppress(OSError):  # a folder that we may not look into
+    with contextlib.suppress(OSError):  # no permission to list it
         for entry in sorted(folder.iterdir()):
             if not entry.name.startswith("."):
                 yield from _walk(entry, seen)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether config.yaml is one of ours or, where it cannot be read, metrics.jsonl has a line of ours."""
+    """Whether config.yaml is one of ours or, if it cannot be read, metrics.jsonl has a line of ours."""
     run = RunFolder(folder)
     try:
-        return _read_config(run.config_file).keys() >= OURS
+        return read_config(run.config_file).keys() >= OURS
     except (OSError, ValueError):
         return bool(_read_events(run.metrics_file, [])[0])
 
 
-# ---- reading one
-
-
 def read_run(path: Path) -> RunRecord:
-    """Everything that the folder `path` says about its run. What is missing or damaged is named in `notes`."""
+    """Everything that the folder `path` says about its run; `notes` names what is missing or damaged."""
     run, notes = RunFolder(Path(path)), list[str]()
     config: dict[str, Any] = {}
     try:
-        config = _read_config(run.config_file)
+        config = read_config(run.config_file)
     except OSError as error:
         notes.append(f"config.yaml cannot be read ({error.strerror})")
     except ValueError:
         notes.append("config.yaml is damaged")
     events, num_lines = _read_events(run.metrics_file, notes)
-    final = _read_summary(run.summary_file, notes)
-    final = final or next((event for event in reversed(events) if event["event"] == "final"), None)
+    final = next((event for event in reversed(events) if event["event"] == "final"), None)
+    try:
+        final = _parse(run.summary_file.read_bytes())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError):
+        notes.append("summary.json is damaged; the final numbers are those of metrics.jsonl")
     tokenizer_hash = None
     try:
         tokenizer_hash = hashlib.sha256(run.tokenizer_file.read_bytes()).hexdigest()
@@ -127,27 +122,6 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Raises OSError, or ValueError if it is no mapping."""
-    try:
-        config = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged")
-    return config
-
-
-def _read_summary(path: Path, notes: list[str]) -> Event | None:
-    try:
-        return _parse(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        notes.append("summary.json is damaged; the final numbers are those of metrics.jsonl")
-        return None
-
-
 def _read_events(path: Path, notes: list[str]) -> tuple[list[Event], int]:
     """The events of metrics.jsonl, and how many lines it has, damaged ones included."""
     try:
@@ -165,10 +139,10 @@ def _read_events(path: Path, notes: list[str]) -> tuple[list[Event], int]:
             except (ValueError, RecursionError):
                 damaged.append(str(number))
     if len(damaged) == 1:
-        notes.append(f"metrics.jsonl: line {damaged[0]} is damaged and left out")
+        notes.append(f"metrics.jsonl: line {damaged[0]} is damaged and skipped")
     elif damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        notes.append(f"metrics.jsonl: lines {', '.join(damaged[:3])}{more} are damaged and left out")
+        notes.append(f"metrics.jsonl: lines {', '.join(damaged[:3])}{more} are damaged and skipped")
     return events, len(events) + len(damaged)
 
 
@@ -196,9 +170,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-# ---- how it ended
-
-
 def _status(run: RunFolder, events: list[Event], num_lines: int, notes: list[str]) -> str:
     if run.is_finished:
         return "finished"
@@ -211,17 +182,16 @@ def _status(run: RunFolder, events: list[Event], num_lines: int, notes: list[str
     if not num_lines and owner is None:
         return "not started"
     newest = run.metrics_file if num_lines else run.config_file
-    if owner != socket.gethostname() and _age_seconds(newest) < RECENT_SECONDS:
-        notes.append(f"taken to be running: {newest.name} is minutes old, and from here its lock cannot be seen")
-        return "running"
+    with contextlib.suppress(OSError):
+        if owner != socket.gethostname() and time.time() - newest.stat().st_mtime < RECENT_SECONDS:
+            notes.append(f"assumed to be running: {newest.name} is minutes old, and its lock is not visible from here")
+            return "running"
     return "crashed"
 
 
 def _probe_lock(path: Path) -> tuple[bool, str | None]:
-    """Whether a live process holds the lock, and the machine of its last owner if a free lock can be trusted there.
-
-    Trying is the only way to know: a shared lock is taken for an instant, on a file opened for reading.
-    """
+    """Whether a live process holds the lock; and the machine of its last owner, if a free lock can be trusted there.
+    The only way to know is to try: a shared lock is held for an instant, on a file opened for reading."""
     try:
         with open(path, errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -231,10 +201,3 @@ def _probe_lock(path: Path) -> tuple[bool, str | None]:
         return True, None
     except OSError:  # no lock file, or a file system without locks
         return False, None
-
-
-def _age_seconds(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return math.inf

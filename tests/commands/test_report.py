@@ -206,7 +206,7 @@ def test_damage_is_noted_on_stderr_and_in_the_page(tmp_path: Path, report: Repor
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"event": "tr')
     code, out, err = report(tmp_path)
-    note = "a: metrics.jsonl: line 4 is damaged and left out"
+    note = "a: metrics.jsonl: line 4 is damaged and skipped"
     assert code == 0 and f"note: {note}" in err and note not in out
     assert note in (tmp_path / "report" / "report.html").read_text()
 

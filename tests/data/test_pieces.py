@@ -33,11 +33,11 @@ def test_pieces_are_those_of_a_loop_and_ids_come_back_in_order(texts, seed):
     rule = random_rule(seed)
     pieces = cut(texts, rule)
     expected = [cut_slowly(text, rule) for text in texts]
-    assert sorted(pieces.different) == sorted({piece for text in expected for piece in text})
-    numbered = np.array(pieces.different, object)[pieces.which]
+    assert sorted(pieces.distinct) == sorted({piece for text in expected for piece in text})
+    numbered = np.array(pieces.distinct, object)[pieces.which]
     assert [part.tolist() for part in np.split(numbered, pieces.ends[:-1])] == expected
-    ids = {piece: [ord(c) for c in piece if c != "a"] for piece in pieces.different}  # some pieces have none
-    joined = join([np.array(ids[piece], np.int32).tobytes() for piece in pieces.different], pieces)
+    ids = {piece: [ord(c) for c in piece if c != "a"] for piece in pieces.distinct}  # some pieces have none
+    joined = join([np.array(ids[piece], np.int32).tobytes() for piece in pieces.distinct], pieces)
     assert [part.tolist() for part in joined] == [[i for piece in text for i in ids[piece]] for text in expected]
 
 
@@ -45,5 +45,5 @@ def test_white_space_goes_with_the_word_behind_it():
     rule = np.full((256, 256), KEEP, np.uint8)
     rule[ord("a") : ord("z") + 1, list(b" \n")] = CUT
     pieces = cut(["a new\n word a new", "a"], rule)
-    assert [pieces.different[i] for i in pieces.which] == ["a", " new", "\n word", " a", " new", "a"]
+    assert [pieces.distinct[i] for i in pieces.which] == ["a", " new", "\n word", " a", " new", "a"]
     assert pieces.ends.tolist() == [5, 6]

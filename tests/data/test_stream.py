@@ -235,7 +235,7 @@ def test_a_rank_reads_only_its_own_shards(tokenizer, tmp_path, texts):
     assert sorted(shard for opened in owners for shard in opened) == list(range(8))
 
 
-def test_what_the_user_can_mend_is_refused_in_words(source, tokenizer, tmp_path):
+def test_settings_that_cannot_be_used_are_refused(source, tokenizer, tmp_path):
     for changes, words in [
         ({"world_size": 3}, "3 ranks cannot share 4 data streams"),
         ({"padding": "left"}, "truncate_pad or pack"),
@@ -306,7 +306,7 @@ def test_errors_of_the_thread_reach_the_consumer_after_the_good_batches(source, 
     with pytest.raises(NetworkError):
         next(stream)
     stream.close()
-    files.documents = read  # the network is back: the stream goes on where it was
+    files.documents = read  # the network is back: the stream continues where it was
     assert rows(take(stream, 3)) == rows(take(make(source, tokenizer), len(good) + 3))[8 * len(good) :]
 
 
@@ -328,7 +328,7 @@ def test_close_joins_the_thread_and_may_be_called_at_any_time(source, tokenizer)
     stream.close()
     stream.close()
     assert not threads()
-    assert not torch.equal(next(stream).input_ids, first.input_ids)  # goes on
+    assert not torch.equal(next(stream).input_ids, first.input_ids)  # continues
     stream.close()
 
 

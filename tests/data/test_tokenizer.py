@@ -248,10 +248,10 @@ def test_missing_and_invalid_files_are_refused_in_one_line(tmp_path):
             load_tokenizer(spec)
         assert "\n" not in str(caught.value)
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no valid tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"not a valid tokenizer\.json"):
         load_tokenizer(f"{tmp_path}/a.json")
     (tmp_path / "b.json").write_bytes(os.urandom(50) + b"\xff")
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
         load_tokenizer(f"{tmp_path}/b.json")
 
 

@@ -111,7 +111,7 @@ def test_ids_are_those_of_the_whole_text(kind, texts, max_len, look):
     expected = [encoding.ids for encoding in raw.encode_batch(texts, add_special_tokens=False)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_ENTRIES", 200)  # so that the table starts again now and then
-        patch.setattr(module, "MAX_CHARS_PER_LOOK", look)
+        patch.setattr(module, "MAX_CHARS_PER_ROUND", look)
         for found, ids in zip(tokenizer._words.ids(texts, max_len), expected, strict=True):
             if found is not None:
                 found = unpack(found)

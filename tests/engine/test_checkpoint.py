@@ -490,7 +490,7 @@ def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: 
     other = Net(seed=3)
     with pytest.raises(CheckpointError, match="has no action.pool.pt, which this run needs"):
         keeper.load(plain, other, {**saved_adamw(other), "action/pool": Pool(1.0)})
-    with pytest.raises(CheckpointError, match="also has action.pool.pt, which this run does not know"):
+    with pytest.raises(CheckpointError, match="has action.pool.pt, unknown to this run"):
         keeper.load(more, other, saved_adamw(other))
     assert_same(other, Net(seed=3))
     assert keeper.load(more, other, None) == {"step": 2} == keeper.read_state(more)

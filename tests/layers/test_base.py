@@ -1,4 +1,4 @@
-"""What any kind of layer says of itself, and that one which says nothing is refused, never guessed at."""
+"""The interface of a layer kind; what a kind does not define is an error, never a guess."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_parts_of_a_linear() -> None:
     [
         (nn.Bilinear(4, 4, 4), "model.q_proj is a Bilinear: neither an nn.Linear nor a ReplacedLinear"),
         (Adapted(4, 4), "model.q_proj is a Adapted: neither"),
-        (SilentLinear(4, 4), r"model.q_proj: SilentLinear does not say what its W is made of: define parts\(\)"),
+        (SilentLinear(4, 4), r"model.q_proj: SilentLinear does not define parts\(\)"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -59,13 +59,13 @@ def test_a_layer_without_one_matrix_is_known_but_has_no_parts() -> None:
             ask()
 
 
-def test_what_a_kind_leaves_out_is_named() -> None:
+def test_what_a_kind_does_not_define_is_named() -> None:
     layer = SilentLinear(4, 4)
     for ask, words in (
         (layer.parts, "define parts"),
         (layer.settings, "define settings"),
         (layer.multiply_adds, "define multiply_adds"),
-        (lambda: layer.footprint(None), "SilentLinear: define footprint"),  # type: ignore[arg-type]
+        (lambda: layer.footprint(None), "SilentLinear does not define footprint"),  # type: ignore[arg-type]
         (lambda: SilentLinear.from_dense(torch.eye(4)), "kind toy_silent cannot start from a dense matrix"),
     ):
         with pytest.raises(ValueError, match=words):

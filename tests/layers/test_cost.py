@@ -1,4 +1,4 @@
-"""The choice between the two paths: by shape and device, the same every time; what a user or a saved run says wins."""
+"""The choice between the two paths: by shape and device alone, unless a user or a saved run fixes it."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What layers keep and take is what autograd saves and the profiler sees, layer by layer.
+"""The footprint of a layer is what autograd saves and the profiler measures.
 
-In float64, which no operation here copies to another dtype and no kernel of ours handles.
+In float64, which no operation here casts and the CPU kernel does not take.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def footprint(layers: list[nn.Module], num_rows: int, has_kernel: bool) -> Footp
 
 
 def num_bytes(*layers: nn.Module) -> list[int]:
-    """Of the parameters that get a gradient."""
+    """Bytes of the parameters that get a gradient."""
     return [sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad) for layer in layers]
 
 
@@ -65,7 +65,7 @@ def saved_besides(x: Tensor, layers: list[nn.Module]) -> int:
 
 
 def backward_temporaries(x: Tensor, layer: nn.Module) -> int:
-    """The most that backward takes, less the gradients of x and of the parameters."""
+    """Peak memory of backward, less the gradients of x and of the parameters."""
     y = layer(x)
     grad_y = torch.randn_like(y)
     device = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_one_call(kind: str) -> None:
 @pytest.mark.parametrize("num_rows", [64, 512])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "column factored"])
 def test_temporaries_bound_what_backward_takes(kind: str, num_rows: int) -> None:
-    """At most a sixth more than said, and at least two fifths of it."""
+    """The measured peak is between two fifths of the footprint and a sixth above it."""
     layer = make(kind)
     x = torch.randn(num_rows, IN, dtype=torch.float64, requires_grad=True)
     said = footprint([layer], num_rows, has_kernel=False).temporary
@@ -107,7 +107,7 @@ def test_temporaries_bound_what_backward_takes(kind: str, num_rows: int) -> None
 
 
 def test_column_temporaries_are_a_bound() -> None:
-    """With few rows other things are larger than what columns gather."""
+    """With few rows, other terms outweigh the columns that are gathered."""
     layer = make("column factored")
     for num_rows, share in ((64, 0.05), (2048, 0.5)):
         x = torch.randn(num_rows, IN, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What each method puts in place of a linear, what overrides change, and what is refused in words."""
+"""The layers of each method, overrides, and error messages."""
 
 from dataclasses import fields
 
@@ -38,7 +38,7 @@ NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_
 
 
 def make_method(method, **changes) -> Method:
-    """With rank 4, sparsity 0.1, alpha 8 as far as the method has such options, and the changes."""
+    """The method with rank 4, sparsity 0.1, alpha 8, where it has these options, and the changes."""
     kind = METHODS.load(method)
     options = {"rank": 4, "sparsity": 0.1, "alpha": 8.0, "support": "uniform"}
     names = {item.name for item in fields(kind)}

@@ -1,4 +1,4 @@
-"""Decoding with a cache computes what reading the whole prefix anew computes."""
+"""Decoding with a cache gives the logits of a pass over the whole prefix."""
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_every_position_is_what_the_whole_prefix_gives(
         hidden = model.model(part, cache=cache).view(num_sequences, part.shape[1], -1)
         read += part.shape[1]
         assert cache.num_positions == read
-        anew = model(ids[:, :read])[:, read - part.shape[1] :]
-        torch.testing.assert_close(model.lm_head(hidden), anew, atol=1e-5, rtol=1e-5)
+        whole = model(ids[:, :read])[:, read - part.shape[1] :]
+        torch.testing.assert_close(model.lm_head(hidden), whole, atol=1e-5, rtol=1e-5)
     assert model(ids).std() > 0.1  # and these are no zeros
 
 

@@ -77,7 +77,6 @@ def test_equals_the_inner_optimizer_alone(name: str, is_announced: bool) -> None
         loss_of(reference, step).backward()
         ordinary.step()
         assert_same(optimizer, ordinary)
-    assert optimizer.defaults is optimizer.inner.defaults
 
 
 def test_one_gradient_is_held_at_a_time() -> None:
@@ -196,27 +195,12 @@ def test_parameters_that_come_later_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_state_dict_goes_into_the_inner_optimizer_and_out_of_it() -> None:
-    model, other, straight = Net(), Net(), Net()
-    optimizer, ordinary, reference = PerLayerUpdate(build(model)), build(other), build(straight)
-    for step in (1, 2, 3, 4):
-        reference.zero_grad()
-        loss_of(straight, step).backward()
-        reference.step()
-    optimizer.before_backward(is_last=True)
-    loss_of(model, 1).backward()
-    optimizer.finish()
-    other.load_state_dict(model.state_dict())
-    ordinary.load_state_dict(optimizer.state_dict())
-    loss_of(other, 2).backward()
-    ordinary.step()
-    model.load_state_dict(other.state_dict())
-    optimizer.load_state_dict(ordinary.state_dict())
-    for step in (3, 4):
-        optimizer.before_backward(is_last=True)
-        loss_of(model, step).backward()
-        optimizer.finish()
-    assert_same(optimizer, reference)
+def test_a_state_by_index_is_refused() -> None:
+    """Checkpoints have it by name, tests/engine/test_checkpoint.py: with and without per-layer update."""
+    optimizer = PerLayerUpdate(build(Net()))
+    for use in (optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        with pytest.raises(TypeError, match="PerLayerUpdate is saved by parameter name, see optim/named_state.py"):
+            use()
 
 
 def test_only_restores_in_any_case() -> None:

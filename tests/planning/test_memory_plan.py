@@ -135,7 +135,7 @@ KEPT = [
 
 def kept_by_plan(config: TrainConfig) -> int:
     """Activations and logits at the beginning of backward, but for the last norm's output and its gradient, which the
-    plan counts there, and the ids, which are made before; and the rotary tables, which it leaves out."""
+    plan counts there, and the ids, which exist before; and the rotary tables, which it omits."""
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
     model = model_of(config)
     stage = memory_plan._Parts(model, shape).stage("head backward")

@@ -137,7 +137,7 @@ def test_a_line_that_holds_no_event_is_damaged(tmp_path: Path, line: str) -> Non
         file.write(f"{line}\n{json.dumps(EVAL)}\n")
     written_long_ago(run)
     record = read_run(run)
-    assert record.notes == ["metrics.jsonl: line 2 is damaged and left out"]
+    assert record.notes == ["metrics.jsonl: line 2 is damaged and skipped"]
     assert record.train == [TRAIN] and record.evals == [EVAL]
 
 
@@ -155,7 +155,7 @@ def test_a_log_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int
     told = record.train[:1] + record.evals + record.train[1:]
     assert told == events[:whole]
     damaged = bool(rest) and not rest.endswith("}")
-    assert record.notes == ([f"metrics.jsonl: line {whole + 1} is damaged and left out"] if damaged else [])
+    assert record.notes == ([f"metrics.jsonl: line {whole + 1} is damaged and skipped"] if damaged else [])
 
 
 @same_folder_each_time
@@ -257,7 +257,7 @@ def test_a_fresh_log_means_running_where_the_lock_cannot_be_seen(tmp_path: Path,
     assert read_run(run).status == "crashed"
     written_just_now(run)
     record = read_run(run)
-    assert record.status == "running" and "taken to be running" in record.notes[0]
+    assert record.status == "running" and "assumed to be running" in record.notes[0]
 
 
 def test_a_free_lock_of_this_machine_is_believed(tmp_path: Path) -> None:

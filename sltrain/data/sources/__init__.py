@@ -1,1 +1,1 @@
-"""Where documents come from: one file a source, found by name. What a source is: data/documents.py."""
+"""The built-in sources of text, one file each, found by name. data/documents.py defines what a source is."""

@@ -19,7 +19,7 @@ from sltrain.registry import Registry
 
 @dataclass
 class SourceConfig:
-    """The face of a source, and the options that all have. Only `open_training` must be defined."""
+    """Base class of sources, with the options that all have. Only `open_training` must be defined."""
 
     name: str = MISSING
     num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
@@ -27,17 +27,17 @@ class SourceConfig:
     holdout_every: int = 100  # one document in this many is held out when there is no validation set
 
     def check(self) -> None:
-        """Raise ValueError, naming key, value and remedy, for options that cannot be."""
+        """Raise ValueError, naming key, value and remedy, for impossible options."""
         for key, least in {"num_streams": 1, "shuffle_block": 1, "holdout_every": 2}.items():
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must be at least {least}")
 
     def open_training(self) -> Source:
-        """The documents to train on. Raises ValueError or OSError for a corpus that cannot be had."""
-        raise TypeError(f"{type(self).__name__} does not say what to train on")
+        """The documents to train on. Raises ValueError or OSError if the corpus cannot be opened."""
+        raise TypeError(f"{type(self).__name__} does not define open_training")
 
     def open_validation(self) -> Source | None:
-        """The documents of the corpus's own validation split; None: one in `holdout_every` documents of training."""
+        """The corpus's own validation split; None: one in `holdout_every` training documents is held out."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""data=c4: allenai/c4 on the Hugging Face Hub, or another data set that lies there in numbered shards, streamed."""
+"""data=c4: allenai/c4, or another data set in numbered shards, streamed from the Hugging Face Hub."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class C4(SourceConfig):
     def _open(self, template: str | None, num_shards: int) -> HubFiles:
         if not (self.repo and self.revision and template and num_shards):
             raise ValueError(
-                "data=c4 needs data.repo, data.revision, and a file template and number of shards for train and"
+                "data=c4 needs data.repo, data.revision, and a file template and a number of shards for both train and"
                 " validation"
             )
         return HubFiles(self.repo, self.revision, template, num_shards, on_bad_data=self.on_bad_data)

@@ -32,10 +32,10 @@ class Local(SourceConfig):
 
 
 class LocalFiles:
-    """The documents of some files.
+    """The documents of files on this machine, one shard a file.
 
-    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is what the user typed them
-    after. Raises ValueError if a pattern matches no file or a file has an unknown ending.
+    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is their option in messages.
+    Raises ValueError if a pattern matches no file or a file has an unknown ending.
     """
 
     def __init__(self, patterns: str | Sequence[str], on_bad_data: str = "skip", key: str = "path") -> None:
@@ -51,10 +51,11 @@ class LocalFiles:
         self.bad = BadData(on_bad_data)
 
     def fingerprint(self) -> str:
-        """File names and sizes; the folder may move."""
+        """Depends on file names and sizes; the folder may move."""
         sizes = self.shard_sizes()
         files = list(zip(map(os.path.basename, self.paths), sizes, strict=True))
-        return f"{len(files)} files, {sum(sizes):,} bytes, {_digest(repr(files))}"
+        digest = sha256(repr(files).encode()).hexdigest()[:32]
+        return f"{len(files)} files, {sum(sizes):,} bytes, {digest}"
 
     def shard_sizes(self) -> list[int]:
         try:
@@ -62,13 +63,10 @@ class LocalFiles:
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
-    def shard_name(self, shard: int) -> str:
-        return self.paths[shard]
-
     def check(self) -> None:
         for path in self.paths:
             if not os.access(path, os.R_OK):
-                raise DataError(f"{path} may not be read: it is gone or its permissions forbid it")
+                raise DataError(f"{path} cannot be read: it is gone or its permissions forbid it")
 
     def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
         path = self.paths[shard]
@@ -87,7 +85,3 @@ def _expand(pattern: str, key: str) -> list[str]:
     if not files:
         raise ValueError(f"{key}={pattern} matches no file (searched from {os.getcwd()})")
     return files
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:32]

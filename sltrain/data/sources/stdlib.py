@@ -12,10 +12,8 @@ from pathlib import Path
 from sltrain.data.documents import DataError, Document, Source
 from sltrain.data.sources.base import SOURCES, SourceConfig
 
-CODE_SHARDS = 16
-CODE_DOCUMENT_CHARS = (
-    4096  # about 1,000 tokens: long enough to read, short enough that shuffling and the held-out part are meaningful
-)
+NUM_SHARDS = 16
+DOCUMENT_CHARS = 4096  # about 1,000 tokens: long enough to learn from, short enough for shuffling and holding out
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -29,18 +27,18 @@ class StdLib(SourceConfig):
 
 
 class StandardLibrary:
-    """Files of the library as documents.
+    """The library's files, without tests and installed packages, as documents.
 
-    Tests and installed packages are left out. Files are cut at line ends into documents of about 4 kB and dealt to 16
-    shards. Everything is read once (0.3 s) and kept in memory. The fingerprint covers the content, because every
-    Python release has another library.
+    Files are cut at line ends into documents of about 4 kB and dealt to 16 shards. Everything is read once (0.3 s)
+    and kept in memory. The fingerprint covers the content, because every Python release has another library. Raises
+    DataError if there are no source files.
     """
 
     name = "the Python standard library"
 
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = Path(root or sysconfig.get_path("stdlib"))
-        self._shards: list[list[str]] = [[] for _ in range(CODE_SHARDS)]
+        shards: list[list[str]] = [[] for _ in range(NUM_SHARDS)]
         content = sha256()
         num_files = 0
         for path in _python_files(self.root):
@@ -50,30 +48,27 @@ class StandardLibrary:
             except (OSError, SyntaxError, UnicodeDecodeError):
                 continue  # a few files of the library are deliberately broken
             content.update(f"{path.relative_to(self.root).as_posix()}\n{len(text)}\n".encode() + text.encode())
-            self._shards[num_files % CODE_SHARDS].extend(_cut_at_lines(text, CODE_DOCUMENT_CHARS))
+            shards[num_files % NUM_SHARDS].extend(_cut_at_lines(text, DOCUMENT_CHARS))
             num_files += 1
         if num_files == 0:
-            raise DataError(f"no Python source files under {self.root}; use data=local path=GLOB with text of your own")
-        self._shards = [shard for shard in self._shards if shard]
+            raise DataError(f"no Python source files under {self.root}; use data=local path=GLOB")
+        self._shards = [shard for shard in shards if shard]
         self.num_shards = len(self._shards)
         self._fingerprint = f"Python {platform.python_version()}, {num_files} files, {content.hexdigest()[:32]}"
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def shard_name(self, shard: int) -> str:
-        return f"part {shard + 1} of {self.num_shards} of {self.root}"
-
     def shard_sizes(self) -> list[int]:
         return [sum(map(len, texts)) for texts in self._shards]
 
     def check(self) -> None:
-        """Everything was read on construction."""
+        """Nothing to check: everything has been read."""
 
     def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
-        first = start + (offset - start) % step
         texts = self._shards[shard]
-        return (Document(index, texts[index]) for index in range(first, len(texts), step))
+        indices = range(start + (offset - start) % step, len(texts), step)
+        return (Document(index, texts[index]) for index in indices)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -86,8 +81,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _cut_at_lines(text: str, limit: int) -> Iterator[str]:
-    """Pieces of about `limit` characters that end at line ends and join to the text; pieces of white space are left
-    out."""
+    """The text in pieces of about `limit` characters that end at line ends, without a last piece of white space."""
     parts, size = list[str](), 0
     for line in text.splitlines(keepends=True):
         if parts and size + len(line) > limit:

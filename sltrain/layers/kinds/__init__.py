@@ -1,1 +1,1 @@
-"""The kinds of layers, one a file, named as the kind."""
+"""The kinds of layers: one file a kind, named as the kind."""

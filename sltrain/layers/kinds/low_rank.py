@@ -27,14 +27,13 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, device, dtype)
+        super().__init__(in_features, out_features, rank, alpha, bias, device=device, dtype=dtype)
         if rank == 0:
             raise ValueError("a low-rank layer needs a rank of at least 1, got 0")
         if not self.A.is_meta:
             self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every parameter."""
         self.reset_factors(generator, zero_B=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sltrain import kernels
 from sltrain.layers import cost
-from sltrain.layers.base import Footprint, Rows, fill_uniform, gradient_bytes, one_by_one
+from sltrain.layers.base import Footprint, Rows, fill_uniform, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 from sltrain.layers.functional import Weight, compose_weight, composed_linear, factored_linears
 from sltrain.layers.parts import Part, SparsePart
-from sltrain.layers.sparse import Sparse, can_share
+from sltrain.layers.sparse import can_share
 from sltrain.layers.support import make_support
 
 
@@ -21,7 +21,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     """y = x W^T + bias with W = (alpha / rank) B A + S; x (..., in_features) -> (..., out_features).
 
     `sparsity` is the paper's delta, the fraction of the entries of S that are trained. rank = 0 trains S alone,
-    sparsity = 0 trains B A alone. `support` and `block_size` say where the entries lie (support/), `path` how the
+    sparsity = 0 trains B A alone. `support` and `block_size` choose where the entries lie (support/), `path` how the
     product is computed (functional.py): composed, factored, or auto, the cheaper of the two for the first x. It
     changes rounding, not the function, and may be set at any time. The layer is ready after construction; on the meta
     device only shapes exist, and `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a CPU
@@ -53,7 +53,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         block_size: int | None = None,
         path: str = "auto",
     ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, device, dtype, path)
+        super().__init__(in_features, out_features, rank, alpha, bias, path, device=device, dtype=dtype)
         self.support = make_support(out_features, in_features, sparsity, support, block_size)
         nnz = self.support.num_nonzero
         if rank == 0 and nnz == 0:
@@ -81,11 +81,10 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: "Sequence[SLTrainLinear]") -> list[Tensor]:
-        """The output of each layer for the same x, which factored layers read once for all. These are not called one by
-        one then, so their forward hooks do not run."""
-        if all(layer.chosen_path(x) == "factored" for layer in layers) and _can_share(layers):
+        """The output of each layer for the same x. Factored layers read x once for all and run no forward hooks."""
+        if all(layer.chosen_path(x) == "factored" for layer in layers) and can_share(layer.support for layer in layers):
             return factored_linears(x, [layer._weight for layer in layers])
-        return [layer(x) for layer in layers]
+        return super().forward_together(x, layers)
 
     @property
     def _weight(self) -> Weight:
@@ -97,7 +96,6 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """W, (out, in), detached: what nn.Linear would hold."""
         return compose_weight(self._weight)
 
     def settings(self) -> dict[str, Any]:
@@ -108,15 +106,13 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         return super().multiply_adds() + self.support.num_nonzero
 
     def choose_path(self, num_rows: int, device: torch.device) -> str:
-        s = self.support
-        machine = cost.machine_kind(device, self.values.dtype)
-        return cost.choose_path(
-            num_rows, self.out_features, self.in_features, self.rank, s.num_nonzero, s.price, machine
-        )
+        s, machine = self.support, cost.machine_kind(device, self.values.dtype)
+        shape = (num_rows, self.out_features, self.in_features, self.rank)
+        return cost.choose_path(*shape, s.num_nonzero, s.price, machine)
 
     def footprint(self, rows: Rows) -> Footprint:
-        """composed: W or dW and what it is made of or taken apart into, (out, in) each, and a piece of positions.
-        factored: h = x A^T is kept; temporary is u = dy B with what the products with S take."""
+        """composed: two matrices (out, in), W or dW and one intermediate, and one piece of decoded positions.
+        factored: h = x A^T is kept; u = dy B and the temporaries of the products with S are not."""
         if self._planned_path(rows) == "factored":
             return _factored_footprint([self], rows)
         dense = 2 * self.out_features * self.in_features * rows.element_size
@@ -124,40 +120,25 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     @classmethod
     def footprint_together(cls, layers: "Sequence[SLTrainLinear]", rows: Rows) -> Footprint:
-        if all(layer._planned_path(rows) == "factored" for layer in layers) and _can_share(layers):
+        is_factored = all(layer._planned_path(rows) == "factored" for layer in layers)
+        if is_factored and can_share(layer.support for layer in layers):
             return _factored_footprint(layers, rows)
-        return one_by_one([layer.footprint(rows) for layer in layers])
+        return super().footprint_together(layers, rows)
 
     def _planned_path(self, rows: Rows) -> str:
         return self.choose_path(rows.num_rows, self.values.device) if self.path == "auto" else self.path
 
     def warnings(self) -> dict[str, str]:
-        most, limit = self.support.max_rank, min(self.in_features, self.out_features)
-        if most is None:
-            return {}
-        kind = self.support.kind
+        kind, most, limit = self.support.kind, self.support.max_rank, min(self.in_features, self.out_features)
         line = (
             f"support={kind}: W has rank at most rank + {kind}s (the first layer: {self.rank} + {most} of {limit}), "
             "not full rank as with the other supports"
         )
-        return {kind: line}
-
-    def extra_repr(self) -> str:
-        s = self.support
-        blocks = f", block_size={s.block}" if s.block else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"sparsity={s.sparsity}, alpha={self.alpha}, bias={self.bias is not None}, "
-            f"support={s.kind}{blocks}, path={self.path}"
-        )
-
-
-def _can_share(layers: Sequence[SLTrainLinear]) -> bool:
-    return can_share([Sparse(layer.support, layer.indices, layer.values) for layer in layers])
+        return {} if most is None else {kind: line}
 
 
 def _factored_footprint(layers: Sequence[SLTrainLinear], rows: Rows) -> Footprint:
-    """Of one call for several layers."""
+    """The bytes of one call for several layers."""
     num_rows, size = rows.num_rows, rows.element_size
     supports = [layer.support for layer in layers]
     block = supports[0].kernel_block

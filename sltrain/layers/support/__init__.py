@@ -1,6 +1,6 @@
-"""Which entries of S are trained: a support, drawn once and kept.
+"""The support of S, the entries that are trained: drawn once, then fixed.
 
-    kind         drawn                                         kept                        rank of B A + S
+    kind         drawn                                         stored                      rank of B A + S
     uniform      int(sparsity * out * in) positions, every     row starts and uint16       full (the paper's
                  subset equally likely                         column numbers              Proposition 1)
     stratified   one position in each of as many equal         its offset in its stratum,  full
@@ -11,13 +11,13 @@
     column       round(sparsity * in) whole columns            int32 column numbers        at most rank + columns
 
 `uniform` is the paper's (arXiv 2406.02214, section 3.2). The published code shuffles all out * in positions and keeps
-the first few; here positions are drawn with replacement until enough are distinct, which costs memory and time for the
-kept ones only and has exactly the same distribution. The other kinds are ours. `stratified` looks like it but needs
-half the bytes. `block` and `column` trade some freedom of the support for small dense products. Blocks and columns come
-in whole lines, so their sparsity is the nearest that exists.
+the first few; here positions are drawn with replacement until enough are distinct, which has exactly the same
+distribution and costs time and memory for the kept ones only. The other kinds are not in the paper. `stratified` is
+almost as random in half the bytes. `block` and `column` trade some freedom of the support for small dense products;
+they train whole blocks or columns, so their sparsity is the nearest that exists.
 
-A kind is one file: how it is drawn and kept, how S is multiplied without (base.py) and with the CPU kernel, and what
-that takes.
+A kind is one file: how it is drawn and stored, how S is multiplied, without the CPU kernel (base.py) and with it, and
+the memory that takes.
 """
 
 from sltrain.layers.support.base import Support
@@ -36,7 +36,7 @@ __all__ = ["KINDS", "Support", "make_support"]
 def make_support(
     out_features: int, in_features: int, sparsity: float, kind: str = "uniform", block_size: int | None = None
 ) -> Support:
-    """The support of S in an out x in matrix, all but the random draw.
+    """The support of S in an out x in matrix, before the random draw.
 
     `sparsity` is the paper's delta, the fraction of the entries that are trained. `block_size` is for kind block; None:
     the largest that fits `sparsity` well. Raises ValueError for an unknown kind, a sparsity outside [0, 1) or one that

@@ -1,86 +1,55 @@
-"""What every kind of support has, and products with an S that is made dense a slice of rows at a time.
+"""The interface of a support, and products with an S that is made dense a slice of rows at a time.
 
-Kept indices are compact; the flat positions that an operation needs are computed on the device, CHUNK_ENTRIES of them
-at a time (`pieces`), and no step of that makes the host wait for a GPU.
+Stored indices are compact; an operation decodes them to flat positions on the device, CHUNK_ENTRIES at a time
+(`pieces`), without host synchronization.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-MAX_ENTRIES = 2**31 - 1  # the largest matrix whose flat positions fit int32
-CHUNK_ENTRIES = 2**21  # entries whose flat positions exist at a time
-SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is the fastest way
-NUM_SLICES = 4  # S is made dense in this many pieces, one after the other
+MAX_ENTRIES = 2**31 - 1  # of a matrix whose flat positions fit int32
+CHUNK_ENTRIES = 2**21  # decoded to flat positions at a time
+SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is fastest
+NUM_SLICES = 4  # S is made dense in this many slices, one after the other
 
 
-@dataclass(frozen=True)
 class Support:
-    """The support of S in an out x in matrix, all but the random draw. `make_support` makes one.
+    """The support of S in an out x in matrix, before the random draw; made by `make_support`.
 
-    A kind says how many entries there are (`num_nonzero`), how they are drawn and kept (`num_indices`, `index_dtype`,
-    `draw`), and where they are (`_flat`). It may bring faster products than those below.
+    A kind sets the numbers below in its `__init__`, defines how entries are drawn (`draw`) and decoded (`_flat`), and
+    may override the products with faster ones. Raises ValueError for a sparsity outside [0, 1), and a matrix too large
+    for int32 positions.
     """
 
     kind: ClassVar[str]
-    price: ClassVar[str] = "entry"  # what an entry costs: a field of cost.Costs
-    piece_entry_bytes: ClassVar[int]  # an entry of `pieces` takes while it is computed
+    price: ClassVar[str] = "entry"  # of one entry in a product: a field of cost.Costs
+    piece_entry_bytes: ClassVar[int]  # memory of one entry while `pieces` decodes it
 
-    out_features: int
-    in_features: int
-    sparsity: float
-    block_size: int | None = None  # as typed
+    index_dtype = torch.int32  # of what `draw` returns
+    block: int | None = None  # block side, for a kind with blocks
+    kernel_block: int | None = 0  # in the CPU kernel; 0 if that works entry by entry, None if it is not used
+    max_rank: int | None = None  # of S, for a kind that limits it below full rank
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        if not 0 <= sparsity < 1:
             raise ValueError(
                 "sparsity is the fraction of the entries of S that are trained and must be in [0, 1), "
-                f"got {self.sparsity}; the paper uses 0.03"
+                f"got {sparsity}; the paper uses 0.03"
             )
+        self.num_entries = out_features * in_features  # of the whole matrix
         if self.num_entries > MAX_ENTRIES:
             raise ValueError(
-                f"a {self.out_features} x {self.in_features} matrix has more than {MAX_ENTRIES} entries, which int32 "
-                "positions cannot number; split the layer, or leave it dense"
+                f"a {out_features} x {in_features} matrix has more than {MAX_ENTRIES} entries, which int32 positions "
+                "cannot number; split the layer, or keep it dense"
             )
-        self._check()
-
-    def _check(self) -> None:
-        """Raise ValueError for what this kind cannot be."""
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of the whole matrix."""
-        return self.out_features * self.in_features
-
-    @cached_property
-    def num_nonzero(self) -> int:
-        """Trained entries."""
-        return int(self.sparsity * self.num_entries)
-
-    @property
-    def num_indices(self) -> int:
-        """Length of what `draw` returns."""
-        return self.num_nonzero
-
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """Of what `draw` returns."""
-        return torch.int32
-
-    @property
-    def block(self) -> int | None:
-        """Block side in use, if there are blocks."""
-        return None
-
-    @property
-    def max_rank(self) -> int | None:
-        """The highest rank that S can have, if the draw leaves it below that of the matrix."""
-        return None
+        self.out_features, self.in_features, self.sparsity = out_features, in_features, sparsity
+        self.block_size = block_size  # as typed; the one in use is `block`
+        self.num_nonzero = int(sparsity * self.num_entries)  # trained entries
+        self.num_indices = self.num_nonzero  # length of what `draw` returns
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the support: (num_indices,) index_dtype on the CPU. `generator` is a CPU generator (None: torch's)."""
@@ -90,50 +59,38 @@ class Support:
         """Flat row-major positions of these entries, (n,) int32 or int64, a new tensor or a view of `indices`."""
         raise NotImplementedError
 
-    # ---- positions
-
     def positions(self, indices: Tensor) -> Tensor:
         """Flat row-major positions, (nnz,) int32, of the values in their order, on the device of `indices`. Distinct;
-        sorted but for kind block. What can work piece by piece asks for `pieces`."""
+        sorted except for kind block."""
         positions = torch.empty(self.num_nonzero, dtype=torch.int32, device=indices.device)
         for entries in self._chunks():
             positions[entries] = self._flat(indices, entries).to(torch.int32)
         return positions
 
     def pieces(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The values in order, some at a time: which of them, n <= CHUNK_ENTRIES, and their flat positions (n,) int64.
-        How many pieces there are depends on the support alone, not on the draw."""
+        """Yield n <= CHUNK_ENTRIES entries at a time, in order: which of them, and their flat positions (n,) int64. The
+        number of pieces does not depend on the draw."""
         for entries in self._chunks():
             yield entries, self._flat(indices, entries).long()
 
     @property
     def piece_bytes(self) -> int:
-        """The most that `pieces` holds at a time: a piece, what it is computed from, and the piece before."""
+        """Peak memory of `pieces`: a piece, what it is decoded from, and the piece before."""
         entries = next(self._chunks(), slice(0, 0))
         return self.piece_entry_bytes * (entries.stop - entries.start)
 
     def _chunks(self) -> Iterator[slice]:
-        """All entries, at most CHUNK_ENTRIES at a time."""
+        """The ranges of entries that `pieces` yields, at most CHUNK_ENTRIES long."""
         return slices(self.num_nonzero, CHUNK_ENTRIES)
 
     # ---- products with S, which sparse.py calls
 
-    @property
-    def kernel_block(self) -> int | None:
-        """Block side in the CPU kernel; 0 if it works entry by entry, None if it is not used."""
-        return 0
-
-    @property
-    def sharing(self) -> tuple[str, int]:
-        """Equal for supports that one product can take together."""
-        return "entries", 0
-
     def to_kernel(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and places as the CPU kernel takes them."""
+        """Values and their places in the CPU kernel's layout."""
         return values, self.positions(indices)
 
     def from_kernel(self, indices: Tensor, grad_values: Tensor) -> Tensor:
-        """Gradients as the CPU kernel returns them -> (nnz,)."""
+        """Gradients in the CPU kernel's layout -> (nnz,)."""
         return grad_values
 
     def forward(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -156,16 +113,16 @@ class Support:
         return grad_values
 
     def temporary_bytes(self, num_rows: int, element_size: int) -> int:
-        """The most that `forward` and `backward` take besides their arguments and results."""
+        """Peak memory of `forward` and `backward` besides their arguments and results."""
         return 2 * self.num_entries * element_size // NUM_SLICES + self.piece_bytes  # a slice and its gradient
 
     def _row_slices(self) -> Iterator[slice]:
-        """The rows of the pieces in which S is made dense."""
+        """The slices of rows in which S is made dense."""
         return slices(self.out_features, -(-self.out_features // NUM_SLICES))
 
     def _slots(self, indices: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The values, some at a time: which of them, where each goes in these flattened rows, and whether it does.
-        Those of other rows go to one slot after the last, so that no count has to come to the host."""
+        """As `pieces`: which values, the slot of each in these flattened rows, and whether it lies in them. Values of
+        other rows get one slot after the last, so that the host needs no count."""
         size = (rows.stop - rows.start) * self.in_features
         for entries, positions in self.pieces(indices):
             slots = positions.sub_(rows.start * self.in_features)
@@ -186,11 +143,10 @@ def slices(count: int, step: int) -> Iterator[slice]:
 
 
 def lines_of(starts: Tensor, entries: slice) -> Tensor:
-    """Which line (row, block) each of these entries lies in, (n,), for lines that start at the entries `starts` and end
-    where the next one starts; the dtype is that of `starts`."""
+    """The line (row, block) of each of these entries, (n,), in the dtype of `starts`: the first entry of each line, and
+    the number of entries."""
     counts = starts.clamp(entries.start, entries.stop).diff()  # of these entries in each line
-    # Their sum is known here: a GPU need not be asked, and waited for.
-    return torch.repeat_interleave(counts, output_size=entries.stop - entries.start)
+    return torch.repeat_interleave(counts, output_size=entries.stop - entries.start)  # a known size: no host sync
 
 
 def draw_distinct(population: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -198,22 +154,22 @@ def draw_distinct(population: int, count: int, generator: torch.Generator | None
     if population <= SHUFFLE_LIMIT:
         shuffled = torch.randperm(population, generator=generator, dtype=torch.int32, device="cpu")
         return shuffled[:count].sort().values
-    if count > population // 2:  # fewer positions to leave out than to keep
+    if count > population // 2:  # fewer positions to drop than to keep
         everything = torch.arange(population, dtype=torch.int32, device="cpu")
-        return _leave_out(everything, population - count, generator)
+        return _drop(everything, population - count, generator)
 
     drawn = torch.empty(0, dtype=torch.int32, device="cpu")
     while len(drawn) < count:
-        # Draws expected until `count` are distinct (coupon collector), with a margin that makes a second round rare.
+        # Draws expected until `count` are distinct (coupon collector), and a margin that makes a second round rare.
         expected = population * math.log((population - len(drawn)) / (population - count))
         num_draws = int(1.02 * expected) + 16
         fresh = torch.randint(population, (num_draws,), generator=generator, dtype=torch.int32, device="cpu")
         drawn = torch.unique(torch.cat([drawn, fresh]))
-    # Cutting the end off would favour small positions: the surplus is left out uniformly.
-    return _leave_out(drawn, len(drawn) - count, generator)
+    # Truncating the sorted positions would favour small ones, so the surplus is dropped at random.
+    return _drop(drawn, len(drawn) - count, generator)
 
 
-def _leave_out(positions: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def _drop(positions: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`positions` without `count` of them, chosen uniformly; the order is kept."""
     if count == 0:
         return positions

@@ -1,17 +1,17 @@
-"""Blocks of b x b, kept as int32 block numbers (block row * block columns + block column), sorted.
+"""Blocks of b x b, stored as int32 block numbers (block row * block columns + block column), sorted.
 
 The block lines of the shorter side hold k blocks each, those of the longer side equally many, give or take one. A
-regular bipartite graph is a sum of permutations (König), so every such support contains a block permutation matrix, and
-that alone has full rank; blocks thrown at random leave block rows empty and do not. Blocks that stick out of a matrix
-whose sides they do not divide train only what is inside.
+regular bipartite graph is a sum of permutations (König), so every such support contains a block permutation matrix,
+which alone has full rank; independently random blocks leave block rows empty and do not. Where b does not divide a
+side, blocks overhang the matrix and train only what is inside.
 
-A product is one batched product in which a block row meets the columns of x that its blocks read, or, on a CPU in
-float32, the kernel's: N nnz multiply-adds on matrix units either way.
+A product is one batched product of each block row with the columns of x that its blocks read, or, on a CPU in float32,
+the kernel's: N nnz multiply-adds on matrix units either way.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,97 +20,61 @@ from torch import Tensor
 from sltrain.layers.support.base import Support, lines_of
 
 BLOCK_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tried in this order: large blocks make efficient products
-BLOCK_TOLERANCE = 0.1  # a block size is taken if its sparsity is this near, relatively, to the one asked for
+BLOCK_TOLERANCE = 0.1  # relative error of the sparsity up to which a block size is accepted
 
 
 class BlockSupport(Support):
-    """See the head of the file. Values come block after block, each row by row, without what sticks out."""
+    """Random blocks. Values come block after block, each row by row, without what overhangs."""
 
     kind = "block"
     price = "block_entry"
     piece_entry_bytes = 40
 
-    def _check(self) -> None:
-        if self.sparsity == 0:
+    block: int  # side b
+
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
+        if sparsity == 0:
             raise ValueError("support=block needs sparsity above 0; for B A alone use support=uniform")
-        size = self.block
-        shape = f"{self.out_features} x {self.in_features}"
-        if not 1 <= size <= min(self.out_features, self.in_features):
+        side, shape = min(out_features, in_features), f"{out_features} x {in_features}"
+        size = block_size if block_size is not None else _pick_size(side, max(out_features, in_features), sparsity)
+        if not 1 <= size <= side:
             raise ValueError(
-                f"block_size={size} does not fit into a {shape} matrix; use at most "
-                f"{min(self.out_features, self.in_features)}, or leave it out"
+                f"block_size={size} does not fit into a {shape} matrix; use at most {side}, or drop block_size"
             )
-        if self.sparsity > 0.5:
-            raise ValueError(f"support=block takes sparsity up to 0.5, got {self.sparsity}; use support=uniform")
-        if round(self.sparsity * self.longer) == 0:
+        self.block = self.kernel_block = size
+        if sparsity > 0.5:
+            raise ValueError(f"support=block takes sparsity up to 0.5, got {sparsity}; use support=uniform")
+        self.grid = num_rows, num_columns = -(-out_features // size), -(-in_features // size)  # overhanging ones too
+        longer = max(self.grid)
+        if round(sparsity * longer) == 0:
             raise ValueError(
-                f"one block of {size} x {size} a block line is a sparsity of {1 / self.longer:.2g} in a {shape} matrix "
-                f"already, {self.sparsity} was asked for; use a smaller block_size, or support=uniform"
+                f"sparsity {sparsity} is less than one {size} x {size} block a block line of a {shape} matrix, "
+                f"which is {1 / longer:.2g}; use a smaller block_size, or support=uniform"
             )
-
-    @cached_property
-    def block(self) -> int:
-        """Block side b: the one given, or the largest of BLOCK_SIZES whose sparsity is near."""
-        if self.block_size is not None:
-            return self.block_size
-        longer = max(self.out_features, self.in_features)
-
-        def error(size: int) -> float:
-            lines = -(-longer // size)
-            return abs(round(self.sparsity * lines) / lines - self.sparsity) / self.sparsity
-
-        sizes = [size for size in BLOCK_SIZES if size <= min(self.out_features, self.in_features)]
-        fitting = [size for size in sizes if round(self.sparsity * -(-longer // size)) > 0] or [1]
-        return next((size for size in fitting if error(size) <= BLOCK_TOLERANCE), min(fitting, key=error))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Block rows and block columns, those that stick out included."""
-        return -(-self.out_features // self.block), -(-self.in_features // self.block)
-
-    @property
-    def longer(self) -> int:
-        """Block lines of the longer side."""
-        return max(self.grid)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether the blocks divide both sides, so that none sticks out."""
-        return self.out_features % self.block == 0 and self.in_features % self.block == 0
-
-    @property
-    def _blocks_per_line(self) -> int:
-        """k: blocks in each block line of the shorter side."""
-        return min(round(self.sparsity * self.longer), max(1, self.longer - 1))
-
-    @cached_property
-    def num_nonzero(self) -> int:
-        """The entries inside the matrix. How many blocks lie in the last lines is fixed (`draw`)."""
-        size, (num_rows, num_columns) = self.block, self.grid
-        missing_rows, missing_columns = num_rows * size - self.out_features, num_columns * size - self.in_features
-        per_long_line = self.num_indices // self.longer
-        in_last_row = self._blocks_per_line if num_rows <= num_columns else per_long_line
-        in_last_column = self._blocks_per_line if num_columns < num_rows else per_long_line
-        return self.num_indices * size * size - size * (missing_rows * in_last_row + missing_columns * in_last_column)
-
-    @property
-    def num_indices(self) -> int:
-        """Blocks."""
-        return self._blocks_per_line * min(self.grid)
+        missing_rows, missing_columns = num_rows * size - out_features, num_columns * size - in_features
+        self.tiles = missing_rows == missing_columns == 0  # no block overhangs
+        self.blocks_per_line = min(round(sparsity * longer), max(1, longer - 1))  # k, of the shorter side
+        self.num_indices = self.blocks_per_line * min(self.grid)  # T blocks
+        # The number of blocks in the last lines does not depend on the draw.
+        per_long_line = self.num_indices // longer
+        in_last_row = self.blocks_per_line if num_rows <= num_columns else per_long_line
+        in_last_column = self.blocks_per_line if num_columns < num_rows else per_long_line
+        outside = size * (missing_rows * in_last_row + missing_columns * in_last_column)
+        self.num_nonzero = self.num_indices * size * size - outside
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """Sorted block numbers: lines are paired uniformly, then pairs that come twice are separated by swaps.
+        """Sorted block numbers: lines are paired uniformly, then swaps separate pairs that occur twice.
 
         If the blocks do not divide a side, its last line gets no extra block and the corner stays empty, so that the
         number of trained entries does not depend on the draw.
         """
-        shorter, longer, per_line = min(self.grid), self.longer, self._blocks_per_line
-        count = shorter * per_line
+        (shorter, longer), count = sorted(self.grid), self.num_indices
         candidates = torch.randperm(longer if self.tiles else longer - 1, generator=generator, device="cpu")
         extra = candidates[: count % longer]
         balanced = torch.cat([torch.arange(longer, device="cpu").repeat(count // longer), extra])
         of_longer = balanced[torch.randperm(count, generator=generator, device="cpu")].tolist()
-        of_shorter = [line for line in range(shorter) for _ in range(per_line)]
+        of_shorter = [line for line in range(shorter) for _ in range(self.blocks_per_line)]
         corner = None if self.tiles else (shorter - 1, longer - 1)
         _separate(of_shorter, of_longer, corner, generator)
         num_rows, num_columns = self.grid
@@ -130,10 +94,8 @@ class BlockSupport(Support):
         return numbers // self.grid[1] * self.block, numbers % self.grid[1] * self.block
 
     def _places(self, indices: Tensor, entries: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The block of each of these entries, and its row and column inside the block, three times (n,) int64.
-
-        What sticks out of the matrix is no entry. How many entries each block has is computed on the device.
-        """
+        """The block of each of these entries, and its row and column in the block, each (n,) int64. The number of
+        entries in each block, below b * b where it overhangs, is computed on the device."""
         first_rows, first_columns = self._corners(indices)
         heights = (self.out_features - first_rows).clamp(max=self.block)  # (T,)
         widths = (self.in_features - first_columns).clamp(max=self.block)
@@ -145,14 +107,6 @@ class BlockSupport(Support):
         return blocks, numbers // width, numbers.remainder_(width)
 
     # ---- products
-
-    @property
-    def kernel_block(self) -> int:
-        return self.block
-
-    @property
-    def sharing(self) -> tuple[str, int]:
-        return "block", self.block
 
     def to_kernel(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self._to_blocks(indices, values), indices
@@ -173,7 +127,7 @@ class BlockSupport(Support):
 
     def backward(self, x: Tensor, grad: Tensor, indices: Tensor, values: Tensor, grad_x: Tensor) -> Tensor:
         size, (num_rows, num_columns) = self.block, self.grid
-        # dx = grad S is a product with the transposed blocks, put into the order of their block columns.
+        # dx = grad S is a product with the transposed blocks, sorted by block column.
         transposed = indices % num_columns * num_rows + indices // num_columns
         transposed, order = transposed.sort()
         blocks = self._to_blocks(indices, values)[order].transpose(1, 2)
@@ -186,13 +140,13 @@ class BlockSupport(Support):
         return self.from_kernel(indices, grad_blocks).to(values.dtype)
 
     def temporary_bytes(self, num_rows: int, element_size: int) -> int:
-        shorter, longer = min(self.grid), self.longer  # each block row gathers the columns of x that it reads
+        shorter, longer = sorted(self.grid)  # each block row gathers the columns of x that it reads
         gathered = num_rows * -(-self.num_indices // shorter) * shorter * self.block
         padded = num_rows * longer * self.block
         return (2 * gathered + padded + 3 * self.num_indices * self.block**2) * element_size
 
     def _to_blocks(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Values (nnz,) -> (T, b, b), zero where a block sticks out of the matrix."""
+        """Values (nnz,) -> (T, b, b), zero where a block overhangs the matrix."""
         shape = (len(indices), self.block, self.block)
         if self.tiles:
             return values.view(shape)
@@ -202,18 +156,30 @@ class BlockSupport(Support):
         return blocks
 
     def _pieces_in_blocks(self, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """As `pieces`, with places among the entries of all blocks, T * b * b, instead of positions in the matrix."""
+        """As `pieces`, with places among the T * b * b entries of all blocks instead of positions in the matrix."""
         for entries in self._chunks():
             blocks, rows, columns = self._places(indices, entries)
             yield entries, blocks.mul_(self.block).add_(rows).mul_(self.block).add_(columns)
 
 
+def _pick_size(shorter: int, longer: int, sparsity: float) -> int:
+    """The largest of BLOCK_SIZES whose sparsity is near, for a matrix with these sides."""
+
+    def error(size: int) -> float:
+        lines = -(-longer // size)
+        return abs(round(sparsity * lines) / lines - sparsity) / sparsity
+
+    sizes = [size for size in BLOCK_SIZES if size <= shorter]
+    fitting = [size for size in sizes if round(sparsity * -(-longer // size)) > 0] or [1]
+    return next((size for size in fitting if error(size) <= BLOCK_TOLERANCE), min(fitting, key=error))
+
+
 @dataclass
 class _Slots:
-    """Where blocks go when each block row gets equally many places, and which columns of x those places read."""
+    """The layout in which each of R block rows has m slots for blocks."""
 
-    of_block: Tensor  # (T,) place of each block
-    columns: Tensor  # (R, m) block column that each place reads; a free place reads the first one, and meets zeros
+    of_block: Tensor  # (T,) slot of each block
+    columns: Tensor  # (R, m) block column that each slot reads; a free slot reads the first one, times zeros
 
 
 def _place(indices: Tensor, grid: tuple[int, int]) -> _Slots:
@@ -228,7 +194,7 @@ def _place(indices: Tensor, grid: tuple[int, int]) -> _Slots:
 
 
 def _read(x: Tensor, slots: _Slots, grid: tuple[int, int], size: int) -> Tensor:
-    """x (N, in) -> (R, N, m b): what the blocks of each block row multiply."""
+    """x (N, in) -> (R, N, m b): the columns of x that the blocks of each block row multiply."""
     blocks = F.pad(x, (0, grid[1] * size - x.shape[1])).view(len(x), grid[1], size)
     return blocks[:, slots.columns].transpose(0, 1).flatten(2)  # (N, R, m, b) before
 
@@ -245,12 +211,10 @@ def _block_product(x: Tensor, blocks: Tensor, indices: Tensor, grid: tuple[int, 
 def _separate(
     first: list[int], second: list[int], forbidden: tuple[int, int] | None, generator: torch.Generator | None
 ) -> None:
-    """Swap entries of `second`, in place, until all pairs (first[i], second[i]) are distinct and none is
-    `forbidden`. No swap makes a pair that is there already, so every one leaves fewer bad ones; at most half of all
-    possible pairs are taken, so there are always some to swap with."""
-    taken: dict[tuple[int, int], int] = {}
-    for pair in zip(first, second, strict=True):
-        taken[pair] = taken.get(pair, 0) + 1
+    """Swap entries of `second`, in place, until all pairs (first[i], second[i]) are distinct and none is `forbidden`.
+    No swap creates a pair that exists, so each leaves fewer bad ones; at most half of all possible pairs exist, so a
+    swap can always be found."""
+    taken = Counter(zip(first, second, strict=True))
 
     def is_bad(i: int) -> bool:
         pair = (first[i], second[i])
@@ -263,10 +227,8 @@ def _separate(
             bad.pop()
             continue
         new = (first[i], second[j]), (first[j], second[i])
-        if second[i] == second[j] or first[i] == first[j] or any(taken.get(p) or p == forbidden for p in new):
+        if second[i] == second[j] or first[i] == first[j] or any(taken[p] or p == forbidden for p in new):
             continue
-        for pair in ((first[i], second[i]), (first[j], second[j])):
-            taken[pair] -= 1
-        for pair in new:
-            taken[pair] = 1
+        taken.subtract([(first[i], second[i]), (first[j], second[j])])
+        taken.update(new)
         second[i], second[j] = second[j], second[i]

@@ -1,7 +1,7 @@
-"""round(sparsity * in) whole columns, kept as their int32 numbers; values row after row.
+"""round(sparsity * in) whole columns, stored as their int32 numbers; values row after row.
 
-S is then a small dense matrix that meets the trained columns of x: N nnz multiply-adds on matrix units. W has at most
-the rank of B A and as many more as there are columns.
+S is a small dense matrix that multiplies the trained columns of x: N nnz multiply-adds on matrix units. The rank of W
+is at most that of B A plus the number of columns.
 """
 
 from collections.abc import Iterator
@@ -14,52 +14,30 @@ from sltrain.layers.support.base import Support, draw_distinct
 
 
 class ColumnSupport(Support):
-    """See the head of the file."""
+    """Whole random columns."""
 
     kind = "column"
     price = "column_entry"
     piece_entry_bytes = 16
+    kernel_block = None
 
-    def _check(self) -> None:
-        if self.sparsity == 0:
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
+        self.num_columns = self.num_indices = self.max_rank = round(sparsity * in_features)
+        self.num_nonzero = out_features * self.num_columns
+        if sparsity == 0:
             raise ValueError("support=column needs sparsity above 0; for B A alone use support=uniform")
         if self.num_columns == 0:
-            least = 1 / self.in_features
             raise ValueError(
-                f"support=column with sparsity {self.sparsity} trains no column of {self.in_features}; use sparsity "
-                f"{least:.2g} or more, or support=uniform"
+                f"support=column with sparsity {sparsity} trains no column of {in_features}; use sparsity "
+                f"{1 / in_features:.2g} or more, or support=uniform"
             )
-
-    @property
-    def num_columns(self) -> int:
-        """Trained columns."""
-        return round(self.sparsity * self.in_features)
-
-    @property
-    def num_nonzero(self) -> int:
-        return self.out_features * self.num_columns
-
-    @property
-    def num_indices(self) -> int:
-        return self.num_columns
-
-    @property
-    def max_rank(self) -> int:
-        return self.num_columns
-
-    @property
-    def kernel_block(self) -> None:
-        return None
-
-    @property
-    def sharing(self) -> tuple[str, int]:
-        return "column", 0
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         return draw_distinct(self.in_features, self.num_columns, generator)
 
     def _chunks(self) -> Iterator[slice]:
-        """Whole rows, one at least."""
+        """Whole rows of trained columns, at least one."""
         step = max(1, base.CHUNK_ENTRIES // self.num_columns) * self.num_columns
         return base.slices(self.num_nonzero, step)
 

@@ -1,4 +1,4 @@
-"""One position in each of nnz equal strata of the flattened matrix, kept as its offset in its stratum.
+"""One position in each of nnz equal strata of the flattened matrix, stored as its offset in its stratum.
 
 Stratum k of n starts at floor(k * out * in / n). Offsets are uint8 up to strata of 256 entries, int32 beyond.
 """
@@ -10,15 +10,15 @@ from sltrain.layers.support.base import Support
 
 
 class StratifiedSupport(Support):
-    """See the head of the file."""
+    """One random position in each stratum."""
 
     kind = "stratified"
     piece_entry_bytes = 16
 
-    @property
-    def index_dtype(self) -> torch.dtype:
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
         fits = self.num_nonzero > 0 and -(-self.num_entries // self.num_nonzero) <= 256
-        return torch.uint8 if fits else torch.int32
+        self.index_dtype = torch.uint8 if fits else torch.int32
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         offsets = torch.empty(self.num_nonzero, dtype=self.index_dtype, device="cpu")
@@ -32,6 +32,6 @@ class StratifiedSupport(Support):
         return self._starts(entries, indices.device).add_(indices[entries])
 
     def _starts(self, strata: slice, device: torch.device | str) -> Tensor:
-        """First positions of these strata, (n,) int64; one after the last starts at the end of the matrix."""
+        """First positions of these strata, (n,) int64; stratum nnz would start at the end of the matrix."""
         numbers = torch.arange(strata.start, strata.stop, device=device)
         return numbers.mul_(self.num_entries).floor_divide_(self.num_nonzero)

@@ -1,12 +1,12 @@
 """Every set of int(sparsity * out * in) positions is equally likely: the paper's support.
 
-Up to 65,536 columns it is kept as one uint16 tensor, 2 bytes an entry and 4 a row:
+Up to 65,536 columns the support is stored as one uint16 tensor, 2 bytes an entry and 4 a row:
 
     2 (out + 1) words    where each row starts among the entries, and the end: int32, two words each
     nnz words            the column of each entry, row after row, ascending
 
-One tensor, because then it is one buffer to pass on, save and count, whatever the kind. Beyond that width it is int32
-flat positions (row * in + column), 4 bytes an entry.
+One tensor, so that every kind has one buffer to pass, save and count. Wider matrices store int32 flat positions
+(row * in + column), 4 bytes an entry.
 """
 
 import torch
@@ -18,27 +18,17 @@ MAX_COMPACT_COLUMNS = 2**16  # what uint16 can number
 
 
 class UniformSupport(Support):
-    """See the head of the file."""
+    """Uniformly random positions."""
 
     kind = "uniform"
     piece_entry_bytes = 20
 
-    @property
-    def num_indices(self) -> int:
-        return self.num_nonzero + (self._num_start_words if self.is_compact else 0)
-
-    @property
-    def index_dtype(self) -> torch.dtype:
-        return torch.uint16 if self.is_compact else torch.int32
-
-    @property
-    def is_compact(self) -> bool:
-        """Whether the support is kept as row starts and uint16 columns."""
-        return self.in_features <= MAX_COMPACT_COLUMNS and self.num_nonzero > 0
-
-    @property
-    def _num_start_words(self) -> int:
-        return 2 * (self.out_features + 1)
+    def __init__(self, out_features: int, in_features: int, sparsity: float, block_size: int | None = None) -> None:
+        super().__init__(out_features, in_features, sparsity, block_size)
+        self.is_compact = in_features <= MAX_COMPACT_COLUMNS and self.num_nonzero > 0  # row starts and uint16 columns
+        if self.is_compact:
+            self.index_dtype = torch.uint16
+            self.num_indices += 2 * (out_features + 1)
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         positions = draw_distinct(self.num_entries, self.num_nonzero, generator)
@@ -52,7 +42,7 @@ class UniformSupport(Support):
     def _flat(self, indices: Tensor, entries: slice) -> Tensor:
         if not self.is_compact:
             return indices[entries]
-        words = self._num_start_words
+        words = 2 * (self.out_features + 1)
         starts = indices[:words].view(torch.int32)
         columns = indices[words + entries.start : words + entries.stop].to(torch.int32)
         return lines_of(starts, entries).mul_(self.in_features).add_(columns)

@@ -1,9 +1,9 @@
 """optimizer=adam4bit: torchao AdamW4bit (pip install 'sltrain[adam4bit]'). Both moments are 4-bit codes, one scale a
-block of 128 (Li et al., arXiv 2309.01507); fewer than 4096 elements, and what the blocks
-of a piece leave over, have moments in the parameter's dtype.
+block of 128 (Li et al., arXiv 2309.01507). A parameter of fewer than 4096 elements, and the remainder of a parameter
+that whole blocks do not cover, have moments in the parameter's dtype.
 
-It is given parameters in pieces (in_pieces.py). It compiles its step for each size of piece in the first update, some
-seconds each, and needs a C++ compiler for that on a CPU, Triton on a GPU.
+It gets parameters in pieces (in_pieces.py), and compiles its step for each size of piece in the first update: some
+seconds each, with a C++ compiler on a CPU, Triton on a GPU.
 """
 
 import warnings
@@ -45,4 +45,4 @@ class Adam4bit(AdamOptions):
     def notes(self, device_type: str) -> list[str]:
         if device_type != "cuda":
             return []
-        return ["adam4bit: how much its compiled step takes for itself was measured on a CPU only"]
+        return ["adam4bit: the memory of its compiled step was measured on a CPU only"]

@@ -1,11 +1,11 @@
 """optimizer=adamw: torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101). With weight_decay=0, as in the paper, it
 is Adam.
 
-Its two moments are in the parameters' dtype: bfloat16 parameters have bfloat16 moments, the paper's setting. The fused
+The two moments have the parameters' dtype: bfloat16 parameters have bfloat16 moments, the paper's setting. The fused
 kernel is 6 times faster on a CPU too (3.3 ms against 19 ms for 5.6M parameters on one thread), gives the same bits at
 any number of threads, and rounds a bfloat16 update once instead of at every operation. On a CPU it ignores a gradient's
-strides (measured on torch 2.13). Those that autograd accumulates have their parameter's; never assign `.grad` a
-transposed tensor by hand. It cannot round stochastically; optim/adamw.py does.
+strides (measured on torch 2.13): autograd's gradients have their parameter's, but never assign `.grad` a transposed
+tensor by hand. It cannot round stochastically; optim/adamw.py does.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ WORKING_COPIES = 6  # float32 copies of a piece that optim/adamw.py makes
 
 @dataclass
 class AdamOptions(OptimizerConfig):
-    """What all of Adam's kin have."""
+    """The options that all variants of Adam share."""
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     eps: float = 1e-8
@@ -39,7 +39,7 @@ class AdamOptions(OptimizerConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As torch's optimizers take them."""
+        """Keyword arguments of torch's optimizers."""
         return {"betas": (float(self.betas[0]), float(self.betas[1])), "eps": self.eps}
 
 
@@ -67,5 +67,5 @@ class AdamWOptions(AdamOptions):
         return 2 * parameter.numel * parameter.element_size + 4  # two moments and a step count
 
     def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
-        """The fused kernel takes nothing; optim/adamw.py works on float32 copies of a piece of a narrower tensor."""
+        """0 for the fused kernel; optim/adamw.py works on float32 copies of a piece of a narrower tensor."""
         return 4 * min(parameter.numel, PIECE) * WORKING_COPIES if rounding and parameter.element_size < 4 else 0

@@ -5,12 +5,13 @@
     class AdamWOptions(OptimizerConfig):
         betas: list[float] = ...                 # the keys under `optimizer.`; defaults in conf/optimizer/adamw.yaml
         def make(self, groups, lr, device): ...  # an ordinary torch optimizer
-        def state_bytes(self, parameter): ...    # what it keeps of a parameter, for the plan
+        def state_bytes(self, parameter): ...    # its state for a parameter, for the plan
 
-`optimizer=NAME` chooses it, and `config.optimizer` is the object. From what it says here per-layer updates, stochastic
-rounding, checkpoints and memory plans work with it; build.py puts them together. The torch optimizer must keep torch's
-protocol: state by parameter in `state`, tensors and plain numbers, among them a "step" that counts a parameter's
-updates; settings in `param_groups`, read in every step.
+`optimizer=NAME` chooses it, and `config.optimizer` is the object. What it declares here is enough for per-layer update,
+stochastic rounding, checkpoints and memory plans (build.py). The torch optimizer must follow torch's protocol: state by
+parameter in `state`, tensors and plain numbers, among them a "step" that counts a parameter's updates; settings in
+`param_groups`, read in every step. It must resume bit for bit and occupy exactly the bytes it declares; the tests check
+both for every optimizer.
 
 The files of optimizers import torch only inside functions: a mistyped key is refused before torch is loaded.
 """
@@ -31,19 +32,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class OptimizerConfig:
-    """The face of an optimizer. Fields of a subclass are its options; `make` and `state_bytes` must be defined.
+    """What an optimizer is configured with and declares. A subclass's fields are its options; it must define `make` and
+    `state_bytes`.
 
-    What it says of itself:
-        locality: "element", if each element's update depends on that element's gradients alone (or on a block of 256
-            around it): it may then be given any piece of a parameter. "matrix" otherwise: it gets whole parameters.
-        in_pieces: whether it should be given large parameters in pieces, because it works on several copies of one.
+    Class attributes:
+        locality: "element", if each element's update depends only on the gradients of that element (or of a block of
+            256 around it): it can then be given any piece of a parameter. "matrix": it gets whole parameters.
+        in_pieces: whether to give it large parameters in pieces, because it makes several copies of one.
         copies_on_cpu, copies_on_cuda: float32 copies of a parameter that `step` makes; on a CPU one more if the
             parameter is narrower than float32.
         shared_bytes: state that all parameters share.
-        package, install: what `make` imports, and the command that brings it.
+        package, install: the package that `make` imports, and the command that installs it.
         compiles: whether its step is compiled on first use, which needs a compiler.
-        rounds: whether `make_rounding` rounds bfloat16 weights stochastically by itself.
-        smaller: the name of one with a smaller state, to be advised where memory is short.
+        rounds: whether `make_rounding` rounds bfloat16 weights stochastically itself.
+        smaller: the name of an optimizer with a smaller state, recommended if memory is short.
     """
 
     name: str = MISSING
@@ -60,7 +62,7 @@ class OptimizerConfig:
     smaller: ClassVar[str | None] = None
 
     def check(self) -> None:
-        """Raise ValueError, naming key, value and remedy, for options that cannot be."""
+        """Raise ValueError, naming key, value and remedy, for impossible options."""
 
     def check_package(self) -> None:
         """Raise ValueError if the package it needs cannot be imported."""
@@ -78,38 +80,37 @@ class OptimizerConfig:
             logging.disable(logging.NOTSET)
 
     def takes(self, parameter: ParamInfo) -> bool:
-        """Whether it updates this parameter. What it does not take is updated by `rest()`."""
+        """Whether it updates this parameter; `rest()` updates the others."""
         return True
 
     def rest(self) -> "OptimizerConfig":
-        """The optimizer of the parameters that this one does not take."""
+        """The optimizer for the parameters that this one does not take."""
         from sltrain.optim.kinds.adamw import AdamWOptions
 
         return AdamWOptions(name="adamw")
 
     def make(self, groups: list[dict[str, Any]], lr: float, device: "torch.device") -> "torch.optim.Optimizer":
-        """The torch optimizer of these parameter groups, each with "params" and "weight_decay"; `device` is theirs."""
-        raise TypeError(f"{type(self).__name__} does not say how it is made")
+        """The torch optimizer of these parameter groups on `device`, each with "params" and "weight_decay"."""
+        raise TypeError(f"{type(self).__name__} does not define make")
 
     def make_rounding(
         self, groups: list[dict[str, Any]], lr: float, device: "torch.device", seed: int
     ) -> "torch.optim.Optimizer":
-        """Where `rounds`: the same, with weights rounded stochastically. For others rounding.StochasticRounding does
-        that, by updating a float32 copy of one parameter at a time."""
-        raise TypeError(f"{type(self).__name__} does not round by itself")
+        """If `rounds`: the same, with stochastic rounding of weights. Others are wrapped in StochasticRounding."""
+        raise TypeError(f"{type(self).__name__} does not define make_rounding")
 
     def state_bytes(self, parameter: ParamInfo) -> int:
-        """Bytes that it keeps of one parameter between updates."""
-        raise TypeError(f"{type(self).__name__} does not say what it keeps of a parameter")
+        """Bytes of its state for one parameter."""
+        raise TypeError(f"{type(self).__name__} does not define state_bytes")
 
     def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
-        """Bytes that it takes while it updates one parameter; `rounding`: made by `make_rounding`."""
+        """Temporary bytes of an update of one parameter; `rounding`: with stochastic rounding."""
         narrower = device_type == "cpu" and self.copies_on_cpu > 0 and parameter.element_size < 4
         copies = self.copies_on_cuda if device_type == "cuda" else self.copies_on_cpu + narrower
         return 4 * parameter.numel * copies
 
     def notes(self, device_type: str) -> list[str]:
-        """What a reader of a memory plan should know about it."""
+        """Remarks on it for a memory plan."""
         return []
 
 

@@ -166,10 +166,10 @@ def test_other_dtypes_leave_the_positions_alone():
 def test_repr_names_what_a_reader_wants_to_know():
     text = repr(SLTrainLinear(40, 30, 4, 0.1, 8))
     assert text == (
-        "SLTrainLinear(in_features=40, out_features=30, rank=4, sparsity=0.1, alpha=8, bias=False, "
-        "support=uniform, path=auto)"
+        "SLTrainLinear(in_features=40, out_features=30, rank=4, alpha=8, sparsity=0.1, support=uniform, bias=False, "
+        "path=auto)"
     )
-    assert "support=block, block_size=4, path=factored" in repr(
+    assert "support=block, block_size=4, bias=False, path=factored" in repr(
         SLTrainLinear(40, 40, 4, 0.1, 8, support="block", path="factored")
     )
 

@@ -1,4 +1,4 @@
-"""A support is distinct, of the promised size and rank, uniform where it says so, and cheap to draw."""
+"""Supports: distinct positions, the announced size and rank, uniform distributions, cheap draws."""
 
 import math
 import weakref
@@ -42,8 +42,7 @@ def test_positions_are_sorted_distinct_in_range_and_as_many_as_promised(rows, co
 
 
 def drawn_plainly(population, count, source):
-    """The drawing of a uniform support with Python's sets, as it was when positions were kept flat: a seed still means
-    what it meant."""
+    """A uniform draw with Python's sets, as when positions were stored flat: a seed still gives the same support."""
     if population <= 4096:
         return set(torch.randperm(population, generator=source, dtype=torch.int32)[:count].tolist())
     drawn = set()
@@ -78,7 +77,7 @@ def test_a_seed_gives_the_offsets_it_always_gave(shape, chunk, monkeypatch):
 
 
 def chosen_positions(support, positions):
-    """What `draw` returns when it happens to draw these."""
+    """The result of `draw` if it draws these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uniform_module, "draw_distinct", lambda *_: positions.int())
         return support.draw()
@@ -155,7 +154,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_positions_exist_for_a_piece_at_a_time(kind, monkeypatch):
-    """What is announced for a memory plan is what is held, and does not grow with the matrix."""
+    """The announced peak is the measured one, and does not grow with the matrix."""
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", 2**14)
     for rows in (512, 1024):
         support = make_support(rows, 2048, 0.1, kind)
@@ -173,7 +172,7 @@ def test_wide_positions_exist_for_a_piece_at_a_time(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_of_positions_are_known_without_them(kind):
-    """On meta, and so to torch.compile: nothing asks what was drawn."""
+    """On meta, as under torch.compile: nothing depends on the draw."""
     support = make_support(37, 61, 0.1, kind)
     indices = torch.empty(support.num_indices, dtype=support.index_dtype, device="meta")
     assert support.positions(indices).shape == (support.num_nonzero,)
@@ -241,7 +240,7 @@ SHAPES = [(96, 96), (172, 64), (64, 172), (128, 342), (37, 61), (130, 75), (1, 8
 @pytest.mark.parametrize("sparsity", [0.03, 0.1, 0.4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_keeps_its_word(kind, shape, sparsity, seed):
+def test_every_kind_draws_what_it_announces(kind, shape, sparsity, seed):
     """Counts and dtype are known before the draw, positions are distinct and inside, the draw repeats."""
     rows, columns = shape
     try:
@@ -349,7 +348,7 @@ def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
         ((64, 64, 0.0, "column"), "support=column needs sparsity above 0"),
         ((64, 8, 0.03, "column"), "support=column with sparsity 0.03 trains no column of 8; use sparsity 0.12 or more"),
         ((64, 32, 0.03, "block", 33), "block_size=33 does not fit into a 64 x 32 matrix; use at most 32"),
-        ((64, 64, 0.03, "block", 32), "one block of 32 x 32 a block line is a sparsity of 0.5 in a 64 x 64 matrix"),
+        ((64, 64, 0.03, "block", 32), "less than one 32 x 32 block a block line of a 64 x 64 matrix, which is 0.5"),
         ((64, 64, 0.6, "block"), "support=block takes sparsity up to 0.5, got 0.6"),
     ],
 )
