@@ -7,6 +7,7 @@ command and turns each error into one line that names the key and the nearest va
 
 import difflib
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from sltrain.registry import Registry
 # The config groups that are plug-ins.
 PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "optimizer": OPTIMIZERS, "data": SOURCES}
 
+logger = logging.getLogger(__name__)
 SCHEMA = "_schema"  # the end of the names under which Hydra knows schemas
 
 
@@ -74,14 +76,13 @@ def register_schema() -> None:
     store.store(name="train_schema", node=_train_schema())
     for group, registry in PLUGINS.items():
         for name in registry.names():
-            try:
-                plugin = registry.load(name)
-            except ValueError:  # it cannot be imported, which only somebody who chooses it needs to know
-                continue
             if registry.is_built_in(name):
-                store.store(group=group, name=f"{name}{SCHEMA}", node=plugin)
-            else:
+                store.store(group=group, name=f"{name}{SCHEMA}", node=_plugin_schema(group, name))
+                continue
+            try:
                 store.store(group=group, name=name, node=_plugin_defaults(group, name))
+            except Exception:  # another package's mistake is reported only to whoever chooses it: `_missing_option`
+                logger.debug(f"{group}={name} cannot be used", exc_info=True)
 
 
 def _train_schema() -> DictConfig:
@@ -91,11 +92,19 @@ def _train_schema() -> DictConfig:
     return schema
 
 
+def _plugin_schema(group: str, name: str) -> DictConfig:
+    schema = OmegaConf.structured(PLUGINS[group].load(name))
+    for key in schema:
+        if isinstance(schema._get_node(key), DictConfig):  # a mapping with names of the user's choice
+            OmegaConf.set_struct(schema._get_node(key), False)
+    return schema
+
+
 def _plugin_defaults(group: str, name: str) -> DictConfig:
     """A plug-in's schema with its defaults, whose `${...}` refer to the keys of a run. Raises ValueError for an unknown
     name."""
     registry = PLUGINS[group]
-    schema = OmegaConf.structured(registry.load(name))
+    schema = _plugin_schema(group, name)
     file = conf_dir() / group / f"{name}.yaml" if registry.is_built_in(name) else registry.defaults_file(name)
     own = {} if file is None else yaml.safe_load(file.read_text()) or {}
     own.pop("defaults", None)
@@ -281,9 +290,10 @@ def _missing_option(error: MissingConfigException) -> str:
         return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install '.[sweep]'"
     if group in PLUGINS and option in PLUGINS[group].names():
         try:
-            PLUGINS[group].load(option)
-        except ValueError as reason:  # the plug-in is there and cannot be imported
-            return str(reason)
+            _plugin_defaults(group, option)
+        except Exception as reason:  # the plug-in is there and cannot be used
+            text = first_line(reason)
+            return text if text.startswith(f"{group}={option}") else f"{group}={option} cannot be used: {text}"
     options = [name for name in error.options or [] if not name.endswith(SCHEMA)]
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'{group}={name}' for name in near)}? " if near else ""
@@ -328,6 +338,9 @@ def option_names(group: str, name: str) -> list[str]:
 def _check_key(override: Override, schema: Schema) -> None:
     """Refuse a key that neither the schema nor a config group knows, with the nearest names."""
     key = override.key_or_group
+    group, _, option = key.partition(".")
+    if schema is TRAIN and group in PLUGINS and option == "name":
+        raise ValueError(f"{key} is not set by itself: choose with {group}={override.value()}")
     groups = groups_of(schema)
     known = _keys(schema.type)
     if schema is TRAIN:
@@ -336,6 +349,8 @@ def _check_key(override: Override, schema: Schema) -> None:
     if is_hydras or key in groups or key in known:
         return
     if any(key.startswith(f"{name}.") for name in schema.open_mappings):
+        return
+    if group in PLUGINS and f"{group}.{option.partition('.')[0]}" in known:  # an entry of a mapping
         return
     near = difflib.get_close_matches(key.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sltrain-{schema.name} --help lists the keys"

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from sltrain.data.sources.base import SourceConfig
 from sltrain.methods.base import Method
+from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.kinds.base import OptimizerConfig
 
 
@@ -113,6 +114,7 @@ class TrainConfig:
 
 CHOICES = {
     "tracker.name": ("none", "wandb"),
+    "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
     "on_bad_data": ("skip", "stop"),

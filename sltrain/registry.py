@@ -12,7 +12,8 @@ entry points, with NAME.yaml beside the module (or without one, if the dataclass
     [project.entry-points."sltrain.methods"]
     my_method = "my_package.my_method"
 
-Which names there are is known without importing anything; a plug-in is imported when somebody chooses it.
+Which names there are is known without importing anything. One of another package that cannot be imported is an error
+only for whoever chooses it.
 """
 
 import importlib

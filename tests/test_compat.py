@@ -108,6 +108,15 @@ def test_a_stored_run_goes_on_as_if_it_had_not_stopped(name: str, stopped: Path)
     assert not wrong, f"{name}, tolerance {tolerance}:\n" + "\n".join(wrong[:6])
 
 
+@pytest.mark.parametrize("stopped", ["sltrain"], indirect=True)
+@pytest.mark.parametrize("option", ["method.alpha=999", "method.support=stratified", "method.rank=1", "alpha=999"])
+def test_a_stored_run_does_not_continue_with_another_option(option: str, stopped: Path) -> None:
+    """Its config.yaml has options at the root only; the method's own are compared all the same."""
+    code, said = train(*BASE, *RECIPES["sltrain"], option, f"run_dir={stopped}")
+    assert code == 2 and f"{option.partition('=')[0]} was" in said, said
+    assert not (stopped / "summary.json").exists()
+
+
 @pytest.mark.parametrize(("name", "stopped"), [(name, name) for name in RECIPES], indirect=["stopped"])
 def test_a_stored_run_is_opened_and_exported(name: str, stopped: Path, tmp_path: Path) -> None:
     """At step 5. Export itself holds its files against the trained model."""

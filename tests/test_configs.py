@@ -212,3 +212,32 @@ def test_a_file_that_is_no_configuration(content: bytes, tmp_path: Path) -> None
         read_config(tmp_path / "config.yaml")
     with pytest.raises(OSError, match="nothing"):
         read_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("key", ["method.name=full", "optimizer.name=adam8bit", "data.name=stdlib"])
+def test_a_plug_in_is_chosen_by_its_group_only(key: str) -> None:
+    group, _, name = key.replace(".name", "").partition("=")
+    with pytest.raises(ValueError, match=f"choose with {group}={name}"):
+        compose_config(["model=llama_tiny", "max_steps=1", key], TRAIN)
+
+
+def test_a_mapping_among_a_plug_ins_options_can_be_typed() -> None:
+    for typed in ("method.rank_overrides={q_proj:4}", "method.rank_overrides.q_proj=4", "rank_overrides={q_proj:4}"):
+        config = compose_config(["model=llama_tiny", "max_steps=1", typed], TRAIN)
+        assert config.method.columns()["rank"] == config.rank and config.method.rank_overrides == {"q_proj": 4}
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("method.alpha=-1", "method.alpha=-1.0: must be a number above 0"),
+        ("method.rank=-3", "method.rank=-3: must be at least 0"),
+        ("support=block method.block_size=0", "method.block_size=0: must be at least 1"),
+        ("data=local path=/x data.on_bad_data=foo", "data.on_bad_data=foo: choose one of skip, stop"),
+        ("data=local data.path=3", "data.path=3: must be a glob"),
+        ("method=full support=bogus", "support=bogus: choose one of uniform"),
+    ],
+)
+def test_options_of_plug_ins_are_checked_before_anything_starts(typed: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        compose_config(["model=llama_tiny", "max_steps=1", *typed.split()], TRAIN)

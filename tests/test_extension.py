@@ -16,8 +16,9 @@ from resuming import lines, resumes_bit_for_bit
 
 import sltrain
 from sltrain.commands import export, plan, report
-from sltrain.compose import PLUGINS, compose_config
+from sltrain.compose import PLUGINS, TRAIN, compose_config
 from sltrain.layers import LAYERS
+from sltrain.methods.base import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 BASE = [
@@ -119,6 +120,8 @@ def test_moments_of_merged_factors_are_reset_and_new_parameters_start_without(tr
         file = trained / "checkpoints" / f"step_{step:08d}" / "optimizer.pt"
         return torch.load(file, weights_only=True)["state"]
 
+    counted = torch.load(trained / "checkpoints" / "step_00000008" / "action.count.pt", weights_only=True)
+    assert counted == {"updates": 8}, "an action's state outlives a phase"
     factor = "model.layers.0.mlp.up_proj.A"
     assert [state(step).get(factor, {}).get("step") for step in (3, 4, 5, 6, 7, 8)] == [None, None, 1, None, 1, 2]
     assert [state(step).get("model.layers.0.mlp.up_proj.W0", {}).get("step") for step in (3, 4, 5)] == [3, None, None]
@@ -191,14 +194,15 @@ def test_a_package_that_cannot_be_imported_is_named_only_to_who_chooses_it(
     info = tmp_path / "broken-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sltrain.methods]\nbroken = no_such_package.method\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert compose_config(["model=llama_tiny", "max_steps=1"], _train()).method.name == "sltrain"
+    (info / "entry_points.txt").write_text("[sltrain.methods]\nbroken = no_such_package.method\nodd = odd_method\n")
+    (tmp_path / "odd_method.py").write_text(
+        "from dataclasses import dataclass\nfrom sltrain.methods.base import METHODS, Method\n"
+        "@METHODS.register('odd')\n@dataclass\nclass Odd(Method):\n    option: complex = 1j\n"
+    )
+    assert compose_config(["model=llama_tiny", "max_steps=1"], TRAIN).method.name == "sltrain"
     with pytest.raises(ValueError, match="method=broken: no_such_package.method cannot be imported"):
-        compose_config(["model=llama_tiny", "max_steps=1", "method=broken"], _train())
-
-
-def _train() -> Any:
-    from sltrain.compose import TRAIN
-
-    return TRAIN
+        compose_config(["model=llama_tiny", "max_steps=1", "method=broken"], TRAIN)
+    with pytest.raises(ValueError, match="method=odd cannot be used: .*complex"):
+        compose_config(["model=llama_tiny", "max_steps=1", "method=odd"], TRAIN)
+    METHODS._classes.pop("odd")

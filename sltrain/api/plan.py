@@ -25,7 +25,7 @@ from sltrain.engine.memory import free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers import ReplacedLinear, set_paths
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.parameters import ParamInfo
+from sltrain.optim.build import member_for
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
@@ -98,11 +98,9 @@ def run_columns(
     if has_replaced_linears(model):
         columns.append(_column("method=full", dense, of_dense))
     if config.rank > 0:
-
-        def state_of(numel: int, element_size: int) -> int:
-            return config.optimizer.state_bytes(ParamInfo("", (numel,), element_size, "projection"))
-
-        galore = galore_state_bytes(dense, config.rank, state_of)
+        galore = galore_state_bytes(
+            dense, config.rank, lambda info: member_for(config.optimizer, info).state_bytes(info)
+        )
         at_work = update_temporaries(config, dense, device)
         columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
     if stored_bytes(model)["indices"]:

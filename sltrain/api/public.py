@@ -80,6 +80,11 @@ class Run(PathLike[str]):
             raise ValueError(nothing_at(self.folder))
         return read_run(self.folder)
 
+    @property
+    def model(self) -> "LlamaForCausalLM":
+        """The trained model at its newest checkpoint, on the CPU; `load` has options."""
+        return load(self)
+
     def load(self, **options: Any) -> "LlamaForCausalLM":
         """The trained model: `sltrain.load`."""
         return load(self, **options)

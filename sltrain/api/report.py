@@ -114,15 +114,16 @@ def _row(name: str, record: RunRecord) -> Row:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, str]:
-    """The settings that decide what is computed, by dotted key; the corpus is one of them. What a plug-in repeats of
-    the keys of the run is left out, and so are empty options: earlier versions wrote other ones."""
+    """The settings that decide what is computed, by dotted key; the corpus is one of them. Options that repeat the
+    value of a key of the run are left out, and so are empty ones: earlier versions wrote others."""
     names = [key for key in config if key == "path" or key not in CHANGEABLE_ON_RESUME]
-    settings = flatten({name: config[name] for name in names})
-    return {
-        key: str(value)
-        for key, value in settings.items()
-        if "." not in key or (value and key.split(".")[1] not in config)
-    }
+    settings, root = flatten({name: config[name] for name in names}), flatten(config)
+
+    def repeats(key: str, value: Any) -> bool:
+        own = key.partition(".")[2]
+        return root.get(own, config.get(own)) == value
+
+    return {key: str(value) for key, value in settings.items() if "." not in key or (value and not repeats(key, value))}
 
 
 def count_parameters_of(run: Path) -> int:

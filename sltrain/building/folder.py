@@ -4,6 +4,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from sltrain.compose import read_config
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.runs.run_folder import RunFolder
@@ -15,7 +16,9 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
     if config.run_dir is None:
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model.name}_{config.method.name}"
         return RunFolder(Path("outputs", name), is_new=True), False
-    folder = RunFolder(Path(config.run_dir).expanduser())
+    folder = RunFolder(
+        Path(config.run_dir).expanduser(), read_effective=lambda file: dataclasses.asdict(read_config(file))
+    )
 
     def check() -> bool:
         folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from sltrain.config import TrainConfig
+from sltrain.config import TrainConfig, num_steps
+from sltrain.engine.actions import begun
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,12 +18,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model with the method's layers in place, on the meta device: shapes without memory."""
+    """The model with the method's layers in place, as it is before the first update, on the meta device: shapes without
+    memory."""
     shape = dataclasses.replace(config.model, vocab_size=vocab_size)
     with torch.device("meta"):
         model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
     model.to(dtype)
     config.method.replace(model, is_projection)
+    for phase in begun(config.method.phases(num_steps(config)), 0):
+        phase.change(model)
     return model
 
 

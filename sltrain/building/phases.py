@@ -9,7 +9,9 @@ from torch import nn
 
 from sltrain.config import TrainConfig, num_steps
 from sltrain.engine.actions import Action, Phase, Running, begun
+from sltrain.optim.build import check_takes
 from sltrain.optim.named_state import reset_state
+from sltrain.planning.roles import parameters_of
 
 
 def phases_of(config: TrainConfig) -> list[Phase]:
@@ -22,23 +24,27 @@ def change_until(config: TrainConfig, model: nn.Module, step: int) -> None:
     """Give a model on the meta device, as `build_model` made it, the structure that it has once update `step` is
     done."""
     for phase in begun(phases_of(config), step):
-        phase.change(model)
+        if phase.after > 0:
+            phase.change(model)
 
 
 def structures(config: TrainConfig, model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Each structure that the model, on the meta device, has in the course of a run, and the phase that it begins
     with; the first has no name unless a phase begins before the first update."""
     phases = phases_of(config)
-    if not phases:
-        yield "", model
-        return
-    model, name = deepcopy(model), ""
+    name = "".join(phase.name for phase in phases if phase.after == 0)
     for phase in phases:
         if phase.after > 0:
-            yield name, deepcopy(model)
-        phase.change(model)
-        name = phase.name
+            yield name, model
+            model, name = deepcopy(model), phase.name
+            phase.change(model)
     yield name, model
+
+
+def check_structures(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ValueError if the optimizer takes nothing of the model in some phase of the run."""
+    for _, structure in structures(config, model):
+        check_takes(config.optimizer, parameters_of(structure).values())
 
 
 def actions_of(config: TrainConfig, model: nn.Module) -> list[Action]:

@@ -15,6 +15,7 @@ from sltrain.building.folder import claim_folder, find_folder
 from sltrain.building.machine import check_machine
 from sltrain.building.memory_guard import guard_memory
 from sltrain.building.model import build_model, pick_dtype
+from sltrain.building.phases import check_structures
 from sltrain.building.start_text import describe
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
@@ -55,6 +56,7 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     source, validation = ranks.everywhere(lambda: build_sources(config))
     tokenizer = build_tokenizer(config, source, ranks)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
+    ranks.everywhere(lambda: check_structures(config, model))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
     resources.callback(stream.close)
     describe(config, model, source, tokenizer, eval_set, ranks)

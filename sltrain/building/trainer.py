@@ -53,8 +53,7 @@ def build_trainer(
     """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
-    checkpoint = ranks.on_main(lambda: checkpointer.find_latest())
-    step = 0 if checkpoint is None else checkpointer.read_state(checkpoint)["step"]
+    checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
@@ -117,10 +116,16 @@ def enter_phase(
     trainer.update_step.close()
     live.optimizer = rebuild_updates(config, model, trainer.ranks, live.optimizer)
     trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.ranks)
+    before = {name: kept.state_dict() for name, kept in trainer.schedule.stateful().items()}
     trainer.schedule.actions = live_actions(config, model, live)
-    trainer.objects = {"optimizer": stateful_optimizer(live.optimizer, model), **trainer.schedule.stateful()}
-    paths = trainer.built_with["arithmetic"]["layer_paths"]
-    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, trainer.ranks.device, paths)
+    after = trainer.schedule.stateful()
+    for name in before.keys() & after.keys():
+        after[name].load_state_dict(before[name])
+    trainer.objects = {"optimizer": stateful_optimizer(live.optimizer, model), **after}
+    arithmetic, num_rows = trainer.built_with["arithmetic"], config.micro_batch_size * config.seq_len
+    arithmetic["layer_paths"] = set_paths(
+        model, config.layer_path, num_rows, trainer.ranks.device, arithmetic["layer_paths"]
+    )
 
 
 def restore(

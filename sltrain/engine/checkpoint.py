@@ -103,6 +103,11 @@ class Checkpointer:
             raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{start_over}.")
         return None
 
+    def find_latest_step(self) -> tuple[Path | None, int]:
+        """`find_latest`, and the step of that checkpoint; None and 0 if there is none."""
+        path = self.find_latest()
+        return path, 0 if path is None else self.read_state(path)["step"]
+
     def find(self, step: int) -> Path:
         """The checkpoint of `step`. Raises CheckpointError if there is none, or if it does not match its manifest."""
         paths = dict(self._list())  # of two with the same step the replacement comes last

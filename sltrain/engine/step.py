@@ -15,6 +15,7 @@ PerLayerStep   lets the optimizer update each weight inside the last backward, a
                is skipped; a gradient that is not finite skips its own tensor.
 """
 
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -95,7 +96,8 @@ class OrdinaryStep(UpdateStep):
             self.bucket_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     def close(self) -> None:
-        del self.model  # with it DDP removes its hooks from the parameters
+        del self.model
+        gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives
 
     def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)

@@ -65,6 +65,20 @@ class Method:
 METHODS: Registry[Method] = Registry("method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice"))
 
 
+def check_at_least(least: float, **options: float | None) -> None:
+    """Raise ValueError for an option of a method below `least`; None is no value."""
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"method.{name}={value}: must be at least {least:g}")
+
+
+def check_above_zero(**options: float) -> None:
+    """Raise ValueError for an option of a method that is not a number above 0."""
+    for name, value in options.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"method.{name}={value}: must be a number above 0")
+
+
 def pattern_fits(pattern: str, name: str) -> bool:
     """Whether a pattern with shell wildcards fits the module name or one of its dotted parts, such as `q_proj`, `mlp`,
     `*_proj`, `model.layers.[01].*`."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +23,7 @@ class LowRank(Method):
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
 
     def check(self) -> None:
+        check_above_zero(alpha=self.alpha)
         for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
             if rank < 1:
                 raise ValueError(f"method=low_rank needs rank above 0, and {name} is {rank}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +31,9 @@ class SLTrain(Method):
     def check(self) -> None:
         if self.support not in SUPPORTS:
             raise ValueError(f"support={self.support}: choose one of {', '.join(SUPPORTS)}")
+        check_at_least(0, rank=self.rank)
+        check_at_least(1, block_size=self.block_size)
+        check_above_zero(alpha=self.alpha)
         for pattern, rank in self.rank_overrides.items():
             if rank < 0:
                 raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")

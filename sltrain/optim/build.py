@@ -52,10 +52,8 @@ def build_optimizer(
     Raises ValueError for a missing package, when nothing is trainable, and for an optimizer that takes none of the
     parameters.
     """
-    options.check_package()
     trainable = trained_parameters(named_parameters, infos or {})
-    if not any(options.takes(info) for info in trainable.values()):
-        raise ValueError(f"optimizer={options.name} takes none of the model's parameters; choose another optimizer.")
+    check_takes(options, trainable.values())
     members: list[Optimizer] = []
     for member in (options, options.rest()):
         taken = {p: info for p, info in trainable.items() if options.takes(info) == (member is options)}
@@ -63,7 +61,8 @@ def build_optimizer(
             groups = parameter_groups(taken, weight_decay, group_options)
             if len(taken) < len(trainable):
                 groups = [{**group, "member": len(members)} for group in groups]
-            members.append(_build_one(groups, member, lr, device, stochastic_rounding, seed))
+            member.check_package()
+            members.append(_build_one(groups, member, lr, device, stochastic_rounding, seed + len(members)))
     return members[0] if len(members) == 1 else Composite(members)
 
 
@@ -142,6 +141,17 @@ def check_updates(
         )
 
 
+def check_takes(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> None:
+    """Raise ValueError for an optimizer that takes none of the parameters."""
+    if not any(options.takes(info) for info in infos):
+        raise ValueError(f"optimizer={options.name} takes none of the model's parameters; choose another optimizer.")
+
+
+def member_for(options: OptimizerConfig, info: ParamInfo) -> OptimizerConfig:
+    """The optimizer that updates this parameter."""
+    return options if options.takes(info) else options.rest()
+
+
 def works_in_pieces(options: OptimizerConfig, stochastic_rounding: bool) -> bool:
     """Whether the optimizer gets its parameters in pieces: it is element-wise, and it, or the wrapper that rounds for
     it, would make several float32 copies of them."""
@@ -154,7 +164,7 @@ def state_bytes(options: OptimizerConfig, infos: Iterable[ParamInfo], stochastic
     members: dict[str, OptimizerConfig] = {}
     total = 0
     for info in infos:
-        member = options if options.takes(info) else options.rest()
+        member = member_for(options, info)
         members[member.name] = member
         if stochastic_rounding and not member.rounds:  # it sees float32 copies
             info = dataclasses.replace(info, element_size=4)
@@ -170,7 +180,7 @@ def step_bytes(
     """Temporary bytes of a step of `build_optimizer`'s result: those of the parameter that needs most."""
     needs = [0]
     for info in infos:
-        member = options if options.takes(info) else options.rest()
+        member = member_for(options, info)
         if works_in_pieces(member, stochastic_rounding):
             info = dataclasses.replace(info, shape=(min(info.numel, PIECE),))
         outside = 2 * 4 * info.numel if stochastic_rounding and not member.rounds else 0  # weight, gradient in float32

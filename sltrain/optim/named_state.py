@@ -54,12 +54,13 @@ def load_named_state(optimizer: Optimizer, saved: NamedState, strict: bool = Tru
     floating state to the parameter's dtype (float32 moments of bfloat16 parameters would be rounded); bitsandbytes'
     copies everything first.
 
-    Raises ValueError for the state of another class of optimizer and, if `strict`, for names that only one side has.
+    Raises ValueError, if `strict`, for the state of another class of optimizer and for names that only one side has.
     Otherwise a new parameter starts as in a new optimizer, and the state of a missing one is dropped.
     """
     leaves = innermost(optimizer)
     named = {name: parameter for leaf in leaves for name, parameter in named_parameters(leaf).items()}
-    _check_class(leaves, saved)
+    if strict:
+        _check_class(leaves, saved)
     have = {name for group in saved["groups"] for name in group["names"]}
     if strict and (differing := named.keys() ^ have):
         first = min(differing)
@@ -107,20 +108,28 @@ def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
 def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimizer:
     """The result of `build`, for a model whose parameters have changed, with the state of `old`, by name.
 
-    A new parameter, or one of another shape than under `old`, starts as in a new optimizer; the state of a missing one
-    is dropped. `old` cannot be used afterwards.
+    A new parameter, or one that has another shape or another class of optimizer than under `old`, starts as in a new
+    optimizer; the state of a missing one is dropped. `old` cannot be used afterwards.
     """
-    shapes = {name: parameter.shape for name, parameter in named_parameters(old).items()}
+    before = _owners(old)
     saved = named_state(old)
     if isinstance(old, WrappedOptimizer):
         old.close()
     new = build()
-    kept = {name for name, parameter in named_parameters(new).items() if shapes.get(name) == parameter.shape}
+    kept = {name for name, owner in _owners(new).items() if before.get(name) == owner}
     saved["state"] = {name: state for name, state in saved["state"].items() if _whole_name(name) in kept}
     load_named_state(new, saved, strict=False)
     for leaf in innermost(old):
         leaf.state.clear()
     return new
+
+
+def _owners(optimizer: Optimizer) -> dict[str, tuple[torch.Size, str]]:
+    """Of each whole parameter by name: its shape, and the class of the optimizer that has its state."""
+    classes = {
+        _whole_name(name): type(leaf).__name__ for leaf in innermost(optimizer) for name in named_parameters(leaf)
+    }
+    return {name: (parameter.shape, classes[name]) for name, parameter in named_parameters(optimizer).items()}
 
 
 class OptimizerState:

@@ -10,12 +10,15 @@ the paper's count   (SLTrain, arXiv 2406.02214, table 2 and appendix F) bfloat16
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 
 from torch import nn
 
 from sltrain.models.llama import is_projection
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters, stored_bytes, trained_groups
+from sltrain.planning.roles import parameters_of
 
 BFLOAT16, INT64 = 2, 8  # bytes
 
@@ -25,17 +28,18 @@ def published_stored_bytes(model: nn.Module) -> dict[str, int]:
     return {**stored_bytes(model), "indices": INT64 * count_parameters(model)["sparse"]}
 
 
-def galore_state_bytes(dense_model: nn.Module, rank: int, state_bytes: Callable[[int, int], int]) -> int:
-    """Bytes of GaLore's optimizer state for a dense model; `state_bytes(numel, element_size)` is that of one tensor."""
-    projected = {module.weight for name, module in dense_model.named_modules() if is_projection(name, module)}
+def galore_state_bytes(dense_model: nn.Module, rank: int, state_bytes: Callable[[ParamInfo], int]) -> int:
+    """Bytes of GaLore's optimizer state for a dense model; `state_bytes` is that of one tensor, such as a projected
+    gradient."""
+    projected = {f"{name}.weight" for name, module in dense_model.named_modules() if is_projection(name, module)}
     total = 0
-    for parameter in {parameter for parameter in dense_model.parameters() if parameter.requires_grad}:
-        numel, size = parameter.numel(), parameter.element_size()
-        if parameter in projected:
-            shorter, longer = min(parameter.shape), max(parameter.shape)
-            numel = longer * min(rank, shorter)
-            total += shorter * min(rank, shorter) * size
-        total += state_bytes(numel, size)
+    for name, info in parameters_of(dense_model).items():
+        if name in projected:
+            shorter, longer = sorted(info.shape)
+            r = min(rank, shorter)
+            info = replace(info, shape=(longer, r))
+            total += shorter * r * info.element_size
+        total += state_bytes(info)
     return total
 
 
@@ -47,7 +51,7 @@ def paper_groups(model: nn.Module, galore_rank: int | None = None) -> dict[str, 
     if galore_rank is not None:
         is_bfloat16 = all(parameter.element_size() == BFLOAT16 for parameter in model.parameters())
         assert is_bfloat16, "the projections count in the model's own dtype"
-        state = galore_state_bytes(model, galore_rank, lambda numel, element_size: 2 * BFLOAT16 * numel)
+        state = galore_state_bytes(model, galore_rank, lambda info: 2 * BFLOAT16 * info.numel)
     parameters = BFLOAT16 * (counts["total"] + counts.get("frozen", 0))
     return {"parameters": parameters, "indices": INT64 * counts["sparse"], "optimizer_state": state}
 

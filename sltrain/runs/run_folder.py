@@ -12,7 +12,7 @@ A folder that holds a run can only be continued, and only with a configuration t
 
 import contextlib
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ LEFTOVERS = (".lock", "config.yaml.tmp")  # of a start that was killed
 class RunFolder:
     """The folder of one run; `claim` is the first to write to it.
 
-    `is_new` asks for a folder without a run: its name gets a suffix if another process was faster.
+    `is_new` asks for a folder without a run: its name gets a suffix if another process was faster. `read_effective`
+    reads a config.yaml of any version with today's keys and the values that the run was made with.
     """
 
-    def __init__(self, path: Path, is_new: bool = False) -> None:
+    def __init__(
+        self, path: Path, is_new: bool = False, read_effective: Callable[[Path], dict[str, Any]] | None = None
+    ) -> None:
         self.path = path
         self.is_new = is_new
+        self.read_effective = read_effective
         self._lock: RunLock | None = None
 
     @property
@@ -111,11 +115,8 @@ class RunFolder:
                 )
         # A key that is newer than the run has the value that the run used: the default.
         skipped = {*changeable, *(key for key in config if key not in saved)}
-        for group in config:
-            if isinstance(config[group], dict) and isinstance(saved.get(group), dict) and "name" in saved[group]:
-                skipped |= {f"{group}.{key}" for key in config[group] if key not in saved[group]}
-        old, new = flatten(saved), flatten(config)
-        skipped |= {key for key, value in old.items() if not value and key not in new}  # once an option of every source
+        effective = saved if self.read_effective is None else self.read_effective(self.config_file)
+        old, new = flatten(effective), flatten(config)
         return [
             f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())

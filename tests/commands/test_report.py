@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sltrain.api.report import as_json, read_report, read_rows, write_report
+from sltrain.api.report import _computed, as_json, read_report, read_rows, write_report
 from sltrain.commands.flags import make_parser
 from sltrain.commands.report import run_command
 from sltrain.reporting.table import text_table
@@ -342,3 +342,11 @@ def test_nobody_reads_the_table_and_the_page_is_written(tmp_path: Path) -> None:
     process.stdout.close()  # as `| true`
     assert process.stderr.read() == b"" and process.wait() == 0
     assert (run / "report" / "report.html").exists()
+
+
+def test_options_that_differ_from_a_key_of_the_same_name_are_settings() -> None:
+    config = {"rank": 32, "lr": 0.1, "path": None, "method": {"name": "new", "rank": 8}, "optimizer": {"rank": 64}}
+    assert _computed(config) == {
+        "rank": "32", "lr": "0.1", "path": "None", "method.name": "new", "method.rank": "8", "optimizer.rank": "64",
+    }  # fmt: skip
+    assert "method.rank" not in _computed({**config, "method": {"name": "new", "rank": 32}})

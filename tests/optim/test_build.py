@@ -21,7 +21,7 @@ from sltrain.optim.build import (
 )
 from sltrain.optim.composite import Composite
 from sltrain.optim.kinds.base import OPTIMIZERS, OptimizerConfig
-from sltrain.optim.named_state import load_named_state, named_state
+from sltrain.optim.named_state import load_named_state, named_state, rebuild_optimizer
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.parameters import ParamInfo, is_gain_or_bias
 
@@ -431,3 +431,25 @@ def test_single_parameters_may_have_a_learning_rate_and_a_decay_of_their_own() -
         groups[("values",)] == (0.2, 0.1) and groups[("A",)] == (0.4, 0.0) and groups[("q_proj.weight",)] == (0.4, 0.1)
     )
     assert sum(map(len, groups)) == 8
+
+
+@pytest.mark.parametrize("frozen", ["matrices", "rest"])
+def test_a_phase_may_leave_one_of_several_optimizers_without_parameters(frozen: str) -> None:
+    block = Block()
+    optimizer = build_matrix(block)
+    set_gradients([p for p in block.parameters() if p.requires_grad], 0)
+    optimizer.step()
+    for parameter in block.parameters():
+        is_matrix = parameter.ndim == 2 and parameter.numel() > 0
+        parameter.grad = None
+        parameter.requires_grad_(parameter.requires_grad and is_matrix == (frozen == "rest"))
+    if frozen == "matrices":
+        with pytest.raises(ValueError, match="optimizer=matrix takes none"):
+            rebuild_optimizer(optimizer, lambda: build_matrix(block))
+        return
+    rebuilt = rebuild_optimizer(optimizer, lambda: build_matrix(block))
+    assert named_state(rebuilt)["class"] == "ColumnNormalised"
+    assert named_state(rebuilt)["state"] == {"q_proj.weight": {"step": 1}}
+    set_gradients([block.q_proj.weight], 1)
+    rebuilt.step()
+    assert named_state(rebuilt)["state"] == {"q_proj.weight": {"step": 2}}

@@ -10,6 +10,7 @@ from sltrain.config import ModelConfig
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
 
@@ -53,9 +54,9 @@ def test_galore_state_by_hand() -> None:
     projections = 2 * (8 * 3) + 2 * (4 * 3) + 3 * (8 * 3)
     others = 2 * (10 * 8) + 3 * 8  # embedding, head, norms
 
-    def two_in_float32(numel: int, element_size: int) -> int:
-        assert element_size == 4
-        return 2 * 4 * numel
+    def two_in_float32(info: ParamInfo) -> int:
+        assert info.element_size == 4
+        return 2 * 4 * info.numel
 
     assert galore_state_bytes(model, 3, two_in_float32) == 2 * 4 * (moments + others) + 4 * projections
     full_moments = 2 * (8 * 8) + 2 * (8 * 4) + 3 * (12 * 8)  # no rank is above min(out, in)
@@ -67,17 +68,18 @@ def test_galore_state_by_hand() -> None:
 def test_galore_asks_for_each_tensor_by_itself() -> None:
     """A state whose size is no multiple of the number of values: one byte a tensor, and none for small ones."""
     model = dense_model(8, 12, 2, 2, vocabulary=10).bfloat16()
-    asked: list[tuple[int, int]] = []
+    asked: list[ParamInfo] = []
 
-    def state(numel: int, element_size: int) -> int:
-        asked.append((numel, element_size))
+    def state(info: ParamInfo) -> int:
+        asked.append(info)
         return 1
 
     assert galore_state_bytes(model, 2, state) == len(asked) + 2 * (2 * 7 * (8 * 2))  # projections in bfloat16
-    assert sorted(numel for numel, _ in asked) == sorted(
+    assert sorted(info.numel for info in asked) == sorted(
         2 * [16, 16, 16, 16, 24, 24, 24] + 2 * [80] + 5 * [8]  # q k v o gate up down; embedding, head; norms
     )
-    assert {size for _, size in asked} == {2}
+    assert {info.element_size for info in asked} == {2}
+    assert {info.shape for info in asked if info.role == "projection"} == {(8, 2), (12, 2)}
 
 
 # ---- the published SLTrain code

@@ -31,6 +31,8 @@ class SourceConfig:
         for key, least in {"num_streams": 1, "shuffle_block": 1, "holdout_every": 2}.items():
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must be at least {least}")
+        if (mode := getattr(self, "on_bad_data", "skip")) not in ("skip", "stop"):
+            raise ValueError(f"data.on_bad_data={mode}: choose one of skip, stop")
 
     def open_training(self) -> Source:
         """The documents to train on. Raises ValueError or OSError if the corpus cannot be opened."""

@@ -26,6 +26,8 @@ class Local(SourceConfig):
             raise ValueError(
                 "data=local needs path=GLOB, such as path=/data/*.json.gz (quote unusual names: 'path=\"/a/[0-9].gz\"')"
             )
+        if not all(isinstance(glob, str) for glob in (self.path if isinstance(self.path, list) else [self.path])):
+            raise ValueError(f"data.path={self.path}: must be a glob, or a list of them")
 
     def open_training(self) -> Source:
         return LocalFiles(self.path, on_bad_data=self.on_bad_data)

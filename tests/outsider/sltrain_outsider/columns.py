@@ -53,7 +53,8 @@ class Columns(OptimizerConfig):
         return ColumnSGD(split, {"lr": lr})
 
     def state_bytes(self, parameter: ParamInfo) -> int:
-        return parameter.numel * parameter.element_size if parameter.role == "head" else 0
+        rows, columns = parameter.shape  # a matrix: it takes nothing else
+        return rows * columns * parameter.element_size if parameter.role == "head" else 0
 
     def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
         return parameter.numel * parameter.element_size

@@ -60,8 +60,10 @@ class Merged(Method):
         layers = {
             name: layer for name, layer in running.model.named_modules() if layer in set(layers_of(running.model))
         }
+        count = Count()
+        counting = Action("count", every(1), lambda moment: count.add(), state=count)
         if not all(layer.has_factors for layer in layers.values()):
-            return []
+            return [counting]
 
         def merge(moment: "Moment") -> None:
             for layer in layers.values():
@@ -69,7 +71,23 @@ class Merged(Method):
             running.reset_state(f"{name}.{leaf}" for name in layers for leaf in ("A", "B"))
 
         first = next(iter(layers.values()))
-        return [Action("merge", every(self.merge_every), merge, temporary_bytes=first.W0.numel() * 8)]
+        return [counting, Action("merge", every(self.merge_every), merge, temporary_bytes=first.W0.numel() * 8)]
+
+
+class Count:
+    """How many updates there were, over all phases and restarts."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def add(self) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
 
 
 def layers_of(model: "nn.Module") -> "list[Any]":
