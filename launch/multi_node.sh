@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several machines. Run it on each of them, with the same arguments, and run_dir on a file system that all see.
+# Train on several machines. Run it on each with the same arguments, and run_dir on a file system that all share.
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node0
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node1
@@ -7,10 +7,10 @@
 # NNODES       number of machines
 # NODE_RANK    this machine's number, from 0
 # MASTER_ADDR  name or address of machine 0
-# MASTER_PORT  a free port there; 29500 if not set
-# GPUS         processes on this machine; one for each visible GPU if not set
+# MASTER_PORT  a free port on machine 0; default 29500
+# GPUS         number of processes on this machine; default: one per visible GPU
 #
-# More than 8 processes in all need data.num_streams set to a multiple of their number.
+# With more than 8 processes in total, set data.num_streams to a multiple of their number.
 set -euo pipefail
 
 fail() {
@@ -20,13 +20,13 @@ fail() {
 
 command -v torchrun >/dev/null || fail "torchrun is not on PATH: activate the environment in which sltrain is installed"
 for variable in NNODES NODE_RANK MASTER_ADDR; do
-  [[ -n "${!variable:-}" ]] || fail "$variable is not set: see the head of $0"
+  [[ -n "${!variable:-}" ]] || fail "$variable is not set: see the top of $0"
 done
 if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
   fail "no GPU found: set GPUS to the number of processes to start"
 fi
 
-# How long torchrun waits, once signalled, for its processes to save; its own 30 s are short for a 7B checkpoint.
+# Seconds torchrun waits for its processes to save after a signal; the default of 30 s is short for a 7B checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 exec torchrun \
   --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="${GPUS:-gpu}" \

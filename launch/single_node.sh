@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on the GPUs of this machine, one process a GPU.
+# Train on the GPUs of this machine, one process per GPU.
 #
 #   launch/single_node.sh model=llama_350m run_dir=outputs/my_run
 #   GPUS=4 launch/single_node.sh model=llama_350m
 #
-# Everything after the name goes to sltrain-train. GPUS is the number of processes; without it there is one for each
-# GPU that CUDA_VISIBLE_DEVICES lets through.
+# All arguments go to sltrain-train. GPUS is the number of processes; default: one per GPU visible under
+# CUDA_VISIBLE_DEVICES.
 set -euo pipefail
 
 fail() {
@@ -18,6 +18,6 @@ if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
   fail "no GPU found: set GPUS to the number of processes to start"
 fi
 
-# How long torchrun waits, once signalled, for its processes to save; its own 30 s are short for a 7B checkpoint.
+# Seconds torchrun waits for its processes to save after a signal; the default of 30 s is short for a 7B checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(tools: Path) -> None:
         assert_refused(run("multi_node.sh", tools=tools, **others), f"{name} is not set")
     assert_refused(run("slurm.sbatch", tools=tools), "not a SLURM job")
     job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tools)}
-    assert_refused(run("slurm.sbatch", tools=tools, **job), "submit from the folder that holds launch/")
+    assert_refused(run("slurm.sbatch", tools=tools, **job), "submit from the folder that contains launch/")
     (tools / "torchrun").unlink()
     assert_refused(run("single_node.sh", tools=tools), "torchrun is not on PATH")
     assert_refused(run("multi_node.sh", tools=tools), "torchrun is not on PATH")

@@ -130,16 +130,16 @@ BENCH = Schema(
     BenchConfig,
     validate,
     has_groups=False,
-    order="conf/bench.yaml sets the rest; `layer:` and the like say which benchmark reads a key",
+    order="conf/bench.yaml sets the rest; `layer:`, `step:` and `data:` name the benchmarks that read a key",
     advice="choose what=layer, what=step or what=data",
 )
 
 
 def read_arguments(arguments: list[str]) -> BenchConfig:
-    """The checked configuration. Raises ValueError."""
+    """The configuration from the arguments of `sltrain-bench`, checked. Raises ValueError."""
     for argument in arguments:
         if argument.startswith("-"):
-            raise ValueError(f"{argument}: sltrain-bench knows KEY=VALUE and --help, no other option, and no sweeps")
+            raise ValueError(f"{argument}: sltrain-bench takes KEY=VALUE and --help, but no other option and no sweep")
     config: BenchConfig = compose_config(arguments, BENCH)
     check_scope(config, [override.key_or_group for override in parse_overrides(arguments)])
     return config

@@ -4,7 +4,7 @@ A tokenizer normalizes, splits into words, and encodes each word by itself. So a
 splits, provided that the normalizer does not act across it:
 
 - before white space, for Metaspace, WhitespaceSplit and ByteLevel's pattern. Normalizers may still act across it: a
-  combining mark joins a space, a control character vanishes and leaves two spaces. The caller has to check what stands
+  combining mark joins a space, a control character vanishes and leaves two spaces. The caller has to check the text
   before the cut (word_cache.py); printable ASCII is safe;
 - for ByteLevel without a normalizer also between printable ASCII characters of different classes (letters, digits,
   others), except after an apostrophe (`'s` is one word);

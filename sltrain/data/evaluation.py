@@ -9,7 +9,7 @@ byte, which does not depend on the tokenizer. The first token of a row is not pr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import islice
 
@@ -33,39 +33,29 @@ class EvalBatch:
     num_bytes: int  # UTF-8 bytes that the predicted tokens of all rows cover
 
 
+@dataclass(eq=False)
 class EvalSet:
     """Repeatable iterable of this rank's EvalBatch. The text is read at the first use.
 
-    With holdout_every = N only the held-out documents of the source are used, those that TrainStream with the same N
-    skips. Raises ValueError for impossible settings; reading raises DataError if there is no text.
+    Raises ValueError for impossible settings; reading raises DataError if there is no text.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: Tokenizer,
-        *,
-        seq_len: int,
-        padding: str,
-        eval_tokens: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        holdout_every: int = 0,
-    ) -> None:
-        check_row_shape(padding, seq_len)
-        if eval_tokens < 1:
-            raise ValueError(f"eval_tokens is {eval_tokens}; an evaluation needs at least one predicted token")
-        source.check()
-        self.source = source
-        self.tokenizer = tokenizer
-        self.seq_len = seq_len
-        self.padding = padding
-        self.eval_tokens = eval_tokens
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.holdout_every = holdout_every
+    source: Source
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    seq_len: int
+    padding: str  # truncate_pad or pack
+    eval_tokens: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    holdout_every: int = 0  # N: only the held-out documents, those that TrainStream with the same N skips; 0: all
+
+    def __post_init__(self) -> None:
+        check_row_shape(self.padding, self.seq_len)
+        if self.eval_tokens < 1:
+            raise ValueError(f"eval_tokens is {self.eval_tokens}; an evaluation needs at least one predicted token")
+        self.source.check()
 
     def read(self) -> None:
         """Read the text now."""
@@ -106,18 +96,14 @@ class EvalSet:
 
     def _enough_rows(self) -> Iterator[Row]:
         missing = self.eval_tokens
-        for ids, num_bytes in self._packed_rows() if self.padding == "pack" else self._truncated_rows():
+        for ids, sizes in self._packed_rows() if self.padding == "pack" else self._documents(self.seq_len):
             if len(ids) >= 2:  # otherwise there is nothing to predict
-                yield np.array(ids, np.int32), num_bytes
+                yield np.array(ids, np.int32), sum(sizes[1:])
                 missing -= len(ids) - 1
                 if missing <= 0:
                     return
 
-    def _truncated_rows(self) -> Iterator[tuple[list[int], int]]:
-        for ids, sizes in self._documents(self.seq_len):
-            yield ids, sum(sizes[1:])
-
-    def _packed_rows(self) -> Iterator[tuple[list[int], int]]:
+    def _packed_rows(self) -> Iterator[tuple[list[int], list[int]]]:
         """The concatenated documents in rows of seq_len; the last row may be shorter."""
         ids: list[int] = []
         sizes: list[int] = []
@@ -125,9 +111,9 @@ class EvalSet:
             ids += more_ids
             sizes += more_sizes
             while len(ids) >= self.seq_len:
-                yield ids[: self.seq_len], sum(sizes[1 : self.seq_len])
+                yield ids[: self.seq_len], sizes[: self.seq_len]
                 del ids[: self.seq_len], sizes[: self.seq_len]
-        yield ids, sum(sizes[1:])
+        yield ids, sizes
 
     def _documents(self, max_len: int | None) -> Iterator[tuple[list[int], list[int]]]:
         """The ids of each validation document, and the bytes that each id covers."""

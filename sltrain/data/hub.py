@@ -29,11 +29,8 @@ REFUSALS = {401: "a login is needed", 403: "access is refused", 404: "there is n
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When to retry and when to give up: waits double from first_wait to max_wait seconds; every byte received resets
-    the count.
-
-    With the defaults a dead network ends a run after about 5 minutes, and its start after 30 seconds.
-    """
+    """How often and when to retry: waits double from first_wait to max_wait seconds; every byte received resets the
+    count. With the defaults a dead network ends a run after about 5 minutes, and its start after 30 seconds."""
 
     retries: int = 9
     first_wait: float = 1.0
@@ -46,45 +43,34 @@ class RetryPolicy:
 DEFAULT_RETRY = RetryPolicy()
 
 
+@dataclass(eq=False)
 class HubFiles:
-    """One split of a data set repository as a source, one shard a file.
+    """One split of a data set repository as a source, one shard a file. Raises ValueError for a wrong template or
+    number of shards."""
 
-    Args:
-        repo: such as "allenai/c4".
-        revision: a commit, so that the corpus cannot change during a run.
-        file_template: a file name with {shard} and {num_shards}, as in
-            "en/c4-train.{shard:05d}-of-{num_shards:05d}.json.gz".
+    repo: str  # such as allenai/c4
+    revision: str  # a commit, so that the corpus cannot change during a run
+    file_template: str  # as in "en/c4-train.{shard:05d}-of-{num_shards:05d}.json.gz"
+    num_shards: int
+    on_bad_data: str = "skip"
+    retry: RetryPolicy | None = None  # None: DEFAULT_RETRY
 
-    Raises ValueError for a wrong template or number of shards.
-    """
-
-    def __init__(
-        self,
-        repo: str,
-        revision: str,
-        file_template: str,
-        num_shards: int,
-        on_bad_data: str = "skip",
-        retry: RetryPolicy | None = None,
-    ) -> None:
-        if num_shards < 1:
-            raise ValueError(f"{repo}: the number of shards is {num_shards}; it must be at least 1")
+    def __post_init__(self) -> None:
+        if self.num_shards < 1:
+            raise ValueError(f"{self.repo}: the number of shards is {self.num_shards}; it must be at least 1")
+        template = self.file_template
         try:
-            self.files = [file_template.format(shard=shard, num_shards=num_shards) for shard in range(num_shards)]
+            self.files = [template.format(shard=i, num_shards=self.num_shards) for i in range(self.num_shards)]
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{file_template!r} is not a file template: it may use {{shard}} and {{num_shards}} ({error})"
+                f"{template!r} is not a file template: it may use {{shard}} and {{num_shards}} ({error})"
             ) from None
-        if file_template.endswith(".parquet"):
+        if template.endswith(".parquet"):
             raise ValueError(
-                f"{file_template}: parquet shards cannot be streamed; download them and use data=local path=GLOB"
+                f"{template}: parquet shards cannot be streamed; download them and use data=local path=GLOB"
             )
-        self.name = f"{repo}/{file_template}"
-        self.num_shards = num_shards
-        self.repo = repo
-        self.revision = revision
-        self.bad = BadData(on_bad_data)
-        self.retry = retry or DEFAULT_RETRY
+        self.name = f"{self.repo}/{template}"
+        self.bad = BadData(self.on_bad_data)
 
     def fingerprint(self) -> str:
         return f"{self.repo}@{self.revision}, {self.num_shards} shards, first {self.files[0]}"
@@ -110,7 +96,7 @@ class HubFiles:
 
         file = self.files[shard]
         url = huggingface_hub.hf_hub_url(self.repo, file, repo_type="dataset", revision=self.revision)
-        return HubFile(url, f"{self.repo}/{file}", self.retry)
+        return HubFile(url, f"{self.repo}/{file}", self.retry or DEFAULT_RETRY)
 
 
 class HubFile(io.RawIOBase):

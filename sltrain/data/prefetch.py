@@ -16,15 +16,14 @@ CLOSE_PATIENCE = 5.0  # seconds to wait for a thread inside a network call; it i
 
 
 class Prefetcher(Generic[T]):
-    """Iterator over `items` that keeps up to `depth` of them ready. It raises an exception of `items` after the items
-    before it."""
+    """Iterator over `items` that keeps up to `depth` of them ready, and raises their exception after the last item."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._ready: queue.Queue[Entry] = queue.Queue(maxsize=max(depth, 1))
         self._stop = threading.Event()
         thread = threading.Thread(target=_run, args=(items, self._ready, self._stop), name="sltrain-data", daemon=True)
         # Also runs at interpreter exit: a thread inside Rust or C must not meet an interpreter that is torn down.
-        self._finalizer = weakref.finalize(self, _shut_down, self._ready, self._stop, thread)
+        self._finalizer = weakref.finalize(self, _shut_down, self._stop, thread)
         self._next: Entry | None = None  # taken from the queue, not yet returned; an exception stays here
         thread.start()
 
@@ -51,7 +50,7 @@ class Prefetcher(Generic[T]):
         return True
 
     def close(self) -> None:
-        """Stop the thread and drop the items that are ready. May be called twice."""
+        """Stop the thread; there are no more items. May be called twice."""
         self._finalizer()
 
 
@@ -70,9 +69,7 @@ def _run(items: Iterator[T], ready: "queue.Queue[Entry]", stop: threading.Event)
                 continue
 
 
-def _shut_down(ready: "queue.Queue[Entry]", stop: threading.Event, thread: threading.Thread) -> None:
+def _shut_down(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():
         thread.join(CLOSE_PATIENCE)
-    while not ready.empty():
-        ready.get_nowait()

@@ -8,7 +8,7 @@ Everything is one `tokenizers.Tokenizer` (Rust), wrapped for what pretraining ne
   are sentinels (<extra_id_0>) that only a literally written sentinel produces. Such ids become <unk> and are counted.
   A file whose ordinary pieces exceed the model is refused;
 - with a pre-tokenizer that never joins a letter or digit with a following space (Metaspace, ByteLevel) the ids before
-  such a place do not depend on what follows. Then a long document is tokenized only as far as its row reaches, and
+  such a place do not depend on what follows. Then a long document is tokenized only up to the end of its row, and
   known words are looked up (word_cache.py). Other tokenizers encode the whole text.
 """
 
@@ -49,7 +49,7 @@ class Tokenizer:
         vocab_size: number of ids of the model; None: as many as the tokenizer has.
 
     Raises ValueError for an invalid file, and for a tokenizer that does not fit the model. `sentinels_mapped` counts
-    ids that were >= vocab_size and became <unk>.
+    the ids that became <unk>.
     """
 
     def __init__(self, json: str, name: str, vocab_size: int | None = None) -> None:
@@ -78,7 +78,7 @@ class Tokenizer:
         self.unk_id, eos_id, pad_id = find(UNK_NAMES), find(EOS_NAMES), find(PAD_NAMES)
         if eos_id is None:
             raise ValueError(
-                f"tokenizer {name} has no end-of-text token ({' '.join(EOS_NAMES)}); documents could not be told apart"
+                f"tokenizer {name} has no end-of-text token ({' '.join(EOS_NAMES)}); nothing would separate documents"
             )
         self._has_sentinels = num_ids > self.vocab_size
         if self._has_sentinels and self.unk_id is None:
@@ -99,7 +99,7 @@ class Tokenizer:
         return f"{sha256(self.json.encode()).hexdigest()[:32]}, {self.vocab_size} ids"
 
     def encode_batch(self, texts: list[str], max_len: int | None = None) -> list[NDArray[np.int32]]:
-        """Ids of each text, ending with eos; at most `max_len` (>= 2) of them. A text without any token gives none.
+        """Ids of each text, ending with eos; at most `max_len` (>= 2) of them. A text without tokens has none.
 
         The library refuses Python strings with lone surrogates.
         """
@@ -273,7 +273,7 @@ def _packed(ids: list[int]) -> bytes:
 
 
 def _bytes_between(text: str, ends: list[int]) -> list[int]:
-    """UTF-8 bytes between successive ends (character positions); an end before the last one gives 0."""
+    """UTF-8 bytes between successive ends (character positions); an end before the previous one counts 0."""
     sizes, last = [], 0
     for end in ends:
         end = max(end, last)

@@ -35,16 +35,12 @@ MAX_PROFILED_MICRO_BATCHES = 4  # of the measured update: each produces tens of 
 
 
 class PeakMemory:
-    """Peak memory on `device` since construction or the last `reset`."""
+    """Peak memory on `device` since construction: a sweep job does not report the peak of an earlier one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._is_cuda = device.type == "cuda"
         self.measure = "cuda max_memory_allocated" if self._is_cuda else "peak resident size"
-        self.reset()
-
-    def reset(self) -> None:
-        """Start a new measurement, so that a sweep job does not report the peak of an earlier one."""
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
@@ -132,15 +128,12 @@ class RunMemory:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory of these tensors; what they share counts once."""
-    storages = (plain.untyped_storage() for tensor in tensors for plain in _plain(tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that a tensor subclass, such as a quantized one, consists of; an ordinary one itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()  # of a quantized one
+        for plain in [getattr(tensor, name) for name in names] or [tensor]:
+            sizes[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

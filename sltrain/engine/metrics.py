@@ -97,17 +97,8 @@ class Throughput:
 
 def to_strict_json(event: Mapping[str, Any]) -> str:
     """JSON without NaN and infinities, which become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if isinstance(value, Mapping):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(inner) for inner in value]
-        return value
-
-    return json.dumps(finite(event), allow_nan=False)
+    finite = json.loads(json.dumps(event), parse_constant=lambda constant: None)
+    return json.dumps(finite, allow_nan=False)
 
 
 class JsonlSink:
@@ -152,7 +143,7 @@ def _belongs(line: bytes, step: int) -> bool:
 
 
 class ProgressBar:
-    """A tqdm bar on standard error or in a notebook, or plain lines where neither is possible.
+    """A tqdm bar on standard error, or in a notebook; without a terminal, plain lines.
 
     Args:
         max_steps: updates of the whole run.
@@ -175,7 +166,8 @@ class ProgressBar:
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._begin, self._last_line = clock(), -math.inf
         self._bar: tqdm[Any] | None = None
-        if is_widget or _has_columns(self._stream):
+        # Some pseudo terminals report no columns: no bar can be drawn there.
+        if is_widget or (self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns > 0):
             form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
                 total=max_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True
@@ -213,11 +205,6 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _has_columns(stream: TextIO) -> bool:
-    """Whether a bar can be drawn there. Some pseudo terminals report no columns."""
-    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 def _evaluation_line(event: Event) -> str:

@@ -1,5 +1,5 @@
-"""The data of one update: fetched, agreed on by all ranks, cut into micro-batches. A micro-batch is what one forward
-pass reads: ids, labels, and which positions to compute.
+"""The data of one update: fetched, agreed on by all ranks, cut into micro-batches. A micro-batch is what a forward pass
+reads: ids, labels, and which positions to compute.
 
 A document shorter than its row ends in pads, which a model can skip. The last real token of a row predicts nothing and
 nothing after it reads it, so it is skipped too. What remains are the positions before the last label of their row, all
@@ -44,7 +44,7 @@ class Feed:
     error: Exception | None = None  # what ended this rank's stream
 
     def fetch(self) -> Any:
-        """This rank's next batch; None if a signal came first, or if the stream ended: then `error` says why."""
+        """This rank's next batch; None if a signal came first, or if the stream ended with `error`."""
         try:
             while not self.stop.is_set:
                 if self.stream.wait(STOP_CHECK_SECONDS):

@@ -138,20 +138,13 @@ class OrdinaryStep(UpdateStep):
 
 
 class PerLayerOptimizer(Protocol):
-    """What PerLayerStep needs besides torch's protocol; optim/per_layer.py implements it."""
+    """What PerLayerStep needs besides torch's protocol; optim/per_layer.py documents and implements it."""
 
-    has_begun: bool  # whether the current update has changed weights or moments
+    has_begun: bool
 
-    def zero_grad(self) -> None:
-        """Drop all gradients and the current update."""
-
-    def before_backward(self, is_last: bool) -> None:
-        """Announce the backward of one micro-batch, the update's last one or not."""
-
-    def finish(self) -> tuple[float, int, int]:
-        """End the update, on all ranks: sum of squared norms of the gradients used, number of tensors updated, number
-        of tensors skipped because their gradients were not finite."""
-        ...
+    def zero_grad(self) -> None: ...
+    def before_backward(self, is_last: bool) -> None: ...
+    def finish(self) -> tuple[float, int, int]: ...
 
 
 class PerLayerStep(UpdateStep):

@@ -1,8 +1,8 @@
 """A request to stop, set by SIGTERM or SIGINT and read by the loop between two steps.
 
-Only the main thread can handle signals: a run in another thread leaves them to the program. The first signal lets the
-run finish its step, save and exit. A second SIGINT (an impatient Ctrl-C) ends the process at once, which loses only the
-steps since the last checkpoint.
+The first signal lets the run finish its step, save and exit. A second SIGINT (an impatient Ctrl-C) ends the process at
+once, which loses only the steps since the last checkpoint. Python lets only the main thread handle signals: a run in
+another thread leaves them to the program.
 """
 
 import signal

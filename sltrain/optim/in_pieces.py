@@ -36,7 +36,7 @@ class InPieces(WrappedOptimizer):
     """Makes an optimizer over pieces work on whole parameters.
 
     Args:
-        groups: parameter groups of contiguous parameters whose memory never moves.
+        groups: parameter groups, with names, of contiguous parameters whose memory never moves.
         make: groups of pieces -> the optimizer of the pieces.
     """
 
@@ -48,22 +48,19 @@ class InPieces(WrappedOptimizer):
         }
         super().__init__(make([self._of_pieces(group) for group in groups]))
         # With the settings that the inner optimizer completed; a learning rate that is a tensor is shared.
-        whole = ("params", "param_names")
         self._groups = [
-            {**inner, **{key: group[key] for key in whole if key in group}}
+            {**inner, "params": group["params"], "param_names": group["param_names"]}
             for group, inner in zip(groups, self.inner.param_groups, strict=True)
         ]
 
     def _of_pieces(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group with pieces in place of parameters, and names such as layer.weight#3."""
-        of_pieces = {**group, "params": [piece for parameter in group["params"] for piece in self._pieces[parameter]]}
-        if "param_names" in group:
-            of_pieces["param_names"] = [
-                f"{name}#{number}"
-                for name, parameter in zip(group["param_names"], group["params"], strict=True)
-                for number in range(len(self._pieces[parameter]))
-            ]
-        return of_pieces
+        named = {
+            f"{name}#{number}": piece
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for number, piece in enumerate(self._pieces[parameter])
+        }
+        return {**group, "params": list(named.values()), "param_names": list(named)}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -60,8 +60,12 @@ def load_named_state(optimizer: Optimizer, saved: NamedState, strict: bool = Tru
     leaves = innermost(optimizer)
     named = {name: parameter for leaf in leaves for name, parameter in named_parameters(leaf).items()}
     _check_class(leaves, saved)
-    if strict:
-        _check_names(named, saved)
+    have = {name for group in saved["groups"] for name in group["names"]}
+    if strict and (differing := named.keys() ^ have):
+        first = min(differing)
+        whose = "this run trains it, the file does not" if first in named else "the file has it, this run does not"
+        more = f" ({len(differing) - 1} more parameters differ)" if len(differing) > 1 else ""
+        raise ValueError(f"parameter {first}: {whose}{more}")
     is_on_cpu = all(parameter.device.type == "cpu" for parameter in named.values())
     copies: dict[int, Tensor] = {}  # by id: what parameters share (bitsandbytes' quantization maps) stays shared
 
@@ -169,16 +173,6 @@ def _check_class(leaves: Sequence[Optimizer], saved: Mapping[str, Any]) -> None:
     """Raise ValueError for the state of another class of optimizer."""
     if saved["class"] != (expected := _class_name(leaves)):
         raise ValueError(f"this run expects {expected}, the file has {saved['class']}")
-
-
-def _check_names(named: Mapping[str, Tensor], saved: NamedState) -> None:
-    """Raise ValueError for the state of other parameters."""
-    have = {name for group in saved["groups"] for name in group["names"]}
-    if differing := named.keys() ^ have:
-        first = min(differing)
-        whose = "this run trains it, the file does not" if first in named else "the file has it, this run does not"
-        more = f" ({len(differing) - 1} more parameters differ)" if len(differing) > 1 else ""
-        raise ValueError(f"parameter {first}: {whose}{more}")
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ With several micro-batches the gradients accumulate until the last one, in whose
 exactly the ordinary update, with any optimizer. So it saves memory only with one micro-batch an update.
 
 The host synchronizes once a tensor, to check that the gradient is finite before it is used: a bad one must leave
-weights and moments as they are, and only torch's fused AdamW could be told so on the device. Such a tensor is skipped
-and counted; the others are updated. Clipping by the norm of all gradients would need all of them, so only clipping by
+weights and moments as they are, and only torch's fused AdamW has a device flag for that. Such a tensor is skipped and
+counted; the others are updated. Clipping by the norm of all gradients would need all of them, so only clipping by
 each parameter's own norm is offered.
 
 All ranks must reduce the same tensor at a time, but autograd promises no order (rows may be padded on one rank only).

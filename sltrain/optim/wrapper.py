@@ -48,7 +48,7 @@ class WrappedOptimizer(Optimizer):
         raise TypeError(f"{type(self).__name__} has all its parameters from the start; see rebuild_optimizer")
 
     def state_dict(self) -> dict[str, Any]:
-        """Refused: torch's state_dict, by index, does not tell pieces and members apart."""
+        """Refused: torch's state_dict, by index, does not distinguish pieces and members."""
         raise TypeError(f"the state of {type(self).__name__} is saved by parameter name, see optim/named_state.py")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

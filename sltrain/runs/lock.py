@@ -18,7 +18,7 @@ class RunLocked(ValueError):
 
 
 class RunLock:
-    """Holds `run_dir/.lock` from construction to `release`, the end of a `with` block, or the process's death.
+    """Holds `run_dir/.lock` from construction to `release` or the process's death.
 
     Raises RunLocked, naming the owner, while another process holds it. The lock is the kernel's flock, so a dead owner
     never blocks. On a file system without such locks a warning is logged and nothing is locked.
@@ -63,9 +63,3 @@ class RunLock:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()

@@ -44,7 +44,7 @@ class RunRecord:
 
     path: Path
     config: dict[str, Any]  # config.yaml; empty if it cannot be read
-    events: list[Event]
+    events: list[Event]  # of every kind, in order
     train: list[Event]
     evals: list[Event]
     final: Event | None

@@ -14,7 +14,7 @@ BYTE_LEVEL = json.loads(train_bpe(iter(["some words, and some more words"]), 300
 
 
 def unigram(pieces=("a", "b", ",", "."), pre_tokenizer=None, normalizer=None):
-    """The tokenizer.json of a small unigram model that splits at any white space, unless told otherwise."""
+    """The tokenizer.json of a small unigram model; by default it splits at any white space."""
     vocabulary = [("<unk>", 0.0), ("▁", -2.0), *((piece, -3.0) for piece in pieces)]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0))
     any_space = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -33,7 +33,7 @@ def added(content, **properties):
     return [{**plain, "content": content, **properties}]
 
 
-def test_byte_level_is_cut_between_classes_but_not_behind_an_apostrophe():
+def test_byte_level_is_cut_between_classes_but_not_after_an_apostrophe():
     rule = rule_of(BYTE_LEVEL)
     for pair in [b"a ", b"\xa9 ", b". ", b"a\n", b"a.", b"a1", b"1a", b"(a", b"a'", b"1,"]:
         assert rule.table[*pair] == CUT, pair
@@ -93,7 +93,7 @@ def test_words_that_depend_on_each_other_are_recognised(change):
     assert not words_are_independent(spec) and rule_of(spec) is None
 
 
-def test_more_is_asked_of_a_tokenizer_whose_words_are_remembered():
+def test_a_cut_rule_requires_more_than_independent_words():
     spec = unigram()
     for change in [
         {"added_tokens": added("a\nb")},

@@ -121,7 +121,7 @@ def test_only_held_out_documents_when_asked(source, tokenizer, texts):
 
 @pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
 def test_bytes_are_those_of_the_decoded_predicted_tokens(source, tokenizer, padding):
-    """Byte-level BPE: a token stands for exactly the bytes that its characters spell."""
+    """Byte-level BPE: a token covers exactly the bytes that its characters spell."""
     raw = tokenizers.Tokenizer.from_str(tokenizer.json)
     for batch in make(source, tokenizer, padding=padding, seq_len=500):
         spelled = [len(raw.id_to_token(i)) for row in kept([batch]) for i in row[1:] if i != tokenizer.eos_id]
@@ -131,7 +131,7 @@ def test_bytes_are_those_of_the_decoded_predicted_tokens(source, tokenizer, padd
 
 @pytest.mark.skipif(not T5.exists(), reason="shared data absent")
 def test_bytes_of_real_text_with_t5():
-    """Untruncated documents: a row stands for its text but for its first token and white space at the end."""
+    """Untruncated documents: a row covers its text except its first token and white space at the end."""
     files = LocalFiles(f"{SHARED}/c4-en-mini/c4-validation*")
     texts = [d.text for d in files.documents(0)][:40]
     eval_set = make(files, load_tokenizer(str(T5), 32000), padding="truncate_pad", seq_len=8192, batch_size=1)

@@ -285,7 +285,7 @@ def test_the_real_client_finds_its_way_with_hf_endpoint(hub, shards, texts, tmp_
     assert run(program, hub.url, tmp_path) == ["300"]  # from the cache
 
 
-def test_without_a_network_everything_says_so_in_words(tmp_path):
+def test_without_a_network_every_request_fails_with_one_line(tmp_path):
     program = PROGRAM.replace("attempt(lambda: sum", "0 and attempt(lambda: sum")
     found = run(program, "http://127.0.0.1:9", tmp_path)
     assert found[0].startswith("NetworkError cannot reach http://127.0.0.1:9/datasets/allenai/c4/resolve/")

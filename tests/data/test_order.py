@@ -1,4 +1,4 @@
-"""The order of the corpus: a partition, the same for ever."""
+"""The order of the corpus: a partition that never changes."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def test_every_record_belongs_to_exactly_one_stream_and_all_have_as_much(sizes, 
     loads = [len(records) for records in owners]
     assert max(loads) <= max(
         1.1 * min(loads), min(loads) + len(sizes)
-    )  # a cut shard gives each stream the same, up to one record
+    )  # each stream gets the same from a cut shard, up to one record
 
 
 def test_even_shards_are_dealt_whole_and_uneven_ones_cut():
@@ -29,7 +29,7 @@ def test_even_shards_are_dealt_whole_and_uneven_ones_cut():
 
 
 @given(batch=st.integers(1, 700), wanted=st.integers(1, 16))
-def test_the_number_of_streams_is_the_largest_divisor_up_to_the_wish(batch, wanted):
+def test_the_number_of_streams_is_the_largest_divisor_up_to_the_request(batch, wanted):
     number = num_logical_streams(batch, wanted)
     assert batch % number == 0 and number <= wanted
     assert all(batch % larger for larger in range(number + 1, wanted + 1))

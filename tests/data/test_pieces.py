@@ -41,7 +41,7 @@ def test_pieces_are_those_of_a_loop_and_ids_come_back_in_order(texts, seed):
     assert [part.tolist() for part in joined] == [[i for piece in text for i in ids[piece]] for text in expected]
 
 
-def test_white_space_goes_with_the_word_behind_it():
+def test_white_space_goes_with_the_word_after_it():
     rule = np.full((256, 256), KEEP, np.uint8)
     rule[ord("a") : ord("z") + 1, list(b" \n")] = CUT
     pieces = cut(["a new\n word a new", "a"], rule)

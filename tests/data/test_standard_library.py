@@ -17,14 +17,14 @@ def test_the_library_of_this_python_is_a_corpus_of_real_size():
     assert StandardLibrary().fingerprint() == source.fingerprint()
 
 
-def test_files_are_cut_at_line_ends_and_packages_and_tests_left_out(tmp_path):
+def test_files_are_cut_at_line_ends_and_packages_and_tests_skipped(tmp_path):
     body = "".join(f"x{i} = {i}\n" for i in range(3000))
     (tmp_path / "mod.py").write_text(body)
     (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# \xe9\n".encode("latin-1"))
     (tmp_path / "broken.py").write_bytes(b"\xff\xfe broken")
     for folder in ["test", "site-packages", "pkg/tests", "__pycache__"]:
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "no.py").write_text("left out")
+        (tmp_path / folder / "no.py").write_text("skipped")
     source = StandardLibrary(tmp_path)
     shards = [[d.text for d in source.documents(shard)] for shard in range(source.num_shards)]
     assert shards[0] == ["# -*- coding: latin-1 -*-\n# é\n"]

@@ -68,7 +68,7 @@ def rows(batches):
 
 
 def documents_by_stream(source, tokenizer, texts, count, **changes):
-    """Numbers of the documents that each stream gives, from rows long enough to hold every document."""
+    """Numbers of the documents that each stream yields, from rows long enough to hold every document."""
     encoded = {tuple(ids): i for i, ids in enumerate(tokenizer.encode_batch(texts))}
     stream = make(source, tokenizer, padding="truncate_pad", seq_len=512, **changes)
     per_stream = stream.rows_per_stream
@@ -82,7 +82,7 @@ def documents_by_stream(source, tokenizer, texts, count, **changes):
 
 
 def split_epochs(numbers):
-    """Cut where a document comes again for the first time since the last cut."""
+    """Cut where a document recurs for the first time since the last cut."""
     epochs, seen = [[]], set()
     for number in numbers:
         if number in seen:

@@ -22,7 +22,7 @@ from sltrain.data.word_cache import word_cache
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 NEEDS_SHARED = ("t5", "t5_own", "t5_unstripped", "t5_first", "t5_never", "gpt2", "gpt2_prefix", "gpt2_nfc")
 # What may act across the end of a word: combining marks, joiners, spaces and controls of all kinds, letters that
-# belong to the character behind or before them, and what becomes several characters or none.
+# belong to the character after or before them, and what becomes several characters or none.
 STRANGE = (
     "\r\x0b\x07\x00\x1c\x85\xa0\u2003\u2028\u3000\ufeff\u200b\u200d\xad¨´½ﬁ▁é漢カﾞ각\u0301\u0308\u0600\u0d4e\u0e33❤️🇩İßﾟ"
 )
@@ -88,7 +88,7 @@ def spec_of(kind):
 
 @cache
 def loaded(kind):
-    """The plain library, and a tokenizer whose table fills as the tests go on."""
+    """The plain library, and a tokenizer whose table fills as the tests continue."""
     raw = tokenizers.Tokenizer.from_str(spec_of(kind))
     raw.no_truncation()
     raw.no_padding()
@@ -110,7 +110,7 @@ def test_ids_are_those_of_the_whole_text(kind, texts, max_len, look):
     raw, tokenizer = loaded(kind)
     expected = [encoding.ids for encoding in raw.encode_batch(texts, add_special_tokens=False)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_ENTRIES", 200)  # so that the table starts again now and then
+        patch.setattr(module, "MAX_ENTRIES", 200)  # so that the table is emptied now and then
         patch.setattr(module, "MAX_CHARS_PER_ROUND", look)
         for found, ids in zip(tokenizer._words.ids(texts, max_len), expected, strict=True):
             if found is not None:
@@ -124,24 +124,24 @@ def test_ids_are_those_of_the_whole_text(kind, texts, max_len, look):
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_ids_of_real_text_and_hardly_a_text_is_refused(kind, shared_data):
+def test_ids_of_real_text_and_hardly_a_text_is_rejected(kind, shared_data):
     raw, _ = loaded(kind)
     words = word_cache(raw, json.loads(spec_of(kind)))
     files = [*sorted((shared_data / "c4-en-mini").glob("*.gz")), next((shared_data / "wiki-en").glob("*validation*"))]
     texts = [json.loads(line)["text"] for file in files for line in gzip.open(file)]
     expected = [encoding.ids for encoding in raw.encode_batch_fast(texts, add_special_tokens=False)]
-    refused = 0
+    rejected = 0
     for start in range(0, len(texts), 256):
         part = slice(start, start + 256)
         for found, head, ids in zip(words.ids(texts[part]), words.ids(texts[part], 100), expected[part], strict=True):
-            refused += found is None
+            rejected += found is None
             assert found is None or unpack(found) == ids
             assert head is None or unpack(head)[:100] == ids[:100]
-    assert len(texts) > 2800 and refused < 0.01 * len(texts)
+    assert len(texts) > 2800 and rejected < 0.01 * len(texts)
 
 
 @pytest.mark.parametrize(
-    ("text", "is_refused"),
+    ("text", "is_rejected"),
     [
         ("a plain text, nothing else.", False),
         ("“naïve” cafés – 漢字 and\nnew lines\tor tabs", False),
@@ -154,10 +154,10 @@ def test_ids_of_real_text_and_hardly_a_text_is_refused(kind, shared_data):
         (", a mark first", True),
     ],
 )
-def test_texts_that_cannot_be_put_together_are_refused(text, is_refused, shared_data):
+def test_texts_that_cannot_be_looked_up_are_rejected(text, is_rejected, shared_data):
     raw, tokenizer = loaded("t5")
     [found] = tokenizer._words.ids([text])
-    assert (found is None) == is_refused
+    assert (found is None) == is_rejected
     expected = raw.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode_batch([text])[0].tolist() == [*expected, 1]
 
@@ -170,7 +170,7 @@ def test_sentinels_are_counted_at_every_meeting(shared_data):
     assert tokenizer.sentinels_mapped == 6 and [ids.count(2) for ids in first] == [2, 0, 1]
 
 
-def test_a_long_text_is_read_only_as_far_as_its_ids_are_wanted():
+def test_a_long_text_is_read_only_up_to_the_ids_requested():
     text = " ".join("".join(random.Random(i).choices(string.ascii_lowercase, k=6)) for i in range(20_000))
     raw, _ = loaded("bpe")
     words = word_cache(raw, json.loads(spec_of("bpe")))
@@ -178,7 +178,7 @@ def test_a_long_text_is_read_only_as_far_as_its_ids_are_wanted():
     assert len(words._table) < 100
 
 
-def test_what_hardly_comes_again_is_not_kept():
+def test_what_hardly_recurs_is_not_kept():
     raw, _ = loaded("bpe")
     words = word_cache(raw, json.loads(spec_of("bpe")))
     words.ids(["short " + "x" * 100])

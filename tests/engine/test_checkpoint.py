@@ -1,4 +1,4 @@
-"""A checkpoint gives back every bit, or says why not; and whatever interrupts a save, an intact one remains."""
+"""A checkpoint restores every bit, or gives the reason; and whatever interrupts a save, an intact one remains."""
 
 import errno
 import json
@@ -187,7 +187,7 @@ def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer)
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_every_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
+def test_every_optimizer_resumes_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     straight, first, second = sized(), sized(), sized(seed=1)
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
     update_sized(straight, optimizers[0], 1, 6)
@@ -387,7 +387,7 @@ def test_damaged_newest_falls_back(tmp_path: Path, damage: Callable[[Path], None
     damage(newest)
     assert keeper.find_latest() == good
     assert len(lines) == 1 and str(newest) in lines[0] and "damaged" in lines[0]
-    # Training goes on from step 1, reaches step 2 again and replaces the damaged one.
+    # Training continues from step 1, reaches step 2 again and replaces the damaged one.
     assert keeper.save(2, model, saved_adamw(model), {}) == newest == keeper.find_latest()
     assert len(lines) == 1
 

@@ -57,7 +57,7 @@ class Clock:
         return self.now
 
 
-def test_throughput_leaves_out_pauses_and_starts_anew_at_each_read() -> None:
+def test_throughput_excludes_pauses_and_restarts_at_each_read() -> None:
     clock = Clock()
     throughput = Throughput(clock)
     with throughput.waiting():
@@ -308,7 +308,7 @@ def test_wandb_mode_id_and_keys(
     assert fake.finished
 
 
-def test_wandb_troubles_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb("online", True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
 

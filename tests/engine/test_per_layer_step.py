@@ -34,7 +34,7 @@ Setting = tuple[Tensor | None, ...]
 
 
 def build_model(path: str = "composed", dtype: torch.dtype = torch.float32, checkpoint: bool = False) -> nn.Module:
-    """A decoder of two layers, embedding large enough for 8-bit states; `path` says how W x is computed."""
+    """A decoder of two layers, embedding large enough for 8-bit states; `path` is how W x is computed."""
     shape = ModelConfig("test", 64, 80, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCAB)
     model = LlamaForCausalLM(shape, activation_checkpointing=checkpoint)
     if path != "dense":
@@ -142,7 +142,7 @@ def test_clipping_by_parameter_equals_the_ordinary_steps() -> None:
 
 
 class Spoiled(nn.Module):
-    """A model whose loss is multiplied by what the micro-batch says."""
+    """A model whose loss is multiplied by a factor in the micro-batch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ TwoRanks = Callable[[Callable[[Ranks], Any]], list[Any]]
 
 
 def run_per_layer(ranks: Ranks, number: int, **how: Any) -> tuple[dict[str, Tensor], list[StepResult]]:
-    """Three updates of `number` micro-batches, dealt out to the ranks; the weights and what each update said."""
+    """Three updates of `number` micro-batches, divided among the ranks; the weights and the result of each update."""
     dtype = how.pop("dtype", torch.float32)
     model = build_model(dtype=dtype)
     optimizer = build_per_layer(model, ranks, **how)

@@ -73,7 +73,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(batch: tuple[Ten
 
 
 def test_clipping_by_parameter_bounds_each_gradient(batch: tuple[Tensor, Tensor]) -> None:
-    """Against torch's own clipping, one parameter after the other; the norm that is told is the one before."""
+    """Against torch's own clipping, one parameter after the other; the reported norm is the one before."""
 
     class TwoTables(Bigram):
         def __init__(self) -> None:

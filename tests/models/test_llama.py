@@ -161,7 +161,7 @@ class Seen:
         return tensor
 
 
-def test_the_product_of_the_mlp_is_made_again_in_backward():
+def test_the_product_of_the_mlp_is_recomputed_in_backward():
     """Kept as gate and up only, two thirds of the MLP's memory, with the same gradients bit for bit."""
     model = LlamaForCausalLM(make_config(intermediate_size=960, vocab_size=8))
     ids = torch.randint(8, (4, 64))
@@ -175,7 +175,7 @@ def test_the_product_of_the_mlp_is_made_again_in_backward():
         gradients[keeps] = [parameter.grad for parameter in model.parameters()]
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
-    # the hooks of made_again stand before ours: the product is seen only where it is kept
+    # the hooks of `recomputed` are inside these: the product is seen only where it is kept
     assert kept[True] == kept[False] + len(model.model.layers)
 
 

@@ -35,7 +35,7 @@ def test_step_is_torchs(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_torchs_adamw_goes_on_where_ours_stopped_and_the_other_way(ours_first: bool) -> None:
+def test_torchs_adamw_continues_ours_and_the_other_way(ours_first: bool) -> None:
     straight, parameter = (nn.Parameter(random(6, seed=0)) for _ in range(2))
     reference = torch.optim.AdamW([straight], foreach=False, **SETTINGS)
     kinds = [AdamW, torch.optim.AdamW] if ours_first else [torch.optim.AdamW, AdamW]

@@ -221,7 +221,7 @@ def test_four_bit_adam_learns_a_quadratic() -> None:
 
 
 def storages(value: Any) -> dict[int, int]:
-    """Bytes of every storage behind a state, by its address."""
+    """Bytes of every storage of a state, by its address."""
     if isinstance(value, dict):
         return {address: size for each in value.values() for address, size in storages(each).items()}
     if hasattr(value, "__tensor_flatten__"):
@@ -234,7 +234,7 @@ def storages(value: Any) -> dict[int, int]:
 @pytest.mark.parametrize("shape", [(1,), (10,), (4095,), (4096,), (4097,), (4224,), (64, 72), (5, 1000), (127, 129)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_state_has_the_bytes_that_the_table_says(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_state_has_the_declared_bytes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Below and above the size from which states are quantized, and where blocks do not come out even. What several
     parameters share counts once."""
     shapes = [shape, (4096,), (4096,)]
@@ -287,7 +287,7 @@ def test_updates_that_go_together(how: dict[str, Any]) -> None:
     check_updates(dtype=torch.bfloat16, **how)
 
 
-def test_mistakes_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="optimizer=sgd does not exist; there are: adam4bit, adam8bit, adamw"):
         make_optimizer(Block().named_parameters(), name="sgd", **SETTINGS)
     with pytest.raises(ValueError, match="no trainable parameter"):

@@ -34,7 +34,11 @@ def set_gradients(some: list[nn.Parameter], step: int) -> None:
 
 
 def groups_of(some: list[nn.Parameter]) -> list[dict[str, Any]]:
-    return [{"params": some[:2], "weight_decay": 0.1}, {"params": some[2:], "weight_decay": 0.0}]
+    names = [str(i) for i in range(len(some))]
+    return [
+        {"params": some[:2], "param_names": names[:2], "weight_decay": 0.1},
+        {"params": some[2:], "param_names": names[2:], "weight_decay": 0.0},
+    ]
 
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -64,7 +68,7 @@ def test_equals_the_optimizer_over_whole_parameters(make: Make, per_layer: bool)
     reference = make(groups_of(theirs))
     for step in range(4):
         for each in (*optimizer.param_groups, *reference.param_groups):
-            each["lr"] = 0.01 / (step + 1)  # read anew in every step
+            each["lr"] = 0.01 / (step + 1)  # read in every step
         for some in (ours, theirs):
             set_gradients(some, step)
         if step == 2:

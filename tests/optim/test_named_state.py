@@ -1,4 +1,4 @@
-"""State by name outlives a change of the model: what stays goes on bit for bit, what is new starts as new."""
+"""State by name survives a change of the model: what stays continues bit for bit, what is new starts without state."""
 
 import io
 from collections.abc import Iterator
@@ -113,8 +113,8 @@ def assert_equal(left: dict[Any, Tensor], right: dict[Any, Tensor]) -> None:
 
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("how", HOWS)
-def test_a_rebuilt_optimizer_goes_on_bit_for_bit(how: str, per_layer: bool) -> None:
-    """Nothing changed in the model: as if the first optimizer had gone on."""
+def test_a_rebuilt_optimizer_continues_bit_for_bit(how: str, per_layer: bool) -> None:
+    """Nothing changed in the model: as if the first optimizer had continued."""
     model, straight = Net(), Net()
     reference = build(straight, how, per_layer)
     update(straight, reference, 1, 2, 3, 4)
@@ -208,7 +208,7 @@ def test_a_parameter_of_another_shape_is_a_new_one() -> None:
 
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("how", HOWS)
-def test_reset_parameters_go_on_as_in_a_new_optimizer(how: str, per_layer: bool) -> None:
+def test_reset_parameters_continue_as_in_a_new_optimizer(how: str, per_layer: bool) -> None:
     """The others, as if nothing had happened."""
     model, untouched = Net(), Net()
     optimizer, reference = build(model, how, per_layer), build(untouched, how, per_layer)
@@ -230,7 +230,7 @@ def test_reset_parameters_go_on_as_in_a_new_optimizer(how: str, per_layer: bool)
         reset_state(optimizer, ["a.weight", "nothing"])
 
 
-def test_only_who_asks_for_it_gets_an_empty_state() -> None:
+def test_only_on_request_does_a_parameter_start_without_state() -> None:
     model, other = Net(), Net()
     optimizer = build(model, "adamw")
     update(model, optimizer, 1)

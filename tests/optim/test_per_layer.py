@@ -1,4 +1,4 @@
-"""Updates inside backward: each gradient is used once and freed, and the face is that of the inner optimizer."""
+"""Updates inside backward: each gradient is used once and freed; groups and state are the inner optimizer's."""
 
 from typing import Any
 

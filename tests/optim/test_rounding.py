@@ -107,7 +107,7 @@ def test_eight_bit_moments_do_not_depend_on_the_weights_dtype(numel: int) -> Non
             parameter.grad = torch.randn(numel, generator=generator(10 + step)).bfloat16().to(parameter.dtype)
             optimizer.step()
         assert not torch.equal(before, rounded)
-        assert list(optimizers[1].state) == [rounded], "the stand-in leaves nothing behind"
+        assert list(optimizers[1].state) == [rounded], "no state of the float32 copy remains"
         for key, value in optimizers[0].state[plain].items():
             for parameter, optimizer in zip((rounded, exact), optimizers[1:], strict=True):
                 other = optimizer.state[parameter][key]

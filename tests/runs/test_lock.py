@@ -36,10 +36,9 @@ def test_lock_is_refused_across_processes_and_freed_by_death(
         assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
         os.kill(owner, signal.SIGKILL)
         os.waitpid(owner, 0)
-        with RunLock(tmp_path):
-            with pytest.raises(RunLocked, match=f"process {os.getpid()} "):
-                RunLock(tmp_path)
         lock = RunLock(tmp_path)
+        with pytest.raises(RunLocked, match=f"process {os.getpid()} "):
+            RunLock(tmp_path)
         lock.release()
         lock.release()
     finally:

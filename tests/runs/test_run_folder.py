@@ -30,7 +30,7 @@ def claimed(path: Path) -> RunFolder:
 
 
 def trained(path: Path) -> None:
-    """A run with a checkpoint, left behind."""
+    """A run with a checkpoint, whose process has ended."""
     claimed(path).release()
     (path / "checkpoints" / "step_00000001").mkdir(parents=True)
 
@@ -104,7 +104,7 @@ def test_new_folders_never_collide(tmp_path: Path) -> None:
     assert [folder.claim(CONFIG, "auto", [], "{}").name for folder in folders] == ["now", "now_2", "now_3"]
 
 
-def test_stop_request_notes_the_first_signal_and_gives_way_to_a_second_interrupt() -> None:
+def test_stop_request_records_the_first_signal_and_a_second_interrupt_ends_the_process() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.is_set

@@ -89,7 +89,7 @@ def test_a_run_without_a_readable_configuration_is_known_by_its_log(tmp_path: Pa
 # ---- reading
 
 
-def test_everything_in_the_folder_is_told(tmp_path: Path) -> None:
+def test_everything_in_the_folder_is_read(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TRAIN, EVAL, {"event": "checkpoint", "step": 2}, FINAL, tokenizer="abc")
     (run / "summary.json").write_text(json.dumps(FINAL))
     record = read_run(run)
@@ -152,8 +152,7 @@ def test_a_log_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int
     record = read_run(run)
     whole, rest = text.count("\n"), text.rpartition("\n")[2]
     whole += rest.endswith("}")  # all but the line's end
-    told = record.train[:1] + record.evals + record.train[1:]
-    assert told == events[:whole]
+    assert record.train[:1] + record.evals + record.train[1:] == events[:whole]
     damaged = bool(rest) and not rest.endswith("}")
     assert record.notes == ([f"metrics.jsonl: line {whole + 1} is damaged and skipped"] if damaged else [])
 
@@ -241,12 +240,14 @@ def test_what_has_no_end_crashed_and_what_has_no_line_never_began(tmp_path: Path
 
 def test_a_held_lock_means_running_whatever_the_log_says(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", TRAIN, stopped("interrupted"))
-    with RunLock(run):
-        assert read_run(run).status == "running"
+    lock = RunLock(run)
+    assert read_run(run).status == "running"
+    lock.release()
     assert read_run(run).status == "interrupted"
     (run / "summary.json").write_text(json.dumps(FINAL))
-    with RunLock(run):  # a finished run that somebody starts again is refused soon
-        assert read_run(run).status == "finished"
+    lock = RunLock(run)  # a finished run that somebody starts again is refused soon
+    assert read_run(run).status == "finished"
+    lock.release()
 
 
 @pytest.mark.parametrize("owner", ["elsewhere", None])

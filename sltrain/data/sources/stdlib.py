@@ -43,7 +43,7 @@ class StandardLibrary:
         num_files = 0
         for path in _python_files(self.root):
             try:
-                with tokenize.open(path) as file:  # decodes as the file's own coding line says
+                with tokenize.open(path) as file:  # decodes by the file's coding line
                     text = file.read()
             except (OSError, SyntaxError, UnicodeDecodeError):
                 continue  # a few files of the library are deliberately broken

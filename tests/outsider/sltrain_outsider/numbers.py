@@ -32,9 +32,6 @@ class Counting:
     def fingerprint(self) -> str:
         return f"numbers {self.num_documents}"
 
-    def shard_name(self, shard: int) -> str:
-        return f"numbers, part {shard}"
-
     def shard_sizes(self) -> list[int]:
         return [self.num_documents] * self.num_shards
 
