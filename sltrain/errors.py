@@ -28,8 +28,8 @@ class ExitCode(IntEnum):
 
 
 class Error(ValueError):
-    """`sltrain.Error`: raised by the library for errors that the caller can fix. The message says what is wrong and what
-    to change; `__cause__` is the original error."""
+    """`sltrain.Error`: raised by the library for what the caller can fix. The message says what is wrong and what to
+    change; `__cause__` is the original error."""
 
 
 @contextmanager

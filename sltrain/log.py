@@ -39,8 +39,8 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def lines_on(stream: str) -> Iterator[None]:
-    """Inside this context the package's log messages of level INFO and above are lines on "stdout" or "stderr" and reach
-    no other handler. A level already set on the package's logger is kept. Inner contexts change nothing."""
+    """Inside this context the package's messages of level INFO and above are lines on "stdout" or "stderr" and reach no
+    other handler. A level already set on the package's logger is kept. Inner contexts change nothing."""
     if any(isinstance(handler, LineHandler) for handler in PACKAGE.handlers):  # an outer context
         yield
         return

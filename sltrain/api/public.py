@@ -55,8 +55,8 @@ class Run(PathLike[str]):
     @property
     @raised_as_error()
     def metrics(self) -> list[Event]:
-        """The lines of metrics.jsonl, a dict each; sltrain/events.py lists the keys and their units. A loss that was not
-        finite is NaN."""
+        """The lines of metrics.jsonl, a dict each; sltrain/events.py lists keys and units. A loss that was not finite is
+        NaN."""
         return self._record().events
 
     @property
@@ -109,7 +109,7 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
     (Python delivers signals to the main thread only: a run in another thread is not interrupted.)
 
     Progress goes to standard output, or to the program's own handlers if they show INFO; set the level of the logger
-    "sltrain" to WARNING to hide it. Raises sltrain.Error if the run cannot start. Whatever ends it later is its outcome.
+    "sltrain" to WARNING to hide it. Raises sltrain.Error if the run cannot start; what ends it later is its outcome.
 
     >>> run = sltrain.train("llama_tiny", data="stdlib", tokenizer="bpe:512", seq_len=32, max_steps=3,
     ...                     global_batch_size=4, micro_batch_size=4, eval_tokens=500, run_dir="outputs/example")
@@ -137,8 +137,8 @@ def plan(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[st
     needed.
 
     Takes the arguments of `sltrain.train` and the keys of `sltrain-plan`: cards, reserve_gb, num_processes,
-    paper_convention, measure. The result has `total_bytes`, `groups` (bytes by purpose), `table` (text), `columns` (this
-    run, dense training, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
+    paper_convention, measure. The result has `total_bytes`, `groups` (bytes by purpose), `table` (text), `columns`
+    (this run, dense training, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
 
     >>> plan = sltrain.plan("llama_60m", optimizer="adam8bit", cards=[24])
     >>> round(plan.total_bytes / 1e9, 2), plan.fits(plan.columns[0])
@@ -245,8 +245,8 @@ def export(
     dtype: "str | torch.dtype | None" = None,
     step: int | None = None,
 ) -> Path:
-    """The folder `output`, to which a run's checkpoint is exported: for transformers, vLLM and lm-eval (dense), or small
-    and for `sltrain.load` (compressed). The files are verified against the trained model. `dtype` is float32 or
+    """Export a run's checkpoint to the folder `output`, and return that: for transformers, vLLM and lm-eval (dense), or
+    small, for `sltrain.load` (compressed). The files are verified against the trained model. `dtype` is float32 or
     bfloat16, by default the run's own. Raises sltrain.Error.
 
     >>> sltrain.export("outputs/example", "small", format="compressed")
