@@ -55,8 +55,7 @@ class Run(PathLike[str]):
     @property
     @raised_as_error()
     def metrics(self) -> list[Event]:
-        """The lines of metrics.jsonl, a dict each; sltrain/events.py lists keys and units. A loss that was not finite is
-        NaN."""
+        """The lines of metrics.jsonl, a dict each; sltrain/events.py lists keys and units. A non-finite loss is NaN."""
         return self._record().events
 
     @property
