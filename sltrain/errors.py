@@ -28,16 +28,16 @@ class ExitCode(IntEnum):
 
 
 class Error(ValueError):
-    """`sltrain.Error`: what a caller of the library can fix. The message says what is wrong and what to change;
-    `__cause__` is the error as it was raised."""
+    """`sltrain.Error`: raised by the library for what the caller can fix. The message says what is wrong and what to
+    change; `__cause__` is the original error."""
 
 
 @contextmanager
 def raised_as_error() -> Iterator[None]:
-    """What a user can fix is raised as `Error`. A function with this decorator is part of the library."""
+    """Convert ValueError and OSError to `Error`, message unchanged. For the public functions of the library."""
     try:
         yield
-    except (Error, BrokenPipeError):  # a closed pipe is nobody's mistake
+    except (Error, BrokenPipeError):  # a closed pipe is no error
         raise
     except (ValueError, OSError) as error:
         raise Error(str(error)) from error

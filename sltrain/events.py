@@ -5,8 +5,8 @@
     checkpoint          a checkpoint was written
     stopped             the run ended before its budget
 
-The writer (engine/trainer.py) and the readers (runs/run_record.py, reporting/rows.py) are checked against it. A run
-folder may come from another version, so a reader finds any key missing. A number that is not finite is null in the
+The type checker holds the writer (engine/trainer.py) and the readers (runs/run_record.py, reporting/rows.py) to it. A
+run folder may come from another version, so readers must do without any key. A number that is not finite is null in the
 file; a loss is then read as NaN.
 """
 
@@ -14,7 +14,7 @@ from typing import TypedDict
 
 
 class Event(TypedDict, total=False):
-    """One line. In parentheses the events that have a key; without, all have it."""
+    """One line. Parentheses name the events that have a key; without them, all have it."""
 
     event: str  # train, eval, final, checkpoint or stopped
     step: int  # updates done, skipped ones included

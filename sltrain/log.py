@@ -1,11 +1,11 @@
-"""Lines to the user, by the standard library's logging. Every module has a logger under its own name:
+"""Lines to the user, by the standard library's logging. Every module has a logger of its own:
 
     logger = logging.getLogger(__name__)
-    logger.info("...")                      # what all ranks know: rank 0 says it
-    logger.warning("...", extra=ANY_RANK)   # what one rank alone met, such as a damaged file: "[rank 2] ..."
+    logger.info("...")                      # known to all ranks: rank 0 prints it
+    logger.warning("...", extra=ANY_RANK)   # known to this rank alone, such as a damaged file: "[rank 2] ..."
 
-A command shows what is logged while it runs, each message as a line without a prefix: `with lines_on("stderr"): ...`.
-A program that imports sltrain decides itself; unless it configures logging, it sees warnings only.
+A command shows log messages as plain lines while it runs: `with lines_on("stderr"): ...`. A program that imports
+sltrain sees warnings only, unless it configures logging.
 """
 
 import logging
@@ -14,19 +14,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ANY_RANK = {"any_rank": True}  # `extra=` of what one rank alone knows
+ANY_RANK = {"any_rank": True}  # `extra=` of a message that only this rank can give
 PACKAGE = logging.getLogger("sltrain")
 
 
 class LineHandler(logging.Handler):
-    """Writes messages to standard output or standard error ("stdout", "stderr"), as it is at that moment."""
+    """Writes messages to sys.stdout or sys.stderr ("stdout", "stderr"), looked up at every message."""
 
     def __init__(self, stream: str) -> None:
         super().__init__()
         self.stream = stream
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this rank says it."""
+        """Whether this rank prints the record."""
         return bool(super().filter(record)) and (rank() == 0 or getattr(record, "any_rank", False))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -39,9 +39,9 @@ class LineHandler(logging.Handler):
 
 @contextmanager
 def lines_on(stream: str) -> Iterator[None]:
-    """While this lasts, what the package logs at level INFO and above is a line on "stdout" or "stderr", and goes to no
-    other handler. A level that the package's logger already has stays."""
-    if any(isinstance(handler, LineHandler) for handler in PACKAGE.handlers):  # someone further out shows it
+    """Inside this context the package's messages of level INFO and above are lines on "stdout" or "stderr" and reach no
+    other handler. A level already set on the package's logger is kept. Inner contexts change nothing."""
+    if any(isinstance(handler, LineHandler) for handler in PACKAGE.handlers):  # an outer context
         yield
         return
     handler, level, propagate = LineHandler(stream), PACKAGE.level, PACKAGE.propagate
@@ -70,8 +70,8 @@ def rank() -> int:
 
 
 def write_line(text: str, stream: str = "stdout") -> None:
-    """Write a line to standard output or standard error, above the progress bar if there is one. A closed pipe, as
-    after `| head`, is ignored: work goes on."""
+    """Write a line to standard output or standard error, above the progress bar if there is one. Ignores a closed
+    pipe."""
     from tqdm import tqdm
 
     target = getattr(sys, stream)

@@ -1,7 +1,7 @@
-"""Keyword arguments -> what one would type to say the same: max_steps=50, data="stdlib" -> max_steps=50 data=stdlib.
+"""Keyword arguments -> command line overrides: max_steps=50, data="stdlib" -> max_steps=50 data=stdlib.
 
-A dict says the options of a group (method={"name": "low_rank", "rank": 8} -> method=low_rank method.rank=8), or the
-entries of a mapping (rank_overrides={"q_proj": 8}). Strings are quoted as Hydra's grammar wants it.
+A dict holds the options of a group (method={"name": "low_rank", "rank": 8} -> method=low_rank method.rank=8), or the
+entries of a mapping (rank_overrides={"q_proj": 8}). Strings are quoted for Hydra's grammar.
 """
 
 import os
@@ -14,12 +14,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from sltrain.compose import TRAIN, groups_of
 
-SPECIAL = re.compile(r"([()\[\]{}:=,\\ \t])")  # what Hydra's grammar wants a backslash before in a bare word
+SPECIAL = re.compile(r"([()\[\]{}:=,\\ \t])")  # to be escaped in an unquoted word
 
 
 def as_overrides(keys: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[str]:
-    """The overrides for these keys, and then those that are overrides already. Raises ValueError for a value that
-    cannot be typed."""
+    """Overrides for these keys, followed by `overrides`. Raises ValueError for a value that no override can express."""
     if isinstance(overrides, str):
         raise ValueError(f"overrides={overrides!r}: give a list of strings, such as [{overrides!r}]")
     groups = groups_of(TRAIN)
@@ -65,7 +64,7 @@ def _literal(key: str, value: Any) -> str:
 
 
 def _bare(key: str, word: Any) -> str:
-    """A name, which Hydra wants without quotes."""
+    """A word without quotes, as Hydra wants names."""
     if word is None:
         return "null"
     if not isinstance(word, str) or not word.strip() or "\n" in word:

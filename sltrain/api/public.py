@@ -1,10 +1,10 @@
-"""What `import sltrain` offers beside layers and the bases of plug-ins: every command as a function of Python values.
+"""Every command as a function of Python values: the functions of `import sltrain`.
 
     run = sltrain.train("llama_tiny", data="stdlib", max_steps=200)
     run.outcome, run.final["perplexity"], run.generate("def ")
 
-What a user can fix is raised as `sltrain.Error`. Nothing is printed, except for the progress of a training run; the
-rest is logged under "sltrain".
+Errors that the caller can fix are raised as `sltrain.Error`. Only `train` shows its progress; everything else is logged
+under "sltrain", which shows warnings unless the program configures logging.
 """
 
 import logging
@@ -34,10 +34,10 @@ PathOrRun = str | PathLike[str]  # of a run folder or an exported one; a `Run` i
 
 @dataclass(frozen=True)
 class Run(PathLike[str]):
-    """A run: a folder, whatever process made it, and what can be done with it.
+    """A run folder: its metrics, how it ended, and its model.
 
-    `sltrain.train` returns one, `sltrain.Run("outputs/my_run")` is one of before. It stands for its folder wherever a
-    path is asked for. Everything is read when it is asked for, so that of a run that goes on one sees what is there.
+    `sltrain.train` returns one; `sltrain.Run("outputs/my_run")` opens an existing one. It is accepted wherever a path
+    is. Attributes read the folder each time, so a run that is still training shows its latest state.
 
     >>> run = sltrain.Run("outputs/example")
     >>> run.outcome, run.metrics[0]["event"], run.metrics[0]["step"]
@@ -55,21 +55,20 @@ class Run(PathLike[str]):
     @property
     @raised_as_error()
     def metrics(self) -> list[Event]:
-        """The lines of metrics.jsonl: one dict an event, with the numbers that sltrain/events.py lists. A loss that
-        was not finite is NaN."""
+        """The lines of metrics.jsonl, a dict each; sltrain/events.py lists keys and units. A non-finite loss is NaN."""
         return self._record().events
 
     @property
     @raised_as_error()
     def final(self) -> Event | None:
-        """The event that ended a finished run: loss and perplexity on the validation text, memory, parameters."""
+        """The last event of a finished run: validation loss and perplexity, memory, parameters. None until then."""
         return self._record().final
 
     @property
     @raised_as_error()
     def outcome(self) -> str:
-        """finished, interrupted, diverged, out of memory, data lost; of a run of another process also running, crashed
-        or not started."""
+        """How the run ended: finished, interrupted, diverged, out of memory or data lost; or that it has not: running,
+        crashed, not started."""
         return self._record().status
 
     def _record(self) -> "RunRecord":
@@ -100,7 +99,7 @@ class Run(PathLike[str]):
 
 @raised_as_error()
 def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[str] = (), **keys: Any) -> Run:
-    """Train one run to its end, as `sltrain-train` does, and return it.
+    """Train one run, as `sltrain-train` does, and return it.
 
     Args:
         model: the name of a model, as in model=llama_60m; its recipe comes with it.
@@ -108,14 +107,13 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
             data={"name": "local", "path": "/data/*.json.gz"}.
         overrides: more keys, written as they are typed: ["data.shuffle_block=16"].
 
-    With run_dir=FOLDER a run that has begun there is continued, and a finished one is returned as it is. Ctrl-C, or the
-    stop button of a notebook, ends a run after the update it is at: it is saved, its outcome is "interrupted", and the
-    same call with its run_dir continues it. A second Ctrl-C ends it at once, at its last checkpoint. (In other threads
-    than the main one Python handles no signals.)
+    With run_dir=FOLDER, an unfinished run in that folder is continued and a finished one is returned unchanged. Ctrl-C,
+    or a notebook's stop button, stops after the current update: the run is saved, its outcome is "interrupted", and the
+    same call with its run_dir continues it. A second Ctrl-C raises KeyboardInterrupt; the last checkpoint remains.
+    (Python delivers signals to the main thread only: a run in another thread is not interrupted.)
 
-    Lines of progress go to standard output, unless the logger "sltrain" has a level above INFO; a program that shows
-    INFO by handlers of its own gets them there. Raises sltrain.Error for what cannot be trained; what ends a run that
-    has begun is its outcome.
+    Progress goes to standard output, or to the program's own handlers if they show INFO; set the level of the logger
+    "sltrain" to WARNING to hide it. Raises sltrain.Error if the run cannot start; what ends it later is its outcome.
 
     >>> run = sltrain.train("llama_tiny", data="stdlib", tokenizer="bpe:512", seq_len=32, max_steps=3,
     ...                     global_batch_size=4, micro_batch_size=4, eval_tokens=500, run_dir="outputs/example")
@@ -139,11 +137,12 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
 
 @raised_as_error()
 def plan(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[str] = (), **keys: Any) -> "Plan":
-    """Where every byte of a run goes, before it starts, and which cards it fits; as `sltrain-plan`. No GPU is touched.
+    """The memory plan of a run, as `sltrain-plan` shows it: where every byte goes, and which cards it fits. No GPU is
+    needed.
 
-    Arguments are those of `sltrain.train` and the keys of `sltrain-plan`: cards, reserve_gb, num_processes,
-    paper_convention, measure. The result has `total_bytes`, `groups` (bytes by what they are for), `table` (text),
-    `columns` (beside this run: dense, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
+    Takes the arguments of `sltrain.train` and the keys of `sltrain-plan`: cards, reserve_gb, num_processes,
+    paper_convention, measure. The result has `total_bytes`, `groups` (bytes by purpose), `table` (text), `columns`
+    (this run, dense training, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
 
     >>> plan = sltrain.plan("llama_60m", optimizer="adam8bit", cards=[24])
     >>> round(plan.total_bytes / 1e9, 2), plan.fits(plan.columns[0])
@@ -196,8 +195,7 @@ def generate(
     step: int | None = None,
     device: str = "auto",
 ) -> str:
-    """The text that begins with `prompt`, continued by a trained model; greedy unless there is a temperature. Raises
-    sltrain.Error.
+    """`prompt` and its continuation by a trained model; greedy at temperature 0. Raises sltrain.Error.
 
     >>> text = sltrain.generate("outputs/example", "def ", max_new_tokens=5)
     >>> text.startswith("def ")
@@ -251,9 +249,9 @@ def export(
     dtype: "str | torch.dtype | None" = None,
     step: int | None = None,
 ) -> Path:
-    """Write a run's checkpoint as a folder for transformers, vLLM, lm-eval (dense), or as a small one that
-    `sltrain.load` opens (compressed), and return it. Its logits have been compared with the trained model's. `dtype` is
-    float32 or bfloat16, by default the run's own. Raises sltrain.Error.
+    """Export a run's checkpoint to the folder `output`, and return that: for transformers, vLLM and lm-eval (dense), or
+    small, for `sltrain.load` (compressed). The files are verified against the trained model. `dtype` is float32 or
+    bfloat16, by default the run's own. Raises sltrain.Error.
 
     >>> sltrain.export("outputs/example", "small", format="compressed")
     PosixPath('small')
@@ -275,9 +273,9 @@ def export(
 
 @raised_as_error()
 def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None) -> "list[Row]":
-    """Runs side by side: a row for each at or below `paths`, finished or not, best first. With `output`, the page with
-    table and figures is written into that folder. What cannot be read is logged. Raises sltrain.Error if there is no
-    run.
+    """A row for each run at or below `paths`, finished or not, best first. With `output`, also writes the report page,
+    its table and figures into that folder. Unreadable parts of runs are logged as warnings. Raises sltrain.Error if
+    there is no run.
 
     >>> [(row.name, row.status, row.step) for row in sltrain.report("outputs")]
     [('example', 'finished', 3)]
@@ -299,8 +297,8 @@ def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] |
 
 @raised_as_error()
 def bench(**keys: Any) -> dict[str, Any]:
-    """How fast a layer, an update or the data is on this machine, as `sltrain-bench`; its keys are the arguments
-    (what="layer", "step" or "data"). The result has the `rows` of its table, `machine` and `settings`. Raises
+    """Timings of a layer, an update or the data stream on this machine (what="layer", "step" or "data"), as
+    `sltrain-bench` makes them; its keys are the arguments. The result has `rows`, `machine` and `settings`. Raises
     sltrain.Error.
 
     >>> found = sltrain.bench(what="layer", shapes=[[32, 32, 8]], tokens=8, candidates=["dense"], repeats=2)
@@ -320,6 +318,6 @@ def _with_model(model: str | Mapping[str, Any] | None, keys: Mapping[str, Any]) 
 
 
 def _progress() -> AbstractContextManager[None]:
-    """Shows what is logged, unless the program does."""
+    """Shows log lines on standard output, unless the program's own handlers do."""
     is_shown = PACKAGE.hasHandlers() and PACKAGE.isEnabledFor(logging.INFO)
     return nullcontext() if is_shown else lines_on("stdout")

@@ -11,7 +11,7 @@ from sltrain.engine.loop import Cadence, Outcome, run_loop
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended, and what to do next, in one or two lines."""
+    """How a run ended. `advice` says so, and what to do next, in one or two lines."""
 
     folder: Path
     outcome: Outcome
@@ -20,9 +20,9 @@ class Ended:
 
 
 def train_run(config: TrainConfig) -> Ended:
-    """Train until the budget is spent, or a signal, the data, the memory or the numbers stop it: see `Outcome`. A
-    folder with progress is continued, one with a finished run is left as it is. Raises ValueError or OSError for what
-    the user can fix; then nothing was trained."""
+    """Train until the budget is spent, or until a signal, the data, memory or non-finite numbers stop the run: see
+    `Outcome`. An unfinished run in the folder is continued, a finished one is left unchanged. Raises ValueError or
+    OSError for what the user can fix, before anything is trained."""
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
     run = build_run(config)
     with run.resources:
