@@ -44,15 +44,15 @@ def raised_as_error() -> Iterator[None]:
 
 
 def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:
-    """Run a command on the arguments that were typed, and end the process with its code. `interrupted` is said where
-    SIGTERM or Ctrl-C end it and the command does not say so itself."""
+    """Run a command on the arguments that were typed, and end the process with its code. `interrupted` is
+    printed when SIGTERM or Ctrl-C ends the command before it reports anything itself."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         code = ExitCode.INTERRUPTED
-    except BrokenPipeError:  # nobody reads on
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         sys.stdout = open(os.devnull, "w")
         code = ExitCode.OK
     sys.exit(code)
@@ -73,7 +73,7 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
 
     Under torchrun an error that all ranks have (`common`), or that another rank reports, is printed once.
     """
-    if isinstance(error, BrokenPipeError):  # no error: nobody reads on, see run_as_process
+    if isinstance(error, BrokenPipeError):  # the reader closed the pipe: see run_as_process
         raise error
     code = exit_code_of(error)
     if getattr(error, "told_by_another_rank", False) or (common and rank()):

@@ -173,7 +173,7 @@ def write_report(report: Report, output: Path, command: str = "", more: Section 
 
 
 def default_output(place: Path) -> Path:
-    """Where the report of what is at `place` goes if nobody says."""
+    """The default output folder for a report on `place`."""
     return place / ("report_of_runs" if is_run(place / "report") else "report")
 
 

@@ -1,4 +1,4 @@
-"""Is an export the model it came from? Read back from its files, asked in two ways, one layer in memory at a time.
+"""Check that an export equals the trained model, from its files, by two tests that hold one layer in memory at a time.
 
 tensors   What was only copied or cast is equal, bit for bit. A merged W gives random rows x the same products as
           the trained layer computes them from its own tensors, up to the rounding of W. That sees a lost part or a
@@ -109,8 +109,8 @@ def _logits(saved: Saved, model: Any, ids: Tensor, change: Callable[[nn.Module],
 
 @contextmanager
 def _one_part_at_a_time(saved: Saved, model: Any, change: Callable[[nn.Module], None]) -> Iterator[None]:
-    """While this lasts, each part of `model`, which is a copy of the saved one, has its weights, in float32, only while
-    it computes; `change` is done to them first."""
+    """Inside this context each part of `model`, a copy of the saved one, loads its float32 weights before its forward,
+    applies `change` to them, and frees them afterwards."""
     parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
     names = {module: name for name, module in model.named_modules()}
 

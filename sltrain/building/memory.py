@@ -88,8 +88,8 @@ def settings_that_fit(
     num_processes: int = 1,
     keys: Collection[str] | None = None,
 ) -> tuple[str, MemoryPlan] | None:
-    """The mildest overrides with which the run needs no more than `free_bytes`, as one would type them, and its plan
-    then; None if there are none. Only `keys` are changed (None: all).
+    """The least intrusive overrides that fit the run into `free_bytes`, as a command line, and the resulting plan; None
+    if nothing fits. Only `keys` are changed (None: all).
 
     Combinations of smaller micro-batches, activation checkpointing, 8-bit Adam and updates inside backward are tried,
     few before many, and of as many those that come first in this list. At last also a global batch of one micro-batch,
@@ -116,7 +116,7 @@ def settings_that_fit(
 
 
 def _switches(config: TrainConfig) -> list[Change]:
-    """What may save memory besides smaller micro-batches, mildest first."""
+    """What may save memory besides smaller micro-batches, the least intrusive first."""
     changes: list[Change] = []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})

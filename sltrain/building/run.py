@@ -1,9 +1,8 @@
 """Config -> a run that is ready to train: the order in which it is built.
 
 The machine and the folder are checked first; then come the corpus, its tokenizer and the streams of text, and the model
-on the meta device. What the user should know is said and memory is planned before the folder is claimed: until then
-nothing is written, so bad input leaves nothing behind. At last real memory, the optimizer, and what a checkpoint
-remembers of them.
+on the meta device. The run is described and its memory planned before the folder is claimed: nothing is written until
+then, so invalid input leaves no files. Finally memory is allocated, the optimizer built and the checkpoint loaded.
 """
 
 import logging

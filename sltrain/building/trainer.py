@@ -153,7 +153,9 @@ def fix_arithmetic(
             logger.info(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
     machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
     if saved.get("machine", machine) != machine:
-        logger.info(f"note       this run was computed on {saved['machine']}, it goes on on {machine}: not bit for bit")
+        logger.info(
+            f"note       this run was started on {saved['machine']} and continues on {machine}: not bit for bit"
+        )
     if paths and device.type == "cpu" and (reason := kernels.status()) is not None:
         logger.info(f"note       {reason}")
     return {"layer_paths": paths, "machine": machine}
