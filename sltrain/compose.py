@@ -163,8 +163,8 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A plug-in's options in config.yaml. Earlier versions stored the options of all plug-ins of a group: empty ones that
-    this plug-in does not have are dropped. Raises ValueError."""
+    """A plug-in's options in config.yaml. Earlier versions stored the options of all plug-ins of a group: empty ones
+    that this plug-in does not have are dropped. Raises ValueError."""
     options = saved.get(group)
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"{group} should have a name and options")
