@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sltrain.config import ModelConfig
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.models.llama import LlamaForCausalLM, _named_generator, is_projection, project
+from sltrain.models.llama import LlamaForCausalLM, is_projection, project
 
 VOCABULARY = 61
 
@@ -325,9 +325,15 @@ def test_dense_start_is_normal_and_norms_are_one():
             assert parameter.mean().item() == pytest.approx(0, abs=0.005), name
 
 
-def test_generators_differ_by_seed_and_name():
-    seeds = {_named_generator(seed, name).initial_seed() for seed in range(5) for name in ("", "a", "model.a")}
-    assert len(seeds) == 15
+def test_every_seed_and_every_module_draws_numbers_of_its_own():
+    drawn = set()
+    for seed in range(3):
+        model = LlamaForCausalLM(make_config())
+        model.init_weights(seed)
+        attention = [layer.self_attn for layer in model.model.layers[:2]]
+        for module in (model.model.embed_tokens, model.lm_head, *(a.q_proj for a in attention), attention[0].o_proj):
+            drawn.add(tuple(module.weight.detach().flatten()[:4].tolist()))
+    assert len(drawn) == 3 * 5
 
 
 def test_checkpointing_changes_memory_not_numbers():
