@@ -99,7 +99,7 @@ class ReplacedLinear(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every parameter and buffer, from a CPU generator (None: torch's)."""
-        raise NotImplementedError(f"{type(self).__name__}.reset_parameters")
+        raise self._undefined("reset_parameters")
 
     def choose_path(self, num_rows: int, device: torch.device) -> str:
         """The cheapest of PATHS, by shape, number of rows of x, dtype and device alone."""

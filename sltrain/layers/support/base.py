@@ -5,6 +5,7 @@ Stored indices are compact; an operation decodes them to flat positions on the d
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ SHUFFLE_LIMIT = 4096  # up to this many positions a full shuffle is fastest
 NUM_SLICES = 4  # S is made dense in this many slices, one after the other
 
 
-class Support:
+class Support(ABC):
     """The support of S in an out x in matrix, before the random draw; made by `make_support`.
 
     A kind sets the numbers below in its `__init__`, defines how entries are drawn (`draw`) and decoded (`_flat`), and
@@ -51,13 +52,13 @@ class Support:
         self.num_nonzero = int(sparsity * self.num_entries)  # trained entries
         self.num_indices = self.num_nonzero  # length of what `draw` returns
 
+    @abstractmethod
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw the support: (num_indices,) index_dtype on the CPU. `generator` is a CPU generator (None: torch's)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _flat(self, indices: Tensor, entries: slice) -> Tensor:
         """Flat row-major positions of these entries, (n,) int32 or int64, a new tensor or a view of `indices`."""
-        raise NotImplementedError
 
     def positions(self, indices: Tensor) -> Tensor:
         """Flat row-major positions, (nnz,) int32, of the values in their order, on the device of `indices`. Distinct;
