@@ -20,6 +20,7 @@ from sltrain.data.sources.base import SourceConfig
 from sltrain.methods.base import Method
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.kinds.base import OptimizerConfig
+from sltrain.optim.schedule import SCHEDULES, RateSchedule, default_decay, effective_warmup
 
 
 @dataclass
@@ -84,8 +85,10 @@ class TrainConfig:
 
     # Optimization
     lr: float = MISSING  # peak learning rate
+    schedule: str = MISSING  # of the learning rate after warmup: cosine, linear, wsd (constant, then decay) or constant
     min_lr_ratio: float = MISSING  # final learning rate over peak
     warmup_steps: int = MISSING  # updates
+    decay_steps: int | None = None  # schedule=wsd: updates of the final linear decay; None: a tenth of the run
     weight_decay: float = MISSING  # decoupled (AdamW); norms and biases never decay
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
@@ -117,6 +120,7 @@ CHOICES = {
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
+    "schedule": SCHEDULES,
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
@@ -135,6 +139,7 @@ AT_LEAST = {
     "global_batch_size": 1,
     "micro_batch_size": 1,
     "warmup_steps": 0,
+    "decay_steps": 1,
     "weight_decay": 0,
     "log_every": 0,
     "eval_every": 0,
@@ -192,7 +197,7 @@ def validate(config: TrainConfig) -> None:
             " lower the one or raise the other"
         )
     _validate_update(config)
-    num_steps(config)
+    rate_schedule(config)
     for key in ("path", "validation_path"):
         globs = get_key(config, key)
         if globs is not None and not all(
@@ -236,6 +241,24 @@ def num_steps(config: TrainConfig) -> int:
     if config.max_tokens is None:
         raise NoBudget("no budget: set max_steps=UPDATES, or max_tokens=POSITIONS")
     return -(-config.max_tokens // (config.global_batch_size * config.seq_len))
+
+
+def rate_schedule(config: TrainConfig) -> RateSchedule:
+    """The learning rate of every update, as a factor of `lr`. Raises ValueError as `num_steps`, and for a decay that
+    the run has no room for."""
+    max_steps, decay = num_steps(config), config.decay_steps
+    warmup, _ = effective_warmup(config.warmup_steps, max_steps)
+    if decay is not None and config.schedule != "wsd":
+        raise ValueError(
+            f"decay_steps={decay} is for schedule=wsd, and schedule is {config.schedule}; drop one of them"
+        )
+    if decay is not None and decay > max_steps - warmup:
+        raise ValueError(
+            f"decay_steps={decay} does not fit: of {max_steps} updates {warmup} are warmup; set decay_steps to"
+            f" {max_steps - warmup} or less"
+        )
+    decay = default_decay(warmup, max_steps) if decay is None else decay
+    return RateSchedule(config.schedule, max_steps, warmup, config.min_lr_ratio, decay)
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:

@@ -109,7 +109,9 @@ def test_a_stored_run_goes_on_as_if_it_had_not_stopped(name: str, stopped: Path)
 
 
 @pytest.mark.parametrize("stopped", ["sltrain"], indirect=True)
-@pytest.mark.parametrize("option", ["method.alpha=999", "method.support=stratified", "method.rank=1", "alpha=999"])
+@pytest.mark.parametrize(
+    "option", ["method.alpha=999", "method.support=stratified", "method.rank=1", "alpha=999", "schedule=linear"]
+)
 def test_a_stored_run_does_not_continue_with_another_option(option: str, stopped: Path) -> None:
     """Its config.yaml has options at the root only; the method's own are compared all the same."""
     code, said = train(*BASE, *RECIPES["sltrain"], option, f"run_dir={stopped}")

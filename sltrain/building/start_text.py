@@ -7,7 +7,7 @@ from torch import nn
 
 from sltrain.building.memory import update_notes
 from sltrain.building.model import dtype_name
-from sltrain.config import TrainConfig, num_steps
+from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.tokenizer import Tokenizer
@@ -32,7 +32,8 @@ def describe(
         f" = {sum_of_groups(counts, _short)}",
         f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
         f" ({passes} x {c.micro_batch_size} sequences on each of {processes})",
-        f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}, {c.optimizer.name}",
+        f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}{_shape(c)},"
+        f" {c.optimizer.name}",
         f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids",
         f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads",
     ]
@@ -41,6 +42,13 @@ def describe(
     lines += [f"note       {note}" for note in [*warnings(model), *update_notes(config, ranks.world_size)]]
     for line in lines:
         logger.info(line)
+
+
+def _shape(config: TrainConfig) -> str:
+    """The schedule, unless it is the usual one."""
+    if config.schedule == "wsd":
+        return f" (wsd, decay over the last {rate_schedule(config).decay_steps:,})"
+    return "" if config.schedule == "cosine" else f" ({config.schedule})"
 
 
 def _short(number: int) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from sltrain import kernels
 from sltrain.building.model import allocate, dtype_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
-from sltrain.config import TrainConfig, num_steps
+from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
 from sltrain.engine.actions import Phase, Schedule, Stateful, begun, generator_for
@@ -32,7 +32,7 @@ from sltrain.models.llama import LlamaForCausalLM
 from sltrain.optim.build import build_optimizer, check_updates, set_learning_rate
 from sltrain.optim.named_state import OptimizerState, rebuild_optimizer
 from sltrain.optim.per_layer import PerLayerUpdate
-from sltrain.optim.schedule import effective_warmup, warmup_cosine
+from sltrain.optim.schedule import effective_warmup
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.planning.roles import parameters_of
@@ -216,15 +216,15 @@ def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Opt
 
 def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], float]:
     """A function that sets the learning rate of a step and returns it."""
-    max_steps = num_steps(config)
-    warmup, shortened = effective_warmup(config.warmup_steps, max_steps)
+    rates = rate_schedule(config)
+    _, shortened = effective_warmup(config.warmup_steps, rates.max_steps)
     if shortened:
         logger.info(f"note       {shortened}")
 
     def set_rate(step: int) -> float:
-        factor = warmup_cosine(step, max_steps=max_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
-        set_learning_rate(live.optimizer, config.lr * factor)
-        return config.lr * factor
+        rate = config.lr * rates.factor(step)
+        set_learning_rate(live.optimizer, rate)
+        return rate
 
     return set_rate
 

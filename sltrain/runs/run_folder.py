@@ -113,9 +113,12 @@ class RunFolder:
                     f"run_dir={self.path} holds a run with {key}={value}, which this version can read but not continue"
                     f" (only {key}={todays}); choose another run_dir"
                 )
-        # A key that is newer than the run has the value that the run used: the default.
-        skipped = {*changeable, *(key for key in config if key not in saved)}
-        effective = saved if self.read_effective is None else self.read_effective(self.config_file)
+        skipped = set(changeable)
+        if self.read_effective is None:
+            effective = saved
+            skipped |= {key for key in config if key not in saved}
+        else:  # a key that is newer than the run has the value that the run used: the default
+            effective = self.read_effective(self.config_file)
         old, new = flatten(effective), flatten(config)
         return [
             f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
