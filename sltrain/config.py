@@ -157,7 +157,7 @@ ABOVE_ZERO = (
 CHANGEABLE_ON_RESUME = (
     "run_dir resume tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every eval_every"
     " eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
-    " memory_guard per_layer_update"
+    " memory_guard per_layer_update data.delete_after_use"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with

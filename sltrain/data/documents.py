@@ -35,7 +35,11 @@ class Document:
 
 
 class Source(Protocol):
-    """A corpus. Messages call it by its `name`."""
+    """A corpus. Messages call it by its `name`.
+
+    A source that has to prepare a shard, such as to download it, may define `expect(shard)`: the shard will be read
+    soon. It returns at once and raises nothing.
+    """
 
     name: str
     num_shards: int

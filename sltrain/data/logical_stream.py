@@ -56,6 +56,7 @@ class LogicalStream:
         self._block: list[str] | None = None  # shuffled texts
         self._next_block = self.at.block  # record index after the current block
         self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
+        self._announce(0)
 
     def truncated_row(self) -> Ids:
         """The ids of the next document."""
@@ -107,12 +108,20 @@ class LogicalStream:
         part = self._order[self.at.slice]
         if self._reader is None:
             self._reader = self.source.documents(part.shard, self.at.block, part.step, part.offset)
+            self._announce(1)
         kept = list(islice((d for d in self._reader if self.keep(d.text)), self.shuffle_block))
         indices = [document.index for document in kept]
         order = block_order(indices, self.seed, self.at.epoch, part) if kept else []
         self._block = [kept[i].text for i in order]
         self._next_block = indices[-1] + 1 if kept else self.at.block
         self._tokenized = -1, []
+
+    def _announce(self, ahead: int) -> None:
+        """Tell a source that can prepare a shard which one this stream reads `ahead` slices from here."""
+        expect = getattr(self.source, "expect", None)
+        if expect is not None:
+            epochs, place = divmod(self.at.slice + ahead, len(self.slices))
+            expect(slice_order(self.slices, self.seed, self.at.epoch + epochs, self.number)[place].shard)
 
     def _leave_block(self) -> None:
         """Go to the next block, slice or epoch."""

@@ -27,7 +27,7 @@ from tokenizers.decoders import DecodeStream
 from sltrain.data.bpe import trained_bpe
 from sltrain.data.cut_rule import words_are_independent
 from sltrain.data.documents import DataError, NetworkError, Source
-from sltrain.data.hub import DEFAULT_RETRY, HubFile
+from sltrain.data.download import hub_error, probe
 from sltrain.data.word_cache import word_cache
 
 logger = logging.getLogger(__name__)
@@ -244,8 +244,7 @@ def load_tokenizer(
 
 def _fetch_from_hub(spec: str) -> Path:
     """The tokenizer.json of a repository on the Hub, downloaded unless it is in the Hub's cache on this machine."""
-    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache  # 0.3 s, for this case only
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # 0.3 s, for this case only
 
     owner = HUB_ALIASES.get(spec.split("-")[0])
     repo = spec if "/" in spec or owner is None else f"{owner}/{spec}"
@@ -253,12 +252,11 @@ def _fetch_from_hub(spec: str) -> Path:
         cached = try_to_load_from_cache(repo, "tokenizer.json")
         if isinstance(cached, str):
             return Path(cached)
-        # Probed first because that fails within seconds; hf_hub_download retries for minutes.
-        HubFile(hf_hub_url(repo, "tokenizer.json"), repo, DEFAULT_RETRY).probe()
+        probe(repo, "tokenizer.json")  # fails within seconds; hf_hub_download retries for minutes
         return Path(hf_hub_download(repo, "tokenizer.json"))
     except Exception as error:  # the HTTP library's exception classes change between releases
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, (HFValidationError, DataError)):
+        detail = hub_error(error, f"{repo}/tokenizer.json")
+        if isinstance(detail, DataError):
             raise ValueError(
                 f"tokenizer={spec} is neither a file here nor a repository with a tokenizer.json on the Hugging Face "
                 f"Hub ({detail})"
