@@ -3,6 +3,8 @@
     sltrain-train model=llama_350m sparsity=0.03                  one run
     sltrain-train -m model=llama_60m rank=64,128                  a sweep, one run after the other
     torchrun --nproc_per_node=8 -m sltrain.train model=llama_1b   one run on eight GPUs
+    sltrain-train model=llama_60m rank=64 --cfg job               what that means, as a configuration; nothing is run
+    eval "$(sltrain-train -sc install=bash)"                      completion by Tab
 
 Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one
 line and a second.
@@ -10,14 +12,16 @@ line and a second.
 
 import logging
 import sys
+from argparse import ArgumentError, Namespace
 
 import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
 from omegaconf import DictConfig
 
+from sltrain.commands.completion import complete
 from sltrain.commands.help_text import help_text
 from sltrain.commands.sweep import Sweep
-from sltrain.compose import check_overrides, conf_dir, register_schema, to_train_config
+from sltrain.compose import check_overrides, conf_dir, refuse_flags, register_schema, to_train_config
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 
@@ -36,11 +40,10 @@ def run_command(arguments: list[str]) -> ExitCode:
         print(f"{__doc__}\n{help_text()}")
         return ExitCode.OK
     register_schema()
-    # Hydra's parser wants the overrides together, its own flags may follow.
-    arguments = sorted(arguments, key=lambda argument: argument.startswith("-") or "=" not in argument)
-    typed = get_args_parser().parse_args(arguments)
     try:
-        check_overrides(typed.overrides, typed.multirun)
+        typed, arguments = read_flags(arguments)
+        if not (typed.shell_completion or typed.info == "plugins"):
+            check_overrides(typed.overrides, typed.multirun)
         sweep = Sweep.plan(typed.overrides) if typed.multirun else None
     except ValueError as error:
         return report_error(error, common=True)
@@ -54,8 +57,14 @@ def run_command(arguments: list[str]) -> ExitCode:
             sweep.run_job()
 
     sys.argv[1:] = [*(sweep.hydra_overrides if sweep else []), *arguments]
+    start_hydra = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(task)()
+        if typed.shell_completion:
+            complete(typed.overrides, start_hydra)
+        else:
+            start_hydra()
+    except ValueError as error:
+        return report_error(error)
     except KeyboardInterrupt:
         if sweep is None:
             raise
@@ -67,6 +76,19 @@ def run_command(arguments: list[str]) -> ExitCode:
     if sweep is not None:
         return sweep.finish()
     return codes[0] if codes else ExitCode.OK  # --cfg and the like run no task
+
+
+def read_flags(arguments: list[str]) -> tuple[Namespace, list[str]]:
+    """The overrides and Hydra's flags, and the arguments in an order that Hydra can read. Raises ValueError."""
+    parser = get_args_parser()
+    refuse_flags(arguments, parser._option_string_actions)
+    # Hydra wants the overrides together, its own flags may follow.
+    arguments = sorted(arguments, key=lambda argument: argument.startswith("-") or "=" not in argument)
+    parser.exit_on_error = False
+    try:
+        return parser.parse_args(arguments), arguments
+    except ArgumentError as error:
+        raise ValueError(f"{error}; sltrain-train --hydra-help shows the flags") from error
 
 
 def train(composed: DictConfig) -> ExitCode:

@@ -1,0 +1,35 @@
+"""What is typed, and what a run folder holds -> checked configurations."""
+
+from sltrain.compose.saved import read_config, read_plain
+from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, conf_dir, groups_of, option_names, register_schema
+from sltrain.compose.typed import (
+    check_overrides,
+    compose_config,
+    parse_overrides,
+    sweep_values,
+    to_config,
+    to_train_config,
+    with_plugin,
+)
+from sltrain.compose.wording import refuse_flags
+
+__all__ = [
+    "PLUGINS",
+    "SCHEMA",
+    "TRAIN",
+    "Schema",
+    "check_overrides",
+    "compose_config",
+    "conf_dir",
+    "groups_of",
+    "option_names",
+    "parse_overrides",
+    "read_config",
+    "read_plain",
+    "refuse_flags",
+    "register_schema",
+    "sweep_values",
+    "to_config",
+    "to_train_config",
+    "with_plugin",
+]

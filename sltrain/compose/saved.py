@@ -1,0 +1,61 @@
+"""A run's config.yaml, of this version or an earlier one -> its configuration."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sltrain.compose.schema import PLUGINS, conf_dir, option_names, plugin_defaults, train_schema
+from sltrain.compose.typed import to_train_config
+from sltrain.compose.wording import composition_error
+from sltrain.config import RETIRED_KEYS, TrainConfig, validate
+from sltrain.errors import first_line
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The checked configuration in a run's config.yaml. A key that did not exist when the run was made gets its default
+    from conf/train.yaml; RETIRED_KEYS are dropped. Raises ValueError."""
+    schema = train_schema()
+    names = {key.name for key in fields(TrainConfig)}
+    defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
+    text = path.read_bytes()
+    try:
+        saved = yaml.safe_load(text)
+        if not isinstance(saved, dict):
+            raise ValueError("it should map keys to values")
+        saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
+        for group in PLUGINS:
+            saved[group] = _saved_options(group, saved)
+            schema[group] = plugin_defaults(group, saved[group]["name"])
+        config = OmegaConf.merge(schema, defaults, saved)
+        assert isinstance(config, DictConfig)
+        result = to_train_config(config)
+        validate(result)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        reason = composition_error(error, []) if isinstance(error, OmegaConfBaseException) else first_line(error)
+        raise ValueError(f"{path} is damaged, or of another version: {reason}") from error
+    return result
+
+
+def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A plug-in's options in config.yaml. Earlier versions stored the options of all plug-ins of a group: empty ones
+    that this plug-in does not have are dropped. Raises ValueError."""
+    options = saved.get(group)
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise ValueError(f"{group} should have a name and options")
+    known = ["name", *option_names(group, options["name"])]
+    return {key: value for key, value in options.items() if key in known or value}
+
+
+def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:
+    """An object of this plain dataclass, from the fields in `content`. Raises ValueError for a field that is missing or
+    of another type."""
+    known = {item.name: content[item.name] for item in fields(kind) if item.name in content}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error, [])) from error

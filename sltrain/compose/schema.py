@@ -1,0 +1,135 @@
+"""What can be set: the schema of each command, its config groups, and the options of each plug-in."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from sltrain.config import TrainConfig, validate
+from sltrain.data.sources.base import SOURCES
+from sltrain.methods.base import METHODS
+from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.registry import Registry
+
+# The config groups that are plug-ins.
+PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "optimizer": OPTIMIZERS, "data": SOURCES}
+
+logger = logging.getLogger(__name__)
+SCHEMA = "_schema"  # the end of the names under which Hydra knows schemas
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The configuration of one command: conf/NAME.yaml over a dataclass."""
+
+    name: str  # the command is sltrain-NAME
+    type: type
+    validate: Callable[[Any], None]  # raises ValueError
+    has_groups: bool  # whether the folders of conf/ are groups of options of this command, and Hydra runs it
+    order: str  # printed above the keys by `--help`
+    advice: str  # how to set a mandatory key that nothing sets
+    open_mappings: tuple[str, ...] = ()  # keys that hold a mapping with names of the user's choice
+
+
+TRAIN = Schema(
+    "train",
+    TrainConfig,
+    validate,
+    has_groups=True,
+    order="a model sets its recipe, conf/train.yaml the protocol, what you type comes last",
+    advice="choose a model (model=llama_60m), or an experiment (experiment=quickstart)",
+    open_mappings=("rank_overrides", "sparsity_overrides"),
+)
+
+
+def conf_dir() -> Path:
+    """The folder of configuration files: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def register_schema() -> None:
+    """Register with Hydra the schema that conf/train.yaml starts from, and the schema that each plug-in's file in conf/
+    starts from. A plug-in of another package has no file there: its defaults are registered as the option itself."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=train_schema())
+    for group, registry in PLUGINS.items():
+        for name in registry.names():
+            if registry.is_built_in(name):
+                store.store(group=group, name=f"{name}{SCHEMA}", node=_plugin_schema(group, name))
+                continue
+            try:
+                store.store(group=group, name=name, node=plugin_defaults(group, name))
+            except Exception:  # another package's mistake is reported only to whoever chooses it: `missing_option`
+                logger.debug(f"{group}={name} cannot be used", exc_info=True)
+
+
+def train_schema() -> DictConfig:
+    schema = OmegaConf.structured(TrainConfig)
+    for key in TRAIN.open_mappings:
+        OmegaConf.set_struct(schema[key], False)
+    return schema
+
+
+def _plugin_schema(group: str, name: str) -> DictConfig:
+    schema = OmegaConf.structured(PLUGINS[group].load(name))
+    for key in schema:
+        if isinstance(schema._get_node(key), DictConfig):  # a mapping with names of the user's choice
+            OmegaConf.set_struct(schema._get_node(key), False)
+    return schema
+
+
+def plugin_defaults(group: str, name: str) -> DictConfig:
+    """A plug-in's schema with its defaults, whose `${...}` refer to the keys of a run. Raises ValueError for an unknown
+    name."""
+    registry = PLUGINS[group]
+    schema = _plugin_schema(group, name)
+    file = conf_dir() / group / f"{name}.yaml" if registry.is_built_in(name) else registry.defaults_file(name)
+    own = {} if file is None else yaml.safe_load(file.read_text()) or {}
+    own.pop("defaults", None)
+    defaults = OmegaConf.merge(schema, {"name": name}, own)
+    assert isinstance(defaults, DictConfig)
+    return defaults
+
+
+def option_names(group: str, name: str) -> list[str]:
+    """The options of a plug-in; none of one that cannot be imported."""
+    try:
+        return [item.name for item in fields(PLUGINS[group].load(name)) if item.name != "name"]
+    except ValueError:
+        return []
+
+
+def known_keys(schema: Schema) -> list[str]:
+    """Every key that a command takes, those of all plug-ins included."""
+    keys = _keys(schema.type)
+    if schema is TRAIN:
+        for group, registry in PLUGINS.items():
+            options = {option for name in registry.names() for option in option_names(group, name)}
+            keys += [f"{group}.{option}" for option in sorted(options)]
+    return keys
+
+
+def groups_of(schema: Schema) -> dict[str, list[str]]:
+    """A command's config groups and their options, as files lie in conf/."""
+    if not schema.has_groups:
+        return {}
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
+    options = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    return options | {group: sorted({*options[group], *registry.names()}) for group, registry in PLUGINS.items()}
+
+
+def _keys(schema: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a dataclass schema."""
+    hints = get_type_hints(schema)
+    keys = []
+    for item in fields(schema):
+        keys.append(prefix + item.name)
+        if is_dataclass(hints[item.name]):
+            keys += _keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
