@@ -19,7 +19,9 @@ only for whoever chooses it.
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -102,4 +104,10 @@ class Registry(Generic[T]):
         return {name for name in found if not name.startswith("_")} - {*self._helpers}
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.entry_point_group)}
+        return _entry_points(self.entry_point_group, tuple(sys.path))
+
+
+@cache
+def _entry_points(group: str, search_path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """What installed packages list. Read once for a `sys.path`: it means opening a file of every installed package."""
+    return {point.name: point for point in entry_points(group=group)}

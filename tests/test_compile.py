@@ -47,9 +47,7 @@ def test_a_compiled_model_is_the_model() -> None:
 @pytest.mark.parametrize(
     ("support", "kernel"), [("uniform", True), ("stratified", False), ("block", False), ("column", True)]
 )
-def test_projections_through_their_factors_compile(
-    support: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_projections_through_their_factors_compile(support: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel; slices of S made dense; one batched product; columns of x. Two projections share x, and one does
     not."""
     if not kernel:
