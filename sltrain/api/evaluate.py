@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sltrain.api.saved import Saved, open_saved
 from sltrain.building.data import build_eval_set, build_validation_source
+from sltrain.building.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sltrain.api.saved import Saved
 from sltrain.api.verify import verify
 from sltrain.building.model import dtype_name
+from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
 from sltrain.formats.folder import (
     COMPRESSED,

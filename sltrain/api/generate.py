@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from os import PathLike
 
-from sltrain.api.saved import open_saved
+from sltrain.building.saved import open_saved
 from sltrain.engine.distributed import pick_device
 from sltrain.models.generation import Sampling, generate
 

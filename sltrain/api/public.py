@@ -177,7 +177,7 @@ def load(
     """
     import torch
 
-    from sltrain.api.saved import open_saved
+    from sltrain.building.saved import open_saved
 
     return open_saved(path, step).load(torch.device(device), dtype)
 
@@ -259,8 +259,8 @@ def export(
     'SLTrainLinear'
     """
     from sltrain.api.export import export as write
-    from sltrain.api.saved import open_saved
     from sltrain.building.model import DTYPES
+    from sltrain.building.saved import open_saved
 
     name = str(dtype).removeprefix("torch.")
     for key, value, choices in (("format", format, ("dense", "compressed")), ("dtype", name, ("None", *DTYPES))):

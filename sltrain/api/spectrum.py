@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sltrain.api.saved import Saved, open_saved
+from sltrain.building.saved import Saved, open_saved
 from sltrain.layers.base import ReplacedLinear, check_known, parts_of
 from sltrain.layers.parts import LowRankPart, Part, singular_values
 from sltrain.methods.base import pattern_fits

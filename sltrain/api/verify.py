@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain.api.saved import Saved, open_export
+from sltrain.building.saved import Saved, open_export
 from sltrain.formats.weights import cast
 from sltrain.layers import ReplacedLinear, merge_to_dense, set_paths
 

@@ -41,8 +41,8 @@ def run_command(arguments: list[str]) -> ExitCode:
     try:
         typed = arguments_parser().parse_args(arguments)
         from sltrain.api.export import export
-        from sltrain.api.saved import open_saved
         from sltrain.building.model import DTYPES
+        from sltrain.building.saved import open_saved
 
         output = typed.output.expanduser()
         saved = open_saved(typed.run, typed.step)

@@ -9,6 +9,7 @@
         def settings(self): return {"rank": self.rank, "alpha": self.alpha}
         def footprint(self, rows): ...
         def multiply_adds(self): ...
+        def set_weight(self, weight): ...                    # only to start from weights that were trained before
 
 Counts, plans, exports, spectra, norms and benchmarks ask the layer and know no kind. The subclass is registered in
 LAYERS under its kind, the name that a compressed export stores; `LAYERS.load(kind)` finds it.
@@ -105,12 +106,10 @@ class ReplacedLinear(nn.Module):
         """The cheapest of PATHS, by shape, number of rows of x, dtype and device alone."""
         return self.PATHS[0] if self.PATHS else ""
 
-    @classmethod
-    def from_dense(
-        cls, weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None, **settings: Any
-    ) -> "ReplacedLinear":
-        """A layer whose W starts as a dense matrix (out, in). Raises ValueError for a kind that cannot."""
-        raise ValueError(f"layers of kind {cls.kind} cannot start from a dense matrix")
+    def set_weight(self, weight: Tensor) -> None:
+        """Give the trained tensors values that bring W near a dense matrix (out, in); what is frozen, such as the
+        positions of S, stays as it was drawn. Raises ValueError for a kind that cannot."""
+        raise ValueError(f"layers of kind {self.kind} cannot start from a dense matrix")
 
     def warnings(self) -> dict[str, str]:
         """What a user should know before training: topic -> line. Of each topic a model shows the first layer's."""
@@ -128,6 +127,31 @@ class ReplacedLinear(nn.Module):
         return one_by_one([layer.footprint(rows) for layer in layers])
 
     # ---- what follows from it
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, generator: torch.Generator | None = None, bias: Tensor | None = None, **settings: Any
+    ) -> "ReplacedLinear":
+        """A layer with these settings whose W is near a dense matrix (out, in), on its device and in its dtype; what it
+        draws comes from `generator`. Raises ValueError for a kind that cannot."""
+        if not cls.starts_from_dense():
+            raise ValueError(f"layers of kind {cls.kind} cannot start from a dense matrix")
+        out_features, in_features = weight.shape
+        build: Any = cls  # whose settings differ from kind to kind
+        with_bias = bias is not None
+        layer = build(in_features, out_features, bias=with_bias, device="meta", dtype=weight.dtype, **settings)
+        assert isinstance(layer, ReplacedLinear)
+        layer.to_empty(device=weight.device)
+        layer.reset_parameters(generator)
+        layer.set_weight(weight)
+        if bias is not None and layer.bias is not None:
+            layer.bias.data.copy_(bias)
+        return layer
+
+    @classmethod
+    def starts_from_dense(cls) -> bool:
+        """Whether the kind defines `set_weight`."""
+        return cls.set_weight is not ReplacedLinear.set_weight
 
     def dense_weight(self) -> Tensor:
         """W, (out, in), detached: the weight of an nn.Linear that computes the same."""

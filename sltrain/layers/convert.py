@@ -27,8 +27,8 @@ def replace_linears(
 ) -> list[str]:
     """Replace in place each nn.Linear that `should_replace(name, linear)` picks by `make(name, linear)`; return names.
 
-    Names are those of `model.named_modules()`. The values of the replaced linear are lost: this is for training from
-    scratch. Raises ValueError if none was replaced.
+    Names are those of `model.named_modules()`. The values of the replaced linear are lost, unless `make` takes them: a
+    kind's `from_dense(linear.weight, rank=..., ...)` does. Raises ValueError if none was replaced.
     """
     names = _replace(model, lambda name, m: isinstance(m, nn.Linear) and should_replace(name, m), make)
     if not names:

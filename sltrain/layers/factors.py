@@ -10,13 +10,15 @@
 Without S a zero B makes W zero. Zero query, key, value and output projections pass no gradient to each other, so a
 model made of them never starts to learn. B is then uniform with the standard deviation 1/(scale * sqrt(rank)), which
 gives the entries of scale * B A the variance of nn.Linear's, 1/(3 in).
+
+A layer that starts from a dense matrix instead has B A from its singular value decomposition, see `set_factors`.
 """
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sltrain.layers.base import ReplacedLinear, fill_uniform
 from sltrain.layers.parts import LowRankPart, Part
@@ -65,3 +67,21 @@ class FactoredLinear(ReplacedLinear):
             fill_uniform(self.B, math.sqrt(3 / self.rank) / self.scale, generator)
         if self.bias is not None:
             fill_uniform(self.bias, bound, generator)
+
+    @torch.no_grad()
+    def set_factors(self, weight: Tensor) -> None:
+        """Make scale * B A the nearest matrix of its rank to `weight` (out, in), up to the rounding of A and B, whose
+        columns and rows share the singular values evenly.
+
+        The decomposition is exact, in float32 (`torch.linalg.svd`): `svd_lowrank` draws from the global generator and
+        misses a part of the flat spectra that W has, and this is done once a run.
+        """
+        if self.rank == 0:
+            return
+        matrix = weight.detach().float()
+        is_wide = matrix.shape[0] < matrix.shape[1]  # a tall matrix is decomposed several times faster
+        left, values, right = torch.linalg.svd(matrix.t() if is_wide else matrix, full_matrices=False)
+        columns, rows = (right.t(), left.t()) if is_wide else (left, right)
+        roots = (values[: self.rank] / self.scale).sqrt()
+        self.B.copy_(columns[:, : self.rank] * roots)
+        self.A.copy_(roots[:, None] * rows[: self.rank])

@@ -20,8 +20,8 @@ import sltrain
 from sltrain.api import export as build_export
 from sltrain.api.export import export
 from sltrain.api.report import count_parameters_of
-from sltrain.api.saved import open_saved
 from sltrain.api.spectrum import look_inside
+from sltrain.building.saved import open_saved
 from sltrain.commands.train import run_command as train
 
 RANK, ALPHA = 8, 16.0

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sltrain.api import spectrum as build_spectrum
 from sltrain.api.report import read_report, write_report
-from sltrain.api.saved import open_saved
 from sltrain.api.spectrum import choose_layers, look_inside
+from sltrain.building.saved import open_saved
 from sltrain.layers.support import make_support
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.spectrum import aligned

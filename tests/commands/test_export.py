@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 import sltrain
 from sltrain import errors
 from sltrain.api import export as build_export
-from sltrain.api.saved import open_saved
 from sltrain.building.model import build_model
+from sltrain.building.saved import open_saved
 from sltrain.commands import export as command
 from sltrain.commands.train import run_command as train
 from sltrain.compose import read_config

@@ -36,6 +36,10 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         self.reset_factors(generator, zero_B=False)
 
+    def set_weight(self, weight: Tensor) -> None:
+        """The nearest matrix of this rank."""
+        self.set_factors(weight)
+
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.scale * aligned_linear(x, self.A)  # (..., rank); a scaled B would be kept for backward
         return aligned_linear(hidden, self.B, self.bias)

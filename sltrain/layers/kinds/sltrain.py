@@ -74,6 +74,16 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         self.reset_factors(generator, zero_B=self.support.num_nonzero > 0)
         fill_uniform(self.values, 1 / math.sqrt(self.in_features), generator)
 
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """B A: the nearest matrix of its rank. S: what is left of W at the positions that were drawn."""
+        self.set_factors(weight)
+        left = weight.detach().float().contiguous()
+        if self.rank:
+            left = left - self.B.float() @ (self.scale * self.A.float())
+        for entries, positions in self.support.pieces(self.indices):
+            self.values[entries] = left.view(-1)[positions].to(self.values.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.chosen_path(x) == "composed":
             return composed_linear(x, self._weight)
