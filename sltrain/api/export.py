@@ -26,6 +26,7 @@ from sltrain.formats.folder import (
     Facts,
     llama_config,
     model_card,
+    plain_tokenizer,
     tokenizer_config,
     write_json,
 )
@@ -104,7 +105,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
-    (folder / "tokenizer.json").write_bytes(tokenizer.json.encode())
+    (folder / "tokenizer.json").write_bytes(plain_tokenizer(tokenizer.json).encode())
     (folder / "README.md").write_text(_card(saved, config, format, dtype), encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
     config.json              transformers' LlamaConfig; under the key "sltrain" what else sltrain needs
     generation_config.json   greedy decoding and the end-of-text token
-    tokenizer.json           the run's, byte for byte
-    tokenizer_config.json    how transformers reads it
+    tokenizer.json           the run's, without a truncation or padding of its own
+    tokenizer_config.json    how transformers reads it; padding on the left, so that batches of prompts can be continued
     README.md                the model card: what was trained, how, and the result
 
 A compressed folder has its own model_type and its own names of weight files, because transformers' LLaMA would open it
@@ -69,10 +69,20 @@ def tokenizer_config(max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
     """tokenizer_config.json; `tokens` are those of eos_token, pad_token, unk_token and bos_token that exist."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",  # a continuation must follow its prompt, not the pads
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         **tokens,
     }
+
+
+def plain_tokenizer(text: str) -> str:
+    """A tokenizer.json that neither truncates nor pads by itself; `text` itself if that is so already."""
+    content = json.loads(text)
+    unwanted = {"truncation": None, "padding": None}
+    if all(content.get(key) is None for key in unwanted):
+        return text
+    return json.dumps({**content, **unwanted}, ensure_ascii=False, indent=2)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

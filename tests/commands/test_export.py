@@ -49,6 +49,7 @@ RUNS = {
     "full": ["method=full"],
     "bfloat16": ["dtype=bfloat16"],
     "begin": ["tokenizer={begin}"],
+    "cutting": ["tokenizer={cutting}"],
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank"]
@@ -72,11 +73,19 @@ def trained(tiny: list[str], tokenizer_file: Path, tmp_path_factory: pytest.Temp
     first = ("<s>", raw.token_to_id("<s>"))
     raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[first])
     raw.save(str(begin))
+    cutting = begin.with_name("cutting.json")  # a tokenizer that was saved while it truncated and padded
+    raw = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    raw.enable_truncation(4)
+    raw.enable_padding(direction="right", length=6)
+    raw.save(str(cutting))
 
     def run(name: str) -> Path:
         if name not in folders:
             folder = tmp_path_factory.mktemp("runs") / name
-            more = [override.replace("{begin}", str(begin)) for override in RUNS[name]]
+            more = [
+                override.format(begin=begin, cutting=cutting) if "tokenizer" in override else override
+                for override in RUNS[name]
+            ]
             arguments = [*tiny, "max_steps=3", *SHAPE, *more, f"run_dir={folder}"]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", ["sltrain-train", *arguments])
@@ -195,6 +204,28 @@ def test_the_tokenizer_is_the_runs(format: str, exported: Callable[[str, str], t
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
     assert (theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == (1, 0, 2)
     assert theirs.bos_token_id is None and theirs.model_max_length == 200
+
+
+@pytest.mark.parametrize("name", ["uniform", "cutting"])
+def test_a_batch_of_prompts_is_continued_as_each_alone(
+    name: str, exported: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    """Read without a word about padding, from a tokenizer.json that itself truncated and padded as well."""
+    run, folder = exported(name, "dense")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompts = ["def", "import os\nimport sys\nfrom pathlib import Path", "class Error(Exception):"]
+    alone = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+    ours = open_saved(run).tokenizer
+    assert [one.input_ids[0].tolist() for one in alone] == [ours.encode_prompt(prompt) for prompt in prompts]
+    assert len({one.input_ids.shape[1] for one in alone}) == 3
+
+    def continued(inputs: transformers.BatchEncoding) -> list[list[int]]:
+        found = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return found[:, inputs.input_ids.shape[1] :].tolist()
+
+    batch = continued(tokenizer(prompts, return_tensors="pt", padding=True))
+    assert batch == [continued(one)[0] for one in alone] and len({tuple(row) for row in batch}) == 3
 
 
 def test_generation_config(exported: Callable[[str, str], tuple[Path, Path]]) -> None:
