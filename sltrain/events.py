@@ -51,3 +51,10 @@ class Event(TypedDict, total=False):
 
     path: str  # of the checkpoint (checkpoint)
     outcome: str  # why, in words: see engine/loop.py (stopped)
+
+
+def published_perplexity(event: Event) -> float | None:
+    """perplexity_galore_protocol of an evaluation, where it says something: from 0.9 of the true perplexity on. On few
+    batches it is far lower (170 beside 29,048 on one) and None here; metrics.jsonl has it always."""
+    published, true = event.get("perplexity_galore_protocol"), event.get("perplexity")
+    return published if published is not None and true is not None and published >= 0.9 * true else None

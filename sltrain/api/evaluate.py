@@ -1,7 +1,7 @@
 """A saved model and a corpus -> its loss there, exactly as a run evaluates itself.
 
-Rows are cut as in training. A run without a corpus of its own choosing is measured on its validation text, and the
-numbers are those of its own evaluation at that step.
+Rows are cut as in training, unless `padding` says otherwise. A run without a corpus of its own choosing is measured on
+its validation text, and the numbers are those of its own evaluation at that step.
 """
 
 import logging
@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.building.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.rows import check_row_shape
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
+from sltrain.events import published_perplexity
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
@@ -33,15 +35,20 @@ def evaluate_saved(
     step: int | None = None,
     eval_tokens: int | None = None,
     batch_size: int | None = None,
+    padding: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
-    text) up to `eval_tokens` predicted tokens. `batch_size` (None: the run's micro_batch_size) changes
-    perplexity_galore_protocol alone. Raises ValueError or OSError."""
+    text) up to `eval_tokens` predicted tokens. `padding` (None: as trained) is pack to read documents whole, or
+    truncate_pad. `batch_size` (None: the run's micro_batch_size) changes perplexity_galore_protocol alone, which is
+    left out where it says nothing (`events.published_perplexity`). Raises ValueError or OSError."""
     for name, number in {"eval-tokens": eval_tokens, "batch-size": batch_size}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} {number}: must be at least 1")
     saved = open_saved(path, step)
+    if padding is not None:
+        check_row_shape(padding, saved.seq_len)
+        saved.padding = padding
     ranks = Ranks(0, 1, pick_device(device))
     eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks)
     rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
@@ -54,6 +61,8 @@ def evaluate_saved(
     numbers = evaluate(model, batches, ranks)
     assert numbers is not None
     del numbers["eval_processes"]  # one
+    if published_perplexity(numbers) is None:
+        del numbers["perplexity_galore_protocol"]
     return {**numbers, "step": saved.step}
 
 
@@ -81,6 +90,7 @@ def _eval_set(
         raise ValueError(f"{saved.path} is an export and knows no corpus; add --path GLOB")
     config = replace(
         config,
+        padding=saved.padding,
         eval_tokens=eval_tokens or config.eval_tokens,
         micro_batch_size=batch_size or config.micro_batch_size,
     )

@@ -19,6 +19,7 @@ from sltrain.api.verify import verify
 from sltrain.building.model import dtype_name
 from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
+from sltrain.events import published_perplexity
 from sltrain.formats.folder import (
     COMPRESSED,
     FORMAT_VERSION,
@@ -148,4 +149,5 @@ def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) ->
         tensors={name: group for layer in layers for name, group in layer.GROUPS.items()},
         settings=list(dict.fromkeys(key for layer in layers for key in layer.settings())),
         evaluation=evaluations[-1] if evaluations else None,
+        published=published_perplexity(evaluations[-1]) if evaluations else None,
     )

@@ -224,19 +224,22 @@ def evaluate(
     *,
     eval_tokens: int | None = None,
     batch_size: int | None = None,
+    padding: str | None = None,
     step: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of a trained model on the files that a glob (or several) matches; by default
-    on the run's own validation text. Raises sltrain.Error.
+    on the run's own validation text. padding="pack" reads whole documents, "truncate_pad" the first row of each; by
+    default as it was trained. With enough text there is also perplexity_galore_protocol, as published tables count
+    (engine/evaluate.py). Raises sltrain.Error.
 
     >>> sorted(sltrain.evaluate("outputs/example", eval_tokens=200))
-    ['bits_per_byte', 'eval_tokens', 'loss', 'perplexity', 'perplexity_galore_protocol', 'step']
+    ['bits_per_byte', 'eval_tokens', 'loss', 'perplexity', 'step']
     """
     from sltrain.api.evaluate import evaluate_saved
 
     globs = [path] if isinstance(path, str) else path
-    options = {"step": step, "eval_tokens": eval_tokens, "batch_size": batch_size}
+    options: dict[str, Any] = {"step": step, "eval_tokens": eval_tokens, "batch_size": batch_size, "padding": padding}
     return evaluate_saved(model, globs, device=device, **options)
 
 

@@ -4,9 +4,9 @@
 
 `perplexity_galore_protocol` follows the harness of the published tables: each rank adds up the mean losses of its n
 batches but divides by n + 1, and the ranks' results are averaged. It reads about 2 % low at n = 180 and far lower at
-small n, so it compares only with a table made with the same batches: the paper's number of ranks and sequences a batch
-(micro_batch_size), and 10M tokens. `bits_per_byte` does not depend on the tokenizer: the same sum of losses, in bits,
-over the UTF-8 bytes of the predicted tokens.
+small n (commands leave it out there: `events.published_perplexity`), so it compares only with a table made with the
+same batches: the paper's number of ranks and sequences a batch (micro_batch_size), and 10M tokens. `bits_per_byte` does
+not depend on the tokenizer: the same sum of losses, in bits, over the UTF-8 bytes of the predicted tokens.
 """
 
 import math

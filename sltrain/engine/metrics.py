@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 from tqdm.auto import tqdm
 
 from sltrain.engine.sealed_folder import write_atomically
-from sltrain.events import Event
+from sltrain.events import Event, published_perplexity
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,10 @@ class ProgressBar:
 
 def _evaluation_line(event: Event) -> str:
     what = "final evaluation" if event["event"] == "final" else "evaluation"
-    published = event["perplexity_galore_protocol"]
-    # On few batches that number is so far off that it would only confuse; metrics.jsonl always has it.
-    is_close = published > 0.9 * event["perplexity"]
+    published = published_perplexity(event)
     return (
         f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f}"
-        + (f" (counted as in the published tables: {published:,.2f})" if is_close else "")
+        + (f" (counted as in the published tables: {published:,.2f})" if published is not None else "")
         + f", {event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
     )
 

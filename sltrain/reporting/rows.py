@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from sltrain.events import Event
+from sltrain.events import Event, published_perplexity
 
 # config.yaml has a method's options beside its name; early versions had them at the root, for every method.
 EARLY_OPTIONS = {"sltrain": ("rank", "sparsity", "alpha", "support"), "low_rank": ("rank", "alpha")}
@@ -148,9 +148,10 @@ def _results(
     result, end = final or newest_eval or {}, final or last or {}
     measured = [*train, *([final] if final else [])]
     speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
-    names = ("perplexity", "perplexity_galore_protocol", "bits_per_byte", "loss", "eval_tokens", "eval_processes")
+    names = ("perplexity", "bits_per_byte", "loss", "eval_tokens", "eval_processes")
     return {
         **{key: result.get(key) for key in names},
+        "perplexity_galore_protocol": published_perplexity(result),
         "evaluated_step": result.get("step"),
         "eval_bytes": _eval_bytes(result),
         "peak_memory_bytes": _highest(measured, "peak_memory_bytes"),

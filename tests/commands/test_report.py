@@ -87,8 +87,9 @@ def test_a_real_run_and_one_cut_short(
     assert code == 0 and err.splitlines()[-1] == f"page: {tmp_path}/report/report.html"
     rows = {row["name"]: row for row in json.loads(out)}
     done, died = rows["sltrain"], rows["low_rank"]
-    for key in ("perplexity", "perplexity_galore_protocol", "bits_per_byte", "loss", "tokens", "wall_seconds", "step"):
+    for key in ("perplexity", "bits_per_byte", "loss", "tokens", "wall_seconds", "step"):
         assert done[key] == summary[key], key
+    assert done["perplexity_galore_protocol"] is None  # of a few batches
     assert (done["status"], died["status"]) == ("finished", "crashed")
     assert done["num_parameters"] == summary["num_parameters"]["total"] and done["rank"] == 8
     assert died["num_parameters"] == parameters  # counted anew, on meta

@@ -51,6 +51,17 @@ def test_a_final_line_goes_before_the_newest_evaluation() -> None:
     assert (row.perplexity, row.evaluated_step, row.wall_seconds, row.peak_memory_bytes) == (30.0, 4, 7.5, 5)
 
 
+@pytest.mark.parametrize(
+    ("published", "true", "shown"),
+    [(27.0, 30.0, 27.0), (26.9, 30.0, None), (170.0, 29048.0, None), (math.nan, 30.0, None), (27.0, math.nan, None)],
+)
+def test_the_published_convention_on_few_batches_is_left_out(
+    published: float, true: float, shown: float | None
+) -> None:
+    final = FINAL | {"perplexity_galore_protocol": published, "perplexity": true}
+    assert row_of(final=final, last=final).perplexity_galore_protocol == shown
+
+
 def test_a_method_says_itself_which_options_it_has() -> None:
     row = row_of({**CONFIG, "method": {"name": "new", "rank": 4, "merge_every": 9, "patterns": {"q": 1}}})
     assert (row.rank, row.sparsity, row.alpha, row.support) == (4, None, None, None)
