@@ -94,6 +94,7 @@ class TrainConfig:
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
     stochastic_rounding: bool = MISSING  # round bfloat16 updates up or down at random, right on average
+    moments_dtype: str = MISSING  # optimizer=adamw: auto (as the weights), or float32 for bfloat16 weights too
 
     # Cadence; 0: never
     log_every: int = MISSING  # updates between train lines
@@ -105,6 +106,7 @@ class TrainConfig:
     # The machine
     seed: int = MISSING  # of weights, supports and the order of the data
     dtype: str = MISSING  # auto, float32 or bfloat16: weights, gradients and optimizer moments
+    precision: str = MISSING  # pure: arithmetic in dtype; mixed: in bfloat16, on float32 weights, gradients and moments
     device: str = MISSING  # auto, cpu or cuda
     compile: bool = MISSING  # torch.compile
     activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, recompute the rest in backward
@@ -123,9 +125,12 @@ CHOICES = {
     "schedule": SCHEDULES,
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "precision": ("pure", "mixed"),
+    "moments_dtype": ("auto", "float32"),
     "device": ("auto", "cpu", "cuda"),
     "resume": ("auto", "never"),
 }
+CHOICE_HINTS = {"precision": "bfloat16 weights are dtype=bfloat16, float32 throughout is dtype=float32"}
 AT_LEAST = {
     "model.hidden_size": 2,
     "model.intermediate_size": 1,
@@ -177,7 +182,8 @@ def validate(config: TrainConfig) -> None:
     change."""
     for key, choices in CHOICES.items():
         if get_key(config, key) not in choices:
-            raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}")
+            hint = f" ({CHOICE_HINTS[key]})" if key in CHOICE_HINTS else ""
+            raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}{hint}")
     for key, least in AT_LEAST.items():
         number = get_key(config, key)
         if number is not None and not number >= least:
@@ -197,6 +203,7 @@ def validate(config: TrainConfig) -> None:
             " lower the one or raise the other"
         )
     _validate_update(config)
+    _validate_precision(config)
     rate_schedule(config)
     for key in ("path", "validation_path"):
         globs = get_key(config, key)
@@ -221,6 +228,24 @@ def _validate_update(config: TrainConfig) -> None:
         raise ValueError(
             "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
             " before it returns; drop one of the two"
+        )
+
+
+def _validate_precision(config: TrainConfig) -> None:
+    if config.precision == "mixed" and config.dtype == "bfloat16":
+        raise ValueError(
+            "precision=mixed computes in bfloat16 on float32 weights, and dtype=bfloat16 asks for bfloat16 weights;"
+            " drop one of the two"
+        )
+    if config.precision == "mixed" and config.stochastic_rounding:
+        raise ValueError(
+            "stochastic_rounding=true rounds bfloat16 weights, and precision=mixed keeps them in float32, where nothing"
+            " is rounded; drop one of the two"
+        )
+    if config.moments_dtype != "auto" and not hasattr(config.optimizer, "moments_dtype"):
+        raise ValueError(
+            f"moments_dtype={config.moments_dtype} is for optimizer=adamw, and optimizer={config.optimizer.name} has"
+            " moments of its own kind; drop one of the two"
         )
 
 

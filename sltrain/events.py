@@ -44,7 +44,7 @@ class Event(TypedDict, total=False):
     eval_processes: int  # that had a part of the text (eval, final)
     eval_exhausted: bool  # there was less text than eval_tokens asked for (eval, final)
 
-    dtype: str  # of the weights: what dtype=auto became (final)
+    dtype: str  # of the weights: what dtype=auto became; mixed: float32 weights, bfloat16 arithmetic (final)
     peak_memory_measure: str  # whose peak peak_memory_bytes is (final)
     num_parameters: dict[str, int]  # by group, and their total (final)
     index_bytes: int  # of the positions of S (final)

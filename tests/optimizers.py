@@ -19,6 +19,6 @@ def make_options(name: str, **options: Any) -> OptimizerConfig:
 
 
 def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], *, name: str, **how: Any) -> Optimizer:
-    """`build_optimizer` with the options betas and eps among its settings."""
-    options = {key: how.pop(key) for key in ("betas", "eps") if key in how}
+    """`build_optimizer` with the options betas, eps and moments_dtype among its settings."""
+    options = {key: how.pop(key) for key in ("betas", "eps", "moments_dtype") if key in how}
     return build_optimizer(named, make_options(name, **options), **how)

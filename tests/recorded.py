@@ -128,7 +128,7 @@ def _compiler() -> str | None:
 
 
 def is_coarse(overrides: list[str]) -> bool:
-    return "dtype=bfloat16" in overrides or "optimizer=adam8bit" in overrides
+    return not {"dtype=bfloat16", "optimizer=adam8bit", "precision=mixed"}.isdisjoint(overrides)
 
 
 def differences(found: Any, wanted: Any, tolerance: float | None, name: str = "") -> list[str]:

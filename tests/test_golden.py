@@ -80,6 +80,9 @@ RECIPES: dict[str, list[str]] = {
     "bfloat16 adam8bit": [*FACTORED, "dtype=bfloat16", "optimizer=adam8bit"],
     "bfloat16 adam8bit rounded": [*FACTORED, *ROUNDED, "optimizer=adam8bit"],
     "bfloat16 in_backward rounded": [*FACTORED, *ROUNDED, *IN_BACKWARD],
+    "bfloat16 float32 moments": [*FACTORED, "dtype=bfloat16", "moments_dtype=float32"],
+    "mixed": [*FACTORED, "precision=mixed"],
+    "mixed full in_backward": [*FULL, *IN_BACKWARD, "precision=mixed"],
     "bfloat16 in_backward adam8bit rounded": [*FACTORED, *ROUNDED, *IN_BACKWARD, "optimizer=adam8bit"],
 }
 # Plain torch in place of the compiled kernel: that is decided once a process.

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_cards
 from sltrain.api.plan_table import Column, Groups, Plan
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
-from sltrain.building.model import allocate, build_model, pick_dtype
+from sltrain.building.model import allocate, build_model, dtype_name, weight_dtype
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
@@ -44,12 +44,13 @@ def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
         return Plan(paper_columns(config), cards, plan.reserve_gb, _headline(config, "as the SLTrain paper counts"), [])
     # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
     device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
-    dtype = pick_dtype(config.dtype, device)
+    dtype = weight_dtype(config, device)
     columns, highest = run_columns(config, device, dtype, plan.num_processes)
+    shown = "mixed precision" if config.precision == "mixed" else dtype_name(dtype)
     if plan.measure:
         check_free(columns[0].total_bytes, device)
         logger.info(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
-    where = f"{device.type}, {str(dtype).removeprefix('torch.')}, {config.micro_batch_size} x {config.seq_len} tokens"
+    where = f"{device.type}, {shown}, {config.micro_batch_size} x {config.seq_len} tokens"
     headline = f"{_headline(config, where)}; highest during: {highest}"
     measured = measure(config, device, dtype) if plan.measure else None
     return Plan(
@@ -92,7 +93,7 @@ def run_columns(
     own = plan_model(config, model, device, num_processes)
     dense = build_model(as_dense(config), config.model.vocab_size, dtype)
     of_dense = plan_model(as_dense(config), dense, device, num_processes)
-    shape = update_shape(config, device, dtype, num_processes)
+    shape = update_shape(config, device, model.compute_dtype, num_processes)
 
     columns = [_column("this run", model, own)]
     if has_replaced_linears(model):
@@ -163,7 +164,7 @@ def notes(
         check_updates_of(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
-    lines += config.optimizer.notes(device.type)
+    lines += [*config.optimizer.notes(device.type), *config.optimizer.warnings(torch.empty(0, dtype=dtype))]
     if any(column.name == PUBLISHED for column in columns):
         lines.append(f"GaLore and {PUBLISHED}: their weights, positions and moments, with our activations")
     else:

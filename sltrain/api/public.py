@@ -167,7 +167,8 @@ def load(
     """A trained model with its weights: from what `sltrain-export` wrote, dense or compressed, or from a run folder (at
     its newest intact checkpoint, or at `step`).
 
-    It is an ordinary torch module, in the dtype it was saved in unless `dtype` says otherwise: input_ids (B, T) ->
+    It is an ordinary torch module, in the dtype it was saved in and with the arithmetic of its training, unless `dtype`
+    says otherwise: input_ids (B, T) ->
     logits (B, T, V). `sltrain.merge_to_dense` makes its layers ordinary linears. Raises sltrain.Error for what cannot
     be opened.
 

@@ -102,6 +102,7 @@ def rounded_logits(saved: Saved, ids: Tensor, dtype: torch.dtype, merges: bool) 
 
 @torch.no_grad()
 def _logits(saved: Saved, model: Any, ids: Tensor, change: Callable[[nn.Module], None]) -> Tensor:
+    model.model.compute_dtype = None
     set_paths(model, "factored", ids.numel(), torch.device("cpu"))
     with _one_part_at_a_time(saved, model, change):
         return model(ids)

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 
-from sltrain.building.model import pick_dtype
+from sltrain.building.model import weight_dtype
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig, check_batch
 from sltrain.engine.distributed import Ranks
@@ -16,7 +16,7 @@ def check_machine(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError for what this machine, or this number of processes, cannot do."""
     check_batch(config, ranks.world_size)
     config.optimizer.check_package()
-    check_updates_of(config, pick_dtype(config.dtype, ranks.device))
+    check_updates_of(config, weight_dtype(config, ranks.device))
     candidates = {"compile=true": config.compile, f"optimizer={config.optimizer.name}": config.optimizer.compiles}
     for text in (text for text, does in candidates.items() if does):
         _check_compiler(text, ranks.device.type)

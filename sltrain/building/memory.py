@@ -35,7 +35,7 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
         set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
         plan = plan_memory(
             structure,
-            update_shape(config, device, next(structure.parameters()).dtype, num_processes),
+            update_shape(config, device, structure.compute_dtype, num_processes),
             optimizer_state_bytes(config, structure),
             update_temporaries=update_temporaries(config, structure, device),
             action_temporaries=max((a.temporary_bytes for a in actions_of(config, structure)), default=0),
@@ -55,7 +55,7 @@ def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.devi
 
 
 def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> UpdateShape:
-    """An update of this configuration on one of `num_processes` processes."""
+    """An update of this configuration on one of `num_processes` processes; `dtype` is that of the arithmetic."""
     return UpdateShape(
         batch_size=config.micro_batch_size,
         seq_len=config.seq_len,
@@ -123,7 +123,9 @@ def _switches(config: TrainConfig) -> list[Change]:
     if (smaller := config.optimizer.smaller) is not None:
         package = OPTIMIZERS.load(smaller).package
         if package is None or importlib.util.find_spec(package) is not None:
-            changes.append({"optimizer": smaller})
+            changes.append(
+                {"optimizer": smaller} | ({} if config.moments_dtype == "auto" else {"moments_dtype": "auto"})
+            )
     if not config.per_layer_update and not config.compile:
         clip = config.grad_clip
         instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}

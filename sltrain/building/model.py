@@ -21,13 +21,24 @@ def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> Lla
     """The model with the method's layers in place, as it is before the first update, on the meta device: shapes without
     memory."""
     shape = dataclasses.replace(config.model, vocab_size=vocab_size)
+    compute_dtype = torch.bfloat16 if config.precision == "mixed" else None
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape, activation_checkpointing=config.activation_checkpointing)
+        model = LlamaForCausalLM(shape, config.activation_checkpointing, compute_dtype)
     model.to(dtype)
     config.method.replace(model, is_projection)
     for phase in begun(config.method.phases(num_steps(config)), 0):
         phase.change(model)
     return model
+
+
+def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a run's weights, gradients and moments."""
+    return torch.float32 if config.precision == "mixed" else pick_dtype(config.dtype, device)
+
+
+def precision_name(weights: torch.dtype, arithmetic: torch.dtype) -> str:
+    """As a reader should see it: bfloat16, or mixed where the weights are wider than the arithmetic."""
+    return dtype_name(weights) if weights == arithmetic else "mixed"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from sltrain.building.data import build_data, build_sources, build_tokenizer
 from sltrain.building.folder import claim_folder, find_folder
 from sltrain.building.machine import check_machine
 from sltrain.building.memory_guard import guard_memory
-from sltrain.building.model import build_model, pick_dtype
+from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
 from sltrain.building.start_text import describe
 from sltrain.building.trainer import build_trainer
@@ -54,7 +54,7 @@ def build_run(config: TrainConfig) -> Run:
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
     source, validation = ranks.everywhere(lambda: build_sources(config))
     tokenizer = build_tokenizer(config, source, ranks)
-    model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, pick_dtype(config.dtype, ranks.device)))
+    model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, weight_dtype(config, ranks.device)))
     ranks.everywhere(lambda: check_structures(config, model))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
     resources.callback(stream.close)

@@ -54,14 +54,16 @@ class Saved:
         return self.model.config.max_position_embeddings
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None, num_rows: int = 1) -> LlamaForCausalLM:
-        """The model with its weights, once. Each W x is computed by what is cheaper for `num_rows` rows of x at a time.
-        Raises ValueError if it does not fit into memory."""
+        """The model with its weights, once. It computes as in training, unless `dtype` is given. Each W x is computed
+        by what is cheaper for `num_rows` rows of x at a time. Raises ValueError if it does not fit into memory."""
         try:
             self.files.fill(self.model, device=device, dtype=dtype)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise ValueError(f"the model does not fit into the memory of {device}; use another device") from error
+        if dtype is not None:
+            self.model.model.compute_dtype = None
         set_paths(self.model, "auto", num_rows, device)
         return self.model
 

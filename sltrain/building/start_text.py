@@ -3,30 +3,31 @@
 import logging
 
 import torch
-from torch import nn
 
 from sltrain.building.memory import update_notes
-from sltrain.building.model import dtype_name
+from sltrain.building.model import precision_name
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.methods.advice import warnings
+from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.accounting import count_parameters, sum_of_groups
 
 logger = logging.getLogger(__name__)
 
 
 def describe(
-    config: TrainConfig, model: nn.Module, source: Source, tokenizer: Tokenizer, eval_set: EvalSet, ranks: Ranks
+    config: TrainConfig, model: LlamaForCausalLM, source: Source, tokenizer: Tokenizer, eval_set: EvalSet, ranks: Ranks
 ) -> None:
     """Log what will be trained, on what, for how long and where, and what about it may surprise."""
     c, counts, max_steps = config, count_parameters(model), num_steps(config)
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
     processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
-    dtype = dtype_name(next(model.parameters()).dtype)
+    dtype = precision_name(model.lm_head.weight.dtype, model.compute_dtype)
+    dtype = "float32 weights, bfloat16 arithmetic" if dtype == "mixed" else dtype
     lines = [
         f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
         f" = {sum_of_groups(counts, _short)}",
@@ -39,7 +40,8 @@ def describe(
     ]
     if eval_set.exhausted:
         lines.append(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
-    lines += [f"note       {note}" for note in [*warnings(model), *update_notes(config, ranks.world_size)]]
+    notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
+    lines += [f"note       {note}" for note in notes]
     for line in lines:
         logger.info(line)
 

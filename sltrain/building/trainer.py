@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sltrain import kernels
-from sltrain.building.model import allocate, dtype_name
+from sltrain.building.model import allocate, precision_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.evaluation import EvalSet
@@ -88,7 +88,7 @@ def build_trainer(
         set_learning_rate=learning_rate_setter(config, live),
         model_metrics=lambda: weight_norms(model),
         final_metrics=lambda: {
-            "dtype": dtype_name(next(model.parameters()).dtype),
+            "dtype": precision_name(model.lm_head.weight.dtype, model.compute_dtype),
             "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
@@ -142,7 +142,7 @@ def restore(
 
 
 def fix_arithmetic(
-    config: TrainConfig, model: nn.Module, saved: dict[str, Any], device: torch.device
+    config: TrainConfig, model: LlamaForCausalLM, saved: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
     num_rows = config.micro_batch_size * config.seq_len
@@ -151,7 +151,7 @@ def fix_arithmetic(
         count = sum(chosen == path for chosen in paths.values())
         if count:
             logger.info(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
-    machine = machine_kind(device, next(model.parameters()).dtype) if paths else None
+    machine = machine_kind(device, model.compute_dtype) if paths else None
     if saved.get("machine", machine) != machine:
         logger.info(
             f"note       this run was started on {saved['machine']} and continues on {machine}: not bit for bit"

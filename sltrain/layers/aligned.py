@@ -2,7 +2,8 @@
 
 Matrix units read rows in pieces of 16 bytes and are slow on matrices whose sides do not divide into them, such as the
 5461 of LLaMA 1B. On CUDA such sides are padded inside the product; no padded tensor is kept for backward. Under
-autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor.
+autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor; F.linear would keep the
+cast weight for backward, here it is cast again.
 """
 
 from typing import Any
@@ -34,15 +35,16 @@ def aligned(matrix: Tensor, pad_rows: bool = True) -> Tensor:
 
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out), computed on aligned sides."""
-    multiple = alignment(weight)
-    if weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0:
+    multiple, cast = alignment(weight), autocast_dtype(x)
+    if weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0 and cast in (None, weight.dtype):
         return F.linear(x, weight, bias)
-    return _AlignedLinear.apply(x, weight, bias, autocast_dtype(x))
+    return _AlignedLinear.apply(x, weight, bias, cast)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast computes x W^T; None without autocast, and for float64, which it does not cast."""
-    device_type = x.device.type
+def autocast_dtype(x: Tensor, device_type: str | None = None) -> torch.dtype | None:
+    """The dtype in which autocast computes x W^T on x's device, or on another type of device; None without autocast,
+    and for float64, which it does not cast."""
+    device_type = device_type or x.device.type
     available = torch.amp.is_autocast_available(device_type)
     if available and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)

@@ -36,7 +36,7 @@ class Rows:
     """The x that a footprint is counted for."""
 
     num_rows: int
-    element_size: int  # bytes
+    element_size: int  # bytes; below that of the weights, each call casts them (mixed precision)
     has_kernel: bool  # whether products with S run through the CPU kernel
 
 
@@ -221,7 +221,9 @@ def footprint(layers: Sequence[nn.Module], rows: Rows) -> Footprint:
         if isinstance(layer, ReplacedLinear):
             alone.append(layer.footprint(rows))
         elif is_plain_linear(layer):
-            alone.append(Footprint(kept=0, temporary=0, gradients=gradient_bytes(layer)))
+            casts = cast_bytes([layer], rows)  # of W, and of its gradient
+            kept = casts if type(layer) is nn.Linear else 0  # by F.linear's backward; not by aligned.py's
+            alone.append(Footprint(kept, 2 * casts - kept, gradients=gradient_bytes(layer)))
         else:
             raise ValueError(f"cannot count the memory of a {type(layer).__name__}: make it a ReplacedLinear")
     return one_by_one(alone)
@@ -239,6 +241,13 @@ def one_by_one(footprints: Sequence[Footprint]) -> Footprint:
 def gradient_bytes(module: nn.Module) -> int:
     """Bytes of the gradients of its trained parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+
+
+def cast_bytes(layers: Sequence[nn.Module], rows: Rows) -> int:
+    """Bytes of the copies of their trained values, or of the gradients of these, in the dtype of x; 0 if it is that of
+    the values."""
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    return sum(p.numel() * rows.element_size for p in trained if p.element_size() > rows.element_size)
 
 
 def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:

@@ -10,6 +10,7 @@ Nothing is timed when a model is built: a choice by the clock could differ betwe
 not be exact. `sltrain-bench what=layer calibrate=true` measures the prices of a machine.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,9 @@ def set_paths(
     """Fix the path of every layer that has several, and return the paths by name. It is `layer_path` if the layer knows
     it, else the `saved` one of a resumed run, else the layer's choice for `num_rows` rows at a time on `device`."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ReplacedLinear) and m.PATHS}
-    for name, layer in layers.items():
-        typed = layer_path if layer_path in layer.PATHS else None
-        layer.path = typed or (saved or {}).get(name) or layer.choose_path(num_rows, device)
+    arithmetic = getattr(model, "arithmetic", lambda device_type: nullcontext())  # mixed precision: models/llama.py
+    with arithmetic(device.type):
+        for name, layer in layers.items():
+            typed = layer_path if layer_path in layer.PATHS else None
+            layer.path = typed or (saved or {}).get(name) or layer.choose_path(num_rows, device)
     return {name: layer.path for name, layer in layers.items()}

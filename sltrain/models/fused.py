@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D), weight (D,) -> (..., D); the mean and the division in float32 (float64 for float64)."""
+    """x (..., D), weight (D,) -> (..., D) in x's dtype; the mean and the division in float32 (float64 for float64)."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse_root = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse_root)
-        return weight * (exact * inverse_root).to(x.dtype)
+        return weight.to(x.dtype) * (exact * inverse_root).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * inverse_root  # float32, as everything below
         grad_y = grad_y.to(normed.dtype)
         grad_weight = torch.linalg.vecdot(grad_y.reshape(-1, x.shape[-1]), normed.reshape(-1, x.shape[-1]), dim=0)
-        grad = grad_y * weight
+        grad = grad_y * weight.to(x.dtype)
         mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
         grad_x = grad.sub_(normed.mul_(mean)).mul_(inverse_root)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -69,8 +69,10 @@ def generate(
     device = model.lm_head.weight.device
     ids = torch.tensor([prompt], device=device)
     for _ in range(max_new_tokens):
-        hidden = model.model(ids, cache=cache)  # (T, D)
-        token = pick(model.lm_head(hidden[-1]), sampling, generator)
+        with model.arithmetic(device.type):
+            hidden = model.model(ids, cache=cache)  # (T, D)
+            logits = model.lm_head(hidden[-1])
+        token = pick(logits, sampling, generator)
         yield token
         if token == eos_id:
             return

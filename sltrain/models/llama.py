@@ -14,10 +14,15 @@ Sequences are padded on the right: in causal attention no real position sees a p
 cannot affect the loss are skipped: everything except attention works row by row, so x is (N, D), one row per kept
 position (B T by default), and attention alone spreads the rows over (B, T). Loss and gradients stay the same. In a
 bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
+
+In mixed precision (`compute_dtype`) the model computes as one of that dtype whose weights are its own float32 ones,
+rounded in every forward pass; their gradients are float32.
 """
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,9 +173,12 @@ class LlamaModel(nn.Module):
     """Ids (B, T) -> normed hidden states (N, D) of the given rows, or of all B T. With a cache the ids continue its
     positions, one at a time after the first pass."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, activation_checkpointing: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, activation_checkpointing: bool, compute_dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
+        self.compute_dtype = compute_dtype
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
         # As nn.Embedding's own start, which on meta imports the compiler (a second).
@@ -187,6 +195,7 @@ class LlamaModel(nn.Module):
         assert first == 0 or T == 1, "a cache is filled in one pass, then extended by one position at a time"
         grid = Grid(B, T, rows, *rotary_tables(T, self.head_size, self.rope_theta, input_ids.device, first), cache)
         x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, grid, use_reentrant=False, preserve_rng_state=False)
@@ -199,14 +208,16 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     """The decoder with its head. `activation_checkpointing` keeps only each layer's input and recomputes the layer in
-    backward. Call `init_weights` after construction. Raises ValueError for a configuration without a vocabulary size or
+    backward. `compute_dtype` is that of mixed precision, None otherwise. Call `init_weights` after construction. Raises ValueError for a configuration without a vocabulary size or
     whose heads do not fit its hidden size."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, activation_checkpointing: bool = False, compute_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         vocab_size = _check(config)
-        self.model = LlamaModel(config, vocab_size, activation_checkpointing)
+        self.model = LlamaModel(config, vocab_size, activation_checkpointing, compute_dtype)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -217,12 +228,25 @@ class LlamaForCausalLM(nn.Module):
         without a target. `rows` (N,) int64 are the positions b T + t to compute, ascending; they must include all
         positions before a target in its sequence. Other positions have no logits, which are then (N, V), and no loss.
         """
-        hidden = self.model(input_ids, rows)  # (N, D)
-        if labels is None:
-            logits = self.lm_head(hidden)
-            return logits if rows is not None else logits.view(*input_ids.shape, -1)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1
-        return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
+        with self.arithmetic(input_ids.device.type):
+            hidden = self.model(input_ids, rows)  # (N, D)
+            if labels is None:
+                logits = self.lm_head(hidden)
+                return logits if rows is not None else logits.view(*input_ids.shape, -1)
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1
+            return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the weights, unless mixed precision has another."""
+        return self.model.compute_dtype or self.lm_head.weight.dtype
+
+    def arithmetic(self, device_type: str) -> AbstractContextManager[Any]:
+        """The context in which it computes: autocast in mixed precision. Casts of weights are not cached, since each is
+        used once: activation checkpointing can free them."""
+        if self.model.compute_dtype is None:
+            return nullcontext()
+        return torch.autocast(device_type, self.model.compute_dtype, cache_enabled=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -11,7 +11,8 @@ backward only multiplies by the gradient of the sum. Kept for backward are dh (N
     few rows     dlogits (N, V) and h, from which backward computes dW in one product: a batch of one sequence of a 7B
                  model then needs 16 MB beside the gradient itself, not 786
 
-The logits are a product in the weights' dtype; softmax and loss are float32 (float64 for float64 input). Differentiable
+The logits are a product in the dtype of h, to which W is cast; softmax and loss are float32 (float64 for float64
+input). The gradient of a float32 W whose products are bfloat16 is that of the accumulator, not rounded. Differentiable
 once. torch's `linear_cross_entropy` has the same idea, but is not in every release this package supports (torch >=
 2.11), and its options still change.
 """
@@ -37,10 +38,11 @@ def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
-def keeps_logit_gradients(num_rows: int, hidden_size: int, element_size: int) -> bool:
-    """Whether dlogits (N, V) and h are kept for backward, being smaller than dW (V, D) and its float32 accumulator."""
-    accumulated = 4 if element_size < 4 else 0
-    return num_rows * element_size <= hidden_size * (element_size + accumulated)
+def keeps_logit_gradients(num_rows: int, hidden_size: int, element_size: int, weight_size: int) -> bool:
+    """Whether dlogits (N, V) and h are kept for backward, being smaller than dW (V, D) and its float32 accumulator.
+    Sizes are bytes: of an element of h, and of W."""
+    accumulated = 4 if weight_size < 4 else 0
+    return num_rows * element_size <= hidden_size * (weight_size + accumulated)
 
 
 # Tracing would unroll the loop over chunks for every number of rows. This is torch.compiler.disable, but imports the
@@ -55,12 +57,11 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
     device_type = hidden.device.type
     has_autocast = torch.amp.is_autocast_available(device_type)
     if has_autocast and torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
     chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0], device_type)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropySum.apply(hidden, weight, labels, chunk_rows)
-    return _run_chunks(hidden, weight, labels, chunk_rows, _Gradients())
+    return _run_chunks(hidden, weight.to(hidden.dtype), labels, chunk_rows, _Gradients())
 
 
 @dataclass
@@ -77,15 +78,17 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         gradients = _Gradients(torch.empty_like(hidden) if needs_hidden else None)
-        if needs_weight and keeps_logit_gradients(len(hidden), hidden.shape[1], hidden.element_size()):
+        sizes = (len(hidden), hidden.shape[1], hidden.element_size(), weight.element_size())
+        if needs_weight and keeps_logit_gradients(*sizes):
             gradients.logits = hidden.new_empty(len(hidden), len(weight))
         elif needs_weight:
             gradients.weight = weight.new_zeros(weight.shape, dtype=_exact(hidden))
-        loss = _run_chunks(hidden, weight, labels, chunk_rows, gradients)
+        loss = _run_chunks(hidden, weight.to(hidden.dtype), labels, chunk_rows, gradients)
         grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
         # A row without a target is zeroed in h, which is D wide, not in dlogits, which is V wide.
         source = None if gradients.logits is None else hidden * (labels != IGNORED_LABEL).unsqueeze(1)
         ctx.save_for_backward(gradients.hidden, grad_weight, gradients.logits, source)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
@@ -93,7 +96,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_logits, hidden = ctx.saved_tensors
         if grad_logits is not None:
-            grad_weight = grad_logits.t() @ _scaled(hidden, grad_loss)
+            grad_weight = (grad_logits.t() @ _scaled(hidden, grad_loss)).to(ctx.weight_dtype)
         elif grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad_loss)
         return None if grad_hidden is None else _scaled(grad_hidden, grad_loss), grad_weight, None, None

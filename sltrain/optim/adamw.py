@@ -1,4 +1,5 @@
-"""AdamW that rounds weights stochastically, where torch's own AdamW (kinds/adamw.py) cannot.
+"""AdamW that rounds weights stochastically, or keeps float32 moments of bfloat16 weights, where torch's own AdamW
+(kinds/adamw.py) cannot.
 
 Its state has the names of torch's, so a checkpoint of either fits the other. It computes in float32 (float64 for
 float64) and rounds each result once, when it is stored. It works on pieces of 4M elements, so the float32 copies of an
@@ -34,6 +35,7 @@ class AdamW(Optimizer):
     Args:
         params: contiguous parameters or groups of them.
         seed: of stochastic rounding, for bfloat16 parameters; None rounds to nearest.
+        moments_dtype: of both moments; None: that of each parameter.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class AdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         seed: int | None = None,
+        moments_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed = seed
+        self.seed, self.moments_dtype = seed, moments_dtype
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
 
@@ -63,7 +66,9 @@ class AdamW(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)  # on the host, where it is read
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                state[key] = torch.zeros_like(
+                    parameter, dtype=self.moments_dtype, memory_format=torch.contiguous_format
+                )
         state["step"] += 1
         update, (beta1, beta2), lr = int(state["step"]), group["betas"], group["lr"]
         generator = None
@@ -76,8 +81,9 @@ class AdamW(Optimizer):
             m.mul_(beta1).add_(g, alpha=1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             del g  # the copies below take its memory
-            stored_m.copy_(m)
-            stored_v.copy_(v)
+            if m is not stored_m:
+                stored_m.copy_(m)
+                stored_v.copy_(v)
             scale = v.sqrt().div_(math.sqrt(1 - beta2**update)).add_(group["eps"])
             w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, scale, value=-lr / (1 - beta1**update))
             del scale
@@ -85,6 +91,7 @@ class AdamW(Optimizer):
                 stored_w.copy_(w)
             else:
                 round_into(stored_w, w, generator)
+            del w, m, v  # before the copies of the next piece
 
 
 def _exact(tensor: Tensor) -> Tensor:

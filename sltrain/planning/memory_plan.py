@@ -1,6 +1,6 @@
 """Where every byte of training goes, before anything is allocated.
 
-    N = B T rows of a micro-batch, e bytes a number, D hidden size, I feed-forward size, H heads, G key/value heads of
+    N = B T rows of a micro-batch, e bytes a number (of an activation), D hidden size, I feed-forward size, H heads, G key/value heads of
     size d, V vocabulary, L layers; "kept": from forward to backward
 
     always           weights, indices of S, optimizer state
@@ -13,6 +13,8 @@
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
                      Gradients that wait for the next micro-batch, and DDP's buckets, exist all the time.
+    mixed precision  weights, gradients and moments of 4 bytes, e = 2; weights and their gradients exist as bfloat16
+                     too, inside one call (the layers' `footprint`s, the loss)
                      The former are not in the buckets: DDP moves them there in the last backward.
 
 Memory rises and falls within an update; `STAGES` are the moments at which it can be highest, and the plan is the
@@ -107,7 +109,8 @@ class _Parts:
     def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
         self.shape, self.config = shape, model.config
         embedding, head = model.model.embed_tokens, model.lm_head
-        self.element = head.weight.element_size()
+        self.element, self.weight_element = model.compute_dtype.itemsize, head.weight.element_size()
+        self.is_mixed = self.element < self.weight_element
         self.num_layers = len(model.model.layers)
         self.checkpointing = model.model.activation_checkpointing
         self.hidden = self.element * shape.num_rows * model.config.hidden_size  # one (N, D)
@@ -154,14 +157,15 @@ class _Parts:
         kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
         last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is in `kept`
         kept += 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
-        loss, loss_backward = self._loss()
+        loss, loss_backward, loss_temporary = self._loss()
+        cast = self.hidden // self.element * self.weight_element if self.is_mixed else 0  # the embedding's (N, D)
         activations, logits, temporaries, new, finished = {  # the last two: gradients
             "loss": (kept, loss, 0, 0, 0),
-            "head backward": (kept, loss_backward, 0, head, 0),
+            "head backward": (kept, loss_backward, loss_temporary, head, 0),
             "head update": (kept, self.hidden, 0, head, 0),
             "first layer backward": (last_kept, 0, temporary, layer, head),
             "last layer backward": (self.layer_kept, 0, temporary, layer, every - embedding - layer),
-            "embedding backward": (self.hidden, 0, 0, embedding, every - embedding),
+            "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding),
             "update": (0, 0, 0, 0, every),
             "action": (0, 0, 0, 0, 0),
         }[name]
@@ -177,15 +181,19 @@ class _Parts:
             "temporaries": temporaries,
         }
 
-    def _loss(self) -> tuple[int, int]:
-        """Bytes while the loss is computed, with a chunk of logits, and in its backward, with the gradient of the last
-        norm's output. The head's gradient counts as a gradient when backward returns it."""
+    def _loss(self) -> tuple[int, int, int]:
+        """Bytes while the loss is computed, with a chunk of logits; in its backward, with the gradient of the last
+        norm's output; and temporaries there. The head's gradient counts as a gradient when backward returns it."""
         num_rows, rounds = self.shape.num_rows, self.element < 4  # a narrower dtype is computed in float32, and rounded
+        weight = self.hidden // num_rows * self.vocabulary_size  # W in the dtype of h, or the product dlogits^T h
+        cast = weight if self.is_mixed else 0
         chunk_rows = min(num_rows, default_chunk_rows(self.vocabulary_size, self.shape.device_type))
         chunk = chunk_rows * self.vocabulary_size * (8 + self.element * rounds)  # the product, in float32; log-softmax
-        if self.head_gradient > 0 and keeps_logit_gradients(num_rows, self.config.hidden_size, self.element):
+        if self.head_gradient > 0 and keeps_logit_gradients(
+            num_rows, self.config.hidden_size, self.element, self.weight_element
+        ):
             kept = 2 * self.hidden + num_rows * self.vocabulary_size * self.element
-            return kept + chunk, kept + self.hidden
-        accumulated = self.head_gradient // self.element * 4
-        forward = self.hidden + accumulated + max(chunk, self.head_gradient * rounds)
-        return forward, self.hidden + self.head_gradient + self.hidden
+            return kept + chunk + cast, kept + self.hidden, cast
+        accumulated = self.head_gradient // self.weight_element * 4
+        forward = self.hidden + accumulated + cast + max(chunk, weight * rounds if self.head_gradient else 0)
+        return forward, self.hidden + self.head_gradient + self.hidden, 0

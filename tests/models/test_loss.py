@@ -103,7 +103,7 @@ def test_the_smaller_gradient_waits_for_backward(rows, dtype):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         chunked_cross_entropy_sum(hidden, weight, labels)
     of_logits, of_weight = (rows, VOCABULARY), (VOCABULARY, SIZE)
-    expected = of_logits if keeps_logit_gradients(rows, SIZE, hidden.element_size()) else of_weight
+    expected = of_logits if keeps_logit_gradients(rows, SIZE, *2 * [hidden.element_size()]) else of_weight
     assert [tuple(tensor.shape) for tensor in kept if tensor.shape in (of_logits, of_weight)] == [expected]
     assert {True: of_logits, False: of_weight}[
         rows <= FEW_ROWS or (rows == ROWS and dtype == torch.bfloat16)

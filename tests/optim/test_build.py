@@ -266,6 +266,39 @@ def test_own_adamw_is_taken_only_where_torchs_cannot(stochastic_rounding: bool) 
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+def test_float32_moments_of_bfloat16_weights_are_those_of_float32_weights() -> None:
+    """Beside torch's AdamW on float32 weights with the same gradients; and what bfloat16 moments make of noise of
+    constant size, the 1.44 of the start-up note."""
+    shape, noise = (64, 64), torch.Generator().manual_seed(0)
+    narrow, wide, exact = (nn.Parameter(torch.ones(shape, dtype=d)) for d in (torch.bfloat16, *[torch.float32] * 2))
+    settings = {**SETTINGS, "betas": [0.9, 0.999], "weight_decay": 0.0, "lr": 1e-4}
+    plain = make_optimizer([("w", narrow)], name="adamw", **settings)
+    narrow_too = nn.Parameter(narrow.detach().clone())
+    kept = make_optimizer([("w", narrow_too)], name="adamw", moments_dtype="float32", **settings)
+    reference = torch.optim.AdamW([exact], lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
+    for _ in range(4000):
+        gradient = torch.randn(shape, generator=noise).bfloat16()
+        for parameter, optimizer in ((narrow, plain), (narrow_too, kept), (exact, reference)):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    assert isinstance(plain, torch.optim.AdamW) and not isinstance(kept, torch.optim.AdamW)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert kept.state[narrow_too][key].dtype == torch.float32
+        torch.testing.assert_close(kept.state[narrow_too][key], reference.state[exact][key], rtol=1e-4, atol=1e-6)
+    true = reference.state[exact]["exp_avg_sq"].mean()
+    assert plain.state[narrow]["exp_avg_sq"].float().mean() / true == pytest.approx(1.44, abs=0.05)
+    assert sum(v.nbytes for v in kept.state[narrow_too].values()) == kept_bytes(4096, 2, "float32")
+    assert isinstance(
+        make_optimizer([("w", wide)], name="adamw", moments_dtype="float32", **settings), torch.optim.AdamW
+    )
+
+
+def kept_bytes(numel: int, element_size: int, moments_dtype: str) -> int:
+    return make_options("adamw", moments_dtype=moments_dtype).state_bytes(
+        ParamInfo("w", (numel,), element_size, "projection")
+    )
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [

@@ -20,7 +20,7 @@ from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
 from sltrain.api.plan_config import PLAN
 from sltrain.building.memory import plan_model
-from sltrain.building.model import allocate, build_model, pick_dtype
+from sltrain.building.model import allocate, build_model, weight_dtype
 from sltrain.building.trainer import build_step, build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
@@ -50,7 +50,7 @@ def config_of(overrides: str) -> TrainConfig:
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
-    return pick_dtype(config.dtype, CPU)
+    return weight_dtype(config, CPU)
 
 
 def model_of(config: TrainConfig, device: torch.device = CPU) -> LlamaForCausalLM:
@@ -130,6 +130,9 @@ KEPT = [
     "method=full seq_len=512 model.vocab_size=500",  # the gradient of the head waits, not that of the logits
     "layer_path=factored seq_len=512 model.vocab_size=500 activation_checkpointing=true",
     "layer_path=factored model.intermediate_size=200 rank_overrides={q_proj:5,down_proj:17}",
+    "method=low_rank precision=mixed",
+    f"method=full {ODD} precision=mixed activation_checkpointing=true",
+    "layer_path=factored seq_len=512 model.vocab_size=500 precision=mixed",
 ]
 
 
@@ -139,7 +142,7 @@ def kept_by_plan(config: TrainConfig) -> int:
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
     model = model_of(config)
     stage = memory_plan._Parts(model, shape).stage("head backward")
-    normed = shape.num_rows * config.model.hidden_size * dtype_of(config).itemsize
+    normed = shape.num_rows * config.model.hidden_size * model.compute_dtype.itemsize
     tables = 2 * config.seq_len * model.model.head_size * 4
     ids = 32 * shape.num_rows
     return stage["activations"] + stage["logits"] - 2 * normed - ids + tables
@@ -211,6 +214,17 @@ BFLOAT16_UPDATES = [
     "method=low_rank seq_len=512 activation_checkpointing=true",
     "method=full global_batch_size=6",
     f"method=full {NARROW} per_layer_update=true",
+    f"method=full {NARROW} moments_dtype=float32",
+    "method=full per_layer_update=true moments_dtype=float32",
+]
+MIXED_UPDATES = [
+    f"{FACTORED} seq_len=512",
+    f"{FACTORED} {NARROW} per_layer_update=true",
+    f"{COMPOSED} {NARROW} {ODD}",
+    f"method=low_rank {NARROW} activation_checkpointing=true",
+    "method=full global_batch_size=6",
+    f"method=full {NARROW}",
+    f"method=full {NARROW} activation_checkpointing=true per_layer_update=true",
 ]
 
 
@@ -236,6 +250,12 @@ def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
 def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
     check(measured_plan(f"dtype=bfloat16 {overrides}"))
+
+
+@pytest.mark.parametrize("overrides", MIXED_UPDATES)
+def test_an_update_in_mixed_precision_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    check(measured_plan(f"precision=mixed {overrides}"))
 
 
 def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import Footprint, Rows, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 
 
@@ -47,4 +47,4 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
     def footprint(self, rows: Rows) -> Footprint:
         """h = x A^T is kept; u = dy B is temporary."""
         hidden = rows.num_rows * self.rank * rows.element_size
-        return Footprint(kept=hidden, temporary=hidden, gradients=gradient_bytes(self))
+        return Footprint(hidden, hidden + 2 * cast_bytes([self], rows), gradients=gradient_bytes(self))

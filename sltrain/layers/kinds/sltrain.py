@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sltrain import kernels
 from sltrain.layers import cost
-from sltrain.layers.base import Footprint, Rows, fill_uniform, gradient_bytes
+from sltrain.layers.aligned import autocast_dtype
+from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 from sltrain.layers.functional import Weight, compose_weight, composed_linear, factored_linears
 from sltrain.layers.parts import Part, SparsePart
@@ -116,7 +117,8 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         return super().multiply_adds() + self.support.num_nonzero
 
     def choose_path(self, num_rows: int, device: torch.device) -> str:
-        s, machine = self.support, cost.machine_kind(device, self.values.dtype)
+        dtype = autocast_dtype(self.values, device.type) or self.values.dtype
+        s, machine = self.support, cost.machine_kind(device, dtype)
         shape = (num_rows, self.out_features, self.in_features, self.rank)
         return cost.choose_path(*shape, s.num_nonzero, s.price, machine)
 
@@ -125,7 +127,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         factored: h = x A^T is kept; u = dy B and the temporaries of the products with S are not."""
         if self._planned_path(rows) == "factored":
             return _factored_footprint([self], rows)
-        dense = 2 * self.out_features * self.in_features * rows.element_size
+        dense = 2 * self.out_features * self.in_features * rows.element_size + cast_bytes([self], rows)
         return Footprint(kept=0, temporary=dense + self.support.piece_bytes, gradients=gradient_bytes(self))
 
     @classmethod
@@ -160,6 +162,6 @@ def _factored_footprint(layers: Sequence[SLTrainLinear], rows: Rows) -> Footprin
         of_sparse = kernels.scratch_bytes(num_rows, layers[0].in_features, outs, nums, threads, "backward", block)
     return Footprint(
         kept=sum(layer.rank for layer in layers) * num_rows * size,
-        temporary=max(layer.rank for layer in layers) * num_rows * size + of_sparse,
+        temporary=max(layer.rank for layer in layers) * num_rows * size + of_sparse + 2 * cast_bytes(layers, rows),
         gradients=sum(gradient_bytes(layer) for layer in layers),
     )

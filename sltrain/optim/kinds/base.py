@@ -109,6 +109,10 @@ class OptimizerConfig:
         copies = self.copies_on_cuda if device_type == "cuda" else self.copies_on_cpu + narrower
         return 4 * parameter.numel * copies
 
+    def warnings(self, weight: "torch.Tensor") -> list[str]:
+        """What a user should know before training weights of the dtype of `weight`."""
+        return []
+
     def notes(self, device_type: str) -> list[str]:
         """Remarks on it for a memory plan."""
         return []
