@@ -48,7 +48,8 @@ OTHERS = {
     "model.intermediate_size": "ffn_dim d_ff ffn_hidden_size mlp_dim ffn_size",
     "model.vocab_size": "vocab vocab_size padded_vocab_size",
     "model.rope_theta": "rope_theta rope_base theta",
-    "dtype=bfloat16": "bf16 pure_bf16 use_bf16 half fp16 float16 mixed_precision amp autocast",
+    "dtype=bfloat16": "bf16 pure_bf16 use_bf16 half fp16 float16",
+    "precision=mixed": "mixed_precision amp autocast use_amp",
     "dtype": "torch_dtype param_dtype data_type",
     "activation_checkpointing": "gradient_checkpointing use_gradient_checkpointing grad_checkpointing"
     " checkpoint_activations activation_checkpoint recompute gradient_checkpoint",

@@ -208,8 +208,8 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     """The decoder with its head. `activation_checkpointing` keeps only each layer's input and recomputes the layer in
-    backward. `compute_dtype` is that of mixed precision, None otherwise. Call `init_weights` after construction. Raises ValueError for a configuration without a vocabulary size or
-    whose heads do not fit its hidden size."""
+    backward. `compute_dtype` is that of mixed precision, None otherwise. Call `init_weights` after construction. Raises
+    ValueError for a configuration without a vocabulary size or whose heads do not fit its hidden size."""
 
     def __init__(
         self, config: ModelConfig, activation_checkpointing: bool = False, compute_dtype: torch.dtype | None = None

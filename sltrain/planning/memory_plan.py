@@ -1,7 +1,7 @@
 """Where every byte of training goes, before anything is allocated.
 
-    N = B T rows of a micro-batch, e bytes a number (of an activation), D hidden size, I feed-forward size, H heads, G key/value heads of
-    size d, V vocabulary, L layers; "kept": from forward to backward
+    N = B T rows of a micro-batch, e bytes a number (of an activation), D hidden size, I feed-forward size, H heads, G
+    key/value heads of size d, V vocabulary, L layers; "kept": from forward to backward
 
     always           weights, indices of S, optimizer state
     kept, a layer    e N (6 D + 2 G d + 2 I)    both norms' inputs and outputs, q, k, v, the attention's output; gate

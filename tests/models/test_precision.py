@@ -1,5 +1,5 @@
-"""Mixed precision is pure bfloat16 on weights that are rounded from float32 ones: its loss is that model's, bit for bit,
-its gradients are float32 and as good."""
+"""Mixed precision is pure bfloat16 on weights that are rounded from float32 ones: its loss is that model's, bit for
+bit, its gradients are float32 and as good."""
 
 from typing import Any
 
