@@ -21,13 +21,16 @@ from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
 from sltrain.events import published_perplexity
 from sltrain.formats.folder import (
+    AUTO_MAP,
+    CODE,
+    CODE_KINDS,
     COMPRESSED,
     FORMAT_VERSION,
-    STEMS,
     Facts,
     llama_config,
     model_card,
     plain_tokenizer,
+    tensor_sizes,
     tokenizer_config,
     write_json,
 )
@@ -103,6 +106,10 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     if format == "compressed":
         content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}
         facts.layers = layer_settings(saved.model)
+        if has_code(saved):
+            content["auto_map"] = AUTO_MAP
+            facts.tensors = tensor_sizes({name: saved.model.get_submodule(name) for name in facts.layers})
+            (folder / CODE.name).write_bytes(CODE.read_bytes())
     write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
@@ -110,13 +117,24 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     (folder / "README.md").write_text(_card(saved, config, format, dtype), encoding="utf-8")
 
 
+def has_code(saved: Saved) -> bool:
+    """Whether transformers opens a compressed export of it, by modeling_sltrain.py."""
+    return {layer.kind for layer in saved.model.modules() if isinstance(layer, ReplacedLinear)} <= CODE_KINDS
+
+
+def how_to_open(saved: Saved, format: str, folder: Path) -> str:
+    """Python that opens the export."""
+    if format == "compressed" and not has_code(saved):
+        return f"sltrain.load({str(folder)!r})"
+    trust = ", trust_remote_code=True" if format == "compressed" else ""
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
+
+
 def _write_weights(saved: Saved, folder: Path, format: str, dtype: torch.dtype, max_shard_bytes: int) -> int:
     """The weights, layer by layer; return their bytes."""
     if format == "compressed":
         shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
-        return write_weights(
-            folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes, STEMS[COMPRESSED]
-        )
+        return write_weights(folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes)
     with torch.device("meta"):
         dense = LlamaForCausalLM(saved.model.config).to(dtype)
     return write_weights(folder, dense.state_dict(), lambda name: _dense(saved, name).to(dtype), max_shard_bytes)
@@ -140,6 +158,7 @@ def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) ->
     return model_card(
         config=config,
         format=format,
+        has_code=has_code(saved),
         dtype=dtype_name(dtype),
         step=saved.step,
         progress=saved.progress,

@@ -20,7 +20,7 @@ from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
-from sltrain.formats.folder import READABLE_VERSIONS, STEMS, Facts, read_json
+from sltrain.formats.folder import COMPRESSED, DENSE, READABLE_VERSIONS, Facts, read_json, weights_stem
 from sltrain.formats.weights import WeightFiles
 from sltrain.layers.convert import UnknownKind, restore_layers
 from sltrain.layers.cost import set_paths
@@ -114,16 +114,17 @@ def open_export(path: Path) -> Saved:
     """Open what `sltrain-export` wrote, of either format."""
     content = read_json(path / "config.json")
     own, kind = content.get("sltrain"), content.get("model_type")
-    if not isinstance(own, dict) or kind not in STEMS:
+    if not isinstance(own, dict) or kind not in (DENSE, COMPRESSED):
         raise ValueError(f"{path} was not exported by sltrain; name a run folder or a folder that sltrain-export wrote")
     if own.get("format_version") not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {readable}")
-    files = WeightFiles(path, STEMS[kind])
+    files = WeightFiles(path, weights_stem(kind, own["format_version"]))
     dtype = files.dtype(HEAD)
     try:
         facts = read_plain(Facts, own)
-        shape = read_plain(ModelConfig, {**content, "name": facts.model})
+        rotary = content.get("rope_parameters") or {}  # where transformers writes it again
+        shape = read_plain(ModelConfig, {"rope_theta": rotary.get("rope_theta"), **content, "name": facts.model})
         with torch.device("meta"):
             model = LlamaForCausalLM(shape).to(dtype)
         restore_layers(model, facts.layers)

@@ -1,8 +1,12 @@
-"""`sltrain-export`: a run's checkpoint as a folder for transformers, vLLM, lm-eval, or as a small one for sltrain.
+"""`sltrain-export`: a run's checkpoint as a folder for transformers, vLLM, lm-eval, or as a small one.
 
     sltrain-export outputs/my_run --output my_model                         dense, AutoModelForCausalLM opens it
     sltrain-export outputs/my_run --output my_model --step 1000             of an earlier checkpoint
-    sltrain-export outputs/my_run --output small --format compressed        B, A and S: sltrain.load("small") opens it
+    sltrain-export outputs/my_run --output small --format compressed        B, A and S as trained: half of dense at 350M
+
+A dense folder is a LLaMA as everything that reads Hugging Face's format knows it. A compressed one brings its own code
+for transformers: AutoModelForCausalLM.from_pretrained("small", trust_remote_code=True) keeps the factors in memory, and
+sltrain.load("small") opens it too.
 
 The folder holds safetensors, config.json, generation_config.json, the tokenizer's files and a model card. It gets its
 name once the logits computed from its files are those of the trained model.
@@ -40,7 +44,7 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-export` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
-        from sltrain.api.export import export
+        from sltrain.api.export import export, how_to_open
         from sltrain.building.model import DTYPES
         from sltrain.building.saved import open_saved
 
@@ -50,10 +54,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         export(saved, output, typed.format, DTYPES.get(typed.dtype))
     except Exception as error:
         return report_error(error)
-    if typed.format == "dense":
-        logger.info(f"done       transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")
-    else:
-        logger.info(f"done       sltrain.load({str(output)!r})")
+    logger.info(f"done       {how_to_open(saved, typed.format, output)}")
     return ExitCode.OK
 
 

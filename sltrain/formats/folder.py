@@ -5,9 +5,10 @@
     tokenizer.json           the run's, without a truncation or padding of its own
     tokenizer_config.json    how transformers reads it; padding on the left, so that batches of prompts can be continued
     README.md                the model card: what was trained, how, and the result
+    modeling_sltrain.py      compressed: the model as transformers opens it, which config.json names under "auto_map"
 
-A compressed folder has its own model_type and its own names of weight files, because transformers' LLaMA would open it
-and initialize the missing matrices randomly.
+A compressed folder has its own model_type, so that transformers opens it by that file or not at all. Layers of other
+kinds than the file knows, from other packages, go without it: sltrain alone opens such a folder.
 """
 
 import json
@@ -15,11 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 DENSE, COMPRESSED = "llama", "sltrain_llama"  # model_type
-STEMS = {DENSE: "model", COMPRESSED: "sltrain"}  # of the weight files' names
-FORMAT_VERSION = 2  # of the compressed layout; since 2, layers name their kind
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3  # since 2, layers name their kind; since 3, a compressed folder's weights are model.safetensors
+READABLE_VERSIONS = (1, 2, 3)
 CARD = Path(__file__).with_name("model_card.md.j2")
+CODE = Path(__file__).with_name("modeling_sltrain.py")
+CODE_KINDS = {"sltrain", "low_rank"}  # of layers that this file knows
+AUTO_MAP = {
+    "AutoConfig": f"{CODE.stem}.SLTrainLlamaConfig",
+    "AutoModelForCausalLM": f"{CODE.stem}.SLTrainLlamaForCausalLM",
+}
 
 
 @dataclass
@@ -34,6 +42,7 @@ class Facts:
     padding: str
     step: int  # updates
     layers: dict[str, Any] = field(default_factory=dict)  # compressed: the settings of each layer, for `restore_layers`
+    tensors: dict[str, Any] = field(default_factory=dict)  # compressed: `tensor_sizes`, for modeling_sltrain.py
 
 
 def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[str, int]) -> dict[str, Any]:
@@ -62,6 +71,25 @@ def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[s
         "vocab_size": vocab_size,
         "bos_token_id": None,
         **ids,
+    }
+
+
+def weights_stem(model_type: str, version: int) -> str:
+    """How the names of a folder's weight files begin."""
+    return "sltrain" if model_type == COMPRESSED and version < 3 else "model"
+
+
+def tensor_sizes(layers: dict[str, nn.Module]) -> dict[str, Any]:
+    """Of each layer with an S: its number of values, and the number and dtype of their indices."""
+    tensors = {name: layer.state_dict() for name, layer in layers.items()}
+    return {
+        name: {
+            "values": len(own["values"]),
+            "indices": len(own["indices"]),
+            "dtype": str(own["indices"].dtype).removeprefix("torch."),
+        }
+        for name, own in tensors.items()
+        if "indices" in own
     }
 
 

@@ -97,8 +97,9 @@ def test_a_dense_export_is_w0_plus_the_product(run: Path, tmp_path: Path, dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compressed_export_names_the_kind_and_opens(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     export(open_saved(run), tmp_path / "small", "compressed", dtype)
-    facts = json.loads((tmp_path / "small/config.json").read_text())["sltrain"]
-    assert facts["format_version"] == 2
+    content = json.loads((tmp_path / "small/config.json").read_text())
+    facts = content["sltrain"]
+    assert facts["format_version"] == 3
     assert facts["layers"][NAME] == {"kind": "toy_relora", "rank": RANK, "alpha": ALPHA}
     opened, ids = sltrain.load(tmp_path / "small"), torch.arange(40)[None]
     assert isinstance(opened.get_submodule(NAME), ReLoRALinear)
@@ -108,6 +109,8 @@ def test_a_compressed_export_names_the_kind_and_opens(run: Path, tmp_path: Path,
     card = (tmp_path / "small/README.md").read_text()
     assert "W = W0 + (alpha / rank) B A." in card and "| `NAME.weight` | | frozen |" in card
     assert "its kind, rank, alpha." in card and " frozen |" in card
+    assert "auto_map" not in content and not (tmp_path / "small/modeling_sltrain.py").exists(), "it knows no such layer"
+    assert "library_name: sltrain" in card and "transformers import" not in card
 
 
 def without_product(layer: ReLoRALinear) -> torch.Tensor:

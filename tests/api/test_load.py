@@ -85,6 +85,18 @@ def test_the_checkpoint_and_the_compressed_folder_agree_to_the_bit(model: Path) 
     assert torch.equal(logits_of(sltrain.load(model / "run")), logits_of(sltrain.load(model / "compressed")))
 
 
+def test_a_compressed_folder_of_format_2_opens(model: Path, tmp_path: Path) -> None:
+    """It had weights of another name and no code. tests/test_compat.py has one of format 1."""
+    old = shutil.copytree(model / "compressed", tmp_path / "small")
+    (old / "model.safetensors").rename(old / "sltrain.safetensors")
+    (old / "modeling_sltrain.py").unlink()
+    content = json.loads((old / "config.json").read_text())
+    del content["auto_map"], content["sltrain"]["tensors"]
+    content["sltrain"]["format_version"] = 2
+    (old / "config.json").write_text(json.dumps(content))
+    assert torch.equal(logits_of(sltrain.load(old)), logits_of(sltrain.load(model / "compressed")))
+
+
 def test_a_path_may_be_text_and_a_step_chosen(model: Path) -> None:
     early = sltrain.load(str(model / "run"), step=2)
     torch.testing.assert_close(logits_of(early), logits_of(by_hand(model / "run", 2)), atol=1e-5, rtol=1e-5)
@@ -355,7 +367,7 @@ def test_a_damaged_config_json(content: bytes, model: Path, tmp_path: Path, comm
     [
         ("dense", "model.safetensors"),
         ("dense", "tokenizer.json"),
-        ("compressed", "sltrain.safetensors"),
+        ("compressed", "model.safetensors"),
         ("compressed", "tokenizer.json"),
     ],
 )

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -336,15 +338,15 @@ def test_files_are_data_and_readable_as_the_umask_says(
         code, _, _ = sltrain_export(trained("uniform"), "--output", tmp_path / "model", "--format", format)
     finally:
         os.umask(before)
-    weights = {"dense": "model.safetensors", "compressed": "sltrain.safetensors"}[format]
     assert code == 0
-    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES - {"model.safetensors"} | {weights}
+    code_files = {"dense": set(), "compressed": {"modeling_sltrain.py"}}[format]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES | code_files
     for path in (tmp_path / "model").iterdir():
         assert path.stat().st_mode & 0o777 == 0o640, path
         start = path.read_bytes()[:8]
         assert not start.startswith((b"PK", b"\x80")), path  # torch.save, pickle
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
-    with safe_open(tmp_path / "model" / weights, "pt") as file:
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
@@ -362,7 +364,7 @@ def test_the_card_has_the_runs_facts(name: str, format: str, exported: Callable[
     run, folder = exported(name, format)
     card, rows = (folder / "README.md").read_text(), card_rows(folder)
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == ("transformers" if format == "dense" else "sltrain")
+    assert front["library_name"] == "transformers"
     summary, config = json.loads((run / "summary.json").read_text()), yaml.safe_load((run / "config.yaml").read_text())
     count = summary["num_parameters"]
     method = config["method"]["name"]
@@ -404,15 +406,20 @@ def test_the_python_of_the_dense_card_runs(
     assert names["ids"][0].tolist() == open_saved(run).tokenizer.encode_prompt("The history of")
 
 
+@pytest.mark.slow
 def test_the_python_of_the_compressed_card_runs(
-    exported: Callable[[str, str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+    exported: Callable[[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    run, folder = exported("uniform", "compressed")
-    monkeypatch.chdir(folder)
-    names: dict = {}
-    exec(card_code(folder), names)
-    with torch.no_grad():
-        torch.testing.assert_close(names["model"](some_ids()), model_of(run)(some_ids()), atol=1e-5, rtol=1e-5)
+    _, folder = exported("uniform", "compressed")
+    done = subprocess.run(
+        [sys.executable, "-c", card_code(folder)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The history of")
 
 
 # ---- compressed
@@ -469,7 +476,7 @@ def test_the_words_of_the_card_rebuild_every_matrix(
 ) -> None:
     run, folder = exported(name, "compressed")
     settings = json.loads((folder / "config.json").read_text())["sltrain"]["layers"]
-    weights = {key: value.numpy() for key, value in load_file(folder / "sltrain.safetensors").items()}
+    weights = {key: value.numpy() for key, value in load_file(folder / "model.safetensors").items()}
     wanted = dense_by_hand(run)
     assert len(settings) == 14
     for key, own in settings.items():
@@ -525,9 +532,9 @@ def test_the_compressed_model_computes_the_same_bits_and_is_smaller(
     ids = some_ids(50)
     with torch.no_grad():
         assert torch.equal(sltrain.load(small)(ids), sltrain.load(run)(ids))
-    ours, checkpoint = load_file(small / "sltrain.safetensors"), load_file(newest(run) / "model.safetensors")
+    ours, checkpoint = load_file(small / "model.safetensors"), load_file(newest(run) / "model.safetensors")
     assert ours.keys() == checkpoint.keys() and all(torch.equal(ours[key], checkpoint[key]) for key in ours)
-    files = (small / "sltrain.safetensors", dense / "model.safetensors")
+    files = (small / "model.safetensors", dense / "model.safetensors")
     sizes = [file.stat().st_size for file in files]
     if name != "block":  # 20 % of small matrices beside a rank of a quarter: nothing is saved
         assert sizes[0] < sizes[1], sizes
@@ -539,19 +546,71 @@ def test_compressed_in_bfloat16_rounds_values_and_keeps_positions(
     run = trained("uniform")
     code, _, _ = sltrain_export(run, "--output", tmp_path / "small", "--format", "compressed", "--dtype", "bfloat16")
     assert code == 0
-    ours, checkpoint = load_file(tmp_path / "small/sltrain.safetensors"), load_file(newest(run) / "model.safetensors")
+    ours, checkpoint = load_file(tmp_path / "small/model.safetensors"), load_file(newest(run) / "model.safetensors")
     for key, value in checkpoint.items():
         wanted = value.to(torch.bfloat16) if value.is_floating_point() else value
         assert ours[key].dtype == wanted.dtype and torch.equal(ours[key], wanted), key
     assert sltrain.load(tmp_path / "small").lm_head.weight.dtype == torch.bfloat16
 
 
-def test_transformers_refuses_a_compressed_folder(exported: Callable[[str, str], tuple[Path, Path]]) -> None:
+@pytest.fixture(scope="module")
+def opened_by_strangers(
+    exported: Callable[[str, str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict]:
+    """What tests/without_sltrain.py finds in the compressed export of each run, and in one of several files."""
+    folders = {name: exported(name, "compressed")[1] for name in COMPRESSIBLE}
+    folders["shards"] = tmp_path_factory.mktemp("shards") / "model"
+    build_export.export(open_saved(exported("uniform", "dense")[0]), folders["shards"], "compressed", None, 50_000)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "without_sltrain.py", *folders.values()],
+        input=json.dumps(["def", "import os\nimport sys\nfrom pathlib import Path", "class Error(Exception):"]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("hf_home")), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(folders, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMPRESSIBLE, "shards"])
+def test_transformers_opens_a_compressed_folder_without_sltrain(
+    name: str, opened_by_strangers: dict[str, dict], exported: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    found, run_name = opened_by_strangers[name], "uniform" if name == "shards" else name
+    run, folder = exported(run_name, "compressed")
+    with torch.no_grad():
+        wanted = model_of(run)(some_ids())
+        few = model_of(run)(some_ids()[:, :3])
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(torch.tensor(found["logits"]), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(found["first_logits"]), few, atol=1e-5, rtol=1e-5)
+    assert found["batch"] == found["alone"] == found["uncached"] and len({tuple(row) for row in found["batch"]}) == 3
+    files = load_file(folder / "model.safetensors")
+    assert found["bytes"] == sum(tensor.nbytes for tensor in files.values()), "no tensor besides the factors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPRESSIBLE)
+def test_what_transformers_saves_again_opens_again(
+    name: str, opened_by_strangers: dict[str, dict], exported: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    """By transformers and by sltrain, with the weights and the shape, rope_theta for one, that it had."""
+    run, folder = exported(name, "compressed")
+    assert opened_by_strangers[name]["logits_again"] == opened_by_strangers[name]["logits"]
+    with torch.no_grad():
+        ours = sltrain.load(f"{folder}_again")(some_ids())
+        assert torch.equal(ours, sltrain.load(run)(some_ids()))
+
+
+def test_the_code_of_a_compressed_folder_is_not_run_unasked(
+    exported: Callable[[str, str], tuple[Path, Path]],
+) -> None:
+    """And without it transformers opens nothing, instead of a LLaMA with random projections."""
     _, folder = exported("uniform", "compressed")
-    with pytest.raises(ValueError, match="sltrain_llama"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="sltrain_llama"):
-        transformers.AutoConfig.from_pretrained(folder)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoConfig):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            auto.from_pretrained(folder, trust_remote_code=False)
 
 
 # ---- shards
@@ -575,11 +634,10 @@ def test_a_large_model_is_written_in_shards(
     run, whole = exported("uniform", format)
     folder = tmp_path / "model"
     build_export.export(open_saved(run), folder, format, None, max_shard_bytes=50_000)
-    names = {path.name for path in folder.iterdir()} - FILES
+    names = {path.name for path in folder.iterdir()} - FILES - {"modeling_sltrain.py"}
     count = len(names) - 1
-    stem = {"dense": "model", "compressed": "sltrain"}[format]
-    assert count >= 3 and names == {f"{stem}.safetensors.index.json"} | {
-        f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+    assert count >= 3 and names == {"model.safetensors.index.json"} | {
+        f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
     }
     ids = some_ids(20)
     with torch.no_grad():
