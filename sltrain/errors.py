@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import NoReturn
 
 from sltrain.log import rank
+from sltrain.streams import secure_streams
 
 
 class ExitCode(IntEnum):
@@ -37,7 +38,7 @@ def raised_as_error() -> Iterator[None]:
     """Convert ValueError and OSError to `Error`, message unchanged. For the public functions of the library."""
     try:
         yield
-    except (Error, BrokenPipeError):  # a closed pipe is no error
+    except Error:
         raise
     except (ValueError, OSError) as error:
         raise Error(str(error)) from error
@@ -46,15 +47,13 @@ def raised_as_error() -> Iterator[None]:
 def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:
     """Run a command on the arguments that were typed, and end the process with its code. `interrupted` is
     printed when SIGTERM or Ctrl-C ends the command before it reports anything itself."""
+    secure_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         code = ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        sys.stdout = open(os.devnull, "w")
-        code = ExitCode.OK
     sys.exit(code)
 
 
@@ -73,8 +72,6 @@ def report_error(error: BaseException, common: bool = False) -> ExitCode:
 
     Under torchrun an error that all ranks have (`common`), or that another rank reports, is printed once.
     """
-    if isinstance(error, BrokenPipeError):  # the reader closed the pipe: see run_as_process
-        raise error
     code = exit_code_of(error)
     if getattr(error, "told_by_another_rank", False) or (common and rank()):
         return code

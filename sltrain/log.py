@@ -70,8 +70,8 @@ def rank() -> int:
 
 
 def write_line(text: str, stream: str = "stdout") -> None:
-    """Write a line to standard output or standard error, above the progress bar if there is one. Ignores a closed
-    pipe."""
+    """Write a line to standard output or standard error, above the progress bar if there is one. One that cannot
+    be written to any more is given up: os.devnull takes its place."""
     from tqdm import tqdm
 
     target = getattr(sys, stream)
@@ -80,5 +80,5 @@ def write_line(text: str, stream: str = "stdout") -> None:
     try:
         tqdm.write(text, file=target)
         target.flush()
-    except BrokenPipeError:
+    except (OSError, ValueError):  # the reader has gone, the terminal or the file is closed
         setattr(sys, stream, open(os.devnull, "w"))

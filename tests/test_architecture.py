@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"methods", "data", "optim"},  # the classes that plug-ins extend, which import nothing heavy
     "log": set(),
     "events": set(),
-    "errors": {"log"},
+    "streams": set(),
+    "errors": {"log", "streams"},
     "numeric": {"parameters"},
     "compose": {"config", "data", "errors", "methods", "optim", "registry"},
     "kernels": set(),
@@ -46,7 +47,18 @@ ALLOWED: dict[str, set[str]] = {
     "building": {*ROOMS, "formats", "compose", "config", "errors"},
     "benchmarks": {"building", *ROOMS, "formats", "compose", "config"},
     "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
-    "commands": {"api", "benchmarks", "building", "compose", "config", "engine", "errors", "log", "reporting"},
+    "commands": {
+        "api",
+        "benchmarks",
+        "building",
+        "compose",
+        "config",
+        "engine",
+        "errors",
+        "log",
+        "reporting",
+        "streams",
+    },
 }
 
 # Slow to import (seconds each), or needed by few runs: only inside the function that uses them.

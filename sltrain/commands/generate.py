@@ -7,10 +7,12 @@ The text comes token by token on standard output, prompt included. What is not t
 """
 
 import argparse
+import sys
 
 from sltrain.commands.flags import make_parser
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
+from sltrain.streams import is_lost
 
 
 def main() -> None:
@@ -54,6 +56,8 @@ def run_command(arguments: list[str]) -> ExitCode:
             seed=typed.seed,
         ):
             print(text, end="", flush=True)
+            if is_lost(sys.stdout):  # the reader has seen enough, as `| head` does
+                return ExitCode.OK
         print(flush=True)
     except Exception as error:
         return report_error(error)

@@ -161,13 +161,15 @@ class ProgressBar:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         is_widget = stream is None and in_notebook()
-        self._stream = stream or (sys.stdout if is_widget else sys.stderr)
+        self._stream: TextIO | None = stream or (sys.stdout if is_widget else sys.stderr)
         self._max_steps, self._first_step = max_steps, first_step
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._begin, self._last_line = clock(), -math.inf
         self._bar: tqdm[Any] | None = None
         # Some pseudo terminals report no columns: no bar can be drawn there.
-        if is_widget or (self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns > 0):
+        if is_widget or (
+            self._stream and self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns > 0
+        ):
             form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self._bar = tqdm(
                 total=max_steps, initial=first_step, file=self._stream, bar_format=form, dynamic_ncols=True
@@ -199,8 +201,9 @@ class ProgressBar:
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
+        elif self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
