@@ -6,7 +6,7 @@ after every restart.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -14,6 +14,8 @@ from typing import Protocol
 from sltrain.log import ANY_RANK
 
 logger = logging.getLogger(__name__)
+
+Wanted = Callable[[int], bool]  # record index -> whether the reader asks for that record
 
 WARNINGS_PER_FILE = 3  # bad records of one file that are reported; the others are skipped silently
 
@@ -56,9 +58,9 @@ class Source(Protocol):
         """Raise DataError or NetworkError now if reading the first document would."""
         ...
 
-    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
-        """The documents of a shard with index >= start and index % step == offset, in order. Other records are not
-        parsed where the format allows it."""
+    def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
+        """The documents of a shard with index >= start and wanted(index), in order; all from `start` on without
+        `wanted`. Other records are not parsed where the format allows it."""
         ...
 
 

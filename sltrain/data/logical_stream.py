@@ -45,6 +45,7 @@ class LogicalStream:
     slices: list[Slice]
     seed: int
     shuffle_block: int
+    dealing: str  # KEYED or MODULO, see order.py
     encode: Callable[[list[str]], list[Ids]]  # texts -> the ids of each
     keep: Callable[[str], bool]  # whether a text is trained on
     at: Position  # where to begin: a position that this stream had before, in this process or another
@@ -107,7 +108,7 @@ class LogicalStream:
             self._order = slice_order(self.slices, self.seed, self.at.epoch, self.number)
         part = self._order[self.at.slice]
         if self._reader is None:
-            self._reader = self.source.documents(part.shard, self.at.block, part.step, part.offset)
+            self._reader = self.source.documents(part.shard, self.at.block, part.wanted(self.seed, self.dealing))
             self._announce(1)
         kept = list(islice((d for d in self._reader if self.keep(d.text)), self.shuffle_block))
         indices = [document.index for document in kept]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO
 
-from sltrain.data.documents import BadData, DataError, Document, NetworkError
+from sltrain.data.documents import BadData, DataError, Document, NetworkError, Wanted
 
 PARAGRAPH_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", *PARAGRAPH_SUFFIXES, ".parquet")
@@ -30,9 +30,9 @@ Record = tuple[int, Callable[[], str | None]]  # 1-based line or row, and a func
 
 
 def read_documents(
-    opener: Callable[[], BinaryIO], file: str, bad: BadData, start: int = 0, step: int = 1, offset: int = 0
+    opener: Callable[[], BinaryIO], file: str, bad: BadData, start: int = 0, wanted: Wanted | None = None
 ) -> Iterator[Document]:
-    """The documents of one file with record index >= start and index % step == offset.
+    """The documents of one file with record index >= start and wanted(index), if it is given.
 
     `opener` opens the raw bytes; `file` is the name in messages, and its ending decides the format. Raises DataError
     for a file that is missing or forbidden, and for damaged data if `bad` says so; NetworkError if `opener` does.
@@ -41,7 +41,7 @@ def read_documents(
     try:
         with opener() as raw:
             for index, (line, parse) in enumerate(_records(raw, file)):
-                if index >= start and index % step == offset:
+                if index >= start and (wanted is None or wanted(index)):
                     try:
                         text = parse()
                     except (ValueError, TypeError) as error:

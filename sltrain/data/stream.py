@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
 from sltrain.data.logical_stream import LogicalStream, Position
-from sltrain.data.order import deal_slices, num_logical_streams
+from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_logical_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IDENTITY = "identity"  # key of Batch.state beside the stream numbers: what the positions refer to
 CORPUS = "the corpus (path, files or Python release)"
+DEALING = "dealing"  # of records to streams, see order.py; older states lack it and go on with MODULO
 HOLDOUT = "the held-out part (validation_path; data.holdout_every, 0 with a validation set of its own)"
 
 State = dict[str, dict[str, Any]]  # JSON-able
@@ -104,6 +105,7 @@ class TrainStream:
             "global_batch_size": global_batch_size,
             "data.num_streams": num_logical,
             "data.shuffle_block": shuffle_block,
+            DEALING: KEYED,
             HOLDOUT: holdout_every,
         }
         self._state = self._stamp({number: Position() for number in self._own})
@@ -131,14 +133,17 @@ class TrainStream:
 
         Raises ValueError if the corpus or a setting that decides the rows has changed.
         """
-        for key, new in self._identity.items():
-            old = state.get(IDENTITY, {}).get(key)
+        saved = {DEALING: MODULO, **state.get(IDENTITY, {})}
+        identity = {**self._identity, DEALING: saved[DEALING] if saved[DEALING] in DEALINGS else KEYED}
+        for key, new in identity.items():
+            old = saved.get(key)
             if old != new:
                 raise ValueError(
                     f"{CORPUS if key == 'corpus' else key} has changed since the checkpoint: it was {old}, "
                     f"now it is {new}; continue with the old one, or start a new run"
                 )
         self.close()
+        self._identity = identity
         self._state = self._stamp({number: Position(**state[str(number)]) for number in self._own})
 
     def close(self) -> None:
@@ -163,6 +168,7 @@ class TrainStream:
                 self._slices[number],
                 self._identity["seed"],
                 self._identity["data.shuffle_block"],
+                self._identity[DEALING],
                 encode=lambda texts: self.tokenizer.encode_batch(texts, None if is_packed else seq_len),
                 keep=lambda text: not is_held_out(text, holdout_every),
                 at=Position(**state[str(number)]),

@@ -9,7 +9,9 @@ import sys
 import threading
 from collections import defaultdict
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -114,6 +116,25 @@ def test_every_document_once_an_epoch_in_one_stream(source, tokenizer, texts, ch
     assert everything != sorted(everything)
 
 
+@pytest.mark.parametrize("first_kind", ["w0 w0 w0 w0 w0 w0", ""])  # long, or blank
+@pytest.mark.parametrize("period", [2, 3, 8])
+def test_records_in_a_regular_order_give_every_stream_its_share_of_each_kind(tmp_path, period, first_kind):
+    """Record i is of kind i % period, as in a file of titles and bodies in turn."""
+    kinds = [first_kind, *(f"w{kind}" for kind in range(1, period))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": kinds[i % period]}) + "\n" for i in range(8000)))
+    vocabulary = {"</s>": 0, **{f"w{kind}": kind + 1 for kind in range(8)}}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    stream = make(LocalFiles(f"{tmp_path}/a.jsonl"), Tokenizer(plain.to_str(), "test"), num_streams=8)
+    batches = take(stream, 50)
+    assert batches[-1].epoch == 0
+    tokens = np.array([len(text.split()) for text in kinds])
+    for row in range(8):  # as many as streams
+        ids = torch.cat([batch.input_ids[row] for batch in batches])
+        found = np.bincount(ids, minlength=9)[1 : period + 1]
+        np.testing.assert_allclose(found / found.sum(), tokens / tokens.sum(), rtol=0.5)
+
+
 def test_the_seed_changes_the_order(source, tokenizer):
     a, b, again = (rows(take(make(source, tokenizer, seed=seed), 5)) for seed in (1, 2, 1))
     assert a == again != b
@@ -161,10 +182,10 @@ def test_any_number_of_stops_gives_the_batches_of_a_straight_run(source, tokeniz
 
 
 def test_the_state_of_every_batch_leads_to_the_next_one(source, tokenizer):
-    batches = take(make(source, tokenizer), 40)  # more than an epoch
+    batches = take(make(source, tokenizer), 60)  # more than an epoch
     assert batches[-1].epoch >= 1
     stream = make(source, tokenizer)
-    for k in range(0, 39, 3):
+    for k in range(0, 59, 3):
         stream.load_state_dict(batches[k].state)
         assert torch.equal(next(stream).input_ids, batches[k + 1].input_ids)
         assert len(json.dumps(batches[k].state["0"])) < 200

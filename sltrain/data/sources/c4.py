@@ -7,7 +7,7 @@ A shard is downloaded when its stream begins it, and the next one of the stream 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sltrain.data.documents import BadData, Document, NetworkError, Source
+from sltrain.data.documents import BadData, Document, NetworkError, Source, Wanted
 from sltrain.data.download import DEFAULT_RETRY, Downloads, RetryPolicy
 from sltrain.data.records import read_documents
 from sltrain.data.sources.base import SOURCES, SourceConfig
@@ -86,9 +86,9 @@ class HubShards:
         """Begin to download a shard."""
         self.downloads.start(self.files[shard])
 
-    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
+    def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
         file = self.files[shard]
         path = self.downloads.path(file)
-        yield from read_documents(lambda: open(path, "rb"), f"{self.repo}/{file}", self.bad, start, step, offset)
-        if self.delete_after_use and step == 1:  # otherwise other streams read this shard too
+        yield from read_documents(lambda: open(path, "rb"), f"{self.repo}/{file}", self.bad, start, wanted)
+        if self.delete_after_use and wanted is None:  # otherwise other streams read this shard too
             self.downloads.delete(file)

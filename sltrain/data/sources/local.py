@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from sltrain.data.documents import BadData, DataError, Document, Source
+from sltrain.data.documents import BadData, DataError, Document, Source, Wanted
 from sltrain.data.records import SUFFIXES, read_documents
 from sltrain.data.sources.base import SOURCES, SourceConfig
 
@@ -70,9 +70,9 @@ class LocalFiles:
             if not os.access(path, os.R_OK):
                 raise DataError(f"{path} cannot be read: it is gone or its permissions forbid it")
 
-    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
+    def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
         path = self.paths[shard]
-        return read_documents(lambda: open(path, "rb"), path, self.bad, start, step, offset)
+        return read_documents(lambda: open(path, "rb"), path, self.bad, start, wanted)
 
 
 def _expand(pattern: str, key: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sltrain.data.documents import DataError, Document, Source
+from sltrain.data.documents import DataError, Document, Source, Wanted
 from sltrain.data.sources.base import SOURCES, SourceConfig
 
 NUM_SHARDS = 16
@@ -65,10 +65,10 @@ class StandardLibrary:
     def check(self) -> None:
         """Nothing to check: everything has been read."""
 
-    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
+    def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
         texts = self._shards[shard]
-        indices = range(start + (offset - start) % step, len(texts), step)
-        return (Document(index, texts[index]) for index in indices)
+        indices = range(start, len(texts))
+        return (Document(index, texts[index]) for index in (indices if wanted is None else filter(wanted, indices)))
 
 
 def _python_files(root: Path) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sltrain.data.documents import Document, Source
+from sltrain.data.documents import Document, Source, Wanted
 from sltrain.data.sources.base import SOURCES, SourceConfig
 
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -38,7 +38,7 @@ class Counting:
     def check(self) -> None:
         """Nothing can be missing."""
 
-    def documents(self, shard: int, start: int = 0, step: int = 1, offset: int = 0) -> Iterator[Document]:
-        for index in range(start + (offset - start) % step, self.num_documents, step):
+    def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
+        for index in filter(wanted or (lambda index: True), range(start, self.num_documents)):
             numbers = range(self.num_shards * index + shard, self.num_shards * index + shard + 30)
             yield Document(index, " ".join(WORDS[int(digit)] for number in numbers for digit in str(number)))
