@@ -50,8 +50,8 @@ RECIPES: dict[str, list[str]] = {
     "full": FULL,
     "full adam8bit": [*FULL, "optimizer=adam8bit"],
     "full bfloat16": [*FULL, "dtype=bfloat16"],
-    "low_rank": ["method=low_rank", "rank=16"],
-    "low_rank in_backward": ["method=low_rank", "rank=16", *IN_BACKWARD],
+    "low_rank": ["method=low_rank", "method.start=uniform", "rank=16"],
+    "low_rank in_backward": ["method=low_rank", "method.start=uniform", "rank=16", *IN_BACKWARD],
     **{
         f"{support} {path}": [*SPARSE, f"support={support}", f"layer_path={path}"]
         for support in SUPPORTS

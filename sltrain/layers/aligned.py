@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 
 class AlignedLinear(nn.Linear):
-    """nn.Linear with the same parameters, computed on aligned sides."""
+    """nn.Linear with the same parameters, computed on aligned sides. `gain` multiplies the model's start of them."""
+
+    gain = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         return aligned_linear(x, self.weight, self.bias)

@@ -3,13 +3,16 @@
     tensor   start                                             source
     A        uniform in +-1/sqrt(in)                           Kaiming-uniform with a = sqrt(5), as torch's nn.Linear
     B        zero, when there is an S                          the paper: training starts from W = S
-             uniform, when there is none                       see below
+    A and B  spectral, when there is none                      Khodak et al., arXiv 2105.01029, section 3.2; see below
     values   uniform in +-1/sqrt(in)                           the paper
     bias     uniform in +-1/sqrt(in)                           nn.Linear
 
 Without S a zero B makes W zero. Zero query, key, value and output projections pass no gradient to each other, so a
-model made of them never starts to learn. B is then uniform with the standard deviation 1/(scale * sqrt(rank)), which
-gives the entries of scale * B A the variance of nn.Linear's, 1/(3 in).
+model made of them never starts to learn. The spectral start makes scale * B A what is nearest, at this rank, to a dense
+matrix of independent entries: singular vectors uniformly distributed, singular values by the law of Marchenko and
+Pastur. No dense matrix is decomposed for it: both are drawn directly. The uniform start gives B the standard deviation
+1/(scale * sqrt(rank)), and so the entries of scale * B A the variance of nn.Linear's, 1/(3 in). All of that energy then
+lies in few directions: the largest singular values are several times those of a dense start.
 
 A layer that starts from a dense matrix instead has B A from its singular value decomposition, see `set_factors`.
 """
@@ -58,7 +61,7 @@ class FactoredLinear(ReplacedLinear):
 
     @torch.no_grad()
     def reset_factors(self, generator: torch.Generator | None, zero_B: bool) -> None:
-        """Fill A, B and the bias by the table at the top."""
+        """Fill A, B and the bias uniformly, by the table at the top."""
         bound = 1 / math.sqrt(self.in_features)
         fill_uniform(self.A, bound, generator)
         if zero_B:
@@ -67,6 +70,14 @@ class FactoredLinear(ReplacedLinear):
             fill_uniform(self.B, math.sqrt(3 / self.rank) / self.scale, generator)
         if self.bias is not None:
             fill_uniform(self.bias, bound, generator)
+
+    @torch.no_grad()
+    def reset_spectral(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill A and B with the spectral start for a dense matrix of standard deviation `std`."""
+        values = std * largest_singular_values(self.out_features, self.in_features, self.rank).float()
+        roots = (values / self.scale).sqrt()
+        self.A.copy_(roots[:, None] * orthonormal(self.in_features, self.rank, generator).t())
+        self.B.copy_(orthonormal(self.out_features, self.rank, generator) * roots)
 
     @torch.no_grad()
     def set_factors(self, weight: Tensor) -> None:
@@ -85,3 +96,32 @@ class FactoredLinear(ReplacedLinear):
         roots = (values[: self.rank] / self.scale).sqrt()
         self.B.copy_(columns[:, : self.rank] * roots)
         self.A.copy_(roots[:, None] * rows[: self.rank])
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """A matrix (rows, columns) of orthonormal columns, uniformly distributed: float32, on the CPU. From the QR
+    decomposition of a normal matrix, with the signs that make R's diagonal positive (Mezzadri, math-ph/0609050)."""
+    drawn = torch.empty(rows, columns, device="cpu").normal_(generator=generator)
+    columns_of_q, r = torch.linalg.qr(drawn)
+    return columns_of_q * r.diagonal().sign()
+
+
+def largest_singular_values(out_features: int, in_features: int, count: int) -> Tensor:
+    """The expected `count` largest singular values, largest first, of a matrix (out, in) of independent entries with
+    variance 1: float64. `count` is at most the smaller side.
+
+    With m <= n the sides and y = m / n, the squares over n have the density sqrt((b - t)(t - a)) / (2 pi y t) on
+    [a, b] = [(1 - sqrt(y))^2, (1 + sqrt(y))^2] (Marchenko and Pastur, 1967). The i-th of m is its quantile
+    1 - (i + 1/2) / m. With t = 1 + y - 2 sqrt(y) cos(u) the density is smooth in u, even where a is 0.
+    """
+    m, n = sorted((out_features, in_features))
+    y = m / n
+    u = torch.linspace(0, math.pi, 1 << 14, dtype=torch.float64)
+    t = 1 + y - 2 * math.sqrt(y) * u.cos()
+    density = (u.sin() ** 2 / t.clamp_min(1e-300)).nan_to_num()
+    if y == 1:  # the limit at u = 0, where both are 0
+        density[0] = 1.0
+    share = torch.cumulative_trapezoid(density, u)
+    share = torch.cat([share.new_zeros(1), share / share[-1]])
+    wanted = 1 - (torch.arange(count, dtype=torch.float64) + 0.5) / m
+    return (n * t[torch.searchsorted(share, wanted).clamp_max(len(t) - 1)]).sqrt()

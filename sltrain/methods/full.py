@@ -6,7 +6,7 @@ For a fair comparison, products are computed on aligned sides (5461 in LLaMA 1B 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 @METHODS.register("full")
 @dataclass
 class Full(Method):
-    """method=full has no options."""
+    """Options of method=full."""
+
+    gain: float = 1.0  # standard deviation of the projections' start over model.initializer_range
+
+    def check(self) -> None:
+        check_above_zero(gain=self.gain)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers.aligned import AlignedLinear
@@ -25,6 +30,7 @@ class Full(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             aligned = AlignedLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
             aligned.weight, aligned.bias = linear.weight, linear.bias
+            aligned.gain = self.gain
             return aligned
 
         return replace_each(model, chosen, make)

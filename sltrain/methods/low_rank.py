@@ -21,9 +21,15 @@ class LowRank(Method):
     rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    start: str = "spectral"  # spectral: nearest to a dense start; uniform: both factors uniform (layers/factors.py)
+    gain: float = 1.0  # start=spectral: that dense start's standard deviation over model.initializer_range
 
     def check(self) -> None:
-        check_above_zero(alpha=self.alpha)
+        check_above_zero(alpha=self.alpha, gain=self.gain)
+        if self.start not in ("spectral", "uniform"):
+            raise ValueError(f"method.start={self.start}: choose one of spectral, uniform")
+        if self.start == "uniform" and self.gain != 1:
+            raise ValueError(f"method.gain={self.gain:g} is read by method.start=spectral only; drop one of the two")
         for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
             if rank < 1:
                 raise ValueError(f"method=low_rank needs rank above 0, and {name} is {rank}")
@@ -31,8 +37,11 @@ class LowRank(Method):
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers import LowRankLinear
 
+        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
-            return LowRankLinear(linear.in_features, linear.out_features, rank, self.alpha, **like)
+            sides = linear.in_features, linear.out_features
+            return LowRankLinear(*sides, rank, self.alpha, **like, start=self.start, init_std=std)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

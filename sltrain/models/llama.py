@@ -260,9 +260,10 @@ class LlamaForCausalLM(nn.Module):
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Linear | nn.Embedding):
+                std = self.config.initializer_range * getattr(module, "gain", 1.0)
                 for piece in module.weight.view(-1).split(DRAWN_AT_ONCE):  # no float32 copy of the whole
                     drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
-                    piece.copy_(drawn.normal_(0, self.config.initializer_range, generator=generator))
+                    piece.copy_(drawn.normal_(0, std, generator=generator))
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters(generator)
             else:

@@ -28,11 +28,16 @@ RANK, ALPHA = 8, 16.0
 NAME = "model.layers.1.mlp.up_proj"
 
 
+def instead_of_low_rank(kind: type) -> Callable[..., Any]:
+    """Takes what method=low_rank gives a LowRankLinear, and makes a layer that has no start to choose."""
+    return lambda *sizes, start, init_std, **like: kind(*sizes, **like)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def instead_of_low_rank() -> Iterator[None]:
+def relora() -> Iterator[None]:
     """method=low_rank makes these layers here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sltrain.layers.LowRankLinear", ReLoRALinear)
+        patch.setattr("sltrain.layers.LowRankLinear", instead_of_low_rank(ReLoRALinear))
         yield
 
 
@@ -201,7 +206,7 @@ def test_nothing_is_said_of_a_layer_that_is_not_known(
 def test_what_is_not_one_matrix_is_not_exported_dense(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sltrain.layers.LowRankLinear", TwoMatrices)
+    monkeypatch.setattr("sltrain.layers.LowRankLinear", instead_of_low_rank(TwoMatrices))
     with pytest.raises(ValueError, match="layers of kind toy_two_matrices are not one matrix each; use --format comp"):
         export(open_saved(run), tmp_path / "model", "dense", torch.float32)
     export(open_saved(run), tmp_path / "small", "compressed", torch.float32)

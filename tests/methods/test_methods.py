@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from toy_layers import ReLoRALinear
 
+from sltrain.config import ModelConfig
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.support import KINDS
 from sltrain.methods.advice import warnings, weight_norms
 from sltrain.methods.base import METHODS, Method, pattern_fits
 from sltrain.methods.sltrain import SUPPORTS
+from sltrain.models.llama import LlamaForCausalLM
 
 
 def make_model(device="meta", dtype=torch.float32):
@@ -43,6 +45,21 @@ def make_method(method, **changes) -> Method:
     options = {"rank": 4, "sparsity": 0.1, "alpha": 8.0, "support": "uniform"}
     names = {item.name for item in fields(kind)}
     return kind(name=method, **{key: value for key, value in options.items() if key in names} | changes)
+
+
+@pytest.mark.parametrize("method", ["full", "low_rank"])
+def test_gain_scales_the_start_of_the_projections_alone(method):
+    """Measured against the model's own initializer_range: B A of full rank is a dense start."""
+    shape = ModelConfig("m", 64, 64, 2, 2, vocab_size=500, initializer_range=0.05)
+    model = LlamaForCausalLM(shape)
+    options = {"gain": 0.5} | ({"rank": 64} if method == "low_rank" else {})
+    names = make_method(method, **options).replace(model, lambda name, linear: name != "lm_head")
+    model.init_weights(seed=0)
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = layer.weight if method == "full" else layer.dense_weight()
+        assert weight.std().item() == pytest.approx(0.025, rel=0.05), name
+    assert model.lm_head.weight.std().item() == pytest.approx(0.05, rel=0.05)
 
 
 @pytest.mark.parametrize(("method", "kind"), [("sltrain", SLTrainLinear), ("low_rank", LowRankLinear)])

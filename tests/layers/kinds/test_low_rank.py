@@ -26,11 +26,34 @@ def test_forward_is_the_dense_weight(bias: bool) -> None:
 @pytest.mark.parametrize("at_once", [101, 1009, 10**6])  # primes: no piece ends where a row does
 def test_drawing_in_pieces_changes_no_number(at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "DRAWN_AT_ONCE", at_once)
-    layer = LowRankLinear(97, 53, 11, alpha=11, bias=True, generator=generator(), dtype=dtype)
+    layer = LowRankLinear(97, 53, 11, alpha=11, bias=True, generator=generator(), dtype=dtype, start="uniform")
     source, bound = generator(), 1 / math.sqrt(97)
     for tensor, b in ((layer.A, bound), (layer.B, math.sqrt(3 / 11)), (layer.bias, bound)):
         assert tensor is not None
         assert torch.equal(tensor, torch.empty(tensor.shape).uniform_(-b, b, generator=source).to(dtype))
+
+
+@pytest.mark.parametrize("sides", [(96, 96), (240, 96), (96, 240)])
+def test_the_spectral_start_is_nearest_to_a_dense_one(sides: tuple[int, int]) -> None:
+    """Its singular values are those that random dense matrices have, its vectors are orthonormal on both sides."""
+    out_features, in_features = sides
+    dense = torch.stack([torch.linalg.svdvals(0.3 * torch.randn(*sides, generator=generator(i))) for i in range(20)])
+    layer = LowRankLinear(in_features, out_features, 24, alpha=7, generator=generator(), init_std=0.3)
+    values = torch.linalg.svdvals(layer.dense_weight())
+    torch.testing.assert_close(values[:24], dense.mean(0)[:24], rtol=0.02, atol=0)
+    assert values[24] < 1e-4 * values[0]
+    for gram in (layer.A @ layer.A.t(), layer.B.t() @ layer.B):
+        torch.testing.assert_close(gram, torch.diag(values[:24] / layer.scale), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_its_own_starts_near_nn_linear() -> None:
+    layer, linear = LowRankLinear(200, 200, 200, alpha=3, generator=generator()), nn.Linear(200, 200)
+    assert layer.dense_weight().std().item() == pytest.approx(linear.weight.std().item(), rel=0.05)
+
+
+def test_an_unknown_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one of spectral, uniform"):
+        LowRankLinear(40, 30, 4, 8, start="zero")
 
 
 def test_its_words_and_its_kind() -> None:
