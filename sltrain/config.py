@@ -12,6 +12,7 @@ corpus or the machine are in building/. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -72,7 +73,7 @@ class TrainConfig:
     # Data
     path: Any = None  # data=local: a glob or a list of globs
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
-    tokenizer: str = MISSING  # a tokenizer.json, a name on the Hub, or bpe:SIZE to train one on the corpus
+    tokenizer: str = MISSING  # a tokenizer.json, a name on the Hub, bpe:SIZE to train one; auto: t5-base or init_from's
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
     seq_len: int = MISSING  # tokens a row
     on_bad_data: str = MISSING  # skip or stop
@@ -82,6 +83,7 @@ class TrainConfig:
     micro_batch_size: int = MISSING  # sequences a forward pass, on one rank
     max_steps: int | None = None  # updates
     max_tokens: int | None = None  # positions (rows x seq_len); set exactly one of the two
+    extend: int = 0  # updates beyond that budget; a run may go on where its learning rates so far stay the same
 
     # Optimization
     lr: float = MISSING  # peak learning rate
@@ -113,7 +115,8 @@ class TrainConfig:
     memory_guard: bool = MISSING  # refuse to start what does not fit into the memory that is free
 
     # The run folder
-    run_dir: str | None = None  # None: a new folder under outputs/
+    init_from: str | None = None  # begin at step 0 with the weights of a run, an export, or a transformers LLaMA
+    run_dir: str | None = None  # None: a new folder under outputs/; alone it continues the run in it
     resume: str = MISSING  # auto: continue what run_dir holds; never: refuse a folder that holds a run
 
 
@@ -145,6 +148,7 @@ AT_LEAST = {
     "micro_batch_size": 1,
     "warmup_steps": 0,
     "decay_steps": 1,
+    "extend": 0,
     "weight_decay": 0,
     "log_every": 0,
     "eval_every": 0,
@@ -158,11 +162,11 @@ ABOVE_ZERO = (
     " model.initializer_range"
 ).split()
 # Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The files
-# that `path` names are compared by name and size, the tokenizer by content.
+# that `path` names are compared by name and size, the tokenizer by content; building/folder.py checks `extend`.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every eval_every"
-    " eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path"
-    " memory_guard per_layer_update data.delete_after_use"
+    "run_dir resume extend tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every"
+    " eval_every eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
+    " layer_path memory_guard per_layer_update data.delete_after_use"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
@@ -249,12 +253,24 @@ def _validate_precision(config: TrainConfig) -> None:
         )
 
 
+def folder_of(path: str) -> Path:
+    """The run folder or export that `path` names, or of which it names a checkpoint (RUN/checkpoints/step_00001000)."""
+    folder = Path(path).expanduser()
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
+
+
+def default_tokenizer(init_from: str | None) -> str:
+    """What tokenizer=auto means: a model's weights come with its tokenizer, a new one has the paper's."""
+    return "t5-base" if init_from is None else str(folder_of(init_from) / "tokenizer.json")
+
+
 class NoBudget(ValueError):
     """The configuration does not say how long to train."""
 
 
 def num_steps(config: TrainConfig) -> int:
-    """Updates of the run. Raises ValueError unless exactly one of max_steps and max_tokens is set."""
+    """Updates of the run, `extend` included. Raises ValueError unless exactly one of max_steps and max_tokens is
+    set."""
     if config.max_steps is not None and config.max_tokens is not None:
         raise ValueError(
             f"max_steps={config.max_steps} and max_tokens={config.max_tokens} are both set;"
@@ -262,10 +278,10 @@ def num_steps(config: TrainConfig) -> int:
             f" or max_tokens=null max_steps={config.max_steps} (a model's recipe sets max_steps)"
         )
     if config.max_steps is not None:
-        return config.max_steps
+        return config.max_steps + config.extend
     if config.max_tokens is None:
         raise NoBudget("no budget: set max_steps=UPDATES, or max_tokens=POSITIONS")
-    return -(-config.max_tokens // (config.global_batch_size * config.seq_len))
+    return -(-config.max_tokens // (config.global_batch_size * config.seq_len)) + config.extend
 
 
 def rate_schedule(config: TrainConfig) -> RateSchedule:

@@ -48,6 +48,7 @@ class Event(TypedDict, total=False):
     peak_memory_measure: str  # whose peak peak_memory_bytes is (final)
     num_parameters: dict[str, int]  # by group, and their total (final)
     index_bytes: int  # of the positions of S (final)
+    init_from: str  # where the first weights came from (final, of a run that did not draw them)
 
     path: str  # of the checkpoint (checkpoint)
     outcome: str  # why, in words: see engine/loop.py (stopped)

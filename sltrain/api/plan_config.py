@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sltrain.compose import TRAIN, Schema, compose_config, parse_overrides
+from sltrain.compose import Schema, compose_config, parse_overrides, run_config
 from sltrain.config import NoBudget, TrainConfig
 
 
@@ -128,9 +128,9 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def compose_run(overrides: list[str]) -> TrainConfig:
     """The configuration of a run that is only planned: it needs no budget. Raises ValueError."""
     try:
-        return compose_config(overrides, TRAIN)
+        return run_config(overrides)
     except NoBudget:
-        return compose_config([*overrides, f"max_steps={ANY_BUDGET}"], TRAIN)
+        return run_config([*overrides, f"max_steps={ANY_BUDGET}"])
 
 
 def read_arguments(arguments: list[str]) -> tuple[PlanConfig, TrainConfig]:

@@ -107,7 +107,8 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
             data={"name": "local", "path": "/data/*.json.gz"}.
         overrides: more keys, written as they are typed: ["data.shuffle_block=16"].
 
-    With run_dir=FOLDER, an unfinished run in that folder is continued and a finished one is returned unchanged. Ctrl-C,
+    With run_dir=FOLDER, an unfinished run in that folder is continued and a finished one is returned unchanged; without
+    `model`, with the keys that are in its config.yaml. Ctrl-C,
     or a notebook's stop button, stops after the current update: the run is saved, its outcome is "interrupted", and the
     same call with its run_dir continues it. A second Ctrl-C raises KeyboardInterrupt; the last checkpoint remains.
     (Python delivers signals to the main thread only: a run in another thread is not interrupted.)
@@ -122,9 +123,9 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
     >>> run.outcome, run.final["step"]
     ('finished', 3)
     """
-    from sltrain.compose import TRAIN, compose_config
+    from sltrain.compose import run_config
 
-    config = compose_config(as_overrides(_with_model(model, keys), overrides), TRAIN)
+    config = run_config(as_overrides(_with_model(model, keys), overrides))
     from sltrain.api.train import train_run  # torch and the rest, seconds after the cheap checks
 
     with _progress():

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from sltrain.compose import read_config
 from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
@@ -10,6 +11,7 @@ from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.distributed import Ranks
+from sltrain.runs.run_folder import RunFolder
 
 
 def build_sources(config: TrainConfig) -> tuple[Source, Source | None]:
@@ -24,13 +26,14 @@ def build_validation_source(config: TrainConfig) -> Source | None:
     return config.data.open_validation()
 
 
-def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks) -> Tokenizer:
-    """The tokenizer. Rank 0 goes first: it may train or download, the others then find the result in the cache."""
+def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: RunFolder | None = None) -> Tokenizer:
+    """The tokenizer: of a run that continues with the same name of it the run's own file. Rank 0 goes first: it may
+    train or download, the others then find the result in the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
 
     def load() -> Tokenizer:
         return load_tokenizer(
-            config.tokenizer,
+            _own_tokenizer(config, folder) or config.tokenizer,
             vocab_size=config.model.vocab_size,
             source=source,
             holdout_every=config.data.holdout_every,
@@ -40,6 +43,13 @@ def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks) -> Tokeni
     loaded: list[Tokenizer] = []
     ranks.on_main(lambda: loaded.append(load()))
     return loaded[0] if loaded else load()
+
+
+def _own_tokenizer(config: TrainConfig, folder: RunFolder | None) -> str | None:
+    """The tokenizer.json in the folder of a run that continues; None if there is none, or another one is asked for."""
+    if folder is None or not folder.has_checkpoint or not folder.tokenizer_file.exists():
+        return None
+    return str(folder.tokenizer_file) if read_config(folder.config_file).tokenizer == config.tokenizer else None
 
 
 def build_data(

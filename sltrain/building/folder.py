@@ -4,8 +4,11 @@ import dataclasses
 import time
 from pathlib import Path
 
+from sltrain.building.phases import phases_of
 from sltrain.compose import read_config
-from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
+from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, rate_schedule
+from sltrain.engine.actions import begun
+from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.runs.run_folder import RunFolder
 
@@ -22,9 +25,37 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
 
     def check() -> bool:
         folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
-        return folder.is_finished
+        if folder.has_progress:
+            _check_budget(config, folder)
+        return folder.is_finished and not folder.reopens
 
     return folder, ranks.on_main(check)
+
+
+def _check_budget(config: TrainConfig, folder: RunFolder) -> None:
+    """Whether the run in the folder, with another `extend` than before, goes on as if it had had this budget from the
+    beginning; a finished one then reopens. Raises ValueError if its updates so far would have been others."""
+    before = read_config(folder.config_file)
+    if config.extend == before.extend:
+        return
+    old, new = rate_schedule(before), rate_schedule(config)
+    checkpoint, step = Checkpointer(folder.path, None).find_latest_step()
+    if folder.is_finished and checkpoint is None:
+        raise ValueError(f"extend={config.extend}: run_dir={folder.path} holds no checkpoint to go on from")
+    if step > new.max_steps:
+        raise ValueError(
+            f"extend={config.extend} gives {new.max_steps:,} updates, and {step:,} are done; raise it (it counts from"
+            " the first budget on)"
+        )
+    starts = [[(phase.name, phase.after) for phase in begun(phases_of(c), step)] for c in (before, config)]
+    if not new.agrees(old, step) or starts[0] != starts[1]:
+        more = max(new.max_steps - step, 1)
+        raise ValueError(
+            f"extend={config.extend}: with {new.max_steps:,} updates the {step:,} of run_dir={folder.path} would have"
+            f" had other learning rates (schedule={config.schedule}); a new run from its weights:"
+            f" sltrain-train init_from={folder.path} max_steps={more} run_dir={folder.path}_more"
+        )
+    folder.reopens = folder.is_finished
 
 
 def claim_folder(folder: RunFolder, config: TrainConfig, tokenizer_json: str, ranks: Ranks) -> None:

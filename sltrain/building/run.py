@@ -1,8 +1,9 @@
 """Config -> a run that is ready to train: the order in which it is built.
 
-The machine and the folder are checked first; then come the corpus, its tokenizer and the streams of text, and the model
-on the meta device. The run is described and its memory planned before the folder is claimed: nothing is written until
-then, so invalid input leaves no files. Finally memory is allocated, the optimizer built and the checkpoint loaded.
+The machine and the folder are checked first, and the weights to start from are opened; then come the corpus, its
+tokenizer and the streams of text, and the model on the meta device. The run is described and its memory planned before
+the folder is claimed: nothing is written until then, so invalid input leaves no files. Finally memory is allocated, the
+optimizer built and the checkpoint loaded.
 """
 
 import logging
@@ -15,6 +16,7 @@ from sltrain.building.machine import check_machine
 from sltrain.building.memory_guard import guard_memory
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
+from sltrain.building.start_from import open_start
 from sltrain.building.start_text import describe
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
@@ -52,10 +54,13 @@ def build_run(config: TrainConfig) -> Run:
 
 
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
+    start = ranks.everywhere(lambda: None if folder.has_checkpoint else open_start(config))
     source, validation = ranks.everywhere(lambda: build_sources(config))
-    tokenizer = build_tokenizer(config, source, ranks)
+    tokenizer = build_tokenizer(config, source, ranks, folder)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, weight_dtype(config, ranks.device)))
     ranks.everywhere(lambda: check_structures(config, model))
+    if start is not None:
+        ranks.everywhere(lambda: start.check(model, config, tokenizer.json))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
     resources.callback(stream.close)
     describe(config, model, source, tokenizer, eval_set, ranks)
@@ -63,7 +68,7 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     resources.callback(folder.release)
     claim_folder(folder, config, tokenizer.json, ranks)
     logger.info(f"run folder {folder.path}")
-    trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan)
+    trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan, start)
     for sink in trainer.sinks:
         resources.callback(sink.close)
     return trainer

@@ -31,12 +31,24 @@ HEAD = "lm_head.weight"
 
 
 @dataclass
-class Saved:
-    """A trained model on the disk."""
+class Weights:
+    """The weights of a model on the disk."""
 
     path: Path
     files: WeightFiles
     model: LlamaForCausalLM  # on the meta device, in the dtype of the files
+
+    def read_layer(self, name: str, dtype: torch.dtype) -> Any:
+        """A copy of the module called `name` with its weights, in `dtype`; the model's own stays without memory."""
+        layer = deepcopy(self.model.get_submodule(name))
+        self.files.fill(layer, f"{name}.", dtype=dtype)
+        return layer
+
+
+@dataclass
+class Saved(Weights):
+    """A model that was trained here, on the disk."""
+
     tokenizer: Tokenizer
     seq_len: int  # tokens a row, as it was trained
     padding: str
@@ -66,12 +78,6 @@ class Saved:
             self.model.model.compute_dtype = None
         set_paths(self.model, "auto", num_rows, device)
         return self.model
-
-    def read_layer(self, name: str, dtype: torch.dtype) -> Any:
-        """A copy of the module called `name` with its weights, in `dtype`; the model's own stays without memory."""
-        layer = deepcopy(self.model.get_submodule(name))
-        self.files.fill(layer, f"{name}.", dtype=dtype)
-        return layer
 
 
 def open_saved(path: str | PathLike[str], step: int | None = None) -> Saved:
@@ -135,6 +141,40 @@ def open_export(path: Path) -> Saved:
     files.check(model)
     tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size)
     return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})
+
+
+def open_transformers(path: Path) -> Weights:
+    """Open a folder in which transformers saved a LLaMA (save_pretrained, or a download from the Hub). Raises
+    ValueError for another model, and for one that computes what ours does not."""
+    content = read_json(path / "config.json")
+    if content.get("model_type") != DENSE:
+        raise ValueError(f"a model of type {content.get('model_type')}; a LLaMA is needed (model_type llama)")
+    if not any(path.glob("model*.safetensors")):
+        raise ValueError("no weights in safetensors; write them with transformers: model.save_pretrained(DIR)")
+    rope = content.get("rope_parameters") or {}  # of transformers 5; earlier ones have rope_theta and rope_scaling
+    scaling = content.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    content = {"rope_theta": rope.get("rope_theta", 10000.0), **content, "rope_scaling": scaling, "name": path.name}
+    heads = content.get("num_attention_heads") or 1
+    unknown = {
+        "attention_bias": content.get("attention_bias", False) is not False,
+        "mlp_bias": content.get("mlp_bias", False) is not False,
+        "hidden_act": content.get("hidden_act", "silu") != "silu",
+        "head_dim": content.get("head_dim", None) not in (None, content.get("hidden_size", 0) // heads),
+        "rope_scaling": scaling is not None and not hasattr(ModelConfig, "rope_scaling"),
+    }
+    if (key := next((key for key, differs in unknown.items() if differs), None)) is not None:
+        raise ValueError(f"{key}={content[key]}, which models here do not have")
+    shape = read_plain(ModelConfig, content)
+    files = WeightFiles(path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape).to(files.dtype("model.embed_tokens.weight"))
+    names = files.names()
+    for name, tensor in model.state_dict().items():
+        if name == HEAD and name not in names and content.get("tie_word_embeddings"):
+            continue
+        if files.shape(name) != tuple(tensor.shape):
+            raise ValueError(f"{name} is {files.shape(name)}, its config.json says {tuple(tensor.shape)}")
+    return Weights(path, files, model)
 
 
 def read_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:

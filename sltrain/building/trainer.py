@@ -14,6 +14,7 @@ from torch import nn
 from sltrain import kernels
 from sltrain.building.model import allocate, precision_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
+from sltrain.building.start_from import Start
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.stream import TrainStream
@@ -49,8 +50,10 @@ def build_trainer(
     eval_set: EvalSet,
     ranks: Ranks,
     plan: MemoryPlan | None,
+    start: Start | None = None,
 ) -> Trainer:
-    """Give the model memory and values, those of the newest checkpoint if there is one, and all it needs to train."""
+    """Give the model memory and values, those of the newest checkpoint if there is one, else those of `start`, and all
+    it needs to train."""
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
@@ -60,6 +63,8 @@ def build_trainer(
         model.init_weights(config.seed)
         for phase in begun(phases_of(config), 0):
             phase.start(model, generator_for(config.seed, phase.name, 0))
+        if start is not None:
+            start.fill(model, ranks)
     live = Live(build_updates(config, model, ranks))
     schedule = Schedule(live_actions(config, model, live), phases_of(config), config.seed)
     objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}
@@ -92,6 +97,7 @@ def build_trainer(
             "peak_memory_measure": memory.process.measure,
             "num_parameters": count_parameters(model),
             "index_bytes": stored_bytes(model)["indices"],
+            **({} if config.init_from is None else {"init_from": config.init_from}),
         },
         progress=progress,
         built_with={"arithmetic": arithmetic},

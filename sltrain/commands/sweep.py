@@ -7,8 +7,8 @@
 Hydra expands the grid, and its launcher calls `run_job` for each point: one after the other here, or with
 hydra/launcher=slurm on the nodes of a cluster. A process a job makes peak memory the job's own, lets a crash or an
 out-of-memory kill cost one job, and needs no second way to train: a job is the plain command with its run_dir. Started
-again with the same run_dir, the sweep finds finished jobs finished and continues the others. What became of them is
-read from their folders, wherever they ran.
+again with the same run_dir (alone: the grid is read from Hydra's record in the folder, multirun.yaml), the sweep finds
+finished jobs finished and continues the others. What became of them is read from their folders, wherever they ran.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
@@ -30,6 +31,24 @@ from sltrain.compose import parse_overrides, sweep_values
 from sltrain.errors import ExitCode
 
 MAX_PART = 60  # characters of a folder's name for one swept key
+
+
+def with_swept_before(arguments: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments and, of them, the overrides, for `-m run_dir=FOLDER` without a model after those that the sweep in
+    FOLDER was last started with; others unchanged. Raises ValueError for a folder without a record of a sweep."""
+    parsed = parse_overrides(overrides)
+    keys = {override.key_or_group: override for override in parsed}
+    if "run_dir" not in keys or keys.keys() & {"model", "experiment"} or keys["run_dir"].is_sweep_override():
+        return arguments, overrides
+    folder = Path(str(keys["run_dir"].value())).expanduser()
+    try:
+        record = yaml.safe_load((folder / "multirun.yaml").read_bytes())
+        before = [str(text) for text in record["hydra"]["overrides"]["task"] if not str(text).startswith("run_dir=")]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"run_dir={folder} holds no sweep to continue; to begin one there, choose a model: add model=NAME"
+        ) from error
+    return [*before, *arguments], [*before, *overrides]
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """`sltrain-train`: pretrain one model, or with -m a sweep of them.
 
     sltrain-train model=llama_350m sparsity=0.03                  one run
+    sltrain-train run_dir=outputs/my_run                          continues what was started with that run_dir
+    sltrain-train init_from=outputs/my_run max_steps=1000         a new run that begins with the weights of another
     sltrain-train -m model=llama_60m rank=64,128                  a sweep, one run after the other
     torchrun --nproc_per_node=8 -m sltrain.train model=llama_1b   one run on eight GPUs
     sltrain-train model=llama_60m rank=64 --cfg job               what that means, as a configuration; nothing is run
     eval "$(sltrain-train -sc install=bash)"                      completion by Tab
 
-Arguments are Hydra overrides of conf/train.yaml. They are checked before Hydra sees them, so that a mistake costs one
-line and a second.
+Arguments are Hydra overrides of conf/train.yaml or, without a model, of an earlier run's config.yaml. They are checked
+before Hydra sees them, so that a mistake costs one line and a second.
 """
 
 import logging
@@ -20,8 +22,16 @@ from omegaconf import DictConfig
 
 from sltrain.commands.completion import complete
 from sltrain.commands.help_text import help_text
-from sltrain.commands.sweep import Sweep
-from sltrain.compose import check_overrides, conf_dir, refuse_flags, register_schema, to_train_config
+from sltrain.commands.sweep import Sweep, with_swept_before
+from sltrain.compose import (
+    check_overrides,
+    conf_dir,
+    earlier_run_config,
+    refuse_flags,
+    register_schema,
+    to_train_config,
+)
+from sltrain.config import TrainConfig
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 
@@ -42,6 +52,12 @@ def run_command(arguments: list[str]) -> ExitCode:
     register_schema()
     try:
         typed, arguments = read_flags(arguments)
+        runs = not (typed.shell_completion or typed.info or typed.cfg)
+        earlier = earlier_run_config(typed.overrides) if runs and not typed.multirun else None
+        if earlier is not None:
+            return train(earlier)
+        if typed.multirun:
+            arguments, typed.overrides = with_swept_before(arguments, typed.overrides)
         if not (typed.shell_completion or typed.info == "plugins"):
             check_overrides(typed.overrides, typed.multirun)
         sweep = Sweep.plan(typed.overrides) if typed.multirun else None
@@ -52,7 +68,7 @@ def run_command(arguments: list[str]) -> ExitCode:
 
     def task(config: DictConfig) -> None:
         if sweep is None:
-            codes.append(train(config))
+            codes.append(train(to_train_config(config)))
         else:
             sweep.run_job()
 
@@ -91,10 +107,9 @@ def read_flags(arguments: list[str]) -> tuple[Namespace, list[str]]:
         raise ValueError(f"{error}; sltrain-train --hydra-help shows the flags") from error
 
 
-def train(composed: DictConfig) -> ExitCode:
+def train(config: TrainConfig) -> ExitCode:
     """Train one run to its end and say how it ended."""
     try:
-        config = to_train_config(composed)
         from sltrain.api.train import Outcome, train_run  # torch and the rest, seconds after the cheap checks
 
         ended = train_run(config)

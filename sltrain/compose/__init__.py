@@ -1,5 +1,6 @@
 """What is typed, and what a run folder holds -> checked configurations."""
 
+from sltrain.compose.earlier import earlier_run_config, run_config
 from sltrain.compose.saved import read_config, read_plain
 from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, conf_dir, groups_of, option_names, register_schema
 from sltrain.compose.typed import (
@@ -21,6 +22,7 @@ __all__ = [
     "check_overrides",
     "compose_config",
     "conf_dir",
+    "earlier_run_config",
     "groups_of",
     "option_names",
     "parse_overrides",
@@ -28,6 +30,7 @@ __all__ = [
     "read_plain",
     "refuse_flags",
     "register_schema",
+    "run_config",
     "sweep_values",
     "to_config",
     "to_train_config",

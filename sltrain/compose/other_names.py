@@ -8,8 +8,10 @@ and PyTorch Lightning. A name that is a key here is never looked up.
 OTHERS = {
     "lr": "learning_rate max_lr peak_lr base_lr initial_lr step_size",
     "min_lr_ratio (the final learning rate over the peak)": "min_lr min_learning_rate final_lr lr_end min_lr_factor",
-    "warmup_steps (linear), then a cosine down to min_lr_ratio times lr": "scheduler scheduler_name lr_scheduler"
-    " lr_scheduler_type lr_schedule schedule_type decay_lr lr_decay_iters lr_decay_style decay_ratio decay_type",
+    "schedule (cosine, linear, wsd or constant, after warmup_steps)": "scheduler scheduler_name lr_scheduler"
+    " lr_scheduler_type lr_schedule schedule_type decay_lr lr_decay_style decay_type",
+    "decay_steps (of schedule=wsd)": "lr_decay_iters lr_decay_steps num_decay_steps cooldown_steps cooldown"
+    " lr_wsd_decay_iters decay_ratio",
     "warmup_steps": "warmup warmup_iters lr_warmup_steps num_warmup_steps lr_warmup_iters",
     "warmup_steps (a number of updates)": "warmup_ratio warmup_fraction warmup_epochs",
     "weight_decay": "wd decay l2",
@@ -64,6 +66,8 @@ OTHERS = {
     "eval_every": "eval_steps eval_interval val_interval val_check_interval eval_freq evaluation_steps eval_strategy"
     " evaluation_strategy val_every",
     "eval_tokens": "eval_iters max_eval_samples eval_batches max_iters_eval limit_val_batches",
+    "init_from (a run, an export or a transformers folder)": "init_from_checkpoint pretrained from_pretrained"
+    " load_from pretrained_model initial_load_path finetune_from load_weights",
     "run_dir, the folder of the run to continue": "resume_from_checkpoint resume_from continue_from resume_path"
     " checkpoint_path load_checkpoint autoresume ckpt_path",
     "data=local path=GLOB, data=c4 or data=stdlib": "dataset dataset_name dataset_path dataset_config_name datasets"

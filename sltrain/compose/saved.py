@@ -19,26 +19,42 @@ from sltrain.errors import first_line
 def read_config(path: Path) -> TrainConfig:
     """The checked configuration in a run's config.yaml. A key that did not exist when the run was made gets its default
     from conf/train.yaml; RETIRED_KEYS are dropped. Raises ValueError."""
-    schema = train_schema()
-    names = {key.name for key in fields(TrainConfig)}
-    defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
-    text = path.read_bytes()
     try:
-        saved = yaml.safe_load(text)
-        if not isinstance(saved, dict):
-            raise ValueError("it should map keys to values")
-        saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
-        for group in PLUGINS:
-            saved[group] = _saved_options(group, saved)
-            schema[group] = plugin_defaults(group, saved[group]["name"])
-        config = OmegaConf.merge(schema, defaults, saved)
-        assert isinstance(config, DictConfig)
-        result = to_train_config(config)
+        result = to_train_config(read_saved(path))
         validate(result)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         reason = composition_error(error, []) if isinstance(error, OmegaConfBaseException) else first_line(error)
         raise ValueError(f"{path} is damaged, or of another version: {reason}") from error
     return result
+
+
+def read_saved(path: Path) -> DictConfig:
+    """config.yaml over the defaults, unchecked. An option of a plug-in that follows a key of the run (data.path the key
+    path), and was not set apart from it, follows it still."""
+    schema = train_schema()
+    names = {key.name for key in fields(TrainConfig)}
+    defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
+    saved = yaml.safe_load(path.read_bytes())
+    if not isinstance(saved, dict):
+        raise ValueError("it should map keys to values")
+    saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
+    own = {group: _saved_options(group, saved) for group in PLUGINS}
+    for group, options in own.items():
+        schema[group] = plugin_defaults(group, options["name"])
+    config = OmegaConf.merge(schema, defaults, {key: value for key, value in saved.items() if key not in PLUGINS})
+    assert isinstance(config, DictConfig)
+    for group, options in own.items():
+        apart = {key: value for key, value in options.items() if not _follows(config[group], key, value)}
+        config[group] = OmegaConf.merge(config[group], apart)
+    return config
+
+
+def _follows(options: DictConfig, key: str, value: Any) -> bool:
+    """Whether an option refers to a key of the run that has this value."""
+    if key not in options or not OmegaConf.is_interpolation(options, key):
+        return False
+    followed = options[key]
+    return bool((OmegaConf.to_container(followed) if OmegaConf.is_config(followed) else followed) == value)
 
 
 def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:

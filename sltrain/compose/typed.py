@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.compose.schema import TRAIN, Schema, conf_dir, plugin_defaults, register_schema
 from sltrain.compose.wording import composition_error, missing_option, refuse_unknown_key
-from sltrain.config import TrainConfig, validate
+from sltrain.config import TrainConfig, default_tokenizer, validate
 
 
 def compose_config(texts: list[str], schema: Schema) -> Any:
@@ -29,7 +29,7 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
     if schema is TRAIN:
         register_schema()
     overrides = parse_overrides(texts)
-    _check_form(overrides, is_sweep=False, schema=schema)
+    check_form(overrides, is_sweep=False, schema=schema)
     with _hydra():
         for override in overrides:
             refuse_unknown_key(override, schema)
@@ -42,7 +42,7 @@ def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
     """Raise ValueError, before anything starts, for overrides of `sltrain-train` that do not compose to a valid
     configuration, in any combination of a sweep."""
     overrides = parse_overrides(texts)
-    _check_form(overrides, is_sweep, TRAIN)
+    check_form(overrides, is_sweep, TRAIN)
     with _hydra():
         for override in overrides:
             refuse_unknown_key(override, TRAIN)
@@ -85,7 +85,8 @@ def sweep_values(override: Override) -> list[str]:
         ) from error
 
 
-def _check_form(overrides: list[Override], is_sweep: bool, schema: Schema) -> None:
+def check_form(overrides: list[Override], is_sweep: bool, schema: Schema) -> None:
+    """Raise ValueError for overrides that remove a key, or list values where there is no sweep."""
     for override in overrides:
         if override.key_or_group == "hydra/launcher" and not is_sweep:
             raise ValueError(f"{override.input_line} is for sweeps; add -m, or drop it")
@@ -133,6 +134,8 @@ def to_config(config: DictConfig, schema: Schema) -> Any:
         raise ValueError(f"{missing[0]} is not set; {schema.advice}")
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema.type)
+    if isinstance(result, TrainConfig) and result.tokenizer == "auto":
+        result.tokenizer = default_tokenizer(result.init_from)
     return result
 
 

@@ -26,8 +26,8 @@ PROTOCOL = {
 
 # Settings with a column or a sentence of their own, or without influence on what is computed.
 NAMED = (
-    "rank sparsity alpha lr support optimizer.name dtype seed max_steps max_tokens method.name model.name"
-    " padding seq_len experiment"
+    "rank sparsity alpha lr support optimizer.name dtype seed max_steps max_tokens extend method.name model.name"
+    " padding seq_len experiment init_from"
 ).split()
 MAX_NAMED = 6  # settings in a sentence
 

@@ -30,6 +30,7 @@ class Row:
     optimizer: str | None = None
     dtype: str | None = None
     seed: int | None = None
+    init_from: str | None = None  # where its first weights came from; None: drawn
     num_parameters: int | None = None
     group: str = ""  # a letter, unless perplexities of all rows compare
     perplexity: float | None = None
@@ -129,6 +130,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _text(config, "optimizer", "name"),
         "support": _text(options, "support"),
         "padding": _text(config, "padding"),
+        "init_from": _text(config, "init_from"),
         "dtype": None if _text(config, "dtype") == "auto" else _text(config, "dtype"),  # the log has the choice
         **{key: _number(options, key) for key in ("rank", "sparsity", "alpha")},
         **{key: _number(config, key) for key in ("lr", "seed", "seq_len", "micro_batch_size")},
@@ -200,7 +202,7 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
     rows, seq_len = _number(config, "global_batch_size"), _number(config, "seq_len")
     if steps is None and positions and rows and seq_len:
         steps = math.ceil(positions / (rows * seq_len))
-    return steps
+    return steps if steps is None else steps + (_number(config, "extend") or 0)
 
 
 def _highest(events: Sequence[Event], key: Literal["peak_memory_bytes", "peak_tensor_bytes"]) -> int | None:

@@ -86,6 +86,7 @@ COLUMNS = (
     Column("optimizer", "optimizer", str, drop=6, is_text=True, is_detail=True),
     Column("dtype", "dtype", str, drop=6, is_text=True, is_detail=True),
     Column("seed", "seed", str, drop=6, is_detail=True),
+    Column("init_from", "from", str, drop=6, is_text=True),
     Column("num_parameters", "parameters", short, drop=1),
     Column("group", "set", str, is_text=True),
     Column("perplexity", "perplexity", perplexity, add=at_step),

@@ -41,6 +41,7 @@ class RunFolder:
         self.path = path
         self.is_new = is_new
         self.read_effective = read_effective
+        self.reopens = False  # set by whoever has checked that a finished run may go on: `claim` then continues it
         self._lock: RunLock | None = None
 
     @property
@@ -135,6 +136,8 @@ class RunFolder:
         self.path = _make_new(self.path) if self.is_new else self.path
         self._lock = RunLock(self.path)
         self.check(config, resume, changeable)
+        if self.reopens:
+            self.summary_file.unlink(missing_ok=True)
         if self.is_finished:
             raise ValueError(f"the run in {self.path} was finished by another process just now; nothing to do")
         if self.has_checkpoint:

@@ -1,0 +1,191 @@
+"""init_from=: a new run begins with weights that were trained before, by any method, at step 0.
+
+    the same kind of layer with the same settings    its tensors are copied, positions of S included
+    nn.Linear here (method=full)                     the dense W of the other model
+    any other layer                                  `set_weight` (layers/base.py) brings its W near that W: B A by a
+                                                     singular value decomposition, S by what is left at its positions
+    embeddings, norms, head                          copied
+
+The other model is a run (its newest checkpoint, or RUN/checkpoints/step_00001000), what sltrain-export wrote, or a
+folder of transformers with a LLaMA in safetensors. One W at a time is dense, in float32. Ranks share the decompositions
+and hand the results to each other. Only a run without a checkpoint reads that folder: later it may be gone.
+"""
+
+import dataclasses
+import logging
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltrain.building.saved import HEAD, Weights, open_saved, open_transformers
+from sltrain.config import ModelConfig, TrainConfig, folder_of
+from sltrain.engine.distributed import Ranks
+from sltrain.formats.folder import read_json
+from sltrain.layers.base import ReplacedLinear, is_plain_linear
+from sltrain.models.llama import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING = "model.embed_tokens.weight"
+# Keys of the model that change no weight and no product with them.
+FREE_KEYS = ("name", "max_position_embeddings", "initializer_range", "vocab_size", "tie_word_embeddings")
+
+
+@dataclass
+class Start:
+    """A model to begin with; its weights are still in their files."""
+
+    name: str  # as typed
+    saved: Weights
+    step: int | None = None  # updates it was trained for; None: unknown
+
+    @property
+    def vocab_size(self) -> int:
+        return self.saved.model.lm_head.out_features
+
+    def check(self, model: LlamaForCausalLM, config: TrainConfig, tokenizer_json: str) -> None:
+        """Raise ValueError unless every layer of `model`, on the meta device, can begin with these weights; say so if
+        the tokenizer is not the one they were trained with."""
+        wanted, own = model.lm_head.out_features, folder_of(self.name) / "tokenizer.json"
+        if wanted != self.vocab_size:
+            raise ValueError(
+                f"init_from={self.name} has {self.vocab_size:,} ids, this model {wanted:,} (those of"
+                f" tokenizer={config.tokenizer}); name its own tokenizer, or set model.vocab_size={self.vocab_size}"
+            )
+        if own.is_file() and own.read_bytes() != tokenizer_json.encode():
+            logger.info(f"note       the tokenizer is not {own}: an id may mean another piece than the weights know")
+        for name, layer in _replaced(model).items():
+            theirs = self.saved.model.get_submodule(name)
+            if _is_same(layer, theirs):
+                continue
+            if not layer.starts_from_dense():
+                raise ValueError(f"init_from={self.name}: layers of kind {layer.kind} cannot start from a dense matrix")
+            if isinstance(theirs, ReplacedLinear) and not theirs.is_mergeable:
+                raise ValueError(f"init_from={self.name}: its layers of kind {theirs.kind} are not one matrix each")
+
+    def fill(self, model: LlamaForCausalLM, ranks: Ranks) -> None:
+        """Give a model with memory, whose supports are drawn, these weights, and log how near they are."""
+        fitted = {
+            name: layer
+            for name, layer in _replaced(model).items()
+            if not _is_same(layer, self.saved.model.get_submodule(name))
+        }
+        self._copy(model, fitted)
+        errors: dict[str, float] = {}
+        for number, (name, layer) in enumerate(fitted.items()):
+            if number % ranks.world_size == ranks.rank:
+                errors[name] = self._fit(name, layer)
+            else:
+                for parameter in layer.parameters():
+                    parameter.data.zero_()
+        for layer in fitted.values():
+            for parameter in layer.parameters():
+                ranks.sum_(parameter.data)
+        self._tell({name: error for part in ranks.gather(errors) for name, error in part.items()})
+
+    @torch.no_grad()
+    def _copy(self, model: nn.Module, fitted: dict[str, ReplacedLinear]) -> None:
+        """All tensors but those of fitted layers."""
+        for name, tensor in model.state_dict().items():
+            parent, _, leaf = name.rpartition(".")
+            if any(f"{name}.".startswith(f"{layer}.") for layer in fitted):
+                continue
+            tensor.copy_(self._dense(parent) if self._is_merged(model, parent, leaf) else self._read(name))
+
+    def _is_merged(self, model: nn.Module, module: str, leaf: str) -> bool:
+        """Whether this is the weight of a linear that another layer of the saved model takes the place of."""
+        theirs = self.saved.model.get_submodule(module)
+        return leaf == "weight" and is_plain_linear(model.get_submodule(module)) and isinstance(theirs, ReplacedLinear)
+
+    def _read(self, name: str) -> Tensor:
+        is_tied = name == HEAD and HEAD not in self.saved.files.names()
+        return self.saved.files.read(EMBEDDING if is_tied else name)
+
+    def _dense(self, name: str) -> Tensor:
+        """W of the layer called `name`, (out, in) float32, on the CPU."""
+        if isinstance(self.saved.model.get_submodule(name), ReplacedLinear):
+            return self.saved.read_layer(name, torch.float32).dense_weight()
+        return self.saved.files.read(f"{name}.weight").float()
+
+    @torch.no_grad()
+    def _fit(self, name: str, layer: ReplacedLinear) -> float:
+        """Bring the W of a layer near that of the saved one; return |difference| / |W|."""
+        weight = self._dense(name).to(next(layer.parameters()).device)
+        layer.set_weight(weight)
+        if layer.bias is not None:
+            layer.bias.data.copy_(self.saved.files.read(f"{name}.bias"))
+        size = weight.norm().item()
+        return (layer.dense_weight().float() - weight).norm().item() / size if size else 0.0
+
+    def _tell(self, errors: dict[str, float]) -> None:
+        where = f"init from  {self.name}{f', step {self.step:,}' if self.step is not None else ''}"
+        if not errors:
+            logger.info(f"{where}: all weights copied")
+            return
+        worst = max(errors, key=lambda name: errors[name])
+        logger.info(
+            f"{where}: {len(errors)} matrices approximated, relative error: median"
+            f" {statistics.median(errors.values()):.4f}, worst {errors[worst]:.4f} ({worst})"
+        )
+
+
+def open_start(config: TrainConfig) -> Start | None:
+    """What `init_from` names, opened without reading weights; None if it is not set. Raises ValueError or OSError for
+    what cannot be opened, and for a model of another shape."""
+    if config.init_from is None:
+        return None
+    try:
+        start = Start(config.init_from, *_open(config.init_from))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init_from={config.init_from}: {error}") from error
+    _check_shape(config, start.saved.model.config)
+    return start
+
+
+def _open(name: str) -> tuple[Weights, int | None]:
+    path, folder = Path(name).expanduser(), folder_of(name)
+    if not path.is_dir():
+        hub = f"; download a model of the Hub first: hf download {name} --local-dir DIR" if name.count("/") == 1 else ""
+        raise ValueError(f"there is no such folder here{hub}")
+    if (path / "config.json").is_file() and "sltrain" not in read_json(path / "config.json"):
+        return open_transformers(path), None
+    saved = open_saved(folder, None if folder == path else int(path.resolve().name.removeprefix("step_")))
+    return saved, saved.step
+
+
+def _check_shape(config: TrainConfig, theirs: ModelConfig) -> None:
+    """Raise ValueError, with the keys to type, if the weights are of a model of another shape."""
+
+    def shape(model: ModelConfig) -> dict[str, Any]:
+        values = {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}
+        values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
+        return {key: value for key, value in values.items() if key not in FREE_KEYS}
+
+    own, other = shape(config.model), shape(theirs)
+    if config.model.vocab_size is not None:
+        own["vocab_size"], other["vocab_size"] = config.model.vocab_size, theirs.vocab_size
+    differing = [key for key in own if own[key] != other[key]]
+    if differing:
+        said = ", ".join(f"{key} {other[key]}, not {own[key]}" for key in differing)
+        typed = " ".join(f"model.{key}={'null' if other[key] is None else other[key]}" for key in differing)
+        raise ValueError(
+            f"init_from={config.init_from} has another shape than model={config.model.name}: {said}; type {typed}"
+        )
+
+
+def _replaced(model: nn.Module) -> dict[str, ReplacedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
+
+
+def _is_same(layer: ReplacedLinear, theirs: nn.Module) -> bool:
+    """Whether both are of one kind with equal settings, so that tensors mean the same."""
+    return (
+        isinstance(theirs, ReplacedLinear)
+        and theirs.kind == layer.kind
+        and theirs.settings() == layer.settings()
+        and theirs.state_dict().keys() == layer.state_dict().keys()
+    )

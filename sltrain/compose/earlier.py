@@ -1,0 +1,95 @@
+"""What is typed over the configuration of an earlier run.
+
+    sltrain-train model=llama_60m rank=64             conf/, see typed.py
+    sltrain-train run_dir=RUN [keep_last=5]           RUN/config.yaml: the run in that folder continues
+    sltrain-train init_from=RUN [max_steps=500 ...]   RUN/config.yaml too: a new run, from the weights of that one
+
+The two later forms hold where neither a model nor an experiment is typed, and what is typed comes last in all of them.
+Where a run continues, runs/run_folder.py refuses a key that may not change.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sltrain.compose.saved import read_config, read_saved
+from sltrain.compose.schema import PLUGINS, TRAIN, conf_dir, groups_of, plugin_defaults, train_schema
+from sltrain.compose.typed import check_form, compose_config, parse_overrides, to_train_config
+from sltrain.compose.wording import composition_error, refuse_unknown_key
+from sltrain.config import TrainConfig, folder_of, validate
+
+CONFIG_FILE = "config.yaml"
+# What a new run does not take over from the run whose weights it starts from.
+FORGOTTEN: dict[str, Any] = {"run_dir": None, "resume": "auto", "extend": 0, "tokenizer": "auto"}
+
+
+def run_config(texts: list[str]) -> TrainConfig:
+    """The checked configuration of the run that these overrides ask for, in any of the three forms. Raises
+    ValueError."""
+    config = earlier_run_config(texts)
+    return compose_config(texts, TRAIN) if config is None else config
+
+
+def earlier_run_config(texts: list[str]) -> TrainConfig | None:
+    """The configuration over that of an earlier run; None if the overrides name no such run. Raises ValueError."""
+    overrides = parse_overrides(texts)
+    if any(override.key_or_group in ("model", "experiment") for override in overrides):
+        return None
+    run_dir, init_from = _typed(overrides, "run_dir"), _typed(overrides, "init_from")
+    if run_dir is not None and (file := Path(run_dir).expanduser() / CONFIG_FILE).is_file():
+        return _config_over(file, overrides, {})
+    if init_from is not None and (file := folder_of(init_from) / CONFIG_FILE).is_file():
+        return _config_over(file, overrides, FORGOTTEN)
+    if run_dir is not None and init_from is None:
+        raise ValueError(_no_run(Path(run_dir).expanduser()))
+    return None
+
+
+def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, Any]) -> TrainConfig:
+    """The checked configuration in a run's config.yaml with `forgotten` and then what is typed over it."""
+    read_config(path)  # what is wrong there is not what was typed
+    check_form(overrides, is_sweep=False, schema=TRAIN)
+    for override in overrides:
+        refuse_unknown_key(override, TRAIN)
+    groups, config = groups_of(TRAIN), read_saved(path)
+    config.update(forgotten)
+    try:
+        for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
+            key, value = override.key_or_group, override.value()
+            if key in groups:
+                config[key] = _chosen_option(key, str(value), groups[key])
+            elif not key.startswith("hydra"):
+                OmegaConf.update(config, key, value)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error, [override.input_line or "" for override in overrides])) from error
+    result = to_train_config(config)
+    validate(result)
+    return result
+
+
+def _chosen_option(group: str, name: str, names: list[str]) -> Any:
+    """What GROUP=NAME puts in the place of the group. Raises ValueError."""
+    if name not in names:
+        raise ValueError(f"{group}={name} does not exist; there are: {', '.join(names)}")
+    if group in PLUGINS:
+        return plugin_defaults(group, name)
+    return OmegaConf.merge(train_schema()[group], OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+
+
+def _typed(overrides: list[Override], key: str) -> str | None:
+    values = [override.value() for override in overrides if override.key_or_group == key]
+    return str(values[-1]) if values and values[-1] else None
+
+
+def _no_run(folder: Path) -> str:
+    if (folder / "multirun.yaml").is_file():
+        return f"run_dir={folder} holds a sweep; continue it with -m: sltrain-train -m run_dir={folder}"
+    models = ", ".join(groups_of(TRAIN)["model"])
+    return (
+        f"run_dir={folder} holds no run to continue; to begin one there, choose a model: add model=NAME ({models}),"
+        " or experiment=quickstart"
+    )
