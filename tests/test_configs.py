@@ -105,6 +105,8 @@ def test_command_line_wins_over_recipe_and_experiment() -> None:
 def test_max_tokens_counts_positions_and_rounds_up() -> None:
     config = composed("model=llama_60m", "max_steps=null", f"max_tokens={512 * 256 * 3 + 1}")
     assert num_steps(config) == 4
+    config.extend = 3
+    assert num_steps(config) == 7
 
 
 def test_overrides_of_single_layers_reach_the_model() -> None:

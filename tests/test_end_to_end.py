@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sltrain.commands.sweep import with_swept_before
+
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
@@ -275,6 +277,13 @@ def test_sweep(tiny: list[str], tmp_path: Path, start_process: Start, metrics_of
     assert again.wait(timeout=240) == 0
     assert metrics_of(tmp_path / "sweep" / "rank-8")[-1]["event"] == "final"
     assert (tmp_path / "sweep" / "rank-4" / "metrics.jsonl").read_bytes() == first
+
+    alone = ["-m", f"run_dir={tmp_path}/sweep"]  # Hydra's record has the rest
+    before, (*typed, folder) = with_swept_before(alone, alone[1:])
+    assert typed == [text.replace("rank=4,33", "rank=4,8") for text in command[1:-1]] and folder == alone[1]
+    assert before == [*typed, *alone]
+    with pytest.raises(ValueError, match="holds no sweep to continue"):
+        with_swept_before(["-m", "run_dir=/nowhere"], ["run_dir=/nowhere"])
 
 
 def test_sweep_refusals(tiny: list[str], sltrain_train: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,8 @@ def train(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[s
         overrides: more keys, written as they are typed: ["data.shuffle_block=16"].
 
     With run_dir=FOLDER, an unfinished run in that folder is continued and a finished one is returned unchanged; without
-    `model`, with the keys that are in its config.yaml. Ctrl-C,
+    `model`, with the keys that are in its config.yaml. With init_from=FOLDER a new run begins with weights that were
+    trained before, at step 0; without `model`, with the keys of the run in that folder. Ctrl-C,
     or a notebook's stop button, stops after the current update: the run is saved, its outcome is "interrupted", and the
     same call with its run_dir continues it. A second Ctrl-C raises KeyboardInterrupt; the last checkpoint remains.
     (Python delivers signals to the main thread only: a run in another thread is not interrupted.)

@@ -54,7 +54,8 @@ class Start:
         if wanted != self.vocab_size:
             raise ValueError(
                 f"init_from={self.name} has {self.vocab_size:,} ids, this model {wanted:,} (those of"
-                f" tokenizer={config.tokenizer}); name its own tokenizer, or set model.vocab_size={self.vocab_size}"
+                f" tokenizer={config.tokenizer}); name the tokenizer that it was trained with, and"
+                f" model.vocab_size={self.vocab_size} if that has fewer ids"
             )
         if own.is_file() and own.read_bytes() != tokenizer_json.encode():
             logger.info(f"note       the tokenizer is not {own}: an id may mean another piece than the weights know")
@@ -149,7 +150,8 @@ def open_start(config: TrainConfig) -> Start | None:
 def _open(name: str) -> tuple[Weights, int | None]:
     path, folder = Path(name).expanduser(), folder_of(name)
     if not path.is_dir():
-        hub = f"; download a model of the Hub first: hf download {name} --local-dir DIR" if name.count("/") == 1 else ""
+        is_on_hub = name.count("/") == 1 and name[0] not in "/.~"
+        hub = f"; download a model of the Hub first: hf download {name} --local-dir DIR" if is_on_hub else ""
         raise ValueError(f"there is no such folder here{hub}")
     if (path / "config.json").is_file() and "sltrain" not in read_json(path / "config.json"):
         return open_transformers(path), None
