@@ -20,4 +20,8 @@ fi
 
 # Seconds torchrun waits for its processes to save after a signal; the default of 30 s is short for a 7B checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
+# Signals that torchrun passes on to its processes, which then save. SIGHUP stays ignored under nohup.
+PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
+[[ "$(</proc/self/status)" =~ SigIgn:[[:space:]]+[0-9a-f]*[13579bdf]$'\n' ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
+export PET_SIGNALS_TO_HANDLE
 exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import NoReturn
 
 from sltrain.log import rank
+from sltrain.signals import stop_signals
 from sltrain.streams import secure_streams
 
 
@@ -23,14 +24,27 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1  # internal error, or a sweep with a failed job
     BAD_INPUT = 2  # invalid input or environment: the user can fix it
-    INTERRUPTED = 3  # SIGTERM or SIGINT; what was trained was saved
+    INTERRUPTED = 3  # by a signal; the run is saved
     DATA_LOST = 4  # network lost; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
+    NOTHING_SAVED = 130  # a training run was interrupted before its first checkpoint; 128 + SIGINT, as of a shell
 
 
 class Error(ValueError):
     """`sltrain.Error`: raised by the library for what the caller can fix. The message says what is wrong and what to
     change; `__cause__` is the original error."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a training run at once; `is_saved`: its folder holds a checkpoint."""
+
+    def __init__(self, message: str, is_saved: bool) -> None:
+        super().__init__(message)
+        self.is_saved = is_saved
+
+    @property
+    def code(self) -> ExitCode:
+        return ExitCode.INTERRUPTED if self.is_saved else ExitCode.NOTHING_SAVED
 
 
 @contextmanager
@@ -44,16 +58,22 @@ def raised_as_error() -> Iterator[None]:
         raise Error(str(error)) from error
 
 
-def run_as_process(run_command: Callable[[list[str]], ExitCode], interrupted: str = "interrupted") -> NoReturn:
-    """Run a command on the arguments that were typed, and end the process with its code. `interrupted` is
-    printed when SIGTERM or Ctrl-C ends the command before it reports anything itself."""
+def run_as_process(
+    run_command: Callable[[list[str]], ExitCode],
+    interrupted: str = "interrupted",
+    interrupted_code: ExitCode = ExitCode.INTERRUPTED,
+) -> NoReturn:
+    """Run a command on the arguments that were typed, and end the process with its code. A signal that ends the command
+    before it reports anything itself ends with the message `interrupted` and that code."""
     secure_streams()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     try:
         code = run_command(sys.argv[1:])
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        code = ExitCode.INTERRUPTED
+    except KeyboardInterrupt as error:
+        if rank() == 0:
+            print(str(error) or interrupted, file=sys.stderr)
+        code = error.code if isinstance(error, Interrupted) else interrupted_code
     sys.exit(code)
 
 

@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "events": set(),
     "streams": set(),
-    "errors": {"log", "streams"},
+    "signals": set(),
+    "errors": {"log", "signals", "streams"},
     "numeric": {"parameters"},
     "compose": {"config", "data", "errors", "methods", "optim", "registry"},
     "kernels": set(),
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"layers", "kernels", "models", "parameters"},
     "data": {"log", "numeric", "registry"},
     "optim": {"numeric", "parameters", "registry"},
-    "engine": {"events", "log", "numeric"},
+    "engine": {"events", "log", "numeric", "signals"},
     "runs": {"engine", "events", "config"},
     "formats": set(),
     "reporting": {"events"},  # rows, curves and notes come as plain data
@@ -57,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "log",
         "reporting",
+        "signals",
         "streams",
     },
 }

@@ -129,7 +129,7 @@ def test_without_run_dir_every_run_has_a_new_folder(
 def test_interrupted_twice_equals_straight(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Start, metrics_of: Metrics
 ) -> None:
-    """SIGTERM, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the
+    """SIGHUP, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the
     straight run."""
     recipe = [*tiny, "max_steps=80", "checkpoint_every=5", "eval_every=37", "padding=pack"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
@@ -137,7 +137,7 @@ def test_interrupted_twice_equals_straight(
 
     first = fork_train(*recipe, f"run_dir={broken}")
     wait_for(lambda: has_checkpoint(broken, 5), first)
-    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGHUP)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 3, err
     assert f"run_dir={broken}" in out

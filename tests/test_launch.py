@@ -6,6 +6,7 @@ torchrun, srun and scontrol are stand-ins here.
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,21 @@ def test_single_node(tools: Path, variables: dict[str, str], processes: str) -> 
     done = run("single_node.sh", *ARGUMENTS, tools=tools, **variables)
     expected = ["--standalone", f"--nproc_per_node={processes}", "-m", "sltrain.train", *ARGUMENTS]
     assert done.returncode == 0 and done.stdout.splitlines() == expected, done.stderr
+
+
+def test_torchrun_passes_signals_on_but_not_what_nohup_ignores(tools: Path) -> None:
+    add_tool(tools, "torchrun", 'echo "$PET_SIGNALS_TO_HANDLE"')
+    command = [str(tools / "bash"), str(LAUNCH / "single_node.sh")]
+    for ignored in (signal.SIG_DFL, signal.SIG_IGN):
+        done = subprocess.run(
+            command,
+            env={"PATH": str(tools), "GPUS": "2"},
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda how=ignored: signal.signal(signal.SIGHUP, how),
+        )
+        passed = "SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2" + ",SIGHUP" * (ignored == signal.SIG_DFL)
+        assert done.stdout.strip() == passed, done
 
 
 def test_multi_node(tools: Path) -> None:

@@ -6,13 +6,18 @@ from sltrain.building.memory_guard import gigabytes
 from sltrain.config import TrainConfig
 from sltrain.engine.loop import Outcome
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from sltrain.runs.run_folder import RunFolder
 
 
 def farewell(config: TrainConfig, trainer: Trainer, folder: Path, outcome: Outcome) -> str:
     """One or two lines for whoever started the run."""
     c, step = config, trainer.step
     again = f"start the same command with run_dir={folder}"
-    saved = f"saved at step {step:,}; to continue, {again}" if step else f"no update was made yet; {again}"
+    saved = (
+        f"saved at step {step:,}; to continue, {again}"
+        if step
+        else f"nothing was saved, as no update was made yet; {again}"
+    )
     if outcome is Outcome.FINISHED:
         return f"finished: {folder}"
     if outcome is Outcome.INTERRUPTED:
@@ -28,6 +33,15 @@ def farewell(config: TrainConfig, trainer: Trainer, folder: Path, outcome: Outco
         f"{or_alpha}, set grad_clip=1.0 (now {c.grad_clip}), or lengthen warmup_steps"
         f" (now {c.warmup_steps:,}), in a new run_dir"
     )
+
+
+def what_is_left(folder: RunFolder | None) -> tuple[str, bool]:
+    """What to say after a signal ended a run at once, and whether its folder, if it has one, holds a checkpoint."""
+    if folder is None or not folder.has_checkpoint:
+        return "interrupted; nothing was saved", False
+    newest = max(folder.path.glob("checkpoints/step_*[0-9]"), default=None)
+    step = "a step" if newest is None else f"step {int(newest.name.removeprefix('step_')):,}"
+    return f"interrupted; {step} is saved: to continue, start the same command with run_dir={folder.path}", True
 
 
 def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:

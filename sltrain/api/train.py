@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sltrain.api.farewell import farewell
-from sltrain.building.run import build_run
+from sltrain.api.farewell import farewell, what_is_left
+from sltrain.building.run import Run, build_run
 from sltrain.config import TrainConfig, num_steps
 from sltrain.engine.loop import Cadence, Outcome, run_loop
+from sltrain.engine.trainer import Trainer
+from sltrain.errors import Interrupted
+from sltrain.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -16,26 +19,35 @@ class Ended:
     folder: Path
     outcome: Outcome
     advice: str
+    is_saved: bool  # whether there is a checkpoint to continue from
     data_error: Exception | None = None  # what ended this rank's data
 
 
 def train_run(config: TrainConfig) -> Ended:
     """Train until the budget is spent, or until a signal, the data, memory or non-finite numbers stop the run: see
     `Outcome`. An unfinished run in the folder is continued, a finished one is left unchanged. Raises ValueError or
-    OSError for what the user can fix, before anything is trained."""
+    OSError for what the user can fix, before anything is trained, and Interrupted if a signal ends it at once."""
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
-    run = build_run(config)
-    with run.resources:
-        folder, trainer = run.folder, run.trainer
-        if trainer is None:
-            advice = f"the run in {folder.path} is finished, see summary.json; nothing to do"
-            return Ended(folder.path, Outcome.FINISHED, advice)
-        with trainer.feed.stop:
-            outcome = run_loop(trainer, cadence)
-        if outcome is not Outcome.FINISHED:
-            trainer.note_stop(outcome.value)
-        elif run.ranks.is_main:
-            assert trainer.final is not None
-            folder.finish(trainer.final)
-        ended = Ended(folder.path, outcome, farewell(config, trainer, folder.path, outcome), trainer.feed.error)
-    return ended
+    folder = RunFolder(Path(config.run_dir).expanduser()) if config.run_dir else None
+    try:
+        run = build_run(config)
+        folder = run.folder
+        with run.resources:
+            if run.trainer is None:
+                advice = f"the run in {folder.path} is finished, see summary.json; nothing to do"
+                return Ended(folder.path, Outcome.FINISHED, advice, is_saved=True)
+            with run.trainer.feed.stop:
+                return _train(config, run, run.trainer, cadence)
+    except KeyboardInterrupt:
+        raise Interrupted(*what_is_left(folder)) from None
+
+
+def _train(config: TrainConfig, run: Run, trainer: Trainer, cadence: Cadence) -> Ended:
+    outcome = run_loop(trainer, cadence)
+    if outcome is not Outcome.FINISHED:
+        trainer.note_stop(outcome.value)
+    elif run.ranks.is_main:
+        assert trainer.final is not None
+        run.folder.finish(trainer.final)
+    advice = farewell(config, trainer, run.folder.path, outcome)
+    return Ended(run.folder.path, outcome, advice, trainer.saved_step > 0, trainer.feed.error)

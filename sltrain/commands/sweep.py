@@ -29,7 +29,9 @@ from hydra.core.override_parser.types import Override
 
 from sltrain.compose import parse_overrides, sweep_values
 from sltrain.errors import ExitCode
+from sltrain.signals import ALWAYS, BY_DEFAULT_FATAL, stop_signals
 
+INTERRUPTED = {ExitCode.INTERRUPTED, ExitCode.NOTHING_SAVED, *(-number for number in (*ALWAYS, *BY_DEFAULT_FATAL))}
 MAX_PART = 60  # characters of a folder's name for one swept key
 
 
@@ -165,13 +167,13 @@ def _run_process(command: list[str]) -> tuple[int, bool]:
         if process is not None:
             process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         process = subprocess.Popen(command)
         if received:  # before there was a process to ask
             process.send_signal(signal.SIGTERM)
         code = process.wait()
-        if code != ExitCode.OK and (received or code in (ExitCode.INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)):
+        if code != ExitCode.OK and (received or code in INTERRUPTED):
             code = ExitCode.INTERRUPTED
         return code, bool(received) or code == ExitCode.INTERRUPTED
     finally:

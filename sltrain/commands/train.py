@@ -40,7 +40,7 @@ logger = logging.getLogger("sltrain.commands")  # __name__ may be __main__
 
 def main() -> None:
     """The command. Ends the process with one of the codes in errors.py."""
-    run_as_process(run_command, "interrupted; what the last checkpoint holds is safe")
+    run_as_process(run_command, "interrupted before training began; nothing was saved", ExitCode.NOTHING_SAVED)
 
 
 @lines_on("stdout")
@@ -123,7 +123,7 @@ def train(config: TrainConfig) -> ExitCode:
     is_bad_data = isinstance(ended.data_error, ValueError)  # and not the network
     return {
         Outcome.FINISHED: ExitCode.OK,
-        Outcome.INTERRUPTED: ExitCode.INTERRUPTED,
+        Outcome.INTERRUPTED: ExitCode.INTERRUPTED if ended.is_saved else ExitCode.NOTHING_SAVED,
         Outcome.DATA_LOST: ExitCode.BAD_INPUT if is_bad_data else ExitCode.DATA_LOST,
         Outcome.DIVERGED: ExitCode.DIVERGED,
     }[ended.outcome]

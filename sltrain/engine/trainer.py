@@ -183,7 +183,7 @@ class Trainer:
         """Write a checkpoint of the current step, unless it has one."""
         if self.saved_step == self.step:
             return
-        with self.throughput.paused():
+        with self.feed.stop.shielded(), self.throughput.paused():
             self.progress.wall_seconds = time.monotonic() - self.started
             streams = {key: state for part in self.ranks.gather(self.feed.state) for key, state in part.items()}
             state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
