@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sltrain.api.card import card, check_license
 from sltrain.api.verify import verify
 from sltrain.building.model import dtype_name
 from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
-from sltrain.events import published_perplexity
 from sltrain.formats.folder import (
     AUTO_MAP,
     CODE,
@@ -28,7 +28,6 @@ from sltrain.formats.folder import (
     FORMAT_VERSION,
     Facts,
     llama_config,
-    model_card,
     plain_tokenizer,
     tensor_sizes,
     tokenizer_config,
@@ -38,8 +37,6 @@ from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
 from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.convert import layer_settings
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.planning.accounting import count_parameters, sum_of_groups
-from sltrain.runs.run_record import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +47,14 @@ def export(
     format: str,
     dtype: torch.dtype | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    license: str | None = None,
 ) -> None:
-    """Write `saved`, a run, to the new folder `output`, in its own dtype if `dtype` is None. Raises ValueError or
-    OSError, and then leaves nothing behind."""
+    """Write `saved`, a run, to the new folder `output`, in its own dtype if `dtype` is None. `license` goes into the
+    model card. Raises ValueError or OSError, and then leaves nothing behind."""
     if saved.config is None:
         raise ValueError(f"{saved.path} is an export already; name the run folder it came from")
     _check_format(saved, saved.config.method.name, format)
+    check_license(license)
     output = output.resolve()  # a link's target, and a name where there was a dot
     _check_free(output)
     dtype = dtype or saved.dtype
@@ -65,6 +64,8 @@ def export(
     partial.mkdir(parents=True)
     try:
         _write_texts(saved, saved.config, partial, format, dtype)
+        facts = card(saved, saved.config, format, dtype_name(dtype), opens_by_code(saved), license)
+        (partial / "README.md").write_text(facts, encoding="utf-8")
         num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
         logger.info(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
         logger.info(f"verified   {verify(saved, partial, dtype)}")
@@ -96,7 +97,7 @@ def _check_free(output: Path) -> None:
 
 
 def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, dtype: torch.dtype) -> None:
-    """Everything but the weights: see formats/folder.py."""
+    """Everything but the weights and the card: see formats/folder.py."""
     tokenizer, shape = saved.tokenizer, asdict(saved.model.config)
     ids = {f"{name}_id": number for name, number in tokenizer.special_ids().items() if name != "unk_token"}
     facts = Facts(
@@ -106,7 +107,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     if format == "compressed":
         content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}
         facts.layers = layer_settings(saved.model)
-        if has_code(saved):
+        if opens_by_code(saved):
             content["auto_map"] = AUTO_MAP
             facts.tensors = tensor_sizes({name: saved.model.get_submodule(name) for name in facts.layers})
             (folder / CODE.name).write_bytes(CODE.read_bytes())
@@ -114,17 +115,16 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
     (folder / "tokenizer.json").write_bytes(plain_tokenizer(tokenizer.json).encode())
-    (folder / "README.md").write_text(_card(saved, config, format, dtype), encoding="utf-8")
 
 
-def has_code(saved: Saved) -> bool:
+def opens_by_code(saved: Saved) -> bool:
     """Whether transformers opens a compressed export of it, by modeling_sltrain.py."""
     return {layer.kind for layer in saved.model.modules() if isinstance(layer, ReplacedLinear)} <= CODE_KINDS
 
 
 def how_to_open(saved: Saved, format: str, folder: Path) -> str:
     """Python that opens the export."""
-    if format == "compressed" and not has_code(saved):
+    if format == "compressed" and not opens_by_code(saved):
         return f"sltrain.load({str(folder)!r})"
     trust = ", trust_remote_code=True" if format == "compressed" else ""
     return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
@@ -147,26 +147,3 @@ def _dense(saved: Saved, name: str) -> Tensor:
     if leaf != "weight" or not isinstance(layer, ReplacedLinear):
         return saved.files.read(name)
     return saved.read_layer(module_name, torch.float32).dense_weight()
-
-
-def _card(saved: Saved, config: TrainConfig, format: str, dtype: torch.dtype) -> str:
-    layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
-    parts = dict.fromkeys(name for layer in layers if layer.is_mergeable for name in layer.parts())
-    counts = count_parameters(saved.model)
-    record = read_run(saved.path)
-    evaluations = [line for line in [*record.evals, record.final] if line and line["step"] == saved.step]
-    return model_card(
-        config=config,
-        format=format,
-        has_code=has_code(saved),
-        dtype=dtype_name(dtype),
-        step=saved.step,
-        progress=saved.progress,
-        parameters=f"{counts['total']:,}",
-        groups=sum_of_groups(counts, "{:,}".format),
-        parts=[{"BA": "(alpha / rank) B A"}.get(name, name) for name in parts],
-        tensors={name: group for layer in layers for name, group in layer.GROUPS.items()},
-        settings=list(dict.fromkeys(key for layer in layers for key in layer.settings())),
-        evaluation=evaluations[-1] if evaluations else None,
-        published=published_perplexity(evaluations[-1]) if evaluations else None,
-    )

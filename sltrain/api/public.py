@@ -254,10 +254,12 @@ def export(
     format: str = "dense",
     dtype: "str | torch.dtype | None" = None,
     step: int | None = None,
+    license: str | None = None,
 ) -> Path:
     """Export a run's checkpoint to the folder `output`, and return that: for transformers, vLLM and lm-eval (dense), or
-    small, for `sltrain.load` (compressed). The files are verified against the trained model. `dtype` is float32 or
-    bfloat16, by default the run's own. Raises sltrain.Error.
+    small, for transformers with trust_remote_code and for `sltrain.load` (compressed). The files are verified against
+    the trained model. `dtype` is float32 or bfloat16, by default the run's own; `license` goes into the model card.
+    Raises sltrain.Error.
 
     >>> sltrain.export("outputs/example", "small", format="compressed")
     PosixPath('small')
@@ -273,7 +275,7 @@ def export(
         if value not in choices:
             raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
     folder = Path(output).expanduser()
-    write(open_saved(run, step), folder, format, DTYPES.get(name))
+    write(open_saved(run, step), folder, format, DTYPES.get(name), license=license)
     return folder
 
 

@@ -35,6 +35,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to make")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint; the newest intact one by default")
     parser.add_argument("--format", choices=("dense", "compressed"), default="dense", help="dense by default")
+    parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0; none by default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; the run's own by default")
     return parser
 
@@ -51,7 +52,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         output = typed.output.expanduser()
         saved = open_saved(typed.run, typed.step)
         logger.info(f"exporting  {typed.run}, step {saved.step:,}")
-        export(saved, output, typed.format, DTYPES.get(typed.dtype))
+        export(saved, output, typed.format, DTYPES.get(typed.dtype), license=typed.license)
     except Exception as error:
         return report_error(error)
     logger.info(f"done       {how_to_open(saved, typed.format, output)}")

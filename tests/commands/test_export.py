@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
@@ -295,6 +296,8 @@ def test_an_earlier_step_and_its_own_evaluation(
         tokens = next(line["tokens"] for line in lines if line["event"] == "train" and line["step"] == step)
         assert f"{tokens:,} tokens" in card
         numbers = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)
+        results = huggingface_hub.ModelCard(card).data.eval_results
+        assert [r.metric_value for r in results or []] == [round(evaluations[s]["perplexity"], 4) for s in {step} - {2}]
         if step == 2:
             assert not numbers and "This step was not evaluated." in card
             continue
@@ -364,7 +367,9 @@ def test_the_card_has_the_runs_facts(name: str, format: str, exported: Callable[
     run, folder = exported(name, format)
     card, rows = (folder / "README.md").read_text(), card_rows(folder)
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers"
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
+    assert front.get("license") is None and "datasets" not in front  # nothing said, and no data set of the Hub
+    assert {"llama", "sltrain"} <= set(front["tags"]) and ("custom_code" in front["tags"]) == (format == "compressed")
     summary, config = json.loads((run / "summary.json").read_text()), yaml.safe_load((run / "config.yaml").read_text())
     count = summary["num_parameters"]
     method = config["method"]["name"]
@@ -381,6 +386,9 @@ def test_the_card_has_the_runs_facts(name: str, format: str, exported: Callable[
     assert rows["optimizer"] == "adamw, lr 0.05, weight decay 0"
     assert rows["weights here"] == f"{format}, float32"
     assert f"| {summary['loss']:.4f} | {summary['perplexity']:.2f} |" in card
+    ((result,), index) = huggingface_hub.ModelCard(card).data.eval_results, front["model-index"]
+    assert (result.metric_type, result.metric_value) == ("perplexity", round(summary["perplexity"], 4))
+    assert result.dataset_type == "local" and front["metrics"] == ["perplexity"] and index[0]["name"] == "llama_tiny"
     assert "{{" not in card and "None" not in card and "Undefined" not in card
 
 
@@ -664,6 +672,7 @@ BAD_FLAGS = {
     "unknown format": (["--output", "{new}", "--format", "gguf"], ["gguf", "compressed"]),
     "unknown dtype": (["--output", "{new}", "--dtype", "float16"], ["float16", "bfloat16"]),
     "step is no number": (["--output", "{new}", "--step", "last"], ["--step", "last"]),
+    "license in words": (["--output", "{new}", "--license", "Apache 2"], ["'Apache 2'", "apache-2.0"]),
     "unknown step": (["--output", "{new}", "--step", "5"], ["step 5", "2, 4, 6"]),
     "output holds things": (["--output", "{full}"], ["{full}", "another"]),
     "output is a file": (["--output", "{full}/thesis.tex"], ["thesis.tex"]),

@@ -1,13 +1,15 @@
 """config.json as transformers reads it, JSON that is damaged, and a card that lacks a fact."""
 
 import json
+import math
 from pathlib import Path
 
+import huggingface_hub
 import jinja2
 import pytest
 import transformers
 
-from sltrain.formats.folder import llama_config, model_card, read_json, tokenizer_config, write_json
+from sltrain.formats.folder import card_metadata, llama_config, model_card, read_json, tokenizer_config, write_json
 
 SHAPE = {
     "name": "odd",
@@ -64,6 +66,16 @@ def test_json_comes_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json") == content == json.loads((tmp_path / "x.json").read_text())
     with pytest.raises(OSError, match="nothing"):
         read_json(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("perplexity", [None, math.inf, 33.25])
+def test_the_metadata_of_a_card_as_the_hub_reads_it(perplexity: float | None) -> None:
+    text = card_metadata("llama_60m", "transformers", "apache-2.0", ["allenai/c4"], "allenai/c4", perplexity, ["llama"])
+    found = huggingface_hub.ModelCard(f"---\n{text}\n---\n").data
+    assert (found.library_name, found.license, found.datasets) == ("transformers", "apache-2.0", ["allenai/c4"])
+    assert [(r.dataset_type, r.metric_value) for r in found.eval_results or []] == (
+        [("allenai/c4", 33.25)] if perplexity == 33.25 else []
+    )
 
 
 def test_a_card_without_a_fact_is_no_card() -> None:
