@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 IDS = torch.randint(512, (2, 200), generator=torch.Generator().manual_seed(3))
-NEW = {"max_new_tokens": 8, "do_sample": False}
+NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
 @torch.no_grad()
