@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
     from sltrain.api.public import load as load
     from sltrain.api.public import plan as plan
     from sltrain.api.public import report as report
+    from sltrain.api.public import tokenize as tokenize
     from sltrain.api.public import train as train
     from sltrain.data.sources.base import SOURCES as SOURCES
     from sltrain.data.sources.base import SourceConfig as SourceConfig
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # the same names as below, for editors and type checkers
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "sltrain.api.public": "Run bench evaluate export generate load plan report train",
+    "sltrain.api.public": "Run bench evaluate export generate load plan report tokenize train",
     "sltrain.data.sources.base": "SOURCES SourceConfig",
     "sltrain.layers": "LAYERS LowRankLinear ReplacedLinear SLTrainLinear merge_to_dense replace_linears set_paths",
     "sltrain.methods.base": "METHODS Method",

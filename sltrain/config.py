@@ -71,9 +71,9 @@ class TrainConfig:
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
 
     # Data
-    path: Any = None  # data=local: a glob or a list of globs
+    path: Any = None  # data=local: a glob or a list of globs; data=tokens: the folder
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
-    tokenizer: str = MISSING  # a tokenizer.json, a name on the Hub, bpe:SIZE to train one; auto: t5-base or init_from's
+    tokenizer: str = MISSING  # tokenizer.json, Hub name, bpe:SIZE to train one; auto: data's, init_from's or t5-base
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
     seq_len: int = MISSING  # tokens a row
     on_bad_data: str = MISSING  # skip or stop

@@ -5,6 +5,7 @@ Values come from conf/plan.yaml and what is typed. This file imports no torch.
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -110,18 +111,20 @@ ANY_BUDGET = 10_000  # updates; a plan asks for the phases of a run, if its meth
 KEYS = {item.name for item in fields(PlanConfig)}
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides of this command's own keys, and those of `sltrain-train`. Raises ValueError."""
+def split_arguments(
+    arguments: list[str], own_keys: Collection[str] = KEYS, command: str = "sltrain-plan"
+) -> tuple[list[str], list[str]]:
+    """The overrides of a command's own keys, and those of `sltrain-train`. Raises ValueError."""
     for argument in arguments:
         if argument.startswith("-"):
-            raise ValueError(f"{argument}: sltrain-plan knows KEY=VALUE and --help, no other option, and no sweeps")
+            raise ValueError(f"{argument}: {command} knows KEY=VALUE and --help, no other option, and no sweeps")
     keys = [override.key_or_group for override in parse_overrides(arguments)]
     for key in keys:
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
-        if near and key not in KEYS:
+        near = difflib.get_close_matches(key, own_keys, n=1, cutoff=0.8)
+        if near and key not in own_keys:
             raise ValueError(f"unknown key {key!r}; did you mean {near[0]}?")
-    own = [text for text, key in zip(arguments, keys, strict=True) if key in KEYS]
-    others = [text for text, key in zip(arguments, keys, strict=True) if key not in KEYS]
+    own = [text for text, key in zip(arguments, keys, strict=True) if key in own_keys]
+    others = [text for text, key in zip(arguments, keys, strict=True) if key not in own_keys]
     return own, others
 
 

@@ -280,6 +280,32 @@ def export(
 
 
 @raised_as_error()
+def tokenize(
+    output: str | PathLike[str], *, processes: int | None = None, overrides: Sequence[str] = (), **keys: Any
+) -> Path:
+    """Prepare the ids of a corpus once, as `sltrain-tokenize` does, in the folder `output`, and return that; training
+    with data="tokens", path=output reads them.
+
+    Args:
+        processes: how many work at the same time; None: one for each CPU. With more than one, a script needs the usual
+            `if __name__ == "__main__":` around the call.
+        keys: those of `sltrain.train` that concern text: data, path, tokenizer, validation_path and so on.
+
+    A call that was stopped is continued by the same call. Raises sltrain.Error.
+
+    >>> sltrain.tokenize("tokens", data="stdlib", tokenizer="bpe:512", processes=1)
+    PosixPath('tokens')
+    """
+    from sltrain.api.tokenize_config import read_arguments
+
+    own: dict[str, Any] = {"output": output} if processes is None else {"output": output, "processes": processes}
+    settings, config = read_arguments(as_overrides({**own, **keys}, overrides))
+    from sltrain.api.tokenize import tokenize as write
+
+    return write(settings, config)
+
+
+@raised_as_error()
 def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None) -> "list[Row]":
     """A row for each run at or below `paths`, finished or not, best first. With `output`, also writes the report page,
     its table and figures into that folder. Unreadable parts of runs are logged as warnings. Raises sltrain.Error if

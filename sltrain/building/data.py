@@ -9,6 +9,7 @@ from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
+from sltrain.data.token_folder import TokenFiles
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.runs.run_folder import RunFolder
@@ -40,6 +41,10 @@ def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: R
             cache_dir=cache,
         )
 
+    if isinstance(source, TokenFiles) and config.tokenizer.startswith("bpe:"):
+        raise ValueError(
+            f"tokenizer={config.tokenizer} is trained on text, which {source.name} does not hold; leave it out"
+        )
     loaded: list[Tokenizer] = []
     ranks.on_main(lambda: loaded.append(load()))
     return loaded[0] if loaded else load()
@@ -61,6 +66,7 @@ def build_data(
 ) -> tuple[TrainStream, EvalSet]:
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""
+    _check_tokenizer(source, tokenizer)
     stream = TrainStream(
         source,
         tokenizer,
@@ -85,6 +91,7 @@ def build_eval_set(
 ) -> EvalSet:
     """The rows that evaluations of a run read, of all documents of `source` or of those held out of training; the text
     is read at the first use."""
+    _check_tokenizer(source, tokenizer)
     return EvalSet(
         source,
         tokenizer,
@@ -96,3 +103,9 @@ def build_eval_set(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+
+
+def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the source holds ids of another tokenizer."""
+    if isinstance(source, TokenFiles):
+        source.check_tokenizer(tokenizer)

@@ -19,6 +19,7 @@ MODULES = {
     "eval": "evaluate",
     "generate": "generate",
     "export": "export",
+    "tokenize": "tokenize",
 }  # command -> its file in this package
 
 

@@ -135,7 +135,7 @@ def to_config(config: DictConfig, schema: Schema) -> Any:
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema.type)
     if isinstance(result, TrainConfig) and result.tokenizer == "auto":
-        result.tokenizer = default_tokenizer(result.init_from)
+        result.tokenizer = result.data.own_tokenizer() or default_tokenizer(result.init_from)
     return result
 
 

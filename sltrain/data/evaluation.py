@@ -19,6 +19,7 @@ from torch import Tensor
 from sltrain.data.documents import DataError, Source, is_held_out
 from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Ids
 from sltrain.data.rows import check_row_shape, rows_to_tensors
+from sltrain.data.token_folder import ids_with_bytes_of
 from sltrain.data.tokenizer import Tokenizer
 
 Row = tuple[Ids, int]  # ids, bytes that the predicted ones cover
@@ -118,6 +119,6 @@ class EvalSet:
     def _documents(self, max_len: int | None) -> Iterator[tuple[list[int], list[int]]]:
         """The ids of each validation document, and the bytes that each id covers."""
         documents = (d for shard in range(self.source.num_shards) for d in self.source.documents(shard))
-        texts = (d.text for d in documents if not self.holdout_every or is_held_out(d.text, self.holdout_every))
-        while group := list(islice(texts, DOCUMENTS_PER_CALL)):
-            yield from self.tokenizer.encode_with_bytes(group, max_len)
+        own = (d for d in documents if not self.holdout_every or is_held_out(d.text, self.holdout_every))
+        while group := list(islice(own, DOCUMENTS_PER_CALL)):
+            yield from ids_with_bytes_of(group, self.tokenizer, max_len)

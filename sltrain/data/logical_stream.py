@@ -46,15 +46,15 @@ class LogicalStream:
     seed: int
     shuffle_block: int
     dealing: str  # KEYED or MODULO, see order.py
-    encode: Callable[[list[str]], list[Ids]]  # texts -> the ids of each
-    keep: Callable[[str], bool]  # whether a text is trained on
+    encode: Callable[[list[Document]], list[Ids]]  # documents -> the ids of each
+    keep: Callable[[Document], bool]  # whether a document is trained on
     at: Position  # where to begin: a position that this stream had before, in this process or another
 
     def __post_init__(self) -> None:
         self._found_any = self.at != Position()  # whether this epoch has had a document
         self._order: list[Slice] | None = None  # of this epoch
         self._reader: Iterator[Document] | None = None  # continues after the current block
-        self._block: list[str] | None = None  # shuffled texts
+        self._block: list[Document] | None = None  # shuffled
         self._next_block = self.at.block  # record index after the current block
         self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
         self._announce(0)
@@ -95,7 +95,7 @@ class LogicalStream:
         self.at.position += 1
         self.at.offset = 0
 
-    def _tokenize(self, block: list[str], position: int) -> Ids:
+    def _tokenize(self, block: list[Document], position: int) -> Ids:
         group, member = divmod(position, DOCUMENTS_PER_CALL)
         if self._tokenized[0] != group:
             first = group * DOCUMENTS_PER_CALL
@@ -110,10 +110,10 @@ class LogicalStream:
         if self._reader is None:
             self._reader = self.source.documents(part.shard, self.at.block, part.wanted(self.seed, self.dealing))
             self._announce(1)
-        kept = list(islice((d for d in self._reader if self.keep(d.text)), self.shuffle_block))
+        kept = list(islice(filter(self.keep, self._reader), self.shuffle_block))
         indices = [document.index for document in kept]
         order = block_order(indices, self.seed, self.at.epoch, part) if kept else []
-        self._block = [kept[i].text for i in order]
+        self._block = [kept[i] for i in order]
         self._next_block = indices[-1] + 1 if kept else self.at.block
         self._tokenized = -1, []
 

@@ -22,6 +22,7 @@ from sltrain.data.logical_stream import LogicalStream, Position
 from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_logical_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
+from sltrain.data.token_folder import ids_of
 from sltrain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,8 @@ class TrainStream:
                 self._identity["seed"],
                 self._identity["data.shuffle_block"],
                 self._identity[DEALING],
-                encode=lambda texts: self.tokenizer.encode_batch(texts, None if is_packed else seq_len),
-                keep=lambda text: not is_held_out(text, holdout_every),
+                encode=lambda documents: ids_of(documents, self.tokenizer, None if is_packed else seq_len),
+                keep=lambda document: not holdout_every or not is_held_out(document.text, holdout_every),
                 at=Position(**state[str(number)]),
             )
             for number in self._own

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -59,7 +60,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer {name} is not a valid tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.json = json
+        self.json, self.name = json, name
         self.sentinels_mapped = 0
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -80,7 +81,7 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer {name} has no end-of-text token ({' '.join(EOS_NAMES)}); nothing would separate documents"
             )
-        self._has_sentinels = num_ids > self.vocab_size
+        self._num_ids, self._has_sentinels = num_ids, num_ids > self.vocab_size
         if self._has_sentinels and self.unk_id is None:
             raise ValueError(
                 f"tokenizer {name} has {num_ids} ids, the model {self.vocab_size}, and no <unk> for the others; "
@@ -128,6 +129,17 @@ class Tokenizer:
             sizes = _bytes_between(text, ends)
             result.append((ids, [0] * len(self._prefix) + sizes + [0] if ids else []))
         return result
+
+    def refit(self, ids: NDArray[Any], max_len: int | None = None) -> NDArray[np.int32]:
+        """What encode_batch gives for a text, from `ids`: all those that the tokenizer's file gives it, as a Tokenizer
+        without `vocab_size` does. Raises ValueError for ids that the file does not have."""
+        if len(ids) and int(ids.max()) >= self._num_ids:
+            raise ValueError(f"id {ids.max()} is none of the {self._num_ids} ids of tokenizer {self.name}")
+        ids = ids.astype(np.int32)
+        if max_len is not None and len(ids) > max_len:
+            ids = ids[:max_len]
+            ids[-1] = self.eos_id
+        return self._without_sentinels(ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued: as in training, but without eos. Raises ValueError for a text without tokens
@@ -188,7 +200,9 @@ class Tokenizer:
         if packed:
             limit = None if max_len is None else (max_len - 1) * len(self._end)
             packed = (self._begin + packed)[:limit] + self._end
-        ids = np.frombuffer(packed, np.int32)
+        return self._without_sentinels(np.frombuffer(packed, np.int32))
+
+    def _without_sentinels(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         if not self._has_sentinels or not len(ids) or ids.max() < self.vocab_size:
             return ids
         assert self.unk_id is not None

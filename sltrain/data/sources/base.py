@@ -34,6 +34,10 @@ class SourceConfig:
         if (mode := getattr(self, "on_bad_data", "skip")) not in ("skip", "stop"):
             raise ValueError(f"data.on_bad_data={mode}: choose one of skip, stop")
 
+    def own_tokenizer(self) -> str | None:
+        """What tokenizer=auto means, if the corpus comes with one; None: what it means elsewhere."""
+        return None
+
     def open_training(self) -> Source:
         """The documents to train on. Raises ValueError or OSError if the corpus cannot be opened."""
         raise TypeError(f"{type(self).__name__} does not define open_training")
