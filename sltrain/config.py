@@ -75,6 +75,7 @@ class TrainConfig:
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
     tokenizer: str = MISSING  # tokenizer.json, Hub name, bpe:SIZE to train one; auto: data's, init_from's or t5-base
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
+    attention: str = MISSING  # full: a token sees all before it in its row; document: those of its document only
     seq_len: int = MISSING  # tokens a row
     on_bad_data: str = MISSING  # skip or stop
 
@@ -126,6 +127,7 @@ CHOICES = {
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
     "schedule": SCHEDULES,
+    "attention": ("full", "document"),
     "on_bad_data": ("skip", "stop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "precision": ("pure", "mixed"),
@@ -205,6 +207,10 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(
             f"seq_len={config.seq_len} is above model.max_position_embeddings={longest};"
             " lower the one or raise the other"
+        )
+    if config.attention == "document" and config.padding != "pack":
+        raise ValueError(
+            f"attention=document is for padding=pack; with padding={config.padding} a row holds one document anyway"
         )
     _validate_update(config)
     _validate_precision(config)

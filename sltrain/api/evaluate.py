@@ -81,6 +81,7 @@ def _eval_set(
             saved.tokenizer,
             seq_len=saved.seq_len,
             padding=saved.padding,
+            per_document=saved.padding == "pack" and saved.attention == "document",
             eval_tokens=eval_tokens or sys.maxsize,
             batch_size=batch_size or (BATCH_SIZE if config is None else config.micro_batch_size),
         )

@@ -103,6 +103,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
     facts = Facts(
         FORMAT_VERSION, format, config.model.name, config.method.name, saved.seq_len, saved.padding, saved.step
     )
+    facts.attention = saved.attention
     content = llama_config(shape, saved.model.lm_head.out_features, dtype_name(dtype), ids)
     if format == "compressed":
         content |= {"model_type": COMPRESSED, "architectures": ["SLTrainLlamaForCausalLM"]}

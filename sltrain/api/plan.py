@@ -204,7 +204,8 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
         num_micro_batches = max(1, config.global_batch_size // config.micro_batch_size)
         shape = (config.micro_batch_size, config.seq_len)
         rows = [torch.randint(vocab, shape, generator=source) for _ in range(num_micro_batches)]
-        micro_batches = [make_micro_batch(ids, ids, device) for ids in rows]
+        places = [torch.arange(config.seq_len).expand(shape)] if config.attention == "document" else []
+        micro_batches = [make_micro_batch(ids, ids, device, *places) for ids in rows]
         return step.run(micro_batches, sum(ids.numel() for ids in rows))
 
     for _ in range(NUM_MEASURED_UPDATES - 1):

@@ -63,6 +63,7 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
         per_layer_update=config.per_layer_update,
         uses_ddp=num_processes > 1 and not config.per_layer_update,
         device_type=device.type,
+        per_document=config.attention == "document",
         has_kernel=device.type == "cpu" and has_kernel(device, dtype),
     )
 

@@ -52,6 +52,7 @@ class Saved(Weights):
     tokenizer: Tokenizer
     seq_len: int  # tokens a row, as it was trained
     padding: str
+    attention: str
     step: int  # updates
     config: TrainConfig | None  # of a run; an export has none
     progress: dict[str, Any]  # of a run: its counters, see engine/trainer.py
@@ -111,9 +112,8 @@ def open_run(path: Path, step: int | None) -> Saved:
     change_until(config, model, state["step"])
     files.check(model)
     tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size)
-    return Saved(
-        path, files, model, tokenizer, config.seq_len, config.padding, state["step"], config, state["progress"]
-    )
+    rows = config.seq_len, config.padding, config.attention
+    return Saved(path, files, model, tokenizer, *rows, state["step"], config, state["progress"])
 
 
 def open_export(path: Path) -> Saved:
@@ -140,7 +140,8 @@ def open_export(path: Path) -> Saved:
         raise ValueError(f"{path / 'config.json'} is damaged ({first_line(error)}); export the run again") from error
     files.check(model)
     tokenizer = read_tokenizer(path / "tokenizer.json", shape.vocab_size)
-    return Saved(path, files, model, tokenizer, facts.seq_len, facts.padding, facts.step, config=None, progress={})
+    rows = facts.seq_len, facts.padding, facts.attention
+    return Saved(path, files, model, tokenizer, *rows, facts.step, config=None, progress={})
 
 
 def open_transformers(path: Path) -> Weights:

@@ -17,20 +17,21 @@ import numpy as np
 from torch import Tensor
 
 from sltrain.data.documents import DataError, Source, is_held_out
-from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Ids
-from sltrain.data.rows import check_row_shape, rows_to_tensors
+from sltrain.data.logical_stream import DOCUMENTS_PER_CALL
+from sltrain.data.rows import Row, check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_with_bytes_of
 from sltrain.data.tokenizer import Tokenizer
 
-Row = tuple[Ids, int]  # ids, bytes that the predicted ones cover
+SizedRow = tuple[Row, int]  # ids, bytes that the predicted ones cover
 
 
 @dataclass
 class EvalBatch:
     """Rows of validation text."""
 
-    input_ids: Tensor  # (rows, T) int64
-    labels: Tensor  # (rows, T) int64; -100 on pads; not shifted
+    input_ids: Tensor  # this and the following: (rows, T) int64, see rows.py
+    labels: Tensor
+    positions: Tensor | None  # None: attention=full
     num_bytes: int  # UTF-8 bytes that the predicted tokens of all rows cover
 
 
@@ -50,6 +51,7 @@ class EvalSet:
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    per_document: bool = False  # attention=document
     holdout_every: int = 0  # N: only the held-out documents, those that TrainStream with the same N skips; 0: all
 
     def __post_init__(self) -> None:
@@ -77,15 +79,16 @@ class EvalSet:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         for rows in self._contents[0]:
-            tensors = rows_to_tensors([ids for ids, _ in rows], self.seq_len, self.tokenizer.pad_id)
-            yield EvalBatch(*tensors, sum(num_bytes for _, num_bytes in rows))
+            tensors = rows_to_tensors([row for row, _ in rows], self.seq_len, self.tokenizer.pad_id, self.per_document)
+            num_bytes = sum(num_bytes for _, num_bytes in rows)
+            yield EvalBatch(tensors.input_ids, tensors.labels, tensors.positions, num_bytes)
 
     @cached_property
-    def _contents(self) -> tuple[list[list[Row]], int]:
+    def _contents(self) -> tuple[list[list[SizedRow]], int]:
         """The rows of this rank's batches, and the number of predicted tokens on all ranks."""
-        rows, batches, num_targets = self._enough_rows(), list[list[Row]](), 0
+        rows, batches, num_targets = self._enough_rows(), list[list[SizedRow]](), 0
         for number, batch in enumerate(iter(lambda: list(islice(rows, self.batch_size)), [])):
-            num_targets += sum(len(ids) - 1 for ids, _ in batch)
+            num_targets += sum(map(self._num_targets, (row for row, _ in batch)))
             if number % self.world_size == self.rank:
                 batches.append(batch)
         if num_targets == 0:
@@ -95,26 +98,38 @@ class EvalSet:
             )
         return batches, num_targets
 
-    def _enough_rows(self) -> Iterator[Row]:
+    def _num_targets(self, row: Row) -> int:
+        return len(row.ids) - 1 - (len(row.starts) if self.per_document else 0)
+
+    def _enough_rows(self) -> Iterator[SizedRow]:
         missing = self.eval_tokens
-        for ids, sizes in self._packed_rows() if self.padding == "pack" else self._documents(self.seq_len):
-            if len(ids) >= 2:  # otherwise there is nothing to predict
-                yield np.array(ids, np.int32), sum(sizes[1:])
-                missing -= len(ids) - 1
+        for ids, sizes, starts in self._packed_rows() if self.padding == "pack" else self._truncated_rows():
+            row = Row(np.array(ids, np.int32), starts)
+            if len(ids) >= 2 and self._num_targets(row):  # otherwise there is nothing to predict
+                not_predicted = sum(sizes[start] for start in starts) if self.per_document else 0
+                yield row, sum(sizes[1:]) - not_predicted
+                missing -= self._num_targets(row)
                 if missing <= 0:
                     return
 
-    def _packed_rows(self) -> Iterator[tuple[list[int], list[int]]]:
-        """The concatenated documents in rows of seq_len; the last row may be shorter."""
-        ids: list[int] = []
-        sizes: list[int] = []
+    def _truncated_rows(self) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """As _packed_rows: the beginning of each document."""
+        return ((ids, sizes, []) for ids, sizes in self._documents(self.seq_len))
+
+    def _packed_rows(self) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Ids, sizes and starts of the rows of seq_len ids that the concatenated documents fill; the last row may be
+        shorter."""
+        ids, sizes, starts = list[int](), list[int](), list[int]()
         for more_ids, more_sizes in self._documents(None):
+            if ids and more_ids:
+                starts.append(len(ids))
             ids += more_ids
             sizes += more_sizes
             while len(ids) >= self.seq_len:
-                yield ids[: self.seq_len], sizes[: self.seq_len]
+                yield ids[: self.seq_len], sizes[: self.seq_len], starts
                 del ids[: self.seq_len], sizes[: self.seq_len]
-        yield ids, sizes
+                starts = []
+        yield ids, sizes, starts
 
     def _documents(self, max_len: int | None) -> Iterator[tuple[list[int], list[int]]]:
         """The ids of each validation document, and the bytes that each id covers."""

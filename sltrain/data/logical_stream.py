@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sltrain.data.documents import DataError, Document, Source
 from sltrain.data.order import Slice, block_order, slice_order
+from sltrain.data.rows import Row
 
 Ids = NDArray[np.int32]
 
@@ -59,24 +60,26 @@ class LogicalStream:
         self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
         self._announce(0)
 
-    def truncated_row(self) -> Ids:
+    def truncated_row(self) -> Row:
         """The ids of the next document."""
-        row = self._ids()
+        row = Row(self._ids())
         self._advance()
         return row
 
-    def packed_row(self, seq_len: int) -> Ids:
+    def packed_row(self, seq_len: int) -> Row:
         """The next seq_len ids of the concatenated documents."""
-        parts: list[Ids] = []
+        parts, starts = list[Ids](), list[int]()
         missing = seq_len
         while missing:
             ids = self._ids()
+            if parts:
+                starts.append(seq_len - missing)
             parts.append(ids[self.at.offset : self.at.offset + missing])
             missing -= len(parts[-1])
             self.at.offset += len(parts[-1])
             if self.at.offset == len(ids):
                 self._advance()
-        return np.concatenate(parts)
+        return Row(np.concatenate(parts), starts)
 
     def _ids(self) -> Ids:
         """All ids of the current document, which has at least one."""

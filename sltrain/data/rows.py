@@ -2,9 +2,14 @@
 
 truncate_pad: one document a row, its first tokens and </s>, padded on the right; pads have the label -100.
 pack: the concatenated documents without gaps; labels are the ids.
+
+With attention=document a token depends on those before it in its own document only. The first token of a document,
+which nothing predicts, then has the label -100, and every token has a position in its document, from which the model
+knows where documents begin. A document that began in an earlier row begins again, at position 0.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sltrain.numeric import IGNORED_LABEL
+
+
+@dataclass
+class Row:
+    """The ids of a row, without pads, and at which places above 0 another document begins."""
+
+    ids: NDArray[np.int32]
+    starts: list[int] = field(default_factory=list)
+
+
+@dataclass
+class RowTensors:
+    """Rows as a model reads them, each (rows, T) int64."""
+
+    input_ids: Tensor
+    labels: Tensor  # -100 on pads; not shifted
+    positions: Tensor | None  # of each token in its document, with attention=document
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens to predict: labels[:, 1:] that are not -100."""
+        return int((self.labels[:, 1:] != IGNORED_LABEL).sum())
 
 
 def check_row_shape(padding: str, seq_len: int) -> None:
@@ -22,10 +49,17 @@ def check_row_shape(padding: str, seq_len: int) -> None:
         raise ValueError(f"seq_len is {seq_len}; a row needs at least 2 tokens, one to read and one to predict")
 
 
-def rows_to_tensors(rows: Sequence[NDArray[np.int32]], seq_len: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and labels, (rows, seq_len) int64, of rows of at most seq_len ids."""
+def rows_to_tensors(rows: Sequence[Row], seq_len: int, pad_id: int, per_document: bool) -> RowTensors:
+    """Rows of at most seq_len ids as tensors; `per_document`: with attention=document."""
     input_ids = np.full((len(rows), seq_len), pad_id, dtype=np.int64)
     labels = np.full((len(rows), seq_len), IGNORED_LABEL, dtype=np.int64)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = row
-    return torch.from_numpy(input_ids), torch.from_numpy(labels)
+        input_ids[i, : len(row.ids)] = labels[i, : len(row.ids)] = row.ids
+    if not per_document:
+        return RowTensors(torch.from_numpy(input_ids), torch.from_numpy(labels), None)
+    begins = np.zeros((len(rows), seq_len), dtype=np.int64)  # where the document of each place begins
+    for i, row in enumerate(rows):
+        begins[i, row.starts] = row.starts
+        labels[i, row.starts] = IGNORED_LABEL
+    positions = np.arange(seq_len) - np.maximum.accumulate(begins, axis=1)
+    return RowTensors(*map(torch.from_numpy, (input_ids, labels, positions)))

@@ -39,8 +39,9 @@ State = dict[str, dict[str, Any]]  # JSON-able
 class Batch:
     """This rank's rows of one global batch."""
 
-    input_ids: Tensor  # (rows, T) int64
-    labels: Tensor  # (rows, T) int64; -100 on pads; not shifted
+    input_ids: Tensor  # this and the following: (rows, T) int64, see rows.py
+    labels: Tensor
+    positions: Tensor | None  # None: attention=full
     num_tokens: int  # tokens that are not pads
     num_targets: int  # labels[:, 1:] that are not -100
     epoch: int  # epochs that this rank's most advanced stream has finished
@@ -53,6 +54,7 @@ class TrainStream:
     Args:
         seed: decides the order together with global_batch_size and num_streams.
         padding: truncate_pad or pack.
+        per_document: attention=document; see rows.py.
         shuffle_block: documents shuffled together.
         holdout_every: one document in this many is never trained on (0: all are).
         prefetch: batches kept ready.
@@ -76,6 +78,7 @@ class TrainStream:
         shuffle_block: int = 1024,
         holdout_every: int = 0,
         prefetch: int = 4,
+        per_document: bool = False,
     ) -> None:
         check_row_shape(padding, seq_len)
         if shuffle_block < 1 or holdout_every < 0 or holdout_every == 1:
@@ -94,7 +97,7 @@ class TrainStream:
         self.source = source
         self.tokenizer = tokenizer
         self.rows_per_stream = global_batch_size // num_logical
-        self.prefetch = prefetch
+        self.prefetch, self.per_document = prefetch, per_document
         self._slices = deal_slices(source.shard_sizes(), num_logical, seed)
         self._own = range(rank * num_logical // world_size, (rank + 1) * num_logical // world_size)
         self._identity: dict[str, Any] = {
@@ -187,10 +190,12 @@ class TrainStream:
             if epoch > last_epoch:
                 last_epoch = epoch
                 logger.info(f"epoch {epoch + 1} of the data begins: the same documents in another order")
-            input_ids, labels = rows_to_tensors(rows, seq_len, self.tokenizer.pad_id)
-            num_tokens = sum(map(len, rows))
+            tensors = rows_to_tensors(rows, seq_len, self.tokenizer.pad_id, self.per_document)
+            num_tokens = sum(len(row.ids) for row in rows)
             stamp = self._stamp({stream.number: stream.at for stream in streams})
-            yield Batch(input_ids, labels, num_tokens, num_tokens - len(rows), epoch, stamp)
+            yield Batch(
+                tensors.input_ids, tensors.labels, tensors.positions, num_tokens, tensors.num_targets, epoch, stamp
+            )
 
     def _stamp(self, positions: dict[int, Position]) -> State:
         return {IDENTITY: self._identity, **{str(number): asdict(at) for number, at in positions.items()}}

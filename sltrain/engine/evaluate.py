@@ -28,7 +28,7 @@ def evaluate(
     model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
 ) -> Event | None:
     """Validation numbers of `model` (a micro-batch's tensors -> summed token loss), equal on all ranks. Each rank has
-    its own batches, any number of them, with input_ids and labels (rows, seq_len) and num_bytes.
+    its own batches, any number of them, as data/evaluation.py makes them.
 
     None if `should_stop` became true on some rank. Raises ValueError if no rank has a token to predict.
     """
@@ -43,7 +43,7 @@ def evaluate(
         num_targets = int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
         if num_targets == 0:
             continue
-        loss_sum = float(model(*make_micro_batch(batch.input_ids, batch.labels, ranks.device)))
+        loss_sum = float(model(*make_micro_batch(batch.input_ids, batch.labels, ranks.device, batch.positions)))
         totals += torch.tensor(
             [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
         )

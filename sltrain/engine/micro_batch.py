@@ -16,7 +16,8 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.stop import StopRequest
 from sltrain.numeric import IGNORED_LABEL
 
-MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # input_ids (B, T), labels (B, T), rows (N,) or None for all
+# input_ids (B, T), labels (B, T), rows (N,) or None for all; with attention=document also positions (B, T)
+MicroBatch = tuple[Tensor | None, ...]
 
 STOP_CHECK_SECONDS = 1.0  # how long a signal may wait for a stream that waits for the network
 
@@ -62,14 +63,17 @@ class Feed:
 
     def micro_batches(self, batch: Any) -> list[MicroBatch]:
         """This rank's rows, in order, `micro_batch_size` at a time, on its device."""
-        pieces = (tensor.split(self.micro_batch_size) for tensor in (batch.input_ids, batch.labels))
-        return [make_micro_batch(ids, labels, self.ranks.device) for ids, labels in zip(*pieces, strict=True)]
+        tensors = [batch.input_ids, batch.labels, *([] if batch.positions is None else [batch.positions])]
+        pieces = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
+        return [make_micro_batch(ids, labels, self.ranks.device, *positions) for ids, labels, *positions in pieces]
 
 
-def make_micro_batch(input_ids: Tensor, labels: Tensor, device: torch.device) -> MicroBatch:
+def make_micro_batch(
+    input_ids: Tensor, labels: Tensor, device: torch.device, positions: Tensor | None = None
+) -> MicroBatch:
     """The micro-batch of these host tensors, (B, T) int64 each, on `device`, without waiting for the copies."""
-    rows = rows_to_compute(labels)
-    return _send(input_ids, device), _send(labels, device), None if rows is None else _send(rows, device)
+    tensors = (input_ids, labels, rows_to_compute(labels), *([] if positions is None else [positions]))
+    return tuple(None if tensor is None else _send(tensor, device) for tensor in tensors)
 
 
 def rows_to_compute(labels: Tensor) -> Tensor | None:

@@ -43,6 +43,7 @@ class Facts:
     padding: str
     step: int  # updates
     layers: dict[str, Any] = field(default_factory=dict)  # compressed: the settings of each layer, for `restore_layers`
+    attention: str = "full"  # as in training
     tensors: dict[str, Any] = field(default_factory=dict)  # compressed: `tensor_sizes`, for modeling_sltrain.py
 
 

@@ -10,10 +10,13 @@ either loads the other's checkpoints.
     per layer:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))                                        (N, V)
 
-Sequences are padded on the right: in causal attention no real position sees a pad, so no mask is needed. Positions that
-cannot affect the loss are skipped: everything except attention works row by row, so x is (N, D), one row per kept
-position (B T by default), and attention alone spreads the rows over (B, T). Loss and gradients stay the same. In a
-bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
+Sequences are padded on the right: in causal attention no real position sees a pad, so no mask is needed. Where a row
+holds several documents, the position of each token in its document may be given: a token then sees those of its own
+document only, as if that were alone in a row. This takes a mask of B T^2 numbers, the same in all layers.
+
+Positions that cannot affect the loss are skipped: everything except attention works row by row, so x is (N, D), one row
+per kept position (B T by default), and attention alone spreads the rows over (B, T). Loss and gradients stay the same.
+In a bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
 
 In mixed precision (`compute_dtype`) the model computes as one of that dtype whose weights are its own float32 ones,
 rounded in every forward pass; their gradients are float32.
@@ -63,8 +66,9 @@ class Grid:
     num_sequences: int
     num_positions: int
     rows: Tensor | None  # (N,) int64, the position b T + t of each row, ascending; None: all B T
-    cos: Tensor  # (T, 1, d), see rotary_tables
+    cos: Tensor  # (T, 1, d), see rotary_tables; (B, T, 1, d) with positions in documents
     sin: Tensor
+    mask: Tensor | None = None  # (B, 1, T, T), added to the scores of attention; None: causal
     cache: KeyValueCache | None = None  # of the positions before these
 
     def spread(self, x: Tensor, head_size: int) -> Tensor:
@@ -100,8 +104,16 @@ def rotary_tables(
     return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
 
 
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention=document adds to the scores, (B, 1, T, T): 0 where a token sees another, -inf elsewhere, from the
+    positions (B, T) of tokens in their documents. A document begins where the position is 0."""
+    documents = (positions == 0).cumsum(1)
+    is_seen = (documents[:, :, None] == documents[:, None]).tril_()
+    return torch.zeros(is_seen.shape, dtype=dtype, device=positions.device).masked_fill_(~is_seen, -torch.inf)[:, None]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary tables (T, 1, d) to x (B, T, heads, d)."""
+    """Apply the rotary tables (T, 1, d) or (B, T, 1, d) to x (B, T, heads, d)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -132,8 +144,10 @@ class Attention(nn.Module):
         if grid.cache is not None:
             k, v = grid.cache.extend(self, k, v)
         shares_kv = self.num_kv_heads != self.num_heads
-        is_causal = k.shape[2] == q.shape[2]  # otherwise one new position, which sees all others
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=shares_kv)  # (B, H, T, d)
+        is_causal = grid.mask is None and k.shape[2] == q.shape[2]  # otherwise one new position, which sees all others
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=grid.mask, is_causal=is_causal, enable_gqa=shares_kv
+        )  # (B, H, T, d)
         return self.o_proj(grid.collect(y.transpose(1, 2)))
 
 
@@ -189,13 +203,22 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, rows: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         B, T = input_ids.shape
         first = 0 if cache is None else cache.num_positions
         assert first == 0 or T == 1, "a cache is filled in one pass, then extended by one position at a time"
-        grid = Grid(B, T, rows, *rotary_tables(T, self.head_size, self.rope_theta, input_ids.device, first), cache)
+        cos, sin = rotary_tables(T, self.head_size, self.rope_theta, input_ids.device, first)
         x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        grid = Grid(B, T, rows, cos, sin, cache=cache)
+        if positions is not None:
+            grid.cos, grid.sin, grid.mask = cos[positions], sin[positions], document_mask(positions, x.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, grid, use_reentrant=False, preserve_rng_state=False)
@@ -220,16 +243,24 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, vocab_size, activation_checkpointing, compute_dtype)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        rows: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V); or, given labels (B, T), the sum of the cross-entropies of positions 1 .. T-1 in nats, 0-d
         float32.
 
         Labels are aligned with input_ids (position t is predicted from positions before t); -100 marks a position
         without a target. `rows` (N,) int64 are the positions b T + t to compute, ascending; they must include all
         positions before a target in its sequence. Other positions have no logits, which are then (N, V), and no loss.
+        `positions` (B, T) int64 are those of tokens in their documents, each 0 where a document begins; a token then
+        sees its own document only. None: a row is one document.
         """
         with self.arithmetic(input_ids.device.type):
-            hidden = self.model(input_ids, rows)  # (N, D)
+            hidden = self.model(input_ids, rows, positions=positions)  # (N, D)
             if labels is None:
                 logits = self.lm_head(hidden)
                 return logits if rows is not None else logits.view(*input_ids.shape, -1)

@@ -10,6 +10,7 @@
                      and the `footprint` of projections: N r e of each factored or low-rank one
                      with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
                      another e N I for the product of gate and up
+                     with attention=document e B T^2, the mask of all layers, and 8 B T d of rotary tables
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
                      Gradients that wait for the next micro-batch, and DDP's buckets, exist all the time.
@@ -57,6 +58,7 @@ class UpdateShape:
     uses_ddp: bool = False
     device_type: str = "cuda"
     has_kernel: bool = False  # whether products with S run through the CPU kernel
+    per_document: bool = False  # attention=document
 
     @property
     def num_rows(self) -> int:
@@ -112,6 +114,12 @@ class _Parts:
         self.element, self.weight_element = model.compute_dtype.itemsize, head.weight.element_size()
         self.is_mixed = self.element < self.weight_element
         self.num_layers = len(model.model.layers)
+        head_size = model.model.head_size
+        self.document_bytes = (
+            shape.per_document
+            * shape.num_rows
+            * (self.element * shape.seq_len + 2 * 4 * head_size + 8 * shape.num_micro_batches)
+        )  # mask, rotary tables, positions
         self.checkpointing = model.model.activation_checkpointing
         self.hidden = self.element * shape.num_rows * model.config.hidden_size  # one (N, D)
         self.wide = self.element * shape.num_rows * model.config.intermediate_size  # one (N, I)
@@ -155,7 +163,9 @@ class _Parts:
         layer, temporary = self.layer_gradient, self.layer_temporaries
         kept = self.num_layers * self.hidden if self.checkpointing else self.all_kept
         kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
+        kept += self.document_bytes
         last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is in `kept`
+        one_kept = self.layer_kept + self.document_bytes
         kept += 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
         loss, loss_backward, loss_temporary = self._loss()
         cast = self.hidden // self.element * self.weight_element if self.is_mixed else 0  # the embedding's (N, D)
@@ -164,7 +174,7 @@ class _Parts:
             "head backward": (kept, loss_backward, loss_temporary, head, 0),
             "head update": (kept, self.hidden, 0, head, 0),
             "first layer backward": (last_kept, 0, temporary, layer, head),
-            "last layer backward": (self.layer_kept, 0, temporary, layer, every - embedding - layer),
+            "last layer backward": (one_kept, 0, temporary, layer, every - embedding - layer),
             "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding),
             "update": (0, 0, 0, 0, every),
             "action": (0, 0, 0, 0, 0),

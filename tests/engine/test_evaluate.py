@@ -26,6 +26,7 @@ class Rows:
     input_ids: Tensor
     labels: Tensor
     num_bytes: int
+    positions: Tensor | None = None
 
 
 def rows(*lengths_and_ids: tuple[int, int]) -> Rows:

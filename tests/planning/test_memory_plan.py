@@ -26,7 +26,7 @@ from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import tensor_peak
-from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning import memory_plan
@@ -68,10 +68,11 @@ def real_model_of(config: TrainConfig) -> LlamaForCausalLM:
     return model
 
 
-def micro_batch_of(config: TrainConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+def micro_batch_of(config: TrainConfig) -> MicroBatch:
     assert config.model.vocab_size is not None
     ids = torch.randint(config.model.vocab_size, (config.micro_batch_size, config.seq_len))
-    return make_micro_batch(ids, ids, CPU)
+    places = (torch.arange(config.seq_len) % 20).expand_as(ids)
+    return make_micro_batch(ids, ids, CPU, places if config.attention == "document" else None)
 
 
 def plan_of(config: TrainConfig, device: torch.device = CPU, num_processes: int = 1) -> MemoryPlan:
@@ -133,18 +134,22 @@ KEPT = [
     "method=low_rank precision=mixed",
     f"method=full {ODD} precision=mixed activation_checkpointing=true",
     "layer_path=factored seq_len=512 model.vocab_size=500 precision=mixed",
+    "method=full seq_len=512 padding=pack attention=document",
+    "layer_path=factored dtype=bfloat16 activation_checkpointing=true padding=pack attention=document",
 ]
 
 
 def kept_by_plan(config: TrainConfig) -> int:
     """Activations and logits at the beginning of backward, but for the last norm's output and its gradient, which the
-    plan counts there, and the ids, which exist before; and the rotary tables, which it omits."""
-    shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu")
+    plan counts there, and the ids, which exist before; and the rotary tables, which it omits unless rows have their
+    own."""
+    per_document = config.attention == "document"
+    shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu", per_document=per_document)
     model = model_of(config)
     stage = memory_plan._Parts(model, shape).stage("head backward")
     normed = shape.num_rows * config.model.hidden_size * model.compute_dtype.itemsize
-    tables = 2 * config.seq_len * model.model.head_size * 4
-    ids = 32 * shape.num_rows
+    tables = 0 if per_document else 2 * config.seq_len * model.model.head_size * 4
+    ids = (32 + 8 * per_document) * shape.num_rows
     return stage["activations"] + stage["logits"] - 2 * normed - ids + tables
 
 
