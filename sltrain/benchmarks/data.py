@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -26,6 +27,7 @@ from sltrain.building.data import build_tokenizer
 from sltrain.building.model import build_model
 from sltrain.data.documents import Source
 from sltrain.data.stream import TrainStream
+from sltrain.data.token_folder import TokenFiles
 from sltrain.engine.distributed import Ranks
 from sltrain.planning.accounting import count_parameters
 
@@ -55,10 +57,10 @@ def measure_data(bench: Bench) -> Result:
         opened.callback(events.setLevel, events.level)
         events.setLevel(logging.WARNING)  # a small corpus starts over many times
 
-        def stream(padding: str, num_streams: int, shuffle_block: int) -> Iterator[int]:
+        def stream(padding: str, num_streams: int, shuffle_block: int, of: Source = source) -> Iterator[int]:
             """Tokens of each batch of a training stream."""
             new = TrainStream(
-                source,
+                of,
                 new_tokenizer(),
                 seed=SEED,
                 seq_len=train.seq_len,
@@ -73,6 +75,12 @@ def measure_data(bench: Bench) -> Result:
 
         texts = document_by_document(source, new_tokenizer().json, train.seq_len, train.global_batch_size)
         small = {f"stream, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK) for padding in PADDINGS}
+        if bench.config.prepared:
+            prepared = TokenFiles(Path(bench.config.prepared).expanduser())
+            prepared.check_tokenizer(new_tokenizer())
+            small |= {
+                f"prepared, {padding}": stream(padding, NUM_STREAMS, SHUFFLE_BLOCK, prepared) for padding in PADDINGS
+            }
         rows = measure_throughput(bench, texts, small)
         positions = train.global_batch_size * train.seq_len
         num_parameters = count_parameters(build_model(train, vocab_size(train), bench.dtype))["total"]

@@ -32,6 +32,7 @@ class BenchConfig:
     seq_len: int = MISSING  # step, data: tokens a row
     batch: int = MISSING  # step: rows of a micro-batch
     path: Any = None  # data: a glob or a list of globs; None: the Python standard library
+    prepared: str | None = None  # data: a folder that sltrain-tokenize made with this tokenizer; times reading it too
     tokenizer: str = MISSING  # data: a tokenizer.json, a name on the Hub, or bpe:SIZE to train one on the corpus
     layer_path: str = MISSING  # step: auto, composed or factored
     rank: int | None = None  # step: None: the model's recipe
@@ -78,7 +79,7 @@ COMMON = "what format repeats".split()
 KEYS = {  # what a benchmark reads besides COMMON
     "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
     "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
-    "data": "model seq_len path tokenizer".split(),
+    "data": "model seq_len path prepared tokenizer".split(),
 }
 
 
