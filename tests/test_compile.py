@@ -1,4 +1,4 @@
-"""compile=true: the same numbers and gradients for every way to compute a layer, and a run from end to end."""
+"""compile=true: the same loss and gradients of a model, and a run from end to end."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sltrain import kernels
 from sltrain.building.model import build_model
 from sltrain.compose import TRAIN, compose_config
 
@@ -39,21 +38,11 @@ def agrees_compiled(module: torch.nn.Module, run: Callable[[Callable[..., Tensor
         torch.testing.assert_close(compiled, eager)
 
 
-def test_a_compiled_model_is_the_model() -> None:
+@pytest.mark.parametrize("path", ["composed", "factored"])
+def test_a_compiled_model_is_the_model(path: str) -> None:
+    """tests/layers/test_functional.py compiles every support in every path."""
     input_ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
-    agrees_compiled(small_model("uniform", "composed"), lambda model: model(input_ids, input_ids))
-
-
-@pytest.mark.parametrize(
-    ("support", "kernel"), [("uniform", True), ("stratified", False), ("block", False), ("column", True)]
-)
-def test_projections_through_their_factors_compile(support: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel; slices of S made dense; one batched product; columns of x. Two projections share x, and one does
-    not."""
-    if not kernel:
-        monkeypatch.setattr(kernels, "status", lambda: "switched off")
-    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    agrees_compiled(small_model(support, "factored").get_submodule("model.layers.0.mlp"), lambda mlp: mlp(x))
+    agrees_compiled(small_model("uniform", path), lambda model: model(input_ids, input_ids))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -1,19 +1,118 @@
-"""What happens where the CPU kernel cannot be built, and where its library is kept. In processes of their own, since a
-process builds once."""
+"""What happens where the CPU kernel cannot be built, and where its library is kept."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from sltrain.kernels import cpu_kernel  # noqa: F401  (the condition below asks it)
+from sltrain.kernels import compile_cpp, cpu_kernel
 
 pytestmark = pytest.mark.slow
 
 kernel = pytest.mark.skipif("cpu_kernel.status() is not None", reason="no CPU kernel here")
+QUICK = ("-O0", *compile_cpp.FLAGS[2:], "-std=c++17")
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+    """Builds the kernel again, with other environment variables and a cache of its own, and gives `status`."""
+    monkeypatch.setattr(cpu_kernel, "_library", cpu_kernel._library)  # and restores it
+
+    def again(**environment: str) -> str | None:
+        for name, value in {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}.items():
+            monkeypatch.setenv(name, value)
+        return cpu_kernel._prepare.__wrapped__()
+
+    return again
+
+
+def multiplies() -> bool:
+    """Whether the library that was just built does."""
+    S = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    x = torch.tensor([[1.0, 10.0]])
+    y = cpu_kernel.forward(x, [S[S != 0]], [torch.tensor([1, 2], dtype=torch.int32)], [2])[0]
+    return torch.equal(y, x @ S.t())
+
+
+def compiler_that(script: str, folder: Path) -> str:
+    """A command that answers --version and else runs a line of shell."""
+    compiler = folder / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_can_be_switched_off(prepare: Callable[..., str | None], tmp_path: Path) -> None:
+    assert prepare(SLTRAIN_CPU_KERNEL="off") == "switched off by SLTRAIN_CPU_KERNEL=off"
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_that_there_is_no_compiler(
+    prepare: Callable[..., str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = prepare(PATH=str(tmp_path), CXX="")
+    assert reason == "no C++ compiler found (CXX, g++, clang++, c++)"
+    monkeypatch.setattr(cpu_kernel, "_prepare", lambda: reason)
+    with pytest.raises(RuntimeError, match=r"the CPU kernel cannot be used: no C\+\+ compiler found"):
+        cpu_kernel.forward(torch.ones(1, 1), [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('echo "kernel.cpp:1: error: no room" >&2; exit 1', "error: no room"),
+        ("echo nothing > kernel.so", "cannot be loaded"),
+        ("true", "left no kernel"),
+    ],
+)
+def test_says_what_a_broken_compiler_did(
+    script: str, says: str, prepare: Callable[..., str | None], tmp_path: Path
+) -> None:
+    assert says in (prepare(CXX=compiler_that(script, tmp_path)) or "")
+
+
+def test_a_compiler_that_hangs_is_ended(
+    prepare: Callable[..., str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_cpp, "COMPILE_SECONDS", 1)
+    script = f"sleep 300 & echo $! > {tmp_path}/pid; wait"
+    assert "took more than 1 s" in (prepare(CXX=compiler_that(script, tmp_path)) or "")
+    child = Path("/proc") / (tmp_path / "pid").read_text().strip()
+    if Path("/proc/self").exists():
+        assert not child.exists() or "(sleep) Z" in (child / "stat").read_text()  # gone, or waiting to be forgotten
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_wrong_result_is_noticed(
+    prepare: Callable[..., str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that answers, and computes nothing."""
+    names = [f"sltrain_{kind}_{direction}" for kind in ("sparse", "block") for direction in ("forward", "backward")]
+    source = "".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in [*names, "sltrain_has_threads"])
+    (tmp_path / "empty.cpp").write_text(source)
+    monkeypatch.setattr(cpu_kernel, "SOURCE", tmp_path / "empty.cpp")
+    assert prepare() == "the compiled kernel gives wrong results on this machine"
+
+
+@kernel
+def test_does_without_a_cache(
+    prepare: Callable[..., str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file, where a folder would have to be made")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(compile_cpp, "FLAGS", QUICK)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert prepare() is None and multiplies()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+# ---- in processes of their own
 
 CHECK = """
 import torch
@@ -44,58 +143,6 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return out.strip().removeprefix("status: ")
 
 
-def test_can_be_switched_off(tmp_path) -> None:
-    assert finish(start(tmp_path, SLTRAIN_CPU_KERNEL="off")) == "switched off by SLTRAIN_CPU_KERNEL=off"
-    assert not list(tmp_path.iterdir())
-
-
-def test_says_that_there_is_no_compiler(tmp_path) -> None:
-    code = CHECK + "\ntry: cpu_kernel.forward(torch.ones(1, 1), [], [], [])\nexcept RuntimeError as e: print(e)"
-    lines = finish(start(tmp_path, code, PATH=str(tmp_path), CXX="")).splitlines()
-    assert lines[0] == "no C++ compiler found (CXX, g++, clang++, c++)"
-    assert lines[1] == f"the CPU kernel cannot be used: {lines[0]}"
-
-
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [
-        ('[ "$1" = --version ] || { echo "kernel.cpp:1: error: no room" >&2; exit 1; }', "error: no room"),
-        ('[ "$1" = --version ] || echo nothing > kernel.so', "cannot be loaded"),
-        ('[ "$1" = --version ] || true', "left no kernel"),
-    ],
-)
-def test_says_what_a_broken_compiler_did(tmp_path, script, says) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
-    assert says in finish(start(tmp_path / "cache", CXX=str(compiler)))
-
-
-def test_a_compiler_that_hangs_is_ended(tmp_path) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ sleep 300 & echo $! > {tmp_path}/pid; wait; }}\n')
-    compiler.chmod(0o755)
-    code = CHECK.replace(
-        "\nprint", "\nfrom sltrain.kernels import compile_cpp\ncompile_cpp.COMPILE_SECONDS = 1\nprint", 1
-    )
-    assert "took more than 1 s" in finish(start(tmp_path / "cache", code, CXX=str(compiler)))
-    child = Path("/proc") / (tmp_path / "pid").read_text().strip()
-    if Path("/proc/self").exists():
-        assert not child.exists() or "(sleep) Z" in (child / "stat").read_text()  # gone, or waiting to be forgotten
-
-
-def test_a_wrong_result_is_noticed(tmp_path) -> None:
-    """A library that answers, and computes nothing."""
-    names = [f"sltrain_{kind}_{direction}" for kind in ("sparse", "block") for direction in ("forward", "backward")]
-    source = "".join(f'extern "C" int {name}() {{ return 0; }}\n' for name in [*names, "sltrain_has_threads"])
-    (tmp_path / "empty.cpp").write_text(source)
-    path = repr(str(tmp_path / "empty.cpp"))
-    code = CHECK.replace("\nprint", f"\nimport pathlib\ncpu_kernel.SOURCE = pathlib.Path({path})\nprint", 1)
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    assert finish(start(tmp_path, code)) == "the compiled kernel gives wrong results on this machine"
-
-
 @kernel
 def test_builds_once_repairs_damage_and_shares_torchs_threads(tmp_path) -> None:
     """In one test, since each build takes seconds: two processes build at once; a third finds their file damaged; a
@@ -123,12 +170,3 @@ pools = set(re.findall(r"/\\S*lib[gi]?omp\\S*", maps.read_text())) if maps.exist
 assert len(pools) == 1, pools
 """
     assert finish(start(tmp_path, no_compiling + quick + no_second_pool)) == "None"
-
-
-@kernel
-def test_does_without_a_cache(tmp_path) -> None:
-    (tmp_path / "cache").write_text("a file, where a folder would have to be made")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    assert finish(start(tmp_path / "cache", TMPDIR=str(temporary))) == "None"
-    assert not list(temporary.iterdir())

@@ -279,6 +279,7 @@ for num_rows in (128, 128, 64):
 """
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_compiled_before_anything_else_chooses_too():
     """In a process of its own, where the kernel is built while the layer is traced."""
     done = subprocess.run([sys.executable, "-c", COMPILED_FIRST], capture_output=True, text=True, timeout=240)
