@@ -14,7 +14,7 @@ import sltrain
 from sltrain.building.model import build_model
 from sltrain.compose import PLUGINS, TRAIN, compose_config, conf_dir, read_config, register_schema, to_train_config
 from sltrain.config import RETIRED_KEYS, ModelConfig, TrackerConfig, TrainConfig, num_steps, validate
-from sltrain.methods.base import METHODS
+from sltrain.methods.sltrain import SUPPORTS
 from sltrain.planning.accounting import count_parameters
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
@@ -61,25 +61,19 @@ def test_bare_model_is_the_papers_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("method", METHODS.names())
-def test_every_model_builds_with_every_method(model: str, method: str) -> None:
-    config = composed(f"model={model}", f"method={method}", "max_steps=1")
-    validate(config)
-    built = build_model(config, 32_000, torch.bfloat16)
+def test_every_model_builds(model: str) -> None:
+    built = build_model(composed(f"model={model}", "max_steps=1"), 32_000, torch.bfloat16)
     assert all(tensor.is_meta for tensor in built.parameters())
-    count = count_parameters(built)
-    assert count["total"] > 0
+    assert count_parameters(built)["sparse"] > 0
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("support", ["stratified", "block", "column"])
-def test_every_model_builds_with_every_support_at_nearly_the_same_size(model: str, support: str) -> None:
-    counts = []
-    for kind in ("uniform", support):
-        config = composed(f"model={model}", f"support={kind}", "max_steps=1")
-        validate(config)
-        counts.append(count_parameters(build_model(config, 32_000, torch.bfloat16)))
-    assert counts[1]["sparse"] == pytest.approx(counts[0]["sparse"], rel=0.06)
+@pytest.mark.parametrize("model", ["llama_60m", "llama_7b"])
+def test_every_support_has_nearly_the_same_size(model: str) -> None:
+    uniform, *others = (
+        count_parameters(build_model(composed(f"model={model}", f"support={kind}"), 32_000, torch.bfloat16))["sparse"]
+        for kind in SUPPORTS
+    )
+    assert others == pytest.approx([uniform] * 3, rel=0.06)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -144,7 +138,7 @@ def saved(config: TrainConfig, folder: Path, **changes: object) -> Path:
         ["model=llama_60m"],
         ["model=llama_tiny", "method=full", "data=local", "path=[/a/*.gz,/b/*.gz]", "max_steps=null", "max_tokens=99"],
         ["model=llama_tiny", "rank_overrides={q_proj:16,*.layers.0.*:4}", "sparsity_overrides={mlp:0}", "grad_clip=1"],
-        *([f"experiment={name}"] for name in EXPERIMENTS),
+        ["experiment=quickstart"],
     ],
 )
 def test_a_saved_configuration_comes_back(overrides: list[str], tmp_path: Path) -> None:

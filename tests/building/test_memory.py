@@ -68,7 +68,7 @@ def plan_of(config: TrainConfig) -> MemoryPlan:
     return plan_model(config, build_model(config, 32_000, torch.bfloat16), CUDA, 1)
 
 
-@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.4])
+@pytest.mark.parametrize("share", [0.95, 0.4])
 def test_advice_fits_and_is_needed(share: float) -> None:
     config = composed("model=llama_350m", "global_batch_size=8", "micro_batch_size=8", "grad_clip=1.0")
     free = int(share * plan_of(config).total_bytes)

@@ -4,6 +4,7 @@ Second sources: the storages that are alive after each operation, and torch's pr
 copies that a CPU makes inside bfloat16 operations and a GPU does not.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -45,6 +46,7 @@ ODD = (
 )
 
 
+@functools.cache
 def config_of(overrides: str) -> TrainConfig:
     return compose_config([*SMALL, *overrides.split()], TRAIN)
 
@@ -191,7 +193,6 @@ UPDATES = [
     f"{FACTORED} support=stratified {ODD} seq_len=256",
     f"{FACTORED} support=block seq_len=256 global_batch_size=4",
     f"{FACTORED} support=column {NARROW}",
-    f"{FACTORED} global_batch_size=6",
     f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=4",
     f"{FACTORED} {NARROW} activation_checkpointing=true model.num_hidden_layers=2 global_batch_size=4",
     f"{FACTORED} {NARROW} per_layer_update=true",
@@ -199,16 +200,11 @@ UPDATES = [
     f"{FACTORED} per_layer_update=true global_batch_size=6",
     f"{FACTORED} optimizer=adam8bit",
     f"{FACTORED} optimizer=adam8bit per_layer_update=true",
-    f"{FACTORED} {NARROW} optimizer=adam8bit",
     f"{COMPOSED} seq_len=256 model.num_hidden_layers=5 activation_checkpointing=true",
     f"{COMPOSED} {NARROW} grad_clip=1.0",
-    f"{COMPOSED} optimizer=adam8bit",
     "method=low_rank",
     f"method=low_rank {NARROW} {ODD} seq_len=512",
-    "method=low_rank seq_len=512 activation_checkpointing=true",
     "method=full",
-    f"method=full {NARROW} per_layer_update=true",
-    f"method=full {NARROW} activation_checkpointing=true per_layer_update=true",
     "method=full optimizer=adam8bit",
 ]
 BFLOAT16_UPDATES = [
@@ -244,6 +240,7 @@ def check(plan: Plan, at_most: float = 1.05) -> None:
     assert 0.98 * measured <= planned <= at_most * measured, difference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", UPDATES)
 def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
     if "adam8bit" in overrides:
@@ -251,12 +248,14 @@ def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
     check(measured_plan(overrides))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", BFLOAT16_UPDATES)
 def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
     check(measured_plan(f"dtype=bfloat16 {overrides}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", MIXED_UPDATES)
 def test_an_update_in_mixed_precision_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
@@ -366,7 +365,7 @@ def test_a_larger_batch_never_needs_less(method: str, checkpointing: str) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rest", ["", ODD, "model.num_hidden_layers=1", "model.vocab_size=50"])
+@pytest.mark.parametrize("rest", ["", "model.num_hidden_layers=1 model.vocab_size=50"])
 def test_checkpointing_never_needs_more(method: str, rest: str) -> None:
     config = config_of(f"{method} {rest}")
     without, with_it = model_of(config), model_of(config_of(f"{method} {rest} activation_checkpointing=true"))
