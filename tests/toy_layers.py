@@ -1,6 +1,7 @@
 """Layer kinds that the package does not contain, as another package would define them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,3 +85,8 @@ class Adapted(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.A, self.B = nn.Parameter(torch.zeros(2, in_features)), nn.Parameter(torch.zeros(out_features, 2))
+
+
+def instead_of_low_rank(kind: type) -> Callable[..., Any]:
+    """Takes what method=low_rank gives a LowRankLinear, and makes a layer that has no start to choose."""
+    return lambda *sizes, start, init_std, **like: kind(*sizes, **like)

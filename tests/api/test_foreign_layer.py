@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
-from toy_layers import Adapted, ReLoRALinear, SilentLinear, TwoMatrices
+from toy_layers import Adapted, ReLoRALinear, SilentLinear, TwoMatrices, instead_of_low_rank
 
 import sltrain
 from sltrain.api import export as build_export
@@ -26,11 +26,6 @@ from sltrain.commands.train import run_command as train
 
 RANK, ALPHA = 8, 16.0
 NAME = "model.layers.1.mlp.up_proj"
-
-
-def instead_of_low_rank(kind: type) -> Callable[..., Any]:
-    """Takes what method=low_rank gives a LowRankLinear, and makes a layer that has no start to choose."""
-    return lambda *sizes, start, init_std, **like: kind(*sizes, **like)
 
 
 @pytest.fixture(scope="module", autouse=True)

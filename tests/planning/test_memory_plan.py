@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toy_layers import ReLoRALinear
+from toy_layers import ReLoRALinear, instead_of_low_rank
 
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
@@ -436,7 +436,7 @@ def test_processes_share_the_update() -> None:
 @pytest.mark.parametrize("rest", ["", f"{NARROW} per_layer_update=true", "dtype=bfloat16 seq_len=512"])
 def test_a_method_with_frozen_parts_takes_what_the_plan_says(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """W0 is stored, but has no gradient and no moments."""
-    monkeypatch.setattr("sltrain.layers.LowRankLinear", ReLoRALinear)
+    monkeypatch.setattr("sltrain.layers.LowRankLinear", instead_of_low_rank(ReLoRALinear))
     monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
     plan = measured_plan(f"method=low_rank {rest}")
     check(plan)
