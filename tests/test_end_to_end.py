@@ -261,7 +261,8 @@ def test_bad_input_under_torchrun_is_said_once(tiny: list[str], tmp_path: Path, 
 def test_sweep(tiny: list[str], tmp_path: Path, start_process: Start, metrics_of: Metrics) -> None:
     """Deterministic folders, a failed job that costs only itself, and a second start that skips what is finished
     although nobody reads what it prints."""
-    command = ["-m", *tiny, "max_steps=2", "warmup_steps=0", "rank=4,33", "sparsity=0.01", f"run_dir={tmp_path}/sweep"]
+    grid = ["max_steps=2", "warmup_steps=0", "rank=4,33", "sparsity=0.01"]
+    command = ["-m", *tiny, *grid, "hydra/launcher=basic", f"run_dir={tmp_path}/sweep"]
     out, err = start_process(*command).communicate(timeout=240)
     assert "[1/2] rank-4: finished" in out and "rank-33: refused (exit code 2)" in out, out + err
     assert "perplexity" in out.partition(f"sweep {tmp_path}/sweep")[2]  # the report's table

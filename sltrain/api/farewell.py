@@ -12,18 +12,14 @@ from sltrain.runs.run_folder import RunFolder
 def farewell(config: TrainConfig, trainer: Trainer, folder: Path, outcome: Outcome) -> str:
     """One or two lines for whoever started the run."""
     c, step = config, trainer.step
-    again = f"start the same command with run_dir={folder}"
-    saved = (
-        f"saved at step {step:,}; to continue, {again}"
-        if step
-        else f"nothing was saved, as no update was made yet; {again}"
-    )
+    again = f"to continue: sltrain-train run_dir={folder}"
+    saved = f"saved at step {step:,}" if step else "nothing was saved, as no update was made yet"
     if outcome is Outcome.FINISHED:
         return f"finished: {folder}"
     if outcome is Outcome.INTERRUPTED:
-        return f"interrupted ({trainer.feed.stop.signal_name or 'on another rank'}); {saved}"
+        return f"interrupted ({trainer.feed.stop.signal_name or 'on another rank'}); {saved}; {again}"
     if outcome is Outcome.DATA_LOST:
-        return f"the data could not be read any more; {saved}, once it can"
+        return f"the data could not be read any more; {saved}; once it can, {again}"
     if outcome is Outcome.OUT_OF_MEMORY:
         return _out_of_memory(config, trainer, again)
     alpha = c.method.columns().get("alpha")
@@ -41,7 +37,7 @@ def what_is_left(folder: RunFolder | None) -> tuple[str, bool]:
         return "interrupted; nothing was saved", False
     newest = max(folder.path.glob("checkpoints/step_*[0-9]"), default=None)
     step = "a step" if newest is None else f"step {int(newest.name.removeprefix('step_')):,}"
-    return f"interrupted; {step} is saved: to continue, start the same command with run_dir={folder.path}", True
+    return f"interrupted; {step} is saved: to continue: sltrain-train run_dir={folder.path}", True
 
 
 def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:
@@ -57,5 +53,5 @@ def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:
     kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
     return (
         f"out of memory after step {t.step:,}: {gigabytes(t.memory.planned_bytes)} were planned for tensors;"
-        f" {kept}; {again} and {smaller}"
+        f" {kept}; {again} with {smaller}"
     )

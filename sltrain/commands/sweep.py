@@ -45,11 +45,13 @@ def with_swept_before(arguments: list[str], overrides: list[str]) -> tuple[list[
     folder = Path(str(keys["run_dir"].value())).expanduser()
     try:
         record = yaml.safe_load((folder / "multirun.yaml").read_bytes())
-        before = [str(text) for text in record["hydra"]["overrides"]["task"] if not str(text).startswith("run_dir=")]
+        texts = record["hydra"]["overrides"]
+        before = [str(text) for text in [*texts["task"], *texts["hydra"]]]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
             f"run_dir={folder} holds no sweep to continue; to begin one there, choose a model: add model=NAME"
         ) from error
+    before = [text for text in before if not text.startswith(("run_dir=", "hydra.sweep.dir=", "hydra.mode="))]
     return [*before, *arguments], [*before, *overrides]
 
 
@@ -135,7 +137,7 @@ class Sweep:
             return ExitCode.OK
         if ExitCode.INTERRUPTED in self.codes.values():
             jobs = f"{len(left)} job{'s' * (len(left) != 1)}"
-            print(f"interrupted with {jobs} to go; the same command with run_dir={self.folder} continues")
+            print(f"interrupted with {jobs} to go; to continue: sltrain-train -m run_dir={self.folder}")
             return ExitCode.INTERRUPTED
         return ExitCode.FAILED
 
