@@ -72,6 +72,9 @@ class TrainConfig:
 
     # Data
     path: Any = None  # data=local: a glob or a list of globs; data=tokens: the folder
+    repo: str | None = None  # data=hf: a data set on the Hub (OWNER/NAME), or a folder with one
+    config: str | None = None  # data=hf: its configuration (subset); None: the only one
+    split: str | None = None  # data=hf: its split; None: train
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
     tokenizer: str = MISSING  # tokenizer.json, Hub name, bpe:SIZE to train one; auto: data's, init_from's or t5-base
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
@@ -163,12 +166,13 @@ ABOVE_ZERO = (
     "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
     " model.initializer_range"
 ).split()
-# Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The files
-# that `path` names are compared by name and size, the tokenizer by content; building/folder.py checks `extend`.
+# Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The corpus
+# that `path` or `repo` names is compared by its fingerprint, the tokenizer by content; building/folder.py checks
+# `extend`.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume extend tracker path data.path validation_path tokenizer on_bad_data data.on_bad_data log_every"
-    " eval_every eval_tokens checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
-    " layer_path memory_guard per_layer_update data.delete_after_use"
+    "run_dir resume extend tracker path data.path repo data.repo data.commit validation_path tokenizer on_bad_data"
+    " data.on_bad_data data.delete_after_use log_every eval_every eval_tokens checkpoint_every keep_last"
+    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
@@ -225,6 +229,12 @@ def validate(config: TrainConfig) -> None:
             )
     if config.path and not hasattr(config.data, "path"):
         raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
+    for key in ("repo", "config", "split"):
+        if get_key(config, key) is not None and getattr(config.data, key, None) != get_key(config, key):
+            raise ValueError(
+                f"{key}={get_key(config, key)} is set, but data={config.data.name} does not read it; add data=hf, or"
+                f" drop {key}"
+            )
     config.data.check()
 
 

@@ -29,7 +29,13 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
             _check_budget(config, folder)
         return folder.is_finished and not folder.reopens
 
-    return folder, ranks.on_main(check)
+    def adopt() -> None:
+        if folder.config_file.exists():
+            config.data.adopt(read_config(folder.config_file).data)
+
+    is_finished = ranks.on_main(check)
+    ranks.everywhere(adopt)
+    return folder, is_finished
 
 
 def _check_budget(config: TrainConfig, folder: RunFolder) -> None:

@@ -170,7 +170,7 @@ def hub_error(error: Exception, what: str) -> DataError | NetworkError:
 
     if isinstance(error, DataError | NetworkError):
         return error
-    chain = _chain(error)
+    chain = _causes(error)
     status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
     login = "log in (hf auth login, or HF_TOKEN=...)"
     for kind, words in [
@@ -192,11 +192,19 @@ def hub_error(error: Exception, what: str) -> DataError | NetworkError:
         return DataError(
             f"{what}: the Hub's cache cannot hold it ({local.strerror}); make room, or name another folder with HF_HOME"
         )
-    cause = f"the server answered {status}" if status else _one_line(chain[-1])
+    cause = f"the server answered {status}" if status else one_line(chain[-1])
     return NetworkError(f"cannot reach {what} on the Hub: {cause}")
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def is_of_network(error: BaseException) -> bool:
+    """Whether a request that failed is among an exception's causes."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kinds = (ConnectionError, TimeoutError, HfHubHTTPError)
+    return any(isinstance(e, kinds) or type(e).__module__.startswith("httpx") for e in _causes(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
     """An exception and the exceptions that led to it, the first cause last."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -204,7 +212,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

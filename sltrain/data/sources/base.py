@@ -42,6 +42,10 @@ class SourceConfig:
         """The documents to train on. Raises ValueError or OSError if the corpus cannot be opened."""
         raise TypeError(f"{type(self).__name__} does not define open_training")
 
+    def adopt(self, saved: "SourceConfig") -> None:
+        """Take over what the run that is continued here has settled for itself, such as the commit of a branch; `saved`
+        are its options, of any source."""
+
     def open_validation(self) -> Source | None:
         """The corpus's own validation split; None: one in `holdout_every` training documents is held out."""
         return None

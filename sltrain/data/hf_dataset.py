@@ -1,0 +1,173 @@
+"""Opening a data set with the `datasets` library: a repository of the Hub, a folder of data files, or a folder that
+`save_to_disk` wrote.
+
+`datasets` knows the formats, the configurations and splits, the login and the caches. What it opens is pinned here: a
+repository to a commit, files on this machine to their names and sizes, so that a run reads the same records after
+every restart.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sltrain.data.documents import DataError, NetworkError
+from sltrain.data.download import hub_error, is_of_network
+
+MANY_FILES = 100  # Parquet files are not cut into row groups from here on: that would take a request a file
+
+
+@dataclass
+class Opened:
+    """One split of a data set, with the column that is read."""
+
+    dataset: Any  # datasets.IterableDataset, or datasets.Dataset if all records are on this machine
+    column: str
+    identity: str  # words that name the exact records: equal identities, same records in the same order
+    sizes: list[int]  # of its shards, in any common unit
+    is_stream: bool  # records are read from the beginning of a shard, not at any position
+    commit: str | None  # of a repository on the Hub; None: a folder on this machine
+
+
+@dataclass
+class Choice:
+    """What to open."""
+
+    repo: str  # OWNER/NAME, or a folder
+    config: str | None
+    split: str
+    revision: str | None  # branch, tag or commit of a repository
+    files: Any  # None, or globs inside the repository
+    column: str
+    streaming: bool  # False: convert everything to Arrow files in the cache of `datasets` first
+
+
+def open_dataset(choice: Choice) -> Opened:
+    """Open a split. Raises DataError for what does not exist or holds no text, NetworkError if the Hub cannot be
+    reached."""
+    folder = os.path.expanduser(choice.repo)
+    is_local = os.path.isdir(folder)
+    try:
+        if not is_local:
+            return _open_files(choice, choice.repo, _commit(choice.repo, choice.revision))
+        if any(os.path.exists(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json")):
+            return _open_saved(choice, folder)
+        return _open_files(choice, folder, None)
+    except (DataError, NetworkError):
+        raise
+    except Exception as error:
+        raise _opening_error(error, choice.repo, is_local) from error
+
+
+def _commit(repo: str, revision: str | None) -> str:
+    """The commit that a branch or tag of a repository stands for now."""
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(repo, revision=revision, timeout=10).sha)
+    except Exception as error:
+        raise hub_error(error, repo) from None
+
+
+def _open_files(choice: Choice, repo: str, commit: str | None) -> Opened:
+    """Data files of a repository at a commit, or of a folder."""
+    from datasets import Features, load_dataset_builder
+
+    builder = load_dataset_builder(repo, choice.config, data_files=choice.files, revision=commit)
+    if choice.config is not None and choice.config not in builder.builder_configs:
+        raise DataError(f"{repo} has no configurations to choose from; leave data.config out")
+    files = {str(name): list(map(str, paths)) for name, paths in (builder.config.data_files or {}).items()}
+    _check_split(choice, files)
+    name = f"{builder.config.name}, {choice.split}"
+    if commit is None:
+        sizes = [os.path.getsize(path) for path in files[choice.split]]
+        named = [os.path.relpath(path, repo) for path in files[choice.split]]
+        name = f"{_digest(list(zip(named, sizes, strict=True)))}, {name}"
+    else:
+        sizes = []
+        name = f"{repo}@{commit}, {_digest(files[choice.split])}, {name}"
+    if not choice.streaming:
+        builder.download_and_prepare()
+        return _opened_table(choice, builder.as_dataset(choice.split), name, commit)
+    dataset = builder.as_streaming_dataset(choice.split)
+    _check_column(choice, dataset)
+    if hasattr(builder.config, "columns"):  # Parquet: the other columns need not be fetched
+        builder.config.columns = [choice.column]
+        builder.info.features = Features({choice.column: dataset.features[choice.column]})
+        dataset = builder.as_streaming_dataset(choice.split)
+    if dataset.num_shards < MANY_FILES:
+        dataset = dataset.reshard()
+    # Row groups of Parquet files, and the many files of large data sets, are about equal; a few files need not be.
+    shards = sizes if len(sizes) == dataset.num_shards else [1] * dataset.num_shards
+    return Opened(dataset, choice.column, f"{name}, {len(shards)} shards", shards, is_stream=True, commit=commit)
+
+
+def _open_saved(choice: Choice, folder: str) -> Opened:
+    """A folder that `save_to_disk` wrote, of one data set or of one for every split."""
+    from datasets import load_from_disk
+
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        _check_split(choice, sorted(path.parent.name for path in Path(folder).glob("*/state.json")))
+        folder = os.path.join(folder, choice.split)
+        dataset = load_from_disk(folder)
+    else:
+        dataset = load_from_disk(folder)
+        _check_split(choice, [str(dataset.split or "train")])
+    paths = [*(file["filename"] for file in dataset.cache_files), os.path.join(folder, "state.json")]
+    sizes = [(os.path.relpath(path, folder), os.path.getsize(path)) for path in paths]
+    return _opened_table(choice, dataset, _digest(sizes), None)
+
+
+def _opened_table(choice: Choice, dataset: Any, name: str, commit: str | None) -> Opened:
+    """Records that are on this machine, as one shard."""
+    _check_column(choice, dataset)
+    return Opened(dataset, choice.column, f"{name}, {len(dataset)} records", [1], is_stream=False, commit=commit)
+
+
+def _check_split(choice: Choice, splits: Iterable[str]) -> None:
+    if choice.split not in splits:
+        raise DataError(f"{choice.repo} has no split {choice.split!r} but {', '.join(splits)}; choose one of them")
+
+
+def _check_column(choice: Choice, dataset: Any) -> None:
+    """Raise DataError unless the column is there and holds strings."""
+    columns = dataset.features
+    if columns is None:  # datasets knows them only when it has read
+        columns = next(iter(dataset), {})
+    if choice.column not in columns:
+        raise DataError(
+            f"{choice.repo} has no column {choice.column!r} but {', '.join(columns)}; set data.text_key to one of them"
+        )
+    kind = columns[choice.column]
+    if not (kind is None or isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")):
+        raise DataError(
+            f"{choice.repo}: column {choice.column!r} holds {kind}, not strings; set data.text_key to one of"
+            f" {', '.join(columns)}"
+        )
+
+
+def _digest(content: object) -> str:
+    return sha256(repr(content).encode()).hexdigest()[:32]
+
+
+def _opening_error(error: Exception, repo: str, is_local: bool) -> DataError | NetworkError:
+    """What an exception of `datasets` means, in one line."""
+    from datasets.exceptions import DatasetsError
+
+    text = " ".join(str(error).split())
+    names = re.search(r"\[(.*?)\]", text)
+    if names and ("Config name is missing" in text or text.startswith("BuilderConfig")):
+        return DataError(f"{repo}: set data.config to one of its configurations {names[1]}")
+    if "scripts are no longer supported" in text:
+        return DataError(f"{repo} is a script, which datasets no longer runs; use a copy with data files")
+    is_of_datasets = isinstance(error, ValueError | RuntimeError | NotImplementedError | DatasetsError)
+    if is_local or (is_of_datasets and not is_of_network(error)):
+        return DataError(f"{repo} cannot be opened: {text[:300]}")
+    if isinstance(error, FileNotFoundError) and not is_of_network(error):
+        return DataError(f"{repo} cannot be opened: it has no data files that datasets reads")
+    return hub_error(error, repo)
