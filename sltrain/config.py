@@ -23,6 +23,20 @@ from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.kinds.base import OptimizerConfig
 from sltrain.optim.schedule import SCHEDULES, RateSchedule, default_decay, effective_warmup
 
+ROPE_TYPES = ("default", "llama3")
+
+
+@dataclass
+class RopeScaling:
+    """Slower rotation of the pairs of a head whose wavelength is long, for rows longer than a model was trained on
+    (fields as in transformers' rope_scaling; the values are LLaMA 3.1's)."""
+
+    rope_type: str = "default"  # default: rope_theta alone; llama3: the rule of LLaMA 3.1
+    factor: float = 8.0  # a wavelength that is too long is stretched by this
+    low_freq_factor: float = 1.0  # too long: above original_max_position_embeddings / this
+    high_freq_factor: float = 4.0  # short enough to stay: below original_max_position_embeddings / this
+    original_max_position_embeddings: int = 8192  # longest row of the training before
+
 
 @dataclass
 class ModelConfig:
@@ -38,6 +52,8 @@ class ModelConfig:
     max_position_embeddings: int = 1024  # longest row the exported model promises to read
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    tie_word_embeddings: bool = False  # whether the head is the embedding's matrix
     initializer_range: float = 0.02  # standard deviation of embeddings, head and dense projections
 
 
@@ -126,6 +142,7 @@ class TrainConfig:
 
 CHOICES = {
     "tracker.name": ("none", "wandb"),
+    "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack"),
@@ -146,6 +163,8 @@ AT_LEAST = {
     "model.num_attention_heads": 1,
     "model.num_key_value_heads": 1,
     "model.vocab_size": 3,
+    "model.rope_scaling.factor": 1,
+    "model.rope_scaling.original_max_position_embeddings": 1,
     "rank": 0,
     "block_size": 1,
     "seq_len": 2,
@@ -164,7 +183,7 @@ AT_LEAST = {
 }
 ABOVE_ZERO = (
     "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
-    " model.initializer_range"
+    " model.initializer_range model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 ).split()
 # Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The corpus
 # that `path` or `repo` names is compared by its fingerprint, the tokenizer by content; building/folder.py checks
@@ -216,6 +235,7 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(
             f"attention=document is for padding=pack; with padding={config.padding} a row holds one document anyway"
         )
+    _validate_rope(config.model.rope_scaling)
     _validate_update(config)
     _validate_precision(config)
     rate_schedule(config)
@@ -248,6 +268,14 @@ def _validate_update(config: TrainConfig) -> None:
         raise ValueError(
             "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
             " before it returns; drop one of the two"
+        )
+
+
+def _validate_rope(scaling: RopeScaling) -> None:
+    if not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ValueError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor:g} must be below"
+            f" high_freq_factor={scaling.high_freq_factor:g} (1 and 4 are usual)"
         )
 
 

@@ -60,6 +60,12 @@ def test_bare_model_is_the_papers_run(name: str) -> None:
     assert count["total"] / 1e6 == pytest.approx(millions, abs=0.06)  # 130M: 96.546, which the paper prints as 96.6
 
 
+def test_llama3_has_the_published_number_of_parameters() -> None:
+    """Of meta-llama/Llama-3.2-1B, its tied head counted once."""
+    config = composed("model=llama3_1b", "method=full", "max_steps=1")
+    assert count_parameters(build_model(config, 128_256, torch.bfloat16))["total"] == 1_235_814_400
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_builds(model: str) -> None:
     built = build_model(composed(f"model={model}", "max_steps=1"), 32_000, torch.bfloat16)

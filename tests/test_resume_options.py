@@ -25,7 +25,14 @@ def without_clocks(lines: list[dict]) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("how", ["precision=mixed", "dtype=bfloat16 moments_dtype=float32"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "precision=mixed",
+        "dtype=bfloat16 moments_dtype=float32",
+        "model.tie_word_embeddings=true model.rope_scaling.rope_type=llama3 per_layer_update=true",
+    ],
+)
 def test_a_run_that_was_cut_ends_as_the_straight_one(
     how: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
 ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sltrain.building.saved import Saved, open_export
 from sltrain.formats.weights import cast
 from sltrain.layers import ReplacedLinear, merge_to_dense, set_paths
+from sltrain.models.llama import TiedHead
 
 IDS_SHAPE = (2, 64)  # sequences and positions whose logits are compared
 NUM_ROWS = 16  # of x
@@ -116,11 +117,12 @@ def _one_part_at_a_time(saved: Saved, model: Any, change: Callable[[nn.Module], 
     names = {module: name for name, module in model.named_modules()}
 
     def load(part: nn.Module, inputs: Any) -> None:
+        part = _owner(part)
         saved.files.fill(part, f"{names[part]}.", dtype=torch.float32)
         change(part)
 
     def drop(part: nn.Module, inputs: Any, output: Any) -> None:
-        part.to("meta")
+        _owner(part).to("meta")
 
     hooks = [
         hook for part in parts for hook in (part.register_forward_pre_hook(load), part.register_forward_hook(drop))
@@ -130,3 +132,8 @@ def _one_part_at_a_time(saved: Saved, model: Any, change: Callable[[nn.Module], 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _owner(part: nn.Module) -> nn.Module:
+    """The module that has the tensors of a part: of a tied head, the embedding."""
+    return part.embedding if isinstance(part, TiedHead) else part

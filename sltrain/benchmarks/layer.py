@@ -19,6 +19,7 @@ from sltrain.benchmarks.published import PublishedLinear
 from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
 from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
 from sltrain.layers.base import LAYERS, ReplacedLinear
+from sltrain.models.llama import TiedHead
 
 SPARSITY = 0.03  # the paper's, from 60M to 1B
 ALPHA = 16  # does not affect time
@@ -119,7 +120,7 @@ def multiply_adds(model: nn.Module) -> int:
     """Those of all linear layers of `model`, which may be one itself, for one row of x."""
     if isinstance(model, ReplacedLinear | PublishedLinear):
         return model.multiply_adds()
-    own = model.in_features * model.out_features if isinstance(model, nn.Linear) else 0
+    own = model.weight.numel() if isinstance(model, nn.Linear | TiedHead) else 0
     return own + sum(map(multiply_adds, model.children()))
 
 

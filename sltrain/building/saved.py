@@ -5,7 +5,7 @@ exactly its tensors. `Saved.load` then gives the model with its weights; an expo
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from sltrain.building.model import build_model
 from sltrain.building.phases import change_until
 from sltrain.compose import read_config, read_plain
-from sltrain.config import ModelConfig, TrainConfig
+from sltrain.config import ROPE_TYPES, ModelConfig, RopeScaling, TrainConfig
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
@@ -27,7 +27,7 @@ from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.runs.run_folder import RunFolder
 
-HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass
@@ -106,9 +106,9 @@ def open_run(path: Path, step: int | None) -> Saved:
             raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
         raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
     files = WeightFiles(checkpoint)
-    vocab_size = files.shape(HEAD)[0]
+    vocab_size = files.shape(EMBEDDING)[0]
     state = checkpointer.read_state(checkpoint)
-    model = build_model(config, vocab_size, files.dtype(HEAD))
+    model = build_model(config, vocab_size, files.dtype(EMBEDDING))
     change_until(config, model, state["step"])
     files.check(model)
     tokenizer = read_tokenizer(folder.tokenizer_file, vocab_size)
@@ -126,11 +126,10 @@ def open_export(path: Path) -> Saved:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ValueError(f"{path} has format version {own.get('format_version')}, this program reads {readable}")
     files = WeightFiles(path, weights_stem(kind, own["format_version"]))
-    dtype = files.dtype(HEAD)
+    dtype = files.dtype(EMBEDDING)
     try:
         facts = read_plain(Facts, own)
-        rotary = content.get("rope_parameters") or {}  # where transformers writes it again
-        shape = read_plain(ModelConfig, {"rope_theta": rotary.get("rope_theta"), **content, "name": facts.model})
+        shape = read_plain(ModelConfig, {**content, **_rotary(content), "name": facts.model})
         with torch.device("meta"):
             model = LlamaForCausalLM(shape).to(dtype)
         restore_layers(model, facts.layers)
@@ -152,30 +151,36 @@ def open_transformers(path: Path) -> Weights:
         raise ValueError(f"a model of type {content.get('model_type')}; a LLaMA is needed (model_type llama)")
     if not any(path.glob("model*.safetensors")):
         raise ValueError("no weights in safetensors; write them with transformers: model.save_pretrained(DIR)")
-    rope = content.get("rope_parameters") or {}  # of transformers 5; earlier ones have rope_theta and rope_scaling
-    scaling = content.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    content = {"rope_theta": rope.get("rope_theta", 10000.0), **content, "rope_scaling": scaling, "name": path.name}
+    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    content = {**content, **_rotary(content), "name": path.name}
     heads = content.get("num_attention_heads") or 1
     unknown = {
         "attention_bias": content.get("attention_bias", False) is not False,
         "mlp_bias": content.get("mlp_bias", False) is not False,
         "hidden_act": content.get("hidden_act", "silu") != "silu",
         "head_dim": content.get("head_dim", None) not in (None, content.get("hidden_size", 0) // heads),
-        "rope_scaling": scaling is not None and not hasattr(ModelConfig, "rope_scaling"),
+        "rope_scaling": rope_type not in ROPE_TYPES,
     }
     if (key := next((key for key, differs in unknown.items() if differs), None)) is not None:
-        raise ValueError(f"{key}={content[key]}, which models here do not have")
+        value = rope_type if key == "rope_scaling" else content[key]
+        raise ValueError(f"{key}={value}, which models here do not have")
     shape = read_plain(ModelConfig, content)
     files = WeightFiles(path)
     with torch.device("meta"):
         model = LlamaForCausalLM(shape).to(files.dtype("model.embed_tokens.weight"))
-    names = files.names()
     for name, tensor in model.state_dict().items():
-        if name == HEAD and name not in names and content.get("tie_word_embeddings"):
-            continue
         if files.shape(name) != tuple(tensor.shape):
             raise ValueError(f"{name} is {files.shape(name)}, its config.json says {tuple(tensor.shape)}")
     return Weights(path, files, model)
+
+
+def _rotary(content: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling of a config.json: transformers 5 writes both as rope_parameters."""
+    again = content.get("rope_parameters") or {}
+    known = {item.name for item in fields(RopeScaling)}
+    scaling = {key: value for key, value in (content.get("rope_scaling") or again).items() if key in known}
+    return {"rope_theta": content.get("rope_theta", again.get("rope_theta", 10000.0)), "rope_scaling": scaling}
 
 
 def read_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain.building.saved import HEAD, Weights, open_saved, open_transformers
+from sltrain.building.saved import EMBEDDING, Weights, open_saved, open_transformers
 from sltrain.config import ModelConfig, TrainConfig, folder_of
 from sltrain.engine.distributed import Ranks
 from sltrain.formats.folder import read_json
@@ -30,9 +30,9 @@ from sltrain.models.llama import LlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # Keys of the model that change no weight and no product with them.
-FREE_KEYS = ("name", "max_position_embeddings", "initializer_range", "vocab_size", "tie_word_embeddings")
+FREE_KEYS = ("name", "max_position_embeddings", "initializer_range", "vocab_size")
 
 
 @dataclass
@@ -164,15 +164,19 @@ def _check_shape(config: TrainConfig, theirs: ModelConfig) -> None:
 
     def shape(model: ModelConfig) -> dict[str, Any]:
         values = {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}
+        scaling = values.pop("rope_scaling")
+        used = {"rope_type": "default"} if scaling.rope_type == "default" else dataclasses.asdict(scaling)
+        values |= {f"rope_scaling.{key}": value for key, value in used.items()}
         values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
         return {key: value for key, value in values.items() if key not in FREE_KEYS}
 
     own, other = shape(config.model), shape(theirs)
     if config.model.vocab_size is not None:
         own["vocab_size"], other["vocab_size"] = config.model.vocab_size, theirs.vocab_size
-    differing = [key for key in own if own[key] != other[key]]
+    own["tie_word_embeddings"] |= theirs.tie_word_embeddings  # a tied matrix can begin as two
+    differing = [key for key in other if own.get(key) != other[key]]
     if differing:
-        said = ", ".join(f"{key} {other[key]}, not {own[key]}" for key in differing)
+        said = ", ".join(f"{key} {other[key]}, not {own.get(key)}" for key in differing)
         typed = " ".join(f"model.{key}={'null' if other[key] is None else other[key]}" for key in differing)
         raise ValueError(
             f"init_from={config.init_from} has another shape than model={config.model.name}: {said}; type {typed}"

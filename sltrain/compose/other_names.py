@@ -49,6 +49,8 @@ OTHERS = {
     "model.num_key_value_heads": "n_kv_heads num_kv_heads n_query_groups kv_heads",
     "model.intermediate_size": "ffn_dim d_ff ffn_hidden_size mlp_dim ffn_size",
     "model.vocab_size": "vocab vocab_size padded_vocab_size",
+    "model.tie_word_embeddings": "tie_embeddings tie_weights weight_tying tied_embeddings tie_word_embeddings",
+    "model.rope_scaling": "rope_scaling rope_parameters use_scaled_rope",
     "model.rope_theta": "rope_theta rope_base theta",
     "dtype=bfloat16": "bf16 pure_bf16 use_bf16 half fp16 float16",
     "precision=mixed": "mixed_precision amp autocast use_amp",

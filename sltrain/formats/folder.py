@@ -50,7 +50,7 @@ class Facts:
 def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[str, int]) -> dict[str, Any]:
     """config.json of a dense model, from the fields of config.ModelConfig and those of bos_token_id, eos_token_id and
     pad_token_id that exist."""
-    heads = shape["num_attention_heads"]
+    heads, scaling = shape["num_attention_heads"], shape["rope_scaling"]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": DENSE,
@@ -68,7 +68,8 @@ def llama_config(shape: dict[str, Any], vocab_size: int, dtype: str, ids: dict[s
         "num_key_value_heads": shape["num_key_value_heads"] or heads,
         "rms_norm_eps": shape["rms_norm_eps"],
         "rope_theta": shape["rope_theta"],
-        "tie_word_embeddings": False,
+        **({"rope_scaling": scaling} if scaling["rope_type"] != "default" else {}),
+        "tie_word_embeddings": shape["tie_word_embeddings"],
         "torch_dtype": dtype,
         "vocab_size": vocab_size,
         "bos_token_id": None,

@@ -1,7 +1,7 @@
 """The LLaMA decoder (Touvron et al., arXiv 2302.13971), with transformers' parameter names and rotary layout.
 
-A state dict of this model is one of transformers.LlamaForCausalLM with an untied head, and the logits are the same, so
-either loads the other's checkpoints.
+A state dict of this model is one of transformers.LlamaForCausalLM, and the logits are the same, so either loads the
+other's checkpoints. A tied head (LLaMA 3.2) has no tensor of its own, here and in transformers' files.
 
     B sequences, T positions, N rows of x, D hidden size, V vocabulary, H query heads, G key/value heads (G divides H),
     d = D / H
@@ -23,6 +23,7 @@ rounded in every forward pass; their gradients are float32.
 """
 
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sltrain.config import ModelConfig
+from sltrain.config import ModelConfig, RopeScaling
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.fused import recomputed, rms_norm, swiglu
 from sltrain.models.loss import chunked_cross_entropy_sum
@@ -88,18 +89,30 @@ def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
+def inverse_wavelengths(head_size: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
+    """The angle by which each pair (i, i + d/2) of a head turns from one position to the next, (d/2,) float32:
+    theta^(-2i/d), which rope_type=llama3 divides by `factor` where the wavelength, 2 pi / angle, is long, and by a
+    number between 1 and `factor` where it is medium (transformers' rule)."""
+    angles = 1.0 / theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    if scaling.rope_type == "default":
+        return angles
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * angles / (2 * math.pi)  # in the longest row of before
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths; 0: long ones
+    return kept * angles + (1 - kept) * angles / scaling.factor
+
+
 def rotary_tables(
-    num_positions: int, head_size: int, theta: float, device: torch.device, first: int = 0
+    num_positions: int, head_size: int, theta: float, scaling: RopeScaling, device: torch.device, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, 1, d) float32, of the positions from `first` on: position t turns the pair
-    (i, i + d/2) by the angle t / theta^(2i/d). The sines of the first half are negative, as `rotate` needs them.
+    """Cosines and sines, each (T, 1, d) float32, of the positions from `first` on: position t turns each pair by t
+    times its angle. The sines of the first half are negative, as `rotate` needs them.
 
     Recomputed in every forward pass, once for all layers: that costs nothing, and a buffer would be garbage after
     `to_empty` and limit T.
     """
-    inverse_frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     positions = torch.arange(first, first + num_positions, device=device, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequency
+    angles = positions[:, None] * inverse_wavelengths(head_size, theta, scaling, device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
 
@@ -194,7 +207,7 @@ class LlamaModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.compute_dtype = compute_dtype
         self.head_size = config.hidden_size // config.num_attention_heads
-        self.rope_theta = config.rope_theta
+        self.rope = (config.rope_theta, config.rope_scaling)
         # As nn.Embedding's own start, which on meta imports the compiler (a second).
         drawn = torch.randn(vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
@@ -213,7 +226,7 @@ class LlamaModel(nn.Module):
         B, T = input_ids.shape
         first = 0 if cache is None else cache.num_positions
         assert first == 0 or T == 1, "a cache is filled in one pass, then extended by one position at a time"
-        cos, sin = rotary_tables(T, self.head_size, self.rope_theta, input_ids.device, first)
+        cos, sin = rotary_tables(T, self.head_size, *self.rope, input_ids.device, first)
         x = self.embed_tokens(take_rows(input_ids.flatten(), rows))
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         grid = Grid(B, T, rows, cos, sin, cache=cache)
@@ -229,6 +242,30 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
 
+class TiedHead(nn.Module):
+    """The head that is the embedding's matrix, hidden (..., D) -> logits (..., V). It has no tensor of its own, so the
+    matrix is counted, moved, saved and updated once."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple: no submodule
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self._embedding[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    @property
+    def out_features(self) -> int:
+        return self.embedding.num_embeddings
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
 class LlamaForCausalLM(nn.Module):
     """The decoder with its head. `activation_checkpointing` keeps only each layer's input and recomputes the layer in
     backward. `compute_dtype` is that of mixed precision, None otherwise. Call `init_weights` after construction. Raises
@@ -241,7 +278,10 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         vocab_size = _check(config)
         self.model = LlamaModel(config, vocab_size, activation_checkpointing, compute_dtype)
-        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head: nn.Linear | TiedHead = TiedHead(self.model.embed_tokens)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
     def forward(
         self,

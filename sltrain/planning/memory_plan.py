@@ -25,6 +25,8 @@ counted as if none were padded.
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from sltrain.layers.base import Rows, footprint, gradient_bytes
 from sltrain.models.llama import DecoderLayer, LlamaForCausalLM
 from sltrain.models.loss import default_chunk_rows, keeps_logit_gradients
@@ -95,7 +97,8 @@ def plan_memory(
     parts = _Parts(model, shape)
     always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}
     stages = {name: parts.stage(name) for name in STAGES}
-    for name in ("head update", "embedding backward") if shape.per_layer_update else ("update",):
+    updates = ["embedding backward"] if parts.is_tied else ["head update", "embedding backward"]
+    for name in updates if shape.per_layer_update else ["update"]:
         stages[name]["temporaries"] += update_temporaries
     stages["action"]["temporaries"] += action_temporaries
     highest = max(STAGES, key=lambda name: sum(stages[name].values()))
@@ -125,7 +128,8 @@ class _Parts:
         self.wide = self.element * shape.num_rows * model.config.intermediate_size  # one (N, I)
         self.vocabulary_size = head.out_features
         self.all_gradients = gradient_bytes(model)
-        self.head_gradient = gradient_bytes(head)
+        self.is_tied = not isinstance(head, nn.Linear)
+        self.head_gradient = gradient_bytes(embedding if self.is_tied else head)
         self.embedding_gradient = gradient_bytes(embedding)
         layers = [self._of_layer(layer) for layer in model.model.layers if isinstance(layer, DecoderLayer)]
         self.layer_kept = max(kept for kept, _ in layers)
@@ -168,21 +172,23 @@ class _Parts:
         one_kept = self.layer_kept + self.document_bytes
         kept += 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
         loss, loss_backward, loss_temporary = self._loss()
+        waiting = head if self.is_tied else 0  # the head's part, until the embedding's is there
         cast = self.hidden // self.element * self.weight_element if self.is_mixed else 0  # the embedding's (N, D)
         activations, logits, temporaries, new, finished = {  # the last two: gradients
             "loss": (kept, loss, 0, 0, 0),
             "head backward": (kept, loss_backward, loss_temporary, head, 0),
             "head update": (kept, self.hidden, 0, head, 0),
             "first layer backward": (last_kept, 0, temporary, layer, head),
-            "last layer backward": (one_kept, 0, temporary, layer, every - embedding - layer),
-            "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding),
+            "last layer backward": (one_kept, 0, temporary, layer, every - embedding - layer + waiting),
+            "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding + waiting),
             "update": (0, 0, 0, 0, every),
             "action": (0, 0, 0, 0, 0),
         }[name]
+        in_backward = waiting if name.endswith(("layer backward", "embedding backward")) else 0
         if shape.num_micro_batches > 1 and name != "action":
-            finished = every  # of the micro-batches before
+            finished = every + in_backward  # of the micro-batches before
         elif shape.per_layer_update or shape.uses_ddp:
-            finished = 0  # applied, or in DDP's buckets
+            finished = in_backward  # the others are applied, or in DDP's buckets
         return {
             "ddp_buckets": every if shape.uses_ddp else 0,
             "gradients": finished + new,

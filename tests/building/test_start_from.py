@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sltrain.building.model import allocate, build_model
 from sltrain.building.start_from import open_start
 from sltrain.compose import TRAIN, compose_config
-from sltrain.config import TrainConfig
+from sltrain.config import RopeScaling, TrainConfig
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.layers import ReplacedLinear
@@ -121,26 +121,36 @@ def test_another_rank_is_another_layer(saved_run: Callable, lines: list[str]) ->
     assert "14 matrices approximated" in lines[-1]
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
-def test_a_folder_of_transformers_gives_its_logits(is_tied: bool, tmp_path: Path) -> None:
+LLAMA3 = "model.tie_word_embeddings=true model.rope_scaling={rope_type:llama3,original_max_position_embeddings:16}"
+
+
+@pytest.mark.parametrize(("is_tied", "how"), [(False, ""), (True, ""), (True, LLAMA3)])
+def test_a_folder_of_transformers_gives_its_logits(is_tied: bool, how: str, tmp_path: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = asdict(RopeScaling("llama3", 8.0, 1.0, 4.0, 16)) if how else {"rope_type": "default"}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **shape,
             num_key_value_heads=2,
             vocab_size=VOCABULARY,
             tie_word_embeddings=is_tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            rope_parameters={**rope, "rope_theta": 5000.0},
         )
     )
     theirs.save_pretrained(tmp_path / "hf")
     assert ("lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")) is not is_tied
     with pytest.raises(ValueError, match=r"rope_theta 5000.0, not 10000.0; type model.rope_theta=5000.0"):
-        started(tmp_path / "hf", "method=full")
-    model = started(tmp_path / "hf", "method=full", "model.rope_theta=5000")
+        started(tmp_path / "hf", "method=full", *how.split())
+    if how:
+        with pytest.raises(ValueError, match=r"type model.rope_scaling.rope_type=llama3 model.rope_scaling.factor=8.0"):
+            started(tmp_path / "hf", "method=full", "model.rope_theta=5000")
+    if not is_tied:
+        with pytest.raises(ValueError, match="type model.tie_word_embeddings=False"):
+            started(tmp_path / "hf", "method=full", "model.rope_theta=5000", "model.tie_word_embeddings=true")
+    model = started(tmp_path / "hf", "method=full", "model.rope_theta=5000", *how.split())
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-4)
 

@@ -50,12 +50,16 @@ RUNS = {
     "column": ["support=column", "sparsity=0.1", "rank_overrides={v_proj:2}"],
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "full": ["method=full"],
+    "llama3": [
+        "model.tie_word_embeddings=true",
+        "model.rope_scaling={rope_type:llama3,factor:8,original_max_position_embeddings:64}",
+    ],
     "bfloat16": ["dtype=bfloat16"],
     "begin": ["tokenizer={begin}"],
     "cutting": ["tokenizer={cutting}"],
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
-COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank"]
+COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank", "llama3"]
 FILES = {
     "README.md",
     "config.json",
@@ -135,7 +139,7 @@ def newest(run: Path) -> Path:
 def model_of(run: Path) -> torch.nn.Module:
     """The model that was trained, from its checkpoint, by the parts that training itself is made of."""
     weights = load_file(newest(run) / "model.safetensors")
-    model = build_model(read_config(run / "config.yaml"), len(weights["lm_head.weight"]), torch.float32)
+    model = build_model(read_config(run / "config.yaml"), len(weights["model.embed_tokens.weight"]), torch.float32)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
@@ -163,7 +167,7 @@ def card_rows(folder: Path) -> dict[str, str]:
 # ---- dense
 
 
-@pytest.mark.parametrize("name", ["uniform", "stratified", "block", "column", "low_rank", "full"])
+@pytest.mark.parametrize("name", ["uniform", "stratified", "block", "column", "low_rank", "full", "llama3"])
 def test_transformers_computes_the_logits_of_the_run(
     name: str, exported: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
@@ -175,9 +179,10 @@ def test_transformers_computes_the_logits_of_the_run(
         ours, theirs = model_of(run)(ids), model(ids).logits
         assert ours.std() > 0.1
         assert_same_logits(theirs, ours)
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
     assert all(parameter.isfinite().all() for parameter in named.values())
-    assert named["lm_head.weight"].data_ptr() != named["model.embed_tokens.weight"].data_ptr()
+    is_tied = named["lm_head.weight"].data_ptr() == named["model.embed_tokens.weight"].data_ptr()
+    assert is_tied == (name == "llama3")
 
 
 def test_the_shape_reaches_transformers_and_is_used(exported: Callable[[str, str], tuple[Path, Path]]) -> None:

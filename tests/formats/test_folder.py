@@ -22,6 +22,14 @@ SHAPE = {
     "max_position_embeddings": 77,
     "rms_norm_eps": 1e-4,
     "rope_theta": 123.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 9.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 7,
+    },
+    "tie_word_embeddings": True,
     "initializer_range": 0.5,
 }
 
@@ -29,11 +37,15 @@ SHAPE = {
 def test_transformers_reads_the_shape() -> None:
     ids = {"bos_token_id": 4, "eos_token_id": 5, "pad_token_id": 6}
     config = transformers.LlamaConfig.from_dict(llama_config(SHAPE, 99, "bfloat16", ids))
-    for key in set(SHAPE) - {"name", "vocab_size", "rope_theta"}:
+    for key in set(SHAPE) - {"name", "vocab_size", "rope_theta", "rope_scaling"}:
         assert getattr(config, key) == SHAPE[key], key
-    assert config.vocab_size == 99 and config.head_dim == 8 and config.rope_parameters["rope_theta"] == 123.0
+    assert config.vocab_size == 99 and config.head_dim == 8
+    assert config.rope_parameters == {"rope_theta": 123.0, **SHAPE["rope_scaling"]}
+    unscaled = {**SHAPE, "rope_scaling": {**SHAPE["rope_scaling"], "rope_type": "default"}}
+    plain = transformers.LlamaConfig.from_dict(llama_config(unscaled, 99, "bfloat16", ids))
+    assert plain.rope_parameters == {"rope_theta": 123.0, "rope_type": "default"}
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (4, 5, 6)
-    assert str(config.dtype) == "torch.bfloat16" and not config.tie_word_embeddings
+    assert str(config.dtype) == "torch.bfloat16"
     assert config.hidden_act == "silu" and not config.attention_bias and not config.mlp_bias
 
 

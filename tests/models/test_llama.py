@@ -1,12 +1,14 @@
 """The decoder against transformers', its start, and its options."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sltrain.config import ModelConfig
+from sltrain.config import ModelConfig, RopeScaling
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection, project
@@ -30,6 +32,7 @@ def make_pair(**changes):
     """Our model, and transformers' holding the same weights; loaded strictly, first one way and then the other."""
     torch.manual_seed(0)
     config = make_config(**changes)
+    rope = {"rope_type": "default"} if "rope_scaling" not in changes else asdict(config.rope_scaling)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -39,21 +42,31 @@ def make_pair(**changes):
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
+            rope_parameters={**rope, "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=config.max_position_embeddings,
         )
     ).eval()
     with torch.no_grad():  # norms other than 1, weights large enough to matter
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
     ours = LlamaForCausalLM(config)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    state = theirs.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]  # transformers' files have no such tensor either
+    ours.load_state_dict(state, strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=not config.tie_word_embeddings)
+    assert list(ours.state_dict()) == list(state)
     return ours, theirs
 
 
-SHAPES = [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 1e-3}]
+LLAMA3 = {
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_theta": 50.0,
+    "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 16),
+}
+SHAPES = [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 1e-3}, LLAMA3]
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
@@ -74,8 +87,9 @@ def test_right_padding_needs_no_mask():
     torch.testing.assert_close(ours(input_ids)[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
-def test_loss_and_gradients_equal_transformers():
-    ours, theirs = make_pair(num_key_value_heads=2)
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 2}, LLAMA3], ids=str)
+def test_loss_and_gradients_equal_transformers(changes):
+    ours, theirs = make_pair(**changes)
     input_ids = torch.randint(VOCABULARY, (3, 12))
     labels = input_ids.masked_fill(torch.arange(12) >= torch.tensor([12, 7, 2])[:, None], -100)
     num_targets = (labels[:, 1:] != -100).sum()

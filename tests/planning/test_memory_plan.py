@@ -186,6 +186,7 @@ def test_each_layer_keeps_as_much(checkpointing: str) -> None:
 # ---- the highest point of an update
 
 FACTORED, COMPOSED = "layer_path=factored", "layer_path=composed"
+TIED = "model.tie_word_embeddings=true"
 NARROW = "model.vocab_size=500 seq_len=256 model.num_hidden_layers=3"  # so that decoder layers need most
 UPDATES = [
     FACTORED,
@@ -206,6 +207,11 @@ UPDATES = [
     f"method=low_rank {NARROW} {ODD} seq_len=512",
     "method=full",
     "method=full optimizer=adam8bit",
+    f"{FACTORED} {TIED}",
+    f"{FACTORED} {TIED} per_layer_update=true",
+    f"{FACTORED} {TIED} {NARROW} global_batch_size=4",
+    f"method=full {TIED} model.vocab_size=20000",
+    f"method=full {TIED} {NARROW} per_layer_update=true",
 ]
 BFLOAT16_UPDATES = [
     f"{FACTORED} seq_len=512",
