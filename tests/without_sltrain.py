@@ -31,7 +31,7 @@ def describe(folder: str, prompts: list[str]) -> dict:
         "batch": model.generate(**batch, **NEW)[:, -NEW["max_new_tokens"] :].tolist(),
         "uncached": model.generate(**batch, **NEW, use_cache=False)[:, -NEW["max_new_tokens"] :].tolist(),
         "alone": [model.generate(**one, **NEW)[0, -NEW["max_new_tokens"] :].tolist() for one in alone],
-        "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "bytes": sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()),  # a tied head once
     }
     model.save_pretrained(f"{folder}_again")
     tokenizer.save_pretrained(f"{folder}_again")
