@@ -6,6 +6,7 @@ The table below is the rule: to draw a new arrow is to change it, with a reason.
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sltrain"
@@ -159,6 +161,11 @@ def test_importing_everything_loads_no_slow_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_tests_run_on_as_many_threads_as_the_environment_says() -> None:
+    """tests/conftest.py says one, before torch is imported, which reads it then."""
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
 def test_the_loop_fits_a_screen() -> None:

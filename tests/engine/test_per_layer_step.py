@@ -1,15 +1,11 @@
 """An update inside backward equals the ordinary one; on two ranks it equals DDP."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from optimizers import make_optimizer
 from torch import Tensor, nn
 
@@ -207,36 +203,6 @@ def test_resumed_run_equals_straight_run(how: dict[str, Any], tmp_path: Path) ->
 
 
 # ---- two processes
-
-
-@contextmanager
-def group_of(store: Path, rank: int) -> Iterator[Ranks]:
-    late = timedelta(seconds=60)  # ranks that wait for each other fail, and do not hang
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=late)
-    try:
-        yield Ranks(rank, 2, CPU)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def on_two_ranks(in_child: Fork, tmp_path: Path) -> Callable[[Callable[[Ranks], Any]], list[Any]]:
-    """Runs a function on two gloo ranks and gives what it returned on each."""
-
-    def run(function: Callable[[Ranks], Any]) -> list[Any]:
-        def of_rank(rank: int) -> Callable[[], None]:
-            def work() -> None:
-                with group_of(tmp_path / "store", rank) as ranks:
-                    torch.save(function(ranks), tmp_path / f"{rank}.pt")
-
-            return work
-
-        children = [in_child(of_rank(rank)) for rank in (0, 1)]
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    return run
-
 
 TwoRanks = Callable[[Callable[[Ranks], Any]], list[Any]]
 

@@ -1,6 +1,9 @@
 """One update: the loss is the mean over all tokens, whatever the micro-batches; what is not finite changes nothing."""
 
 import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +179,48 @@ def test_an_update_reads_one_pair_of_numbers_from_its_device(
 
 def linear_shape(linear: nn.Linear) -> tuple[int, int, int, float, float]:
     return linear.in_features, linear.out_features, 4, 0.1, 8.0
+
+
+class Grows(nn.Module):
+    """y = the sum of all outputs; another layer may join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.add(4)
+
+    def add(self, size: int) -> None:
+        before = self.layers[-1].out_features if len(self.layers) else 3
+        self.layers.append(nn.Linear(before, size, dtype=torch.float64))
+        for parameter in self.layers[-1].parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(self.layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().sum()
+
+
+def train_growing(ranks: Ranks) -> tuple[list[Tensor], list[int], bool]:
+    """An update before and one after a layer joins, as building/trainer.py does it: the weights, the bytes of DDP's
+    buckets in each, and whether those of the first are freed."""
+    rows = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = [(each,) for each in rows[ranks.rank :: ranks.world_size]]
+    model, bucket_bytes = Grows(), []
+    for _ in range(2):
+        step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1e-3), ranks)
+        step.run(batches, num_targets=10)
+        bucket_bytes.append(step.bucket_bytes)
+        ddp, _ = weakref.ref(step.model), step.close()
+        if len(model.layers) == 1:
+            is_freed = ddp() is None
+            model.add(6)
+    return [p.detach() for p in model.parameters()], bucket_bytes, is_freed
+
+
+def test_ddp_follows_a_model_that_gets_parameters(on_two_ranks: Callable[..., list[Any]]) -> None:
+    whole, none, _ = train_growing(ONE)
+    assert none == [0, 0]
+    for weights, bucket_bytes, is_freed in on_two_ranks(train_growing):
+        torch.testing.assert_close(weights, whole)
+        assert bucket_bytes == [8 * (3 * 4 + 4), 8 * (3 * 4 + 4 + 4 * 6 + 6)] and is_freed
