@@ -1,6 +1,7 @@
 """Configuration -> where text comes from, its tokenizer, the stream of training rows and the rows of evaluations."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from sltrain.compose import read_config
@@ -17,7 +18,8 @@ from sltrain.runs.run_folder import RunFolder
 
 def build_sources(config: TrainConfig) -> tuple[Source, Source | None]:
     """The training corpus, and the validation corpus if it is one of its own."""
-    return config.data.open_training(), build_validation_source(config)
+    validation = build_validation_source(config)  # first: it opens faster
+    return config.data.open_training(), validation
 
 
 def build_validation_source(config: TrainConfig) -> Source | None:
@@ -30,7 +32,10 @@ def build_validation_source(config: TrainConfig) -> Source | None:
 def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: RunFolder | None = None) -> Tokenizer:
     """The tokenizer: of a run that continues with the same name of it the run's own file. Rank 0 goes first: it may
     train or download, the others then find the result in the cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
+    except RuntimeError:  # a user without a home, in a container
+        cache = Path(tempfile.gettempdir(), f"sltrain-{os.getuid()}")
 
     def load() -> Tokenizer:
         return load_tokenizer(

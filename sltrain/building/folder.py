@@ -67,4 +67,13 @@ def _check_budget(config: TrainConfig, folder: RunFolder) -> None:
 def claim_folder(folder: RunFolder, config: TrainConfig, tokenizer_json: str, ranks: Ranks) -> None:
     """Make the folder this run's: see `RunFolder.claim`. Its path may get a suffix."""
     plain = dataclasses.asdict(config)
-    folder.path = ranks.on_main(lambda: folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer_json))
+
+    def claim() -> Path:
+        try:
+            return folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer_json)
+        except OSError as error:
+            raise ValueError(
+                f"run_dir={folder.path} cannot be written: {error.strerror}; choose another one"
+            ) from error
+
+    folder.path = ranks.on_main(claim)

@@ -1,18 +1,18 @@
 """Config -> a run that is ready to train: the order in which it is built.
 
-The machine and the folder are checked first, and the weights to start from are opened; then come the corpus, its
-tokenizer and the streams of text, and the model on the meta device. The run is described and its memory planned before
-the folder is claimed: nothing is written until then, so invalid input leaves no files. Finally memory is allocated, the
-optimizer built and the checkpoint loaded.
+What needs no text is checked first (checks.py), the folder too, and the weights to start from are opened; then come
+the corpus, its tokenizer, the streams of text, and the model on the meta device. The run is described and its memory
+planned before the folder is claimed: nothing is written until then, so invalid input leaves no files. Finally memory is
+allocated, the optimizer built and the checkpoint loaded.
 """
 
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from sltrain.building.checks import check_before_text
 from sltrain.building.data import build_data, build_sources, build_tokenizer
 from sltrain.building.folder import claim_folder, find_folder
-from sltrain.building.machine import check_machine
 from sltrain.building.memory_guard import guard_memory
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
@@ -46,7 +46,7 @@ def build_run(config: TrainConfig) -> Run:
     with ExitStack() as resources:
         ranks = Ranks.start(pick_device(config.device))
         resources.callback(ranks.stop)
-        ranks.everywhere(lambda: check_machine(config, ranks))
+        ranks.everywhere(lambda: check_before_text(config, ranks))
         folder, is_finished = find_folder(config, ranks)
         trainer = None if is_finished else _build(config, folder, ranks, resources)
         run = Run(folder, ranks, trainer, resources.pop_all())

@@ -5,6 +5,7 @@ For corpora that no published tokenizer fits, and for machines without a network
 the cache key covers the corpus, the size and the sample. 8,192 pieces on the standard library take about 2 s.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -51,18 +52,29 @@ def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int) 
     size = int(digits)
     recipe = [FORMAT, size, source.fingerprint(), holdout_every, SAMPLE_CHARS, SAMPLE_SHARDS]
     path = cache_dir / f"bpe-{size}-{sha256(repr(recipe).encode()).hexdigest()[:16]}.json"
-    if path.exists():
+    with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8")
     source.check()
-    logger.info(f"training a byte-level BPE of {size} pieces on {source.name}, cached in {path}")
+    logger.info(f"training a byte-level BPE of {size} pieces on {source.name}")
     text = train_bpe(_sample(source, holdout_every), size)
     num_pieces = tokenizers.Tokenizer.from_str(text).get_vocab_size()
     if num_pieces == MIN_SIZE:
         raise DataError(f"{source.name} has too little text to train tokenizer={spec} on")
     if num_pieces < size:
         logger.info(f"{source.name} is too small for {size} pieces: the tokenizer has {num_pieces}")
+    try:
+        _store(path, text)
+    except OSError as error:  # a read-only home, a full disk
+        logger.info(
+            f"note       {path.parent} cannot be written ({error.strerror}); every new run will train its tokenizer"
+        )
+    return text
+
+
+def _store(path: Path, text: str) -> None:
+    """Write a file that is renamed when complete: readers see the whole file or none, and two writers do not disturb
+    each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: readers see the whole file or none, and two writers do not disturb each other.
     with (
         tempfile.TemporaryDirectory(dir=path.parent) as folder,
         open(Path(folder, path.name), "w", encoding="utf-8") as file,
@@ -71,7 +83,6 @@ def trained_bpe(spec: str, source: Source, cache_dir: Path, holdout_every: int) 
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, path)
-    return text
 
 
 def _sample(source: Source, holdout_every: int) -> Iterator[str]:

@@ -77,6 +77,18 @@ def num_logical_streams(global_batch_size: int, num_streams: int) -> int:
     return next(n for n in range(min(num_streams, global_batch_size), 0, -1) if global_batch_size % n == 0)
 
 
+def num_shared_streams(global_batch_size: int, num_streams: int, world_size: int) -> int:
+    """`num_logical_streams`, of which every rank has equally many. Raises ValueError if that is impossible."""
+    num_logical = num_logical_streams(global_batch_size, num_streams)
+    if num_logical % world_size:
+        raise ValueError(
+            f"{world_size} ranks cannot share {num_logical} data streams evenly (the largest divisor of "
+            f"global_batch_size={global_batch_size} up to data.num_streams={num_streams}); make both of them "
+            f"multiples of {world_size}"
+        )
+    return num_logical
+
+
 def deal_slices(shard_sizes: Sequence[int], num_streams: int, seed: int) -> list[list[Slice]]:
     """The slices of each stream; every record of the corpus is in exactly one of them. `shard_sizes` have any common
     unit."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
 from sltrain.data.logical_stream import LogicalStream, Position
-from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_logical_streams
+from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_shared_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_of
@@ -86,13 +86,7 @@ class TrainStream:
                 f"data.shuffle_block is {shuffle_block} and data.holdout_every is {holdout_every}; the first must be "
                 "at least 1, the second 0 (nothing is held out) or at least 2"
             )
-        num_logical = num_logical_streams(global_batch_size, num_streams)
-        if num_logical % world_size:
-            raise ValueError(
-                f"{world_size} ranks cannot share {num_logical} data streams evenly (the largest divisor of "
-                f"global_batch_size={global_batch_size} up to data.num_streams={num_streams}); make both of them "
-                f"multiples of {world_size}"
-            )
+        num_logical = num_shared_streams(global_batch_size, num_streams, world_size)
         source.check()
         self.source = source
         self.tokenizer = tokenizer

@@ -61,6 +61,45 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("rank=33", "rank must be between 0 and 32"),
+        ("micro_batch_size=3", "the largest micro_batch_size that fits is 2"),
+        ("support=column sparsity=0.001", "trains no column"),
+        ("rank_overrides={qq:4}", "'qq' fits no replaced layer"),
+        ("model.num_attention_heads=3", "num_attention_heads"),
+        ("path=/nowhere/*.gz", "matches no file"),
+        ("validation_path=/nowhere/*.gz", "matches no file"),
+        ("run_dir=/etc/hostname/run", "run_dir=/etc/hostname/run cannot be created: /etc/hostname is a file"),
+    ],
+)
+def test_what_needs_no_text_is_checked_before_a_tokenizer_is_trained(
+    typed: str, words: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, err = sltrain_train(*tiny, "tokenizer=bpe:300", *typed.split())
+    assert code == 2 and words in err and "training a byte-level BPE" not in out, out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_system_refuses(tiny: list[str], sltrain_train: Run) -> None:
+    code, _, err = sltrain_train(*tiny, "run_dir=/proc/nothing/run")
+    assert code == 2 and "run_dir=/proc/nothing/run cannot be written: No such file or directory" in err
+
+
+def test_a_cache_that_cannot_be_written_costs_a_note(
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path / "file" / "folder"))
+    run = [*tiny, "tokenizer=bpe:300", "max_steps=1", "warmup_steps=0", f"run_dir={tmp_path}/run"]
+    code, out, err = sltrain_train(*run)
+    assert code == 0 and "cannot be written (Not a directory); every new run will train its tokenizer" in out, err
+    assert (tmp_path / "run" / "tokenizer.json").stat().st_size > 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(
     case: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,94 @@
+"""What is checked before any text is read: a mistake costs the seconds until torch is there, and no tokenizer is
+trained in vain.
+
+The numbers alone were checked before torch was imported (`validate` in config.py, and each plug-in's `check`); this is
+what needs torch, the model's shape, the machine or the number of processes. Globs are expanded right after it, when the
+corpus is opened.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from sltrain.building.model import build_model, weight_dtype
+from sltrain.building.phases import check_structures
+from sltrain.building.trainer import check_updates_of
+from sltrain.config import TrainConfig, check_batch
+from sltrain.data.order import num_shared_streams
+from sltrain.engine.distributed import Ranks
+
+ANY_VOCABULARY = 32_000  # ids, where the tokenizer will decide: no check depends on it
+
+
+def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError, or OSError, for the first thing that is wrong."""
+    for check in (
+        _check_processes,  # the batch and the streams of text divide among them
+        _check_packages,  # what the optimizer and the tracker need is installed
+        _check_updates,  # the ways of updating go together
+        _check_compiler,  # torch.compile has a compiler
+        _check_model,  # rank, sparsity, support, patterns and heads fit the shape, the optimizer takes parameters
+        _check_run_dir,  # it can be written
+    ):
+        check(config, ranks)
+
+
+def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
+    check_batch(config, ranks.world_size)
+    num_shared_streams(config.global_batch_size, config.data.num_streams, ranks.world_size)
+
+
+def _check_packages(config: TrainConfig, ranks: Ranks) -> None:
+    config.optimizer.check_package()
+    tracker = config.tracker.name
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"tracker={tracker} needs {tracker}: run `pip install {tracker}`, or choose tracker=none")
+
+
+def _check_updates(config: TrainConfig, ranks: Ranks) -> None:
+    check_updates_of(config, weight_dtype(config, ranks.device))
+
+
+def _check_compiler(config: TrainConfig, ranks: Ranks) -> None:
+    candidates = {"compile=true": config.compile, f"optimizer={config.optimizer.name}": config.optimizer.compiles}
+    for text in (text for text, does in candidates.items() if does):
+        _check_compiler_of(text, ranks.device.type)
+        return
+
+
+def _check_model(config: TrainConfig, ranks: Ranks) -> None:
+    model = build_model(config, config.model.vocab_size or ANY_VOCABULARY, weight_dtype(config, ranks.device))
+    check_structures(config, model)
+
+
+def _check_run_dir(config: TrainConfig, ranks: Ranks) -> None:
+    """The nearest folder that exists must be one that can be written to."""
+    if not ranks.is_main:
+        return
+    wanted = Path(config.run_dir or "outputs").expanduser()
+    place = wanted.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"run_dir={wanted} cannot be created: {place} is a file; choose another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir={wanted} cannot be written: {place} is read-only for you; choose another one")
+
+
+def _check_compiler_of(text: str, device_type: str) -> None:
+    """Raise ValueError if torch.compile, which `text` needs, has nothing to compile with on the device."""
+    if device_type != "cpu":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(
+                f"{text} on a GPU needs Triton, which is not installed; pip install triton, or drop {text}"
+            )
+        return
+    compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"{text} on a CPU needs a C++ compiler, and there is no {compiler} on the PATH; install it, name"
+            f" another one in CXX, or drop {text}"
+        )
