@@ -255,11 +255,14 @@ def export(
     dtype: "str | torch.dtype | None" = None,
     step: int | None = None,
     license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Export a run's checkpoint to the folder `output`, and return that: for transformers, vLLM and lm-eval (dense), or
     small, for transformers with trust_remote_code and for `sltrain.load` (compressed). The files are verified against
     the trained model. `dtype` is float32 or bfloat16, by default the run's own; `license` goes into the model card.
-    Raises sltrain.Error.
+    push="USER/NAME" uploads the folder to that repository of the Hugging Face Hub, created if need be. Raises
+    sltrain.Error.
 
     >>> sltrain.export("outputs/example", "small", format="compressed")
     PosixPath('small')
@@ -275,7 +278,14 @@ def export(
         if value not in choices:
             raise ValueError(f"{key}={value}: choose one of {', '.join(choices)}")
     folder = Path(output).expanduser()
+    destination = None
+    if push is not None:
+        from sltrain.api.push import Destination
+
+        destination = Destination(push, private)
     write(open_saved(run, step), folder, format, DTYPES.get(name), license=license)
+    if destination is not None:
+        destination.upload(folder)
     return folder
 
 

@@ -678,7 +678,7 @@ def assert_refused(code: int, err: str, *words: str) -> None:
 BAD_FLAGS = {
     "no output": ([], ["--output"]),
     "unknown flag": (["--output", "{new}", "--fromat", "dense"], ["--fromat", "--help"]),
-    "abbreviated flag": (["--out", "{new}"], ["--output"]),
+    "abbreviated flag": (["--out", "{new}"], ["--out", "--help"]),
     "unknown format": (["--output", "{new}", "--format", "gguf"], ["gguf", "compressed"]),
     "unknown dtype": (["--output", "{new}", "--dtype", "float16"], ["float16", "bfloat16"]),
     "step is no number": (["--output", "{new}", "--step", "last"], ["--step", "last"]),
