@@ -7,10 +7,12 @@
 
 The type checker holds the writer (engine/trainer.py) and the readers (runs/run_record.py, reporting/rows.py) to it. A
 run folder may come from another version, so readers must do without any key. A number that is not finite is null in the
-file; a loss is then read as NaN.
+file; one that can diverge is then read as NaN.
 """
 
-from typing import TypedDict
+from typing import Annotated, TypedDict, get_type_hints
+
+Diverging = Annotated[float, "null in the file, and NaN when read, where it is not finite"]
 
 
 class Event(TypedDict, total=False):
@@ -22,24 +24,26 @@ class Event(TypedDict, total=False):
     positions: int  # trained on so far, rows x row length, pads included, all ranks
     wall_seconds: float  # of all processes that worked on the run, one after the other, evaluations included
 
-    loss: float  # nats a token (train: of this update; eval, final: of the whole validation text)
+    loss: Diverging  # nats a token (train: of this update; eval, final: of the whole validation text)
     lr: float  # of this update (train)
-    grad_norm: float  # before clipping (train)
+    grad_norm: Diverging  # before clipping (train)
     tokens_per_second: float  # since the last such line, outside evaluation and saving, all ranks (train)
     data_wait_fraction: float  # of that time: rank 0 waited for rows (train)
     num_skipped_updates: int  # so far, because not finite (train)
     num_skipped_tensors: int  # so far, left out of updates inside backward (train, per_layer_update)
-    low_rank_norm: float  # Frobenius norm of all (alpha / rank) B A together (train; and `GROUP_norm` of other groups
-    sparse_norm: float  # of parts); of all S together
+    low_rank_norm: (
+        Diverging  # Frobenius norm of all (alpha / rank) B A together (train; and `GROUP_norm` of other groups
+    )
+    sparse_norm: Diverging  # of parts); of all S together
 
     planned_memory_bytes: int  # of tensors, at their peak, on one rank (train, final)
     peak_tensor_bytes: int  # measured, from the third update of a process on (train, final)
     peak_memory_bytes: int  # of the process on a CPU, of its tensors on CUDA; the highest rank (train, final)
     peak_memory_reserved_bytes: int  # by the allocator, on CUDA (train, final)
 
-    perplexity: float  # exp(loss) (eval, final)
-    perplexity_galore_protocol: float  # as published tables count it, see engine/evaluate.py (eval, final)
-    bits_per_byte: float  # of text (eval, final)
+    perplexity: Diverging  # exp(loss) (eval, final)
+    perplexity_galore_protocol: Diverging  # as published tables count it, see engine/evaluate.py (eval, final)
+    bits_per_byte: Diverging  # of text (eval, final)
     eval_tokens: int  # predicted (eval, final)
     eval_processes: int  # that had a part of the text (eval, final)
     eval_exhausted: bool  # there was less text than eval_tokens asked for (eval, final)
@@ -52,6 +56,11 @@ class Event(TypedDict, total=False):
 
     path: str  # of the checkpoint (checkpoint)
     outcome: str  # why, in words: see engine/loop.py (stopped)
+
+
+_TYPES = get_type_hints(Event, include_extras=True)
+DIVERGING = tuple(key for key, kind in _TYPES.items() if kind == Diverging)
+NUMBERS = tuple(key for key, kind in _TYPES.items() if kind in (int, float))  # finite, or null
 
 
 def published_perplexity(event: Event) -> float | None:

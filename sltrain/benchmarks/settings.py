@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from sltrain.compose import Schema, compose_config, parse_overrides
+from sltrain.config import CHOICES as RUN_CHOICES
+from sltrain.methods.sltrain import SUPPORTS
 
 
 @dataclass
@@ -45,19 +47,14 @@ class BenchConfig:
 # paths; what=step also takes every registered method.
 LAYER_CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> layer kind and settings
     "dense": ("nn.Linear", {}),
-    "uniform": ("sltrain", {"support": "uniform"}),
-    "stratified": ("sltrain", {"support": "stratified"}),
-    "block": ("sltrain", {"support": "block"}),
-    "column": ("sltrain", {"support": "column"}),
+    **{support: ("sltrain", {"support": support}) for support in SUPPORTS},  # SLTrainLinear(...) as constructed
     "low_rank": ("low_rank", {}),
     "published": ("published", {}),  # the published algorithm: benchmarks/published.py
 }
 STEP_CANDIDATES: dict[str, tuple[str, ...]] = {  # name -> overrides of sltrain-train
     "full": ("method=full",),
-    "uniform": ("method=sltrain", "support=uniform"),
-    "stratified": ("method=sltrain", "support=stratified"),
+    **{support: ("method=sltrain", f"support={support}") for support in SUPPORTS},
     "block": ("method=sltrain", "support=block", "block_size={block_size}"),
-    "column": ("method=sltrain", "support=column"),
     "checkpointing": ("method=sltrain", "support=uniform", "activation_checkpointing=true"),
     "transformers": ("method=full",),  # transformers' LLaMA, dense
     "transformers_published": ("method=sltrain", "support=uniform"),  # the same with the published layer
@@ -70,9 +67,7 @@ USUAL = {  # the default candidates, the most important first
 CHOICES = {
     "what": ("layer", "step", "data"),
     "format": ("table", "json"),
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "layer_path": ("auto", "composed", "factored"),
+    **{key: RUN_CHOICES[key] for key in ("device", "dtype", "layer_path")},
 }
 AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "block_size": 1}
 COMMON = "what format repeats".split()

@@ -18,6 +18,7 @@ from sltrain.log import lines_on
 CANDIDATES = f"""
 Candidates:
   what=layer  {", ".join(LAYER_CANDIDATES)}; any layer kind by its name;
+              the supports are SLTrainLinear(...) as constructed, which chooses its path at the first call;
               NAME_PATH to compute one in a certain way, such as uniform_composed (dense W built) or uniform_factored
   what=step   {", ".join(STEP_CANDIDATES)};
               any method by its name"""

@@ -28,14 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sltrain.events import Event
+from sltrain.events import DIVERGING, NUMBERS, Event
 from sltrain.runs.run_folder import OURS, RunFolder, read_config
 
 RECENT_SECONDS = 600.0
-
-# Must be numbers in every line that has them. A loss that is not finite is null; in early folders it is NaN.
-LOSSES = ("loss", "perplexity", "perplexity_galore_protocol", "bits_per_byte")
-NUMBERS = "tokens wall_seconds tokens_per_second eval_tokens eval_processes peak_memory_bytes peak_tensor_bytes".split()
 
 
 @dataclass
@@ -153,12 +149,12 @@ def _parse(line: bytes) -> Event:
         raise ValueError("no event")
     if not isinstance(event.get("step"), int) or not _is_number(event["step"]):
         raise ValueError("no step")
-    for key in LOSSES:
+    for key in DIVERGING:
         if key in event and event[key] is None:
             event[key] = math.nan
-    for key in (*LOSSES, *NUMBERS):
+    for key in (*DIVERGING, *NUMBERS):
         value = event.get(key)
-        is_nan = isinstance(value, float) and math.isnan(value) and key in LOSSES
+        is_nan = isinstance(value, float) and math.isnan(value) and key in DIVERGING
         if not (value is None or is_nan or _is_number(value)):
             raise ValueError(f"{key} is no number")
     return cast(Event, event)

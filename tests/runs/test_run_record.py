@@ -100,9 +100,11 @@ def test_everything_in_the_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_was_not_finite_is_nan(tmp_path: Path) -> None:
-    record = read_run(make_run(tmp_path / "run", {**TRAIN, "loss": math.nan}, {**EVAL, "perplexity": None}))
+    diverged = {**TRAIN, "loss": math.nan, "grad_norm": math.nan, "tokens_per_second": None}
+    record = read_run(make_run(tmp_path / "run", diverged, {**EVAL, "perplexity": None}))
     assert record.notes == []
-    assert math.isnan(record.train[0]["loss"]) and math.isnan(record.evals[0]["perplexity"])
+    read = [record.train[0]["loss"], record.train[0]["grad_norm"], record.evals[0]["perplexity"]]
+    assert all(map(math.isnan, read)) and record.train[0]["tokens_per_second"] is None
 
 
 def test_a_damaged_summary_is_made_up_for_by_the_log(tmp_path: Path) -> None:
@@ -127,6 +129,7 @@ def test_a_missing_tokenizer_is_named_once_there_is_something_to_compare(tmp_pat
         '{"event": "train", "step": true}',
         '{"event": "train", "step": 1, "loss": "low"}',
         '{"event": "train", "step": 1, "tokens": Infinity}',
+        '{"event": "train", "step": 1, "lr": "1e-3"}',
         '{"event": "eval", "step": 1, "perplexity": 1' + "0" * 400 + "}",
         "[" * 100_000,
     ],
