@@ -26,28 +26,26 @@ def same_end(ours: Path, theirs: Path) -> None:
     assert_equal(*(torch.load(folder / "optimizer.pt", weights_only=True) for folder in (a, b)))
 
 
-def test_the_folder_alone_continues_bit_for_bit(tiny: list[str], sltrain_train: Run, tmp_path: Path) -> None:
-    straight = tmp_path / "straight"
-    assert sltrain_train(*tiny, f"run_dir={straight}", "checkpoint_every=1", "keep_last=99", "seed=5")[0] == 0
+@pytest.fixture(scope="module")
+def straight(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six updates with all its checkpoints, by the paper's cosine."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    sltrain.train(overrides=[*tiny, f"run_dir={folder}", "checkpoint_every=1", "keep_last=99"])
+    return folder
+
+
+def test_the_folder_alone_continues_bit_for_bit(straight: Path, sltrain_train: Run, tmp_path: Path) -> None:
     stopped = stopped_at(straight, 3, tmp_path / "stopped")
     code, _, err = sltrain_train(f"run_dir={stopped}", "lr=1", "seed=4")
-    assert code == 2 and "lr was 0.006, is now 1.0; seed was 5, is now 4" in err
-    code, out, err = sltrain_train(f"run_dir={stopped}", "eval_every=0")
-    assert code == 0 and "resume     from step 3" in out, err
+    assert code == 2 and "lr was 0.006, is now 1.0; seed was 42, is now 4" in err
+    run = sltrain.train(run_dir=str(stopped), keep_last=3)
+    assert run.outcome == "finished" and len(list((stopped / "checkpoints").glob("step_*"))) == 3
     same_end(stopped, straight)
-
-    again = stopped_at(straight, 2, tmp_path / "again")
-    run = sltrain.train(run_dir=str(again), keep_last=3)
-    assert run.outcome == "finished" and len(list((again / "checkpoints").glob("step_*"))) == 3
-    same_end(again, straight)
-    code, out, _ = sltrain_train(f"run_dir={again}")
+    code, out, _ = sltrain_train(f"run_dir={stopped}")
     assert code == 0 and "nothing to do" in out
 
 
-@pytest.mark.parametrize(
-    ("schedule", "stop"),
-    [(["schedule=constant"], None), (["schedule=wsd", "decay_steps=2"], 4), (["schedule=wsd", "decay_steps=1"], 3)],
-)
+@pytest.mark.parametrize(("schedule", "stop"), [(["schedule=constant"], None), (["schedule=wsd", "decay_steps=2"], 4)])
 def test_an_extended_run_is_one_that_had_the_longer_budget(
     schedule: list[str], stop: int | None, tiny: list[str], sltrain_train: Run, tmp_path: Path
 ) -> None:
@@ -71,16 +69,13 @@ def test_an_extended_run_is_one_that_had_the_longer_budget(
     assert code == 2 and "extend=0 gives 6 updates, and 9 are done" in err
 
 
-def test_a_cosine_is_not_extended_but_for_its_warmup(tiny: list[str], sltrain_train: Run, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert sltrain_train(*tiny, f"run_dir={run}", "checkpoint_every=1", "keep_last=99")[0] == 0
-    code, _, err = sltrain_train(*tiny, f"run_dir={run}", "extend=4")
+def test_a_cosine_is_not_extended_but_for_its_warmup(straight: Path, sltrain_train: Run, tmp_path: Path) -> None:
+    run, warm = stopped_at(straight, 6, tmp_path / "run"), stopped_at(straight, 2, tmp_path / "warm")
+    code, _, err = sltrain_train(f"run_dir={run}", "extend=4")
     assert code == 2 and "(schedule=cosine); a new run from its weights: sltrain-train init_from=" in err
-    typed = err.rpartition("sltrain-train ")[2].split()
-    code, out, err = sltrain_train(*typed)  # the line that it names
+    code, out, err = sltrain_train(*err.rpartition("sltrain-train ")[2].split())  # the line that it names
     assert code == 0 and f"init from  {run}, step 6: all weights copied" in out, err
-    warm = stopped_at(run, 2, tmp_path / "warm")
-    code, out, err = sltrain_train(*tiny, f"run_dir={warm}", "extend=4")
+    code, _, err = sltrain_train(f"run_dir={warm}", "extend=4")
     assert code == 0 and "step 10/10" in err, err
 
 
@@ -110,18 +105,13 @@ def test_a_run_from_weights_goes_on_when_these_are_gone(tiny: list[str], sltrain
 
 
 def test_two_processes_begin_with_the_weights_of_one(
-    tiny: list[str], sltrain_train: Run, start_process: Callable, tmp_path: Path
+    straight: Path, sltrain_train: Run, fork_train: Callable, tmp_path: Path
 ) -> None:
-    """They share the decompositions; then the updates differ by the order of sums alone."""
-    dense = tmp_path / "dense"
-    assert sltrain_train(*tiny, "method=full", f"run_dir={dense}")[0] == 0
-    typed = [f"init_from={dense}", "method=low_rank", "max_steps=1", "lr=1e-30"]
+    """They share the decompositions."""
+    typed = [f"init_from={straight}", "method=low_rank", "max_steps=1", "lr=1e-30"]
     assert sltrain_train(*typed, f"run_dir={tmp_path / 'one'}")[0] == 0
-    two = start_process(*typed, f"run_dir={tmp_path / 'two'}", num_ranks=2)
-    _, err = two.communicate(timeout=300)
+    two = fork_train(*typed, f"run_dir={tmp_path / 'two'}", num_ranks=2)
+    _, err = two.communicate(timeout=240)
     assert two.returncode == 0, err
     one, both = (tmp_path / name / "checkpoints" / "step_00000001" / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == both.read_bytes()
-    process = start_process(f"run_dir={tmp_path / 'two'}", num_ranks=2)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "nothing to do" in out, err
