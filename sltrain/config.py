@@ -112,6 +112,9 @@ class TrainConfig:
     warmup_steps: int = MISSING  # updates
     decay_steps: int | None = None  # schedule=wsd: updates of the final linear decay; None: a tenth of the run
     weight_decay: float = MISSING  # decoupled (AdamW); norms and biases never decay
+    z_loss: float = (
+        MISSING  # trains the loss + this times the mean squared logsumexp of logits (1e-4); 0: the loss alone
+    )
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
@@ -221,6 +224,8 @@ def validate(config: TrainConfig) -> None:
         value = get_key(config, key)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: must be a number above 0")
+    if not 0 <= config.z_loss < float("inf"):
+        raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
     config.optimizer.check()

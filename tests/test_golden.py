@@ -71,6 +71,7 @@ RECIPES: dict[str, list[str]] = {
         "sparsity_overrides={up_proj:0.2,v_proj:0}",
     ],
     "tied": [*FACTORED, "model.tie_word_embeddings=true", "model.rope_theta=500000"],
+    "z_loss": [*FACTORED, "z_loss=0.01"],
     "in_backward": [*FACTORED, *IN_BACKWARD],
     "in_backward hold": [*FACTORED, *IN_BACKWARD, *TWO, "grad_clip_per_parameter=0.1"],
     "in_backward adam8bit": [*FACTORED, *IN_BACKWARD, "optimizer=adam8bit"],

@@ -28,7 +28,7 @@ def without_clocks(lines: list[dict]) -> list[dict]:
 @pytest.mark.parametrize(
     "how",
     [
-        "precision=mixed",
+        "precision=mixed z_loss=0.01",
         "dtype=bfloat16 moments_dtype=float32",
         "model.tie_word_embeddings=true model.rope_scaling.rope_type=llama3 per_layer_update=true",
     ],

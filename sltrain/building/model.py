@@ -23,7 +23,7 @@ def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> Lla
     shape = dataclasses.replace(config.model, vocab_size=vocab_size)
     compute_dtype = torch.bfloat16 if config.precision == "mixed" else None
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape, config.activation_checkpointing, compute_dtype)
+        model = LlamaForCausalLM(shape, config.activation_checkpointing, compute_dtype, config.z_loss)
     model.to(dtype)
     config.method.replace(model, is_projection)
     for phase in begun(config.method.phases(num_steps(config)), 0):

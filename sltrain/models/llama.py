@@ -268,14 +268,19 @@ class TiedHead(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     """The decoder with its head. `activation_checkpointing` keeps only each layer's input and recomputes the layer in
-    backward. `compute_dtype` is that of mixed precision, None otherwise. Call `init_weights` after construction. Raises
-    ValueError for a configuration without a vocabulary size or whose heads do not fit its hidden size."""
+    backward. `compute_dtype` is that of mixed precision, None otherwise; `z_loss` as in models/loss.py. Call
+    `init_weights` after construction. Raises ValueError for a configuration without a vocabulary size or whose heads do
+    not fit its hidden size."""
 
     def __init__(
-        self, config: ModelConfig, activation_checkpointing: bool = False, compute_dtype: torch.dtype | None = None
+        self,
+        config: ModelConfig,
+        activation_checkpointing: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.z_loss = config, z_loss
         vocab_size = _check(config)
         self.model = LlamaModel(config, vocab_size, activation_checkpointing, compute_dtype)
         if config.tie_word_embeddings:
@@ -305,7 +310,8 @@ class LlamaForCausalLM(nn.Module):
                 logits = self.lm_head(hidden)
                 return logits if rows is not None else logits.view(*input_ids.shape, -1)
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # position t predicts t + 1
-            return chunked_cross_entropy_sum(hidden, self.lm_head.weight, take_rows(targets.flatten(), rows))
+            targets = take_rows(targets.flatten(), rows)
+            return chunked_cross_entropy_sum(hidden, self.lm_head.weight, targets, z_loss=self.z_loss)
 
     @property
     def compute_dtype(self) -> torch.dtype:

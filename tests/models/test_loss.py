@@ -35,11 +35,14 @@ def reference(hidden, weight, labels):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 23, 100, None])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [ROWS, FEW_ROWS])
-def test_equals_torch_in_float64(chunk_rows, ignored, rows):
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_equals_torch_in_float64(chunk_rows, ignored, rows, z_loss):
+    """The gradients with z_loss too; the value is the cross-entropy."""
     hidden, weight, labels = make(ignored=ignored, rows=rows)
-    loss = chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows)
+    loss = chunked_cross_entropy_sum(hidden, weight, labels, chunk_rows, z_loss)
     expected = reference(hidden, weight, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    expected = expected + z_loss * ((hidden @ weight.t()).logsumexp(1).square() * (labels != -100)).sum()
     gradients = torch.autograd.grad(0.37 * loss, (hidden, weight))
     for gradient, exact in zip(gradients, torch.autograd.grad(0.37 * expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-12)
