@@ -25,7 +25,12 @@ def build_sources(config: TrainConfig) -> tuple[Source, Source | None]:
 def build_validation_source(config: TrainConfig) -> Source | None:
     """What a run is evaluated on; None: documents held out of what it trains on."""
     if config.validation_path:
-        return LocalFiles(config.validation_path, on_bad_data=config.on_bad_data, key="validation_path")
+        return LocalFiles(
+            config.validation_path,
+            on_bad_data=config.on_bad_data,
+            key="validation_path",
+            text_key=getattr(config.data, "text_key", "text"),
+        )
     return config.data.open_validation()
 
 

@@ -82,11 +82,13 @@ class BadData:
         if mode not in ("skip", "stop"):
             raise ValueError(f"on_bad_data is {mode!r}; it must be skip or stop")
         self.mode = mode
+        self.first: str | None = None  # what was wrong first, and where
         self._reported: dict[str, list[int]] = {}  # file -> lines
         self._damaged_files: set[str] = set()
 
     def record(self, file: str, line: int, why: str) -> None:
         """Handle a record (1-based line, row or paragraph of `file`) that cannot be used."""
+        self.first = self.first or f"{file}:{line}: {why}"
         if self.mode == "stop":
             raise DataError(f"{file}:{line}: {why}; fix it, or set on_bad_data=skip to skip bad records")
         reported = self._reported.setdefault(file, [])
@@ -98,6 +100,7 @@ class BadData:
     def rest_of_file(self, file: str, last_good: int, why: str) -> None:
         """Handle a `file` that cannot be read past its first `last_good` records."""
         damage = f"{file} is damaged {f'after its record {last_good}' if last_good else 'at its beginning'} ({why})"
+        self.first = self.first or damage
         if self.mode == "stop":
             raise DataError(f"{damage}; replace it, or set on_bad_data=skip to skip the rest of the file")
         if file not in self._damaged_files:

@@ -1,46 +1,105 @@
 """File formats: an open file -> documents, with rules for damaged records and damaged compression.
 
-| file                                     | a record is                                                         |
-|------------------------------------------|---------------------------------------------------------------------|
-| .jsonl .json, also .gz (C4's format)     | a line holding a JSON object with a string `text`                   |
-| .txt, also .gz                           | a paragraph: lines up to a blank one, or up to 64 kB                |
-| .parquet                                 | a row with a string column `text`                                   |
+| file           | a record is                                                                                    |
+|----------------|------------------------------------------------------------------------------------------------|
+| .jsonl .json   | a line holding a JSON object with a string under the text key (C4: `text`)                     |
+| .txt           | a paragraph: lines up to a blank one, or up to 64 kB                                           |
+| .csv           | a row, after a first row with the names of the columns                                         |
+| .parquet       | a row with a string column of that name                                                        |
 
-Record indices count lines, paragraphs or rows from the beginning of the file, unusable ones included. Lines that are
-not requested are decompressed but not parsed: that runs at about 80,000 documents of 2 kB a second. A damaged gzip
-member cannot be resynchronised, so the rest of such a file is lost; gzip notices either by its structure or by the
-checksum at the end.
+All but .parquet may be compressed: .gz .bz2 .xz .zst after the ending (compression.py). Record indices count lines,
+paragraphs or rows from the beginning of the file, unusable ones included. Lines that are not requested are decompressed
+but not parsed: that runs at about 80,000 documents of 2 kB a second. The rest of a file after damaged compression is
+lost; gzip notices damage either by its structure or by the checksum at the end.
+
+A file of another kind than its ending says is no damage but a mistake, which `wrong_kind` puts into words.
 """
 
-import gzip
+import csv
+import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import BinaryIO
 
+from sltrain.data.compression import DAMAGE, MAGIC, OPENERS, decompressed, split_ending
 from sltrain.data.documents import BadData, DataError, Document, NetworkError, Wanted
 
-PARAGRAPH_SUFFIXES = (".txt", ".txt.gz")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", *PARAGRAPH_SUFFIXES, ".parquet")
+FORMATS = (".jsonl", ".json", ".txt", ".csv", ".parquet")
+PLAIN_FORMATS = FORMATS[:-1]  # those that may be compressed; parquet has its own compression
 MAX_PARAGRAPH_BYTES = 1 << 16
 ROWS_PER_READ = 512
+HEAD_BYTES = 256  # enough to see what kind of file it is
+MAX_KEYS = 8  # keys of a record that a message names
 
 Record = tuple[int, Callable[[], str | None]]  # 1-based line or row, and a function that returns its text
 
+csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the module's limit of 128 kB
+
+
+def check_ending(path: str) -> None:
+    """Raise ValueError for a file whose name has no ending of a format."""
+    stem, compression = split_ending(path)
+    if not stem.endswith(PLAIN_FORMATS if compression else FORMATS):
+        raise ValueError(
+            f"{path}: unknown ending; a text corpus is read from {' '.join(FORMATS)}, and from all but .parquet with "
+            f"{' '.join(OPENERS)} after that"
+        )
+
+
+def wrong_kind(opener: Callable[[], BinaryIO], file: str) -> str | None:
+    """What is wrong with a whole file and how to cure it, from its first bytes; None: nothing that they show."""
+    stem, compression = split_ending(file)
+    with opener() as raw:
+        head = raw.read(HEAD_BYTES)
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the data; run `git lfs pull` where it comes from"
+    if not compression:
+        for ending, magic in MAGIC.items():
+            if head.startswith(magic):
+                return f"it is compressed, but its name does not end with {ending}; rename it to {file}{ending}"
+        if head.startswith(b"PAR1") and not stem.endswith(".parquet"):
+            return "it is a parquet file; give it the ending .parquet"
+    if stem.endswith(".parquet"):
+        return None
+    if compression:
+        try:
+            with opener() as raw, decompressed(raw, compression) as inside:
+                head = inside.read(HEAD_BYTES)
+        except DAMAGE:
+            return None  # reading reports where it is damaged
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+        return "it is not UTF-8 but UTF-16 or binary; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+    if stem.endswith((".json", ".jsonl")):
+        head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"["):
+            return (
+                "it is a JSON array, where each line must be an object; convert it: jq -c '.[]' FILE > NEW_FILE.jsonl"
+            )
+        if re.match(rb"\{\s*?\n", head):
+            return "its JSON objects go over several lines; write each on one line: jq -c . FILE > NEW_FILE.jsonl"
+    return None
+
 
 def read_documents(
-    opener: Callable[[], BinaryIO], file: str, bad: BadData, start: int = 0, wanted: Wanted | None = None
+    opener: Callable[[], BinaryIO],
+    file: str,
+    bad: BadData,
+    start: int = 0,
+    wanted: Wanted | None = None,
+    text_key: str = "text",
 ) -> Iterator[Document]:
     """The documents of one file with record index >= start and wanted(index), if it is given.
 
-    `opener` opens the raw bytes; `file` is the name in messages, and its ending decides the format. Raises DataError
-    for a file that is missing or forbidden, and for damaged data if `bad` says so; NetworkError if `opener` does.
+    `opener` opens the raw bytes; `file` is the name in messages, and its ending decides the format. `text_key` is the
+    key or column that holds the text. Raises DataError for a file that is missing or forbidden, and for damaged data if
+    `bad` says so; NetworkError if `opener` does.
     """
     last_good = 0  # 1-based, of the records requested
     try:
         with opener() as raw:
-            for index, (line, parse) in enumerate(_records(raw, file)):
+            for index, (line, parse) in enumerate(_records(raw, file, text_key)):
                 if index >= start and (wanted is None or wanted(index)):
                     try:
                         text = parse()
@@ -56,23 +115,26 @@ def read_documents(
         raise DataError(f"{file} cannot be read: its permissions forbid it") from None
     except FileNotFoundError:
         raise DataError(f"{file} is gone; the files of a corpus must stay in place while it is used") from None
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSError and ValueError
+    except (*DAMAGE, ValueError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
         bad.rest_of_file(file, last_good, _one_line(error))
 
 
-def _records(raw: BinaryIO, file: str) -> Iterator[Record]:
-    if file.endswith(".parquet"):
-        yield from _rows(raw)
+def _records(raw: BinaryIO, file: str, text_key: str) -> Iterator[Record]:
+    stem, compression = split_ending(file)
+    if stem.endswith(".parquet"):
+        yield from _rows(raw, text_key)
         return
-    lines = gzip.open(raw) if file.endswith(".gz") else raw
-    if file.endswith(PARAGRAPH_SUFFIXES):
+    lines = decompressed(raw, compression)
+    if stem.endswith(".txt"):
         yield from _paragraphs(lines)
-        return
-    for number, text in enumerate(lines, 1):
-        yield number, partial(_text_of_json, text)
+    elif stem.endswith(".csv"):
+        yield from _csv_rows(lines, text_key)
+    else:
+        for number, text in enumerate(lines, 1):
+            yield number, partial(_text_of_json, text, text_key)
 
 
-def _text_of_json(line: bytes) -> str | None:
+def _text_of_json(line: bytes, text_key: str) -> str | None:
     """The text of a JSON line; None for a blank line. Raises ValueError for anything else."""
     if not line.strip():
         return None
@@ -80,12 +142,24 @@ def _text_of_json(line: bytes) -> str | None:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # brackets can be nested deeper than Python's stack
         raise ValueError(f"not valid JSON ({_one_line(error)})") from None
-    return _valid_text(record.get("text") if isinstance(record, dict) else None)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        raise ValueError(f"no string under the key {text_key!r}{_strings_of(record)}")
+    return _valid_text(text)
+
+
+def _strings_of(record: Mapping[str, object]) -> str:
+    """The keys of a record that hold strings, in words."""
+    names = [key for key, value in record.items() if isinstance(value, str)]
+    more = ", ..." if len(names) > MAX_KEYS else ""
+    return f" but under {', '.join(names[:MAX_KEYS])}{more}" if names else ""
 
 
 def _valid_text(text: object) -> str:
     if not isinstance(text, str):
-        raise ValueError("no string under the key 'text'")
+        raise ValueError("no string in this row")
     if not text.isascii():
         try:
             text.encode()
@@ -94,7 +168,27 @@ def _valid_text(text: object) -> str:
     return text
 
 
-def _paragraphs(lines: "BinaryIO | gzip.GzipFile") -> Iterator[Record]:
+def _csv_rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
+    """The rows after the header. Bytes that are no UTF-8 spoil their own row only."""
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text)
+    names = next(rows, [])
+    if names and text_key not in names:
+        raise ValueError(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
+    for row in rows:
+        yield rows.line_num, partial(_text_of_row, row, len(names), names.index(text_key))
+
+
+def _text_of_row(row: list[str], num_columns: int, column: int) -> str | None:
+    """The text of a row of a CSV file; None for a blank line. Raises ValueError for a row of another length."""
+    if not row:
+        return None
+    if len(row) != num_columns:
+        raise ValueError(f"the row has {len(row)} columns, the first row of the file {num_columns}")
+    return _valid_text(row[column])
+
+
+def _paragraphs(lines: BinaryIO) -> Iterator[Record]:
     """Paragraphs, each with the number of its first line; long ones are cut at line ends."""
     first, size, parts = 1, 0, list[bytes]()
     for number, line in enumerate(lines, 1):
@@ -110,13 +204,14 @@ def _paragraphs(lines: "BinaryIO | gzip.GzipFile") -> Iterator[Record]:
         yield first, b"".join(parts).decode
 
 
-def _rows(raw: BinaryIO) -> Iterator[Record]:
+def _rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
     from pyarrow import parquet  # costs 0.1 s and is needed for this format only
 
     table = parquet.ParquetFile(raw)
-    if "text" not in table.schema_arrow.names:
-        raise ValueError(f"it has no column 'text' but {', '.join(table.schema_arrow.names)}")
-    batches = table.iter_batches(batch_size=ROWS_PER_READ, columns=["text"])
+    names = table.schema_arrow.names
+    if text_key not in names:
+        raise ValueError(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
+    batches = table.iter_batches(batch_size=ROWS_PER_READ, columns=[text_key])
     texts = (text for batch in batches for text in batch.column(0).to_pylist())
     for number, text in enumerate(texts, 1):
         yield number, partial(_valid_text, text)

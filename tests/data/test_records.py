@@ -1,11 +1,17 @@
 """File formats against files written here, whole and damaged."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 import random
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sltrain.data.documents import DataError
 from sltrain.data.sources.local import LocalFiles
@@ -21,19 +27,36 @@ def read(source, **selection):
     return [(d.index, d.text) for shard in range(source.num_shards) for d in source.documents(shard, **selection)]
 
 
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+}
+
+
 def write(path, data):
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.gz", "a.parquet", "a.txt", "a.txt.gz"])
+def csv_rows(texts, key="text"):
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([["url", key], *(["x", text] for text in texts)])
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize(
+    "name",
+    "a.jsonl a.json a.json.gz a.jsonl.gz a.parquet a.txt a.txt.gz a.csv a.csv.gz a.jsonl.zst a.txt.bz2 a.json.xz "
+    "a.csv.zst".split(),
+)
 def test_every_format_gives_the_same_documents(tmp_path, name):
     path = tmp_path / name
     if name.endswith(".parquet"):
-        import pyarrow
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.table({"url": ["x"] * 50, "text": TEXTS}), path, row_group_size=7)
+    elif ".csv" in name:
+        write(path, csv_rows(TEXTS))
     elif ".txt" in name:
         write(path, ("\n\n \n".join(TEXTS) + "\n").encode())
     else:
@@ -63,6 +86,64 @@ def test_files_are_read_in_order_of_their_paths_each_once(tmp_path, monkeypatch)
     assert LocalFiles("~/?.jsonl").num_shards == 2
 
 
+def test_a_file_counts_once_however_many_links_lead_to_it(tmp_path, lines):
+    """Two links from a folder to itself: a search that follows both everywhere finds 2^40 paths."""
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "a.jsonl", json_lines(["a"]))
+    write(tmp_path / "deep" / "b.jsonl", json_lines(["b"]))
+    (tmp_path / "beside.jsonl").symlink_to("a.jsonl")
+    for name in ("one", "two"):
+        (tmp_path / "deep" / name).symlink_to(tmp_path)
+    source = LocalFiles(f"{tmp_path}/**/*.jsonl")
+    assert [os.path.relpath(path, tmp_path) for path in source.paths] == ["a.jsonl", "deep/b.jsonl"]
+    assert "1 of 3 paths lead to files that others lead to as well" in lines[-1]
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "linked").symlink_to(tmp_path / "deep")
+    assert [text for _, text in read(LocalFiles(f"{tmp_path}/apart/**"))] == ["b", "a"]  # links are followed
+
+
+WRONG_KINDS = {
+    "array.json": (b'[\n{"text": "a"},\n{"text": "b"}]', r"JSON array.*jq -c '\.\[\]'"),
+    "pretty.json": (b'{\n  "text": "a"\n}\n', "several lines.*jq -c"),
+    "utf16.txt": ("some text".encode("utf-16"), "UTF-16.*iconv"),
+    "utf16.jsonl.gz": ('{"text": "a"}\n'.encode("utf-16-le"), "UTF-16.*iconv"),
+    "zipped.jsonl": (gzip.compress(json_lines(TEXTS)), r"rename it to .*zipped\.jsonl\.gz"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "blank.jsonl": (json_lines(["", " ", "\n"]), "holds no text: every record is blank"),
+    "other_key.jsonl": (b'{"content": "a", "url": "b", "n": 1}\n', "'text' but under content, url; set data.text_key"),
+    "other_column.csv": (b"id,content\n1,a\n", "no column 'text' but id, content.*set data.text_key"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_file_of_the_wrong_kind_is_refused_with_its_cure(tmp_path, name):
+    """Whatever on_bad_data says: skipped, it would be a run on nothing."""
+    data, words = WRONG_KINDS[name]
+    with pytest.raises(DataError, match=words):
+        LocalFiles(write(tmp_path / name, data), "skip").check()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_the_text_is_under_the_key_that_was_named(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.table({"body": TEXTS}), path)
+    else:
+        write(
+            path, csv_rows(TEXTS, "body") if name.endswith(".csv") else json_lines(TEXTS).replace(b'"text"', b'"body"')
+        )
+    source = LocalFiles(str(path), text_key="body")
+    source.check()
+    assert [text for _, text in read(source)] == TEXTS
+    assert source.fingerprint() != LocalFiles(str(path)).fingerprint()
+
+
+def test_a_bad_row_of_a_csv_file_is_skipped_alone(tmp_path, lines):
+    path = write(tmp_path / "a.csv", b'text,n\n"a, ""b""\nc",1\nshort\n\xff,2\n\nlast,3\n')
+    assert read(LocalFiles(path)) == [(0, 'a, "b"\nc'), (4, "last")]
+    assert ["columns" in lines[0], "not valid Unicode" in lines[1], len(lines)] == [True, True, 2]
+
+
 def test_the_fingerprint_follows_names_and_sizes_not_the_folder(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
@@ -77,7 +158,7 @@ def test_wrong_paths_are_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder.*json\.gz"):
         LocalFiles(str(tmp_path))
     with pytest.raises(ValueError, match=r"unknown ending.*\.parquet"):
-        LocalFiles(write(tmp_path / "a.csv", b"x"))
+        LocalFiles(write(tmp_path / "a.tsv", b"x"))
     with pytest.raises(ValueError, match="no path given"):
         LocalFiles([])
     with pytest.raises(ValueError, match="skip or stop"):
@@ -147,9 +228,6 @@ def test_a_file_of_another_kind_is_skipped_as_damaged(tmp_path, name, lines):
 
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.table({"content": TEXTS}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text' but content"):
         read(LocalFiles(f"{tmp_path}/a.parquet", "stop"))

@@ -1,15 +1,22 @@
-"""data=local: files on this machine, one shard a file, in the order of their paths."""
+"""data=local: files on this machine, one shard a file, in the order of their paths.
+
+A file counts once, by its real path, however many links lead to it. What is wrong with whole files (a JSON array, no
+UTF-8, no text under the key) is found by `check`, before anything is trained on them.
+"""
 
 import glob
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, BinaryIO
 
 from sltrain.data.documents import BadData, DataError, Document, Source, Wanted
-from sltrain.data.records import SUFFIXES, read_documents
+from sltrain.data.records import check_ending, read_documents, wrong_kind
 from sltrain.data.sources.base import SOURCES, SourceConfig
+
+logger = logging.getLogger(__name__)
 
 
 @SOURCES.register("local")
@@ -17,7 +24,8 @@ from sltrain.data.sources.base import SOURCES, SourceConfig
 class Local(SourceConfig):
     """Options of data=local."""
 
-    path: Any = None  # a glob or a list of globs
+    path: Any = None  # a glob or a list of globs; ** enters folders, also linked ones, each once
+    text_key: str = "text"  # key of JSON objects, or column of .csv and .parquet, that holds the text
     on_bad_data: str = "skip"  # skip or stop
 
     def check(self) -> None:
@@ -30,24 +38,33 @@ class Local(SourceConfig):
             raise ValueError(f"data.path={self.path}: must be a glob, or a list of them")
 
     def open_training(self) -> Source:
-        return LocalFiles(self.path, on_bad_data=self.on_bad_data)
+        return LocalFiles(self.path, on_bad_data=self.on_bad_data, text_key=self.text_key)
 
 
 class LocalFiles:
     """The documents of files on this machine, one shard a file.
 
-    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is their option in messages.
-    Raises ValueError if a pattern matches no file or a file has an unknown ending.
+    `patterns` is a path or a glob, or a list of them; `~` and `**` are expanded. `key` is their option in messages,
+    `text_key` the key or column that holds the text. Raises ValueError if a pattern matches no file or a file has an
+    unknown ending.
     """
 
-    def __init__(self, patterns: str | Sequence[str], on_bad_data: str = "skip", key: str = "path") -> None:
+    def __init__(
+        self, patterns: str | Sequence[str], on_bad_data: str = "skip", key: str = "path", text_key: str = "text"
+    ) -> None:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
             raise ValueError(f"no path given; set {key} to a file, a glob or a list of them")
-        self.paths = sorted({path for pattern in patterns for path in _expand(pattern, key)})
+        found = {path for pattern in patterns for path in _expand(pattern, key)}
+        self.paths = _once_each(found)
+        if num_links := len(found) - len(self.paths):
+            logger.info(
+                f"{key}={' '.join(patterns)}: {num_links} of {len(found)} paths lead to files that others lead to as "
+                "well; each file is read once"
+            )
         for path in self.paths:
-            if not path.endswith(SUFFIXES):
-                raise ValueError(f"{path}: unknown ending; a text corpus is read from {' '.join(SUFFIXES)}")
+            check_ending(path)
+        self.text_key = text_key
         self.name = " ".join(patterns)
         self.num_shards = len(self.paths)
         self.bad = BadData(on_bad_data)
@@ -57,7 +74,8 @@ class LocalFiles:
         sizes = self.shard_sizes()
         files = list(zip(map(os.path.basename, self.paths), sizes, strict=True))
         digest = sha256(repr(files).encode()).hexdigest()[:32]
-        return f"{len(files)} files, {sum(sizes):,} bytes, {digest}"
+        key = "" if self.text_key == "text" else f", key {self.text_key}"
+        return f"{len(files)} files, {sum(sizes):,} bytes, {digest}{key}"
 
     def shard_sizes(self) -> list[int]:
         try:
@@ -69,10 +87,26 @@ class LocalFiles:
         for path in self.paths:
             if not os.access(path, os.R_OK):
                 raise DataError(f"{path} cannot be read: it is gone or its permissions forbid it")
+            if why := wrong_kind(_opener(path), path):
+                raise DataError(f"{path}: {why}")
+        documents = (document for shard in range(self.num_shards) for document in self.documents(shard))
+        if not any(document.text.strip() for document in documents):
+            raise DataError(f"{self.name} holds no text: {self._why_no_text()}")
+
+    def _why_no_text(self) -> str:
+        first = self.bad.first
+        if first is None:
+            return "every record is blank; supply other files"
+        cure = "; set data.text_key to the one that holds the text" if repr(self.text_key) in first else ""
+        return f"no record can be used. The first: {first}{cure}"
 
     def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
         path = self.paths[shard]
-        return read_documents(lambda: open(path, "rb"), path, self.bad, start, wanted)
+        return read_documents(_opener(path), path, self.bad, start, wanted, self.text_key)
+
+
+def _opener(path: str) -> Callable[[], BinaryIO]:
+    return lambda: open(path, "rb")
 
 
 def _expand(pattern: str, key: str) -> list[str]:
@@ -83,7 +117,35 @@ def _expand(pattern: str, key: str) -> list[str]:
         raise ValueError(
             f"{key}={pattern} is a folder; name the files in it, for example {key}={pattern.rstrip('/')}/*.json.gz"
         )
-    files = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+    files = [match for match in _matches(path) if os.path.isfile(match)]
     if not files:
         raise ValueError(f"{key}={pattern} matches no file (searched from {os.getcwd()})")
     return files
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The paths that a glob matches; `**` stands for any folders. It follows links to folders, but enters no folder
+    twice: a folder with a link to itself would otherwise hold each file 40 times, and with two links 2^40 times."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    place = parts.index("**")
+    roots = glob.glob(os.sep.join(parts[:place]) or os.sep) if place else ["."]
+    entered = set[str]()
+    for root in roots:
+        for folder, folders, _ in os.walk(root, followlinks=True):
+            folders[:] = [name for name in sorted(folders) if not name.startswith(".")]  # as glob does
+            real = os.path.realpath(folder)
+            if real in entered:
+                logger.info(f"{folder} leads to a folder that is searched already; not searched again")
+                folders.clear()
+                continue
+            entered.add(real)
+            yield from _matches(os.path.join(glob.escape(os.path.normpath(folder)), *(parts[place + 1 :] or ["*"])))
+
+
+def _once_each(paths: set[str]) -> list[str]:
+    """The paths in order, of those that lead to one file only the shortest."""
+    by_file = {os.path.realpath(path): path for path in sorted(paths, key=lambda path: (-len(path), path))}
+    return sorted(by_file.values())
