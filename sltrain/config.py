@@ -93,6 +93,7 @@ class TrainConfig:
     split: str | None = None  # data=hf: its split; None: train
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
     tokenizer: str = MISSING  # tokenizer.json, Hub name, bpe:SIZE to train one; auto: data's, init_from's or t5-base
+    tokenizer_eos: str | None = None  # its token that ends documents; None: by tokenizer_config.json or common names
     padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
     attention: str = MISSING  # full: a token sees all before it in its row; document: those of its document only
     seq_len: int = MISSING  # tokens a row

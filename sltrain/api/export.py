@@ -114,7 +114,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
             (folder / CODE.name).write_bytes(CODE.read_bytes())
     write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
-    write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.special_tokens()))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.settings()))
     (folder / "tokenizer.json").write_bytes(plain_tokenizer(tokenizer.json).encode())
 
 

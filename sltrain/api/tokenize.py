@@ -26,6 +26,7 @@ from sltrain.api.tokenize_slice import Job, Slice, Worker, open_validation, read
 from sltrain.building.data import build_sources, build_tokenizer
 from sltrain.config import TrainConfig
 from sltrain.data.documents import DataError, Source
+from sltrain.data.special_tokens import CONFIG_FILE
 from sltrain.data.token_folder import META_FILE, TOKENIZER_FILE, UNFINISHED, Meta, Part, file_sha256, read_meta, verify
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
@@ -148,6 +149,7 @@ def _begin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> Plan:
     for name in ("train", "validation", UNFINISHED):
         (folder / name).mkdir(exist_ok=True)
     write_atomically(folder / TOKENIZER_FILE, tokenizer.json)
+    write_atomically(folder / CONFIG_FILE, json.dumps(tokenizer.settings(), indent=2) + "\n")
     write_atomically(file, json.dumps(asdict(plan), indent=1))
     return plan
 
@@ -156,7 +158,13 @@ def _job(folder: Path, config: TrainConfig, holds_out: bool, tokenizer: Tokenize
     return Job(
         folder,
         {"train": config.data.open_training, "validation": partial(open_validation, config)},
-        partial(Tokenizer, tokenizer.json, config.tokenizer),
+        partial(
+            Tokenizer,
+            tokenizer.json,
+            config.tokenizer,
+            settings=tokenizer.settings(),
+            on_bad_data=config.on_bad_data,
+        ),
         tokenizer.vocab_size,
         config.data.holdout_every if holds_out else 0,
         os.getpid(),
@@ -230,9 +238,9 @@ def _meta(
     slices: list[Slice],
 ) -> Meta:
     """What is known once all slices are complete."""
-    tokenizer_file = folder / TOKENIZER_FILE
     files: dict[str, dict[str, Any]] = {
-        TOKENIZER_FILE: {"bytes": tokenizer_file.stat().st_size, "sha256": file_sha256(tokenizer_file)}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        for name in (TOKENIZER_FILE, CONFIG_FILE)
     }
     shards = {"train": source, "validation": validation or source}
     slices_of = {"train": plan.num_slices["train"], "validation": plan.num_slices.get("validation")}

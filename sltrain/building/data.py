@@ -9,6 +9,7 @@ from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.sources.local import LocalFiles
+from sltrain.data.special_tokens import read_settings
 from sltrain.data.stream import TrainStream
 from sltrain.data.token_folder import TokenFiles
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +38,7 @@ def build_validation_source(config: TrainConfig) -> Source | None:
 def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: RunFolder | None = None) -> Tokenizer:
     """The tokenizer: of a run that continues with the same name of it the run's own file. Rank 0 goes first: it may
     train or download, the others then find the result in the cache."""
+    begun_with = read_settings(folder.path) if folder is not None and folder.has_checkpoint else None
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "sltrain"
     except RuntimeError:  # a user without a home, in a container
@@ -49,6 +51,9 @@ def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: R
             source=source,
             holdout_every=config.data.holdout_every,
             cache_dir=cache,
+            eos=config.tokenizer_eos,
+            on_bad_data=config.on_bad_data,
+            begun_with=begun_with,
         )
 
     if isinstance(source, TokenFiles) and config.tokenizer.startswith("bpe:"):

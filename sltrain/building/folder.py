@@ -1,15 +1,19 @@
 """Config -> the folder of its run: found and checked before anything is built, claimed when everything is known."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
 from sltrain.building.phases import phases_of
 from sltrain.compose import read_config
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, rate_schedule
+from sltrain.data.special_tokens import CONFIG_FILE
+from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.actions import begun
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.sealed_folder import write_atomically
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -64,13 +68,16 @@ def _check_budget(config: TrainConfig, folder: RunFolder) -> None:
     folder.reopens = folder.is_finished
 
 
-def claim_folder(folder: RunFolder, config: TrainConfig, tokenizer_json: str, ranks: Ranks) -> None:
+def claim_folder(folder: RunFolder, config: TrainConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
     """Make the folder this run's: see `RunFolder.claim`. Its path may get a suffix."""
     plain = dataclasses.asdict(config)
 
     def claim() -> Path:
         try:
-            return folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer_json)
+            path = folder.claim(plain, config.resume, CHANGEABLE_ON_RESUME, tokenizer.json)
+            if not folder.has_checkpoint:
+                write_atomically(path / CONFIG_FILE, json.dumps(tokenizer.settings(), indent=2) + "\n")
+            return path
         except OSError as error:
             raise ValueError(
                 f"run_dir={folder.path} cannot be written: {error.strerror}; choose another one"

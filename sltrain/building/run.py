@@ -66,7 +66,7 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     describe(config, model, source, tokenizer, eval_set, ranks)
     plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks))
     resources.callback(folder.release)
-    claim_folder(folder, config, tokenizer.json, ranks)
+    claim_folder(folder, config, tokenizer, ranks)
     logger.info(f"run folder {folder.path}")
     trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan, start)
     for sink in trainer.sinks:

@@ -16,6 +16,7 @@ from sltrain.building.model import build_model
 from sltrain.building.phases import change_until
 from sltrain.compose import read_config, read_plain
 from sltrain.config import ROPE_TYPES, ModelConfig, RopeScaling, TrainConfig
+from sltrain.data.special_tokens import AS_TEXT, read_settings
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
@@ -186,7 +187,10 @@ def _rotary(content: dict[str, Any]) -> dict[str, Any]:
 def read_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """The tokenizer that a run or an export was saved with."""
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it from where the folder comes from") from error
-    return Tokenizer(text, str(path), vocab_size)
+    settings = read_settings(path.parent)
+    return Tokenizer(
+        text, str(path), vocab_size, settings=settings, controls_as_text=bool(settings.get(AS_TEXT, False))
+    )

@@ -78,6 +78,9 @@ OTHERS = {
     "path": "data_path data_dir data_files train_file train_files train_data train_path dataset_dir training_data",
     "validation_path": "validation_file eval_file val_file val_path eval_path valid_path val_data eval_data test_path",
     "tokenizer": "tokenizer_name tokenizer_path tokenizer_name_or_path tokenizer_dir tokenizer_file",
+    "tokenizer_eos": "eos eos_token eos_token_id eod_token append_eod append_eos add_eos",
+    "data.text_key (data=local, data=hf)": "text_key text_column text_field text_column_name dataset_text_field"
+    " content_key json_key json_keys jsonl_keys column column_name",
     "padding=pack": "packing group_by_length group_texts pack concat_tokens",
     "tracker=wandb": "wandb report_to use_wandb wandb_log logger logger_name log_with enable_wandb with_tracking"
     " trackers wandb_enabled",

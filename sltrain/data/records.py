@@ -158,6 +158,8 @@ def _strings_of(record: Mapping[str, object]) -> str:
 
 
 def _valid_text(text: object) -> str:
+    if isinstance(text, bytes):  # a column that was written without saying that it is text
+        text = text.decode()
     if not isinstance(text, str):
         raise ValueError("no string in this row")
     if not text.isascii():

@@ -1,7 +1,7 @@
 """A folder of token ids that `sltrain-tokenize` wrote: text is tokenized once, and training only reads ids.
 
     meta.json                 the format, the corpus, the tokenizer, counts, and size and SHA-256 of every other file
-    tokenizer.json            what made the ids
+    tokenizer.json            what made the ids; tokenizer_config.json, which of its tokens end and pad texts
     train/00003-1.ids         ids of the documents of slice 1 of shard 3, one after the other: uint16 or uint32
     train/00003-1.documents   int64 (n, 2): a document's record index in its shard, and where its ids end in .ids
     validation/...            the same, and .bytes: uint32, the UTF-8 bytes of text that each id covers

@@ -15,7 +15,7 @@ which may swallow the spaces around it), is not looked up at all: the caller tok
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
@@ -33,13 +33,16 @@ BYTES_PER_ID = 4  # ids are stored as int32
 REJECTED = array("i", [-1]).tobytes()
 
 
-def word_cache(tokenizer: tokenizers.Tokenizer, spec: dict[str, Any]) -> "WordCache | None":
-    """The table of a tokenizer with tokenizer.json `spec`; None if its words are not independent.
+def word_cache(
+    tokenizer: tokenizers.Tokenizer, spec: dict[str, Any], controls: Collection[str] = ()
+) -> "WordCache | None":
+    """The table of a tokenizer with tokenizer.json `spec`; None if its words are not independent. Texts with one of
+    `controls` written out are not looked up, as those with an added token.
 
     `tokenizer` must neither truncate nor pad.
     """
     rule = cut_rule(tokenizer, spec)
-    added_tokens = [token["content"] for token in spec.get("added_tokens", [])]
+    added_tokens = [*(token["content"] for token in spec.get("added_tokens", [])), *sorted(controls)]
     return None if rule is None else WordCache(tokenizer, rule, added_tokens)
 
 

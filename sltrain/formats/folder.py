@@ -96,14 +96,15 @@ def tensor_sizes(layers: dict[str, nn.Module]) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(max_length: int, tokens: dict[str, str]) -> dict[str, Any]:
-    """tokenizer_config.json; `tokens` are those of eos_token, pad_token, unk_token and bos_token that exist."""
+def tokenizer_config(max_length: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json; `settings` are the tokens that begin, end and pad texts, and how written out ones are
+    read, under transformers' names (data/special_tokens.py)."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",  # a continuation must follow its prompt, not the pads
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        **tokens,
+        **settings,
     }
 
 

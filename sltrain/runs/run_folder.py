@@ -3,6 +3,7 @@
     outputs/2026-01-31_12-00-00_llama_60m_sltrain/
         config.yaml       the composed configuration of the latest start
         tokenizer.json    the tokenizer, unmodified
+        tokenizer_config.json   which of its tokens end and pad texts; a run of an earlier version lacks it
         metrics.jsonl     one line an event
         checkpoints/      see checkpoint.py
         summary.json      the final line; it exists if and only if the run is finished

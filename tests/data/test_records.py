@@ -138,6 +138,15 @@ def test_the_text_is_under_the_key_that_was_named(tmp_path, name):
     assert source.fingerprint() != LocalFiles(str(path)).fingerprint()
 
 
+@pytest.mark.parametrize(
+    "kind", [pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+)
+def test_a_parquet_column_of_any_kind_of_text_is_read(tmp_path, kind):
+    column = pyarrow.array([text.encode() for text in TEXTS] if kind == pyarrow.binary() else TEXTS).cast(kind)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert [text for _, text in read(LocalFiles(f"{tmp_path}/a.parquet"))] == TEXTS
+
+
 def test_a_bad_row_of_a_csv_file_is_skipped_alone(tmp_path, lines):
     path = write(tmp_path / "a.csv", b'text,n\n"a, ""b""\nc",1\nshort\n\xff,2\n\nlast,3\n')
     assert read(LocalFiles(path)) == [(0, 'a, "b"\nc'), (4, "last")]

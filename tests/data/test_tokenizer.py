@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sltrain.data import tokenizer as module
 from sltrain.data.bpe import train_bpe
-from sltrain.data.documents import is_held_out
+from sltrain.data.documents import DataError, is_held_out
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -134,7 +134,7 @@ def test_cutting_is_exact_on_real_text():
 
 def test_sentinels_become_unk_are_counted_and_named_once(lines):
     size = unigram(num_sentinels=0).get_vocab_size()
-    tokenizer = Tokenizer(unigram().to_str(), "test", size)
+    tokenizer = Tokenizer(unigram().to_str(), "test", size, controls_as_text=False)
     assert tokenizer.vocab_size == size
     texts = ["a<extra_id_0>b<extra_id_2>", "ab", "<extra_id_1>"]
     for ids, plain in zip(encode(tokenizer, texts), unigram().encode_batch(texts), strict=True):
@@ -167,6 +167,86 @@ def test_special_tokens_are_found_by_name_or_missed_in_words():
     raw = unigram(with_unk=False)
     with pytest.raises(ValueError, match="no <unk>"):
         Tokenizer(raw.to_str(), "test", unigram(num_sentinels=0).get_vocab_size())
+
+
+@pytest.mark.parametrize("spec", [BPE, unigram().to_str()])
+def test_a_control_token_written_out_is_text_counted_and_reported_once(spec, lines):
+    raw, tokenizer = tokenizers.Tokenizer.from_str(spec), Tokenizer(spec, "test")
+    texts = ["a </s> b", "a<pad>b </s>", "plain"]
+    ids = encode(tokenizer, texts)
+    assert all({0, 1}.isdisjoint(row[:-1]) for row in ids) and ids[2] == [*encode(Tokenizer(spec, "x"), ["plain"])[0]]
+    assert (
+        tokenizer.controls_written == 3 and len(lines) == 1 and "</s> written out: it is read as plain text" in lines[0]
+    )
+    before = Tokenizer(spec, "test", controls_as_text=False)
+    assert encode(before, texts)[0] == [*raw.encode(texts[0], add_special_tokens=False).ids, 1] != ids[0]
+    assert before.fingerprint() != tokenizer.fingerprint()
+
+
+def test_the_token_that_ends_documents_is_named_beside_the_file_or_by_the_user(tmp_path):
+    raw = unigram()
+    raw.add_special_tokens(["<end>", "<fill>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    plain = load_tokenizer(str(tmp_path))
+    settings = {"eos_token": {"content": "<end>"}, "pad_token": "<fill>", "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    named = load_tokenizer(str(tmp_path))
+    assert (named.eos_id, named.pad_id) == (raw.token_to_id("<end>"), raw.token_to_id("<fill>"))
+    assert encode(named, ["a"])[0][-1] == named.eos_id and named.fingerprint() != plain.fingerprint()
+    assert load_tokenizer(str(tmp_path), eos="<fill>").eos_id == raw.token_to_id("<fill>")
+    again = load_tokenizer(str(tmp_path), begun_with=named.settings())
+    assert again.fingerprint() == named.fingerprint()
+    assert load_tokenizer(str(tmp_path), begun_with={}).eos_id == plain.eos_id  # a run of an earlier version
+    with pytest.raises(ValueError, match="tokenizer_eos=<nothing>: .* no such token"):
+        load_tokenizer(str(tmp_path), eos="<nothing>")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read.*restore it"):
+        load_tokenizer(str(tmp_path))
+
+
+def no_unknown():
+    """A tokenizer that raises on what it does not know."""
+    raw = tokenizers.Tokenizer(tokenizers.models.Unigram([("</s>", 0.0), ("▁", -1.0), ("a", -2.0), ("b", -2.0)]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    return raw
+
+
+def test_a_tokenizer_that_cannot_encode_a_character_is_refused_at_the_start(tmp_path):
+    raw = no_unknown()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"cannot encode .* \(U\+FFFD\).*bpe:8192"):
+        load_tokenizer(str(tmp_path))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"cannot encode"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("max_len", [None, 4])
+def test_a_text_that_cannot_be_encoded_is_bad_data(max_len, lines):
+    tokenizer = Tokenizer(no_unknown().to_str(), "test")
+    texts = ["a b", "a é b", "b"]
+    for _ in range(3):
+        assert encode(tokenizer, texts, max_len) == [
+            [1, 2, 1, 3, 0][:3] + [0] if max_len else [1, 2, 1, 3, 0],
+            [],
+            [1, 3, 0],
+        ]
+    assert [ids for ids, _ in tokenizer.encode_with_bytes(texts)] == encode(tokenizer, texts)
+    assert len(lines) == 3 and "'a é b'" in lines[0] and "no further warnings" in lines[2]
+    with pytest.raises(DataError, match="cannot encode the text that begins with 'a é b'"):
+        Tokenizer(no_unknown().to_str(), "test", on_bad_data="stop").encode_batch(texts, max_len)
+
+
+def test_other_formats_say_how_to_convert_them(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    for spec in (f"{tmp_path}/tokenizer.model", str(tmp_path)):
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.model is not a tokenizer\.json; convert it .*save_pretrained"
+        ):
+            load_tokenizer(spec)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + BPE.encode())  # as some editors save it
+    assert load_tokenizer(str(tmp_path)).json == BPE
 
 
 @needs_t5
@@ -285,7 +365,7 @@ def test_a_prompt_of_other_tokenizers():
     for empty in (tokenizer, BYTE_LEVEL, Tokenizer(raw.to_str(), "test")):
         with pytest.raises(ValueError, match="prompt holds no text"):
             empty.encode_prompt("")
-    small = Tokenizer(unigram(num_sentinels=3).to_str(), "test", vocab_size=32)
+    small = Tokenizer(unigram(num_sentinels=3).to_str(), "test", vocab_size=32, controls_as_text=False)
     assert 2 in small.encode_prompt("a <extra_id_0> b") and max(small.encode_prompt("a <extra_id_0> b")) < 32
 
 
@@ -315,7 +395,7 @@ def test_a_character_comes_whole(text):
     ids = BYTE_LEVEL.encode_prompt(text)
     text_of = BYTE_LEVEL.text_stream()
     pieces = [text_of(token) for token in ids]
-    assert "".join(pieces) == BYTE_LEVEL.decode(ids) == text.replace("</s>", "")
+    assert "".join(pieces) == BYTE_LEVEL.decode(ids) == text
     assert sum(piece != "" for piece in pieces) > 3 and "\ufffd" not in "".join(pieces)
 
 

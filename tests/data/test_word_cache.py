@@ -88,11 +88,25 @@ def spec_of(kind):
 
 @cache
 def loaded(kind):
-    """The plain library, and a tokenizer whose table fills as the tests continue."""
+    """The plain library, and a tokenizer whose table fills as the tests continue; to both, control tokens written out
+    in a text are control tokens."""
     raw = tokenizers.Tokenizer.from_str(spec_of(kind))
     raw.no_truncation()
     raw.no_padding()
-    return raw, Tokenizer(spec_of(kind), kind)
+    return raw, Tokenizer(spec_of(kind), kind, controls_as_text=False)
+
+
+@cache
+def reads_text(kind):
+    """To these, control tokens written out are text: the library with its own switch, and two of ours, the second
+    without a table."""
+    raw = tokenizers.Tokenizer.from_str(spec_of(kind))
+    raw.no_truncation()
+    raw.no_padding()
+    raw.encode_special_tokens = True
+    ours, slow = Tokenizer(spec_of(kind), kind), Tokenizer(spec_of(kind), kind)
+    slow._words = None
+    return raw, ours, slow
 
 
 def unpack(ids):
@@ -121,6 +135,24 @@ def test_ids_are_those_of_the_whole_text(kind, texts, max_len, look):
         cut = [ids if max_len is None else ids[: max_len - 1] for ids in expected]
         whole = [[*ids, tokenizer.eos_id] if ids else [] for ids in cut]
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts, max_len)] == whole
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "t5", "t5_own", "gpt2", "gpt2_nfc"])
+@settings(max_examples=80, deadline=None)
+@given(texts=st.lists(TEXTS, max_size=4), max_len=st.sampled_from([None, 5, 30]))
+def test_control_tokens_written_out_are_text(kind, texts, max_len):
+    if kind in NEEDS_SHARED and not SHARED.is_dir():
+        pytest.skip("no folder of shared data beside the checkout")
+    raw, ours, slow = reads_text(kind)
+    controls = {i for i, token in raw.get_added_tokens_decoder().items() if token.special} - {ours.unk_id}
+    found = [ids.tolist() for ids in ours.encode_batch(texts, max_len)]
+    assert found == [ids.tolist() for ids in slow.encode_batch(texts, max_len)]
+    for text, ids in zip(texts, found, strict=True):
+        assert not controls & {*ids[:-1]}
+        expected = raw.encode(text, add_special_tokens=False).ids
+        if not controls & {*expected}:  # the library's switch is enough for byte-level models
+            assert ids[:-1] == (expected if max_len is None else expected[: max_len - 1])
+        assert not kind.startswith(("bpe", "gpt2")) or not controls & {*expected}
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
@@ -163,7 +195,7 @@ def test_texts_that_cannot_be_looked_up_are_rejected(text, is_rejected, shared_d
 
 
 def test_sentinels_are_counted_at_every_meeting(shared_data):
-    tokenizer = Tokenizer(spec_of("t5"), "t5", 32000)
+    tokenizer = Tokenizer(spec_of("t5"), "t5", 32000, controls_as_text=False)
     texts = ["one <extra_id_0> two <extra_id_5>", "no sentinel", "<extra_id_0>"]
     first = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == first
