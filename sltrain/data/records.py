@@ -143,7 +143,7 @@ def _text_of_json(line: bytes, text_key: str) -> str | None:
     except (ValueError, RecursionError) as error:  # brackets can be nested deeper than Python's stack
         raise ValueError(f"not valid JSON ({_one_line(error)})") from None
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError(f"not a JSON object with the key {text_key!r}")
     text = record.get(text_key)
     if not isinstance(text, str):
         raise ValueError(f"no string under the key {text_key!r}{_strings_of(record)}")

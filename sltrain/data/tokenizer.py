@@ -140,6 +140,7 @@ class Tokenizer:
             )
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
+        self._check_character("a")
         self._prefix = self._leading_specials()
         self._begin, self._end = _packed(self._prefix), _packed([self.eos_id])
         self._holds_control = re.compile(
@@ -237,20 +238,23 @@ class Tokenizer:
         return {**self.special_tokens(), AS_TEXT: self.controls_as_text}
 
     def probe(self) -> None:
-        """Raise ValueError if the tokenizer cannot encode some character: a record with it would end the training."""
+        """Raise ValueError if the tokenizer cannot encode some character: a record with it would be lost."""
         try:
             self._tokenizer.encode_batch_fast(list(PROBE), add_special_tokens=False)
         except Exception:  # tokenizers raises bare Exception
             for character in PROBE:
-                try:
-                    self._tokenizer.encode(character, add_special_tokens=False)
-                except Exception as error:
-                    raise ValueError(
-                        f"tokenizer {self.name} cannot encode {character!r} (U+{ord(character):04X}): "
-                        f"{_one_line(error)}; give it an unknown token or byte fallback, or use another tokenizer, "
-                        "such as tokenizer=bpe:8192"
-                    ) from None
+                self._check_character(character)
             raise
+
+    def _check_character(self, character: str) -> None:
+        """Raise ValueError if the tokenizer cannot encode this character."""
+        try:
+            self._tokenizer.encode(character, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(
+                f"tokenizer {self.name} cannot encode {character!r} (U+{ord(character):04X}): {_one_line(error)}; give "
+                "it an unknown token or byte fallback, or use another tokenizer, such as tokenizer=bpe:8192"
+            ) from None
 
     def _name_of(self, i: int) -> str:
         return shown(str(self._tokenizer.id_to_token(i)))
