@@ -11,6 +11,8 @@ Checks that need only these numbers are in `validate` and in each plug-in's `che
 corpus or the machine are in building/. Nothing here imports torch.
 """
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(
                 f"{key}={globs}: must be a glob, or a list of them as in {key}=[/a/*.json.gz,/b/*.json.gz]"
             )
+    _validate_names_of_files(config)
     if config.path and not hasattr(config.data, "path"):
         raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
     for key in ("repo", "config", "split"):
@@ -262,6 +265,20 @@ def validate(config: TrainConfig) -> None:
                 f" drop {key}"
             )
     config.data.check()
+
+
+def _validate_names_of_files(config: TrainConfig) -> None:
+    """Refuse what a shell was meant to replace."""
+    for key in ("run_dir", "tokenizer", "path", "validation_path"):
+        value = get_key(config, key)
+        for name in value if isinstance(value, list) else [value]:
+            if name == "":
+                raise ValueError(f"{key} is empty: is the variable set that it was typed with? Give a name, or drop it")
+            if name is not None and re.search(r"\$\w", name) and not os.path.exists(name):
+                raise ValueError(
+                    f"{key}={name}: $ is not replaced here; let the shell do it, without single quotes, or write ~ for"
+                    " your home"
+                )
 
 
 def _validate_update(config: TrainConfig) -> None:

@@ -42,6 +42,8 @@ def run_command(arguments: list[str]) -> ExitCode:
     """Run `sltrain-generate` with these arguments and return its exit code."""
     try:
         typed = arguments_parser().parse_args(arguments)
+        if not typed.prompt:
+            raise ValueError('--prompt is empty: write the beginning of a text, such as --prompt "The"')
         from sltrain.api.generate import continue_text
 
         for text in continue_text(

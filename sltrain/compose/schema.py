@@ -90,7 +90,7 @@ def plugin_defaults(group: str, name: str) -> DictConfig:
     registry = PLUGINS[group]
     schema = _plugin_schema(group, name)
     file = conf_dir() / group / f"{name}.yaml" if registry.is_built_in(name) else registry.defaults_file(name)
-    own = {} if file is None else yaml.safe_load(file.read_text()) or {}
+    own = {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     own.pop("defaults", None)
     defaults = OmegaConf.merge(schema, {"name": name}, own)
     assert isinstance(defaults, DictConfig)

@@ -129,10 +129,13 @@ def _merge(overrides: list[str], schema: Schema) -> DictConfig:
 
 def to_config(config: DictConfig, schema: Schema) -> Any:
     """The composed configuration as plain dataclasses. Raises ValueError for a mandatory key that nothing sets."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} is not set; {schema.advice}")
-    result = OmegaConf.to_object(config)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"{missing[0]} is not set; {schema.advice}")
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error, [])) from error
     assert isinstance(result, schema.type)
     if isinstance(result, TrainConfig) and result.tokenizer == "auto":
         result.tokenizer = result.data.own_tokenizer() or default_tokenizer(result.init_from)

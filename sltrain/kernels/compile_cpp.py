@@ -35,7 +35,7 @@ def load_cpp(source: Path) -> ctypes.CDLL:
     """The library of a C++ file, from the cache or compiled now. Raises CannotCompile, and OSError if not even a
     temporary folder can be created."""
     compiler, version = _find_compiler()
-    code = source.read_text()
+    code = source.read_text(encoding="utf-8")
     name = _digest("\0".join([code, *FLAGS, *NATIVE, *compiler, version, _machine()]).encode())
     folder = _cache_folder()
     if folder is not None:

@@ -57,6 +57,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "betas": (["optimizer.betas=[0.9]"], ["optimizer.betas"]),
     "no heads": (["model.num_attention_heads=0"], ["model.num_attention_heads=0"]),
     "path is a number": (["path=5"], ["path=5", "glob"]),
+    "variable in single quotes": (["run_dir=$HOME/runs"], ["run_dir=$HOME/runs", "~", "single quotes"]),
+    "variable of a path": (["path=[$DATA/a.gz]"], ["path=$DATA/a.gz", "single quotes"]),
+    "variable with braces": (["run_dir=${HOME}/runs"], ["run_dir: Interpolation key 'HOME'", "${oc.env:NAME}"]),
+    "variable that is not set": (["run_dir="], ["run_dir is empty"]),
     "run_dir is a file": (["run_dir=/etc/hostname"], ["/etc/hostname"]),
 }
 
