@@ -26,7 +26,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files: dict[tuple[str, str], bytes] = {}
-        self.revision = REVISION  # the only commit, and what `main` is
+        self.revision = REVISION  # what `main` is
+        self.older: set[str] = set()  # commits before, which hold the same files
         self.private: dict[str, str] = {}  # repository -> X-Error-Code of its refusals
         self.faults: list[int | str | None] = []
         self.broken: set[str] = set()  # files that answer 503 until they are taken out of here
@@ -66,8 +67,9 @@ class Answer(BaseHTTPRequestHandler):
         is_api, repo, action, revision, file = found.groups()
         if repo in hub.private:
             return self.refuse(401 if hub.private[repo] == "RepoNotFound" else 403, hub.private[repo])
-        if revision not in (None, "main", hub.revision):
+        if revision not in (None, "main", hub.revision, *hub.older):
             return self.refuse(404, "RevisionNotFound")
+        self.commit = revision if revision in hub.older else hub.revision
         if is_api:
             return self.tell(repo, action, (file or "").strip("/"))
         data = hub.files.get((repo, (file or "").strip("/")))
@@ -82,7 +84,7 @@ class Answer(BaseHTTPRequestHandler):
         files = {path: data for (owner, path), data in self.server.files.items() if owner == repo}
         if action in (None, "revision"):
             siblings = [{"rfilename": path} for path in files]
-            return self.answer_json({"id": repo, "sha": self.server.revision, "siblings": siblings})
+            return self.answer_json({"id": repo, "sha": self.commit, "siblings": siblings})
         folders = {path.rsplit("/", n)[0] for path in files for n in range(1, path.count("/") + 1)}
         entries = [{"type": "directory", "path": path, "oid": path} for path in folders]
         entries += [
@@ -109,7 +111,7 @@ class Answer(BaseHTTPRequestHandler):
             if first > last:
                 return self.answer(416, [("Content-Range", f"bytes */{len(data)}")])
         extent = [("Content-Range", f"bytes {first}-{last}/{len(data)}")] if wanted else []
-        etag = [("ETag", f'"{hashlib.sha1(data).hexdigest()}"'), ("X-Repo-Commit", hub.revision)]
+        etag = [("ETag", f'"{hashlib.sha1(data).hexdigest()}"'), ("X-Repo-Commit", self.commit)]
         self.answer(206 if wanted else 200, extent + etag, data[first : last + 1], fault, first)
 
     def refuse(self, status: int, code: str) -> None:

@@ -73,8 +73,11 @@ OTHERS = {
     " load_from pretrained_model initial_load_path finetune_from load_weights",
     "run_dir, the folder of the run to continue": "resume_from_checkpoint resume_from continue_from resume_path"
     " checkpoint_path load_checkpoint autoresume ckpt_path",
-    "data=local path=GLOB, data=c4 or data=stdlib": "dataset dataset_name dataset_path dataset_config_name datasets"
-    " data_name corpus",
+    "data=hf repo=OWNER/NAME, data=local path=GLOB, data=c4 or data=stdlib": "dataset dataset_name dataset_path"
+    " datasets data_name corpus hf_dataset dataset_repo",
+    "config (data=hf)": "dataset_config_name dataset_config subset dataset_subset",
+    "split (data=hf)": "dataset_split train_split",
+    "data.validation_split (data=hf)": "validation_split eval_split dataset_eval_split",
     "path": "data_path data_dir data_files train_file train_files train_data train_path dataset_dir training_data",
     "validation_path": "validation_file eval_file val_file val_path eval_path valid_path val_data eval_data test_path",
     "tokenizer": "tokenizer_name tokenizer_path tokenizer_name_or_path tokenizer_dir tokenizer_file",

@@ -8,7 +8,7 @@ import random
 import datasets
 import pyarrow
 import pytest
-from loopback_hub import hub  # noqa: F401  (a fixture)
+from loopback_hub import REVISION, hub  # noqa: F401  (a fixture)
 from pyarrow import parquet
 from resuming import resumes_bit_for_bit
 
@@ -221,8 +221,17 @@ def test_the_validation_split_is_its_own_corpus(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_run_resumes_bit_for_bit(opened, tmp_path, tiny, sltrain_train):
-    opened("parquet")
+def test_a_whole_run_resumes_bit_for_bit_from_the_commit_it_began_with(opened, the_hub, tmp_path, tiny, sltrain_train):
+    opened("hub_parquet")
     recipe = [override for override in tiny if not override.startswith(("data=", "path="))]
-    recipe += ["data=hf", f"repo={tmp_path}/parquet", "data.num_streams=4", "data.shuffle_block=8"]
-    resumes_bit_for_bit(recipe, sltrain_train, tmp_path, at=(2, 4))
+    recipe += ["data=hf", "repo=some/parquet", "config=default", "data.num_streams=4", "data.shuffle_block=8"]
+
+    def train_then_push(*overrides):
+        result = sltrain_train(*overrides)
+        the_hub.older.add(the_hub.revision)
+        the_hub.revision = f"{len(the_hub.older):040x}"
+        return result
+
+    resumes_bit_for_bit(recipe, train_then_push, tmp_path, at=(2, 4))
+    assert f"commit: {REVISION}\n" in (tmp_path / "stopped_4" / "config.yaml").read_text()
+    assert sltrain_train(*recipe, f"run_dir={tmp_path}/stopped_2", "data.revision=main")[0] == 2
