@@ -92,6 +92,7 @@ class OrdinaryStep(UpdateStep):
     ) -> None:
         self.model, self.optimizer, self.ranks = ranks.wrap(model), optimizer, ranks
         self.grad_clip, self.grad_clip_per_parameter = grad_clip, grad_clip_per_parameter
+        self._has_ordered_buckets = self.model is model
         if self.model is not model:  # DDP keeps all gradients in buckets
             self.bucket_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
@@ -100,6 +101,8 @@ class OrdinaryStep(UpdateStep):
         gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives
 
     def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
+        if not self._has_ordered_buckets:
+            self._order_buckets(micro_batches[0])
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, dtype = self._backward(micro_batches, num_targets)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -125,6 +128,13 @@ class OrdinaryStep(UpdateStep):
         self.optimizer.step()
         self.is_whole = True
         return result
+
+    def _order_buckets(self, micro_batch: tuple[Tensor | None, ...]) -> None:
+        """Let DDP order its buckets, which it does by the first backward, before the first update. The place of a
+        gradient in its bucket decides in which order three or more ranks are summed, and hence the last bits: a run
+        that continues must sum as one that was never stopped."""
+        (self.model(*micro_batch) * 0).backward()
+        self._has_ordered_buckets = True
 
     def _backward(self, micro_batches: Inputs, num_targets: int) -> tuple[Tensor, torch.dtype]:
         """Fill the gradients. Returns this rank's sum of losses, 0-d float32, and the dtype of the model's losses."""

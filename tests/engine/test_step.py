@@ -224,3 +224,29 @@ def test_ddp_follows_a_model_that_gets_parameters(on_two_ranks: Callable[..., li
     for weights, bucket_bytes, is_freed in on_two_ranks(train_growing):
         torch.testing.assert_close(weights, whole)
         assert bucket_bytes == [8 * (3 * 4 + 4), 8 * (3 * 4 + 4 + 4 * 6 + 6)] and is_freed
+
+
+class SquaredSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().sum()
+
+
+def train_stopped(ranks: Ranks, at: int) -> list[Tensor]:
+    """The weights after four updates; those after `at` are made by a new step, as a run that continues makes them."""
+    generator = torch.Generator().manual_seed(ranks.rank)
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4)), SquaredSum())
+    for number, parameter in enumerate(model.parameters()):
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    step = OrdinaryStep(model, optimizer, ranks)
+    for number in range(4):
+        if number == at:
+            step.close()
+            step = OrdinaryStep(model, optimizer, ranks)
+        step.run([(torch.randn(3, 40, generator=generator),)], num_targets=10)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_three_ranks_continue_with_the_sums_of_a_run_that_never_stopped(on_two_ranks: Callable[..., list[Any]]) -> None:
+    for stopped, straight in on_two_ranks(lambda ranks: [train_stopped(ranks, at) for at in (2, 4)], 3):
+        assert all(map(torch.equal, stopped, straight))
