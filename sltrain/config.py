@@ -229,6 +229,8 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"{key}={value}: must be a number above 0")
     if not 0 <= config.z_loss < float("inf"):
         raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
+    if config.seed >= 2**63:
+        raise ValueError(f"seed={config.seed}: must be below 2^63")
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
     config.optimizer.check()

@@ -70,8 +70,11 @@ def _check_run_dir(config: TrainConfig, ranks: Ranks) -> None:
         return
     wanted = Path(config.run_dir or "outputs").expanduser()
     place = wanted.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    except OSError as error:  # a name that is too long, a parent that may not be looked into
+        raise ValueError(f"run_dir={wanted} cannot be created: {error.strerror}; choose another one") from error
     if not place.is_dir():
         raise ValueError(f"run_dir={wanted} cannot be created: {place} is a file; choose another one")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -102,9 +102,14 @@ def read_flags(arguments: list[str]) -> tuple[Namespace, list[str]]:
     arguments = sorted(arguments, key=lambda argument: argument.startswith("-") or "=" not in argument)
     parser.exit_on_error = False
     try:
-        return parser.parse_args(arguments), arguments
+        typed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(f"{error}; sltrain-train --hydra-help shows the flags") from error
+    if typed.config_name or typed.config_path or typed.config_dir:
+        raise ValueError(
+            "sltrain-train reads its own configuration only; drop --config-name, --config-path, --config-dir"
+        )
+    return typed, arguments
 
 
 def train(config: TrainConfig) -> ExitCode:

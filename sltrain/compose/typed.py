@@ -6,6 +6,7 @@ read the same grammar, and their file in conf/, without Hydra.
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -61,6 +62,8 @@ def parse_overrides(texts: list[str]) -> list[Override]:
             key, separator, value = text.partition("=")
             if not separator:
                 raise ValueError(f"{text!r} is not of the form key=value") from error
+            if re.search(r"\s[\w.]+=", value):
+                raise ValueError(f"{text!r} holds several keys in one argument; type each as an argument") from error
             if value.startswith("{"):
                 raise ValueError(
                     f"cannot parse {text!r}; write a mapping with bare names: '{key}={{q_proj:64}}'"

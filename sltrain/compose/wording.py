@@ -92,6 +92,8 @@ def composition_error(error: BaseException, overrides: list[str]) -> str:
     message = str(cause).splitlines()[0]
     if "converted to Integer" in message:
         message += " (write whole numbers out: 1_000_000)"
+    if message.startswith("Could not append"):
+        message = f"{message.rstrip('.')}; drop the +"
     if message.startswith("Interpolation key"):
         message += "; ${...} names another key here: for a variable use double quotes in the shell, or ${oc.env:NAME}"
     if (unknown := re.match(r"Could not override '(\w+)\.([\w.]+)'", text)) and unknown[1] in PLUGINS:

@@ -61,6 +61,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "variable of a path": (["path=[$DATA/a.gz]"], ["path=$DATA/a.gz", "single quotes"]),
     "variable with braces": (["run_dir=${HOME}/runs"], ["run_dir: Interpolation key 'HOME'", "${oc.env:NAME}"]),
     "variable that is not set": (["run_dir="], ["run_dir is empty"]),
+    "several keys in one argument": (["rank=4 sparsity=0.1"], ["several keys in one argument"]),
+    "seed of another world": (["seed=99999999999999999999"], ["seed=99999999999999999999", "2^63"]),
+    "name too long": (["run_dir=" + "a" * 300], ["run_dir=aaa", "File name too long"]),
+    "key with a plus": (["+rank=3"], ["rank", "drop the +"]),
+    "another configuration": (["--config-dir=/nowhere"], ["drop --config-name"]),
     "run_dir is a file": (["run_dir=/etc/hostname"], ["/etc/hostname"]),
 }
 

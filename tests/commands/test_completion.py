@@ -13,7 +13,7 @@ Run = Callable[..., tuple[int, str, str]]
     [
         ("mo", "model="),
         ("optimizer=", "optimizer=adam4bit optimizer=adam8bit optimizer=adamw"),  # and not the schemas
-        ("model=llama_60m sp", "sparsity= sparsity_overrides."),
+        ("model=llama_60m spars", "sparsity= sparsity_overrides."),
         ("model=llama_60m lr=", "lr=0.003"),
         ("model=nothing ra", ""),
         ("--rank 6", ""),
