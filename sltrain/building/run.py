@@ -55,6 +55,7 @@ def build_run(config: TrainConfig) -> Run:
 
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
     start = ranks.everywhere(lambda: None if folder.has_checkpoint else open_start(config))
+    config.data.adopt(ranks.on_main(config.data.settled))
     source, validation = ranks.everywhere(lambda: build_sources(config))
     tokenizer = build_tokenizer(config, source, ranks, folder)
     model = ranks.everywhere(lambda: build_model(config, tokenizer.vocab_size, weight_dtype(config, ranks.device)))

@@ -39,7 +39,7 @@ class Choice:
     repo: str  # OWNER/NAME, or a folder
     config: str | None
     split: str
-    revision: str | None  # branch, tag or commit of a repository
+    commit: str | None  # of a repository; None: a folder
     files: Any  # None, or globs inside the repository
     column: str
     streaming: bool  # False: convert everything to Arrow files in the cache of `datasets` first
@@ -49,21 +49,23 @@ def open_dataset(choice: Choice) -> Opened:
     """Open a split. Raises DataError for what does not exist or holds no text, NetworkError if the Hub cannot be
     reached."""
     folder = os.path.expanduser(choice.repo)
-    is_local = os.path.isdir(folder)
     try:
-        if not is_local:
-            return _open_files(choice, choice.repo, _commit(choice.repo, choice.revision))
+        if choice.commit is not None:
+            return _open_files(choice, choice.repo, choice.commit)
         if any(os.path.exists(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json")):
             return _open_saved(choice, folder)
         return _open_files(choice, folder, None)
     except (DataError, NetworkError):
         raise
     except Exception as error:
-        raise _opening_error(error, choice.repo, is_local) from error
+        raise _opening_error(error, choice.repo, choice.commit is None) from error
 
 
-def _commit(repo: str, revision: str | None) -> str:
-    """The commit that a branch or tag of a repository stands for now."""
+def commit_of(repo: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a repository stands for now; None for a folder. Raises DataError or
+    NetworkError."""
+    if os.path.isdir(os.path.expanduser(repo)):
+        return None
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi

@@ -129,6 +129,19 @@ def test_a_resume_from_another_revision_or_other_files_is_refused(opened, the_hu
             stream_of(opened(kind)[0], tokenizer).load_state_dict(json.loads(state))
 
 
+def test_all_ranks_read_the_commit_that_one_has_settled(opened, the_hub):
+    opened("hub_json")
+    first, second = (HuggingFace(name="hf", repo="some/json") for _ in range(2))
+    settled = first.settled()
+    the_hub.older.add(REVISION)
+    the_hub.revision = "f" * 40
+    second.adopt(settled)
+    assert second.open_training().fingerprint() == first.open_training().fingerprint()
+    other = HuggingFace(name="hf", repo="some/json", revision="main")
+    other.adopt(settled)
+    assert other.open_training().fingerprint() != first.open_training().fingerprint()
+
+
 @pytest.mark.parametrize("kind", ["hub_json", "hub_parquet"])
 def test_a_lost_connection_changes_no_row(opened, the_hub, tokenizer, kind, monkeypatch, lines):
     straight, _ = rows_of([stream_of(opened(kind)[0], tokenizer)], 30)

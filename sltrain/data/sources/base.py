@@ -42,9 +42,13 @@ class SourceConfig:
         """The documents to train on. Raises ValueError or OSError if the corpus cannot be opened."""
         raise TypeError(f"{type(self).__name__} does not define open_training")
 
-    def adopt(self, saved: "SourceConfig") -> None:
-        """Take over what the run that is continued here has settled for itself, such as the commit of a branch; `saved`
-        are its options, of any source."""
+    def settled(self) -> "SourceConfig":
+        """These options, with what may change from one process to the next settled, such as the commit of a branch.
+        Raises ValueError or OSError if the corpus cannot be opened."""
+        return self
+
+    def adopt(self, settled: "SourceConfig") -> None:
+        """Take over what was settled for the same corpus, by another rank or when the run began."""
 
     def open_validation(self) -> Source | None:
         """The corpus's own validation split; None: one in `holdout_every` training documents is held out."""

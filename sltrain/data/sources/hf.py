@@ -21,7 +21,7 @@ import numpy as np
 
 from sltrain.data.documents import BadData, DataError, Document, Source
 from sltrain.data.download import hub_error, is_of_network, one_line
-from sltrain.data.hf_dataset import Choice, Opened, open_dataset
+from sltrain.data.hf_dataset import Choice, Opened, commit_of, open_dataset
 from sltrain.data.sources.base import SOURCES, SourceConfig
 from sltrain.log import ANY_RANK
 
@@ -58,9 +58,14 @@ class HuggingFace(SourceConfig):
         if not os.path.isdir(folder) and (self.repo.startswith((".", "/", "~")) or self.repo.count("/") != 1):
             raise ValueError(f"repo={self.repo} is neither a folder here nor a name on the Hub (OWNER/NAME)")
 
-    def adopt(self, saved: SourceConfig) -> None:
-        if isinstance(saved, HuggingFace) and (saved.repo, saved.revision) == (self.repo, self.revision):
-            self.commit = self.commit or saved.commit
+    def settled(self) -> SourceConfig:
+        assert self.repo is not None
+        self.commit = self.commit or commit_of(self.repo, self.revision)
+        return self
+
+    def adopt(self, settled: SourceConfig) -> None:
+        if isinstance(settled, HuggingFace) and (settled.repo, settled.revision) == (self.repo, self.revision):
+            self.commit = self.commit or settled.commit
 
     def open_training(self) -> Source:
         return self._open(self.split or "train")
@@ -70,11 +75,10 @@ class HuggingFace(SourceConfig):
 
     def _open(self, split: str) -> "DatasetSource":
         assert self.repo is not None
-        revision = self.commit or self.revision
+        self.settled()
         opened = open_dataset(
-            Choice(self.repo, self.config, split, revision, self.files, self.text_key, self.streaming)
+            Choice(self.repo, self.config, split, self.commit, self.files, self.text_key, self.streaming)
         )
-        self.commit = opened.commit
         name = " ".join(part for part in (self.repo, self.config, split) if part)
         return DatasetSource(name, opened, self.on_bad_data)
 
