@@ -32,6 +32,8 @@ from recorded import TEXT, TOLERANCES, differences, dump, is_coarse, machine, nu
 
 import sltrain
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "compat"
 STRAIGHT, LOGITS = FOLDER / "straight.json", FOLDER / "logits.json"
 

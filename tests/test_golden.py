@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from recorded import NUM_PIECES, TEXT, TOLERANCES, differences, dump, is_coarse, machine, train_anew, train_apart
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).with_name("golden.json")
 
 BASE = [

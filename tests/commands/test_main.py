@@ -10,6 +10,8 @@ import pytest
 from sltrain.commands import main
 from sltrain.errors import ExitCode
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,7 +57,6 @@ def test_a_command_that_does_not_exist() -> None:
         assert done.stderr.startswith(f"error: sltrain has no command '{typed}'; {hint}")
 
 
-@pytest.mark.slow
 def test_it_trains_under_torchrun(tiny: list[str], tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     done = run(*torchrun, "sltrain", "train", *tiny, f"run_dir={tmp_path / 'run'}")

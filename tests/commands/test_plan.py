@@ -158,7 +158,7 @@ def test_json_is_the_last_line(sltrain_plan: Run) -> None:
         assert sum(other["groups"].values()) == other["total_bytes"] and set(other["fits"]) == {"24GB", "h100"}
     assert answer["compared"]["method=full"]["num_parameters"] == 58_073_600
     notes = err.splitlines()
-    assert len(notes) == 2 and all(note.startswith("note: ") for note in notes) and "compile=true" in notes[0]
+    assert len(notes) == 3 and all(note.startswith("note: ") for note in notes) and "compile=true" in notes[0]
 
 
 def test_table_and_json_say_the_same(sltrain_plan: Run, planned_object: Callable[..., dict[str, Any]]) -> None:
@@ -234,7 +234,7 @@ def test_notes(arguments: str, sltrain_plan: Run) -> None:
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     assert any(all(word in note for word in NOTES[arguments]) for note in notes), notes
     _, plain, _ = sltrain_plan(*TINY)
-    assert sum(line.startswith("note: ") for line in plain.splitlines()) == 1  # about GaLore
+    assert sum(line.startswith("note: ") for line in plain.splitlines()) == 2  # about bfloat16 moments and GaLore
 
 
 def test_no_gpu_is_touched(monkeypatch: pytest.MonkeyPatch, planned_object: Callable[..., dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ from sltrain.building.phases import actions_of, phases_of
 from sltrain.compose import TRAIN, compose_config
 from sltrain.methods.base import METHODS
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
