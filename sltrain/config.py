@@ -118,6 +118,9 @@ class TrainConfig:
     z_loss: float = (
         MISSING  # trains the loss + this times the mean squared logsumexp of logits (1e-4); 0: the loss alone
     )
+    ema: float | None = (
+        None  # an update leaves this share of averaged weights, which evaluations and exports use (0.999)
+    )
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
@@ -227,6 +230,8 @@ def validate(config: TrainConfig) -> None:
         value = get_key(config, key)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: must be a number above 0")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ValueError(f"ema={config.ema}: must be above 0 and below 1 (0.999 averages some 1,000 updates), or null")
     if not 0 <= config.z_loss < float("inf"):
         raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
     if config.seed >= 2**63:

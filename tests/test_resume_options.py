@@ -29,6 +29,8 @@ def without_clocks(lines: list[dict]) -> list[dict]:
     "how",
     [
         "precision=mixed z_loss=0.01",
+        "ema=0.7",
+        "dtype=bfloat16 ema=0.7 per_layer_update=true",
         "dtype=bfloat16 moments_dtype=float32",
         "model.tie_word_embeddings=true model.rope_scaling.rope_type=llama3 per_layer_update=true",
     ],

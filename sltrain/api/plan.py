@@ -17,11 +17,12 @@ from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_ca
 from sltrain.api.plan_table import Column, Groups, Plan
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
 from sltrain.building.model import allocate, build_model, dtype_name, weight_dtype
+from sltrain.building.phases import Live, live_actions
 from sltrain.building.trainer import build_step, build_updates, check_updates_of
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
-from sltrain.engine.memory import free_bytes, held_by, tensor_peak
+from sltrain.engine.memory import averages_bytes, free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.layers import ReplacedLinear, set_paths
 from sltrain.models.llama import LlamaForCausalLM
@@ -211,5 +212,6 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
     for _ in range(NUM_MEASURED_UPDATES - 1):
         update()
     optimizer.zero_grad()
-    _, peak = tensor_peak(update, held_by(model, optimizer), device)
+    held = held_by(model, optimizer) + averages_bytes(live_actions(config, model, Live(optimizer)))
+    _, peak = tensor_peak(update, held, device)
     return peak

@@ -20,6 +20,7 @@ from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.optim.build import state_bytes, step_bytes
 from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.planning.accounting import stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, UpdateShape, plan_memory
 from sltrain.planning.roles import parameters_of
 
@@ -37,11 +38,19 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
             structure,
             update_shape(config, device, structure.compute_dtype, num_processes),
             optimizer_state_bytes(config, structure),
+            {**stored_bytes(structure), **average_bytes(config, structure)},
             update_temporaries=update_temporaries(config, structure, device),
             action_temporaries=max((a.temporary_bytes for a in actions_of(config, structure)), default=0),
         )
         plans.append(dataclasses.replace(plan, phase=phase))
     return max(plans, key=lambda plan: plan.total_bytes)
+
+
+def average_bytes(config: TrainConfig, model: nn.Module) -> dict[str, int]:
+    """The bytes of `ema`, as a group of a plan."""
+    if config.ema is None:
+        return {}
+    return {"averaged_weights": 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:

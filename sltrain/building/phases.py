@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from sltrain.config import TrainConfig, num_steps
-from sltrain.engine.actions import Action, Phase, Running, begun
+from sltrain.engine import ema
+from sltrain.engine.actions import Action, Phase, Running, begun, every
+from sltrain.engine.ema import Average
 from sltrain.optim.build import check_takes
 from sltrain.optim.named_state import reset_state
+from sltrain.parameters import PIECE
 from sltrain.planning.roles import parameters_of
 
 
@@ -49,7 +52,17 @@ def check_structures(config: TrainConfig, model: nn.Module) -> None:
 
 def actions_of(config: TrainConfig, model: nn.Module) -> list[Action]:
     """The actions for a model without values, to plan with."""
-    return config.method.actions(Running(model, num_steps(config)))
+    return [*config.method.actions(Running(model, num_steps(config))), *_averaging(config, model)]
+
+
+def _averaging(config: TrainConfig, model: nn.Module) -> list[Action]:
+    """The action of `ema`, after those of the method."""
+    if config.ema is None:
+        return []
+    average = Average(model, config.ema)
+    narrow = [p.numel() for p in model.parameters() if p.requires_grad and p.element_size() < 4]
+    temporary = 4 * min(max(narrow, default=0), PIECE)
+    return [Action(ema.NAME, every(1), lambda moment: average.update(), temporary, average)]
 
 
 @dataclass
@@ -65,4 +78,4 @@ class Live:
 
 def live_actions(config: TrainConfig, model: nn.Module, live: Live) -> list[Action]:
     """The actions for the model of a run."""
-    return config.method.actions(Running(model, num_steps(config), live.reset))
+    return [*config.method.actions(Running(model, num_steps(config), live.reset)), *_averaging(config, model)]

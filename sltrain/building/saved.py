@@ -18,6 +18,7 @@ from sltrain.compose import read_config, read_plain
 from sltrain.config import ROPE_TYPES, ModelConfig, RopeScaling, TrainConfig
 from sltrain.data.special_tokens import AS_TEXT, read_settings
 from sltrain.data.tokenizer import Tokenizer
+from sltrain.engine import ema
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.errors import first_line
@@ -29,6 +30,19 @@ from sltrain.models.llama import LlamaForCausalLM
 from sltrain.runs.run_folder import RunFolder
 
 EMBEDDING = "model.embed_tokens.weight"
+
+
+class AveragedFiles(WeightFiles):
+    """The tensors of a checkpoint of a run with `ema`: those that were trained as their averages, in their own dtype.
+    Raises OSError if the averages are missing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._averages = torch.load(folder / ema.FILE, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(self, name: str) -> torch.Tensor:
+        average = self._averages.get(name)
+        return super().read(name) if average is None else average.to(self.dtype(name))
 
 
 @dataclass
@@ -106,7 +120,7 @@ def open_run(path: Path, step: int | None) -> Saved:
         if folder.is_finished:
             raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
         raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
-    files = WeightFiles(checkpoint)
+    files = WeightFiles(checkpoint) if config.ema is None else AveragedFiles(checkpoint)
     vocab_size = files.shape(EMBEDDING)[0]
     state = checkpointer.read_state(checkpoint)
     model = build_model(config, vocab_size, files.dtype(EMBEDDING))

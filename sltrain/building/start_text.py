@@ -41,6 +41,8 @@ def describe(
     if eval_set.exhausted:
         lines.append(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
     notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
+    if c.ema is not None:
+        notes.append(f"ema={c.ema:g}: evaluations and exports are of the averaged weights, train lines of the others")
     lines += [f"note       {note}" for note in notes]
     for line in lines:
         logger.info(line)

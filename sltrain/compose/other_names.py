@@ -50,6 +50,7 @@ OTHERS = {
     "model.intermediate_size": "ffn_dim d_ff ffn_hidden_size mlp_dim ffn_size",
     "model.vocab_size": "vocab vocab_size padded_vocab_size",
     "model.tie_word_embeddings": "tie_embeddings tie_weights weight_tying tied_embeddings tie_word_embeddings",
+    "ema": "ema_decay use_ema ema_beta ema_rate model_ema",
     "z_loss": "z_loss_weight z_loss_coef zloss lse_square_scale z_loss_multiplier",
     "model.rope_scaling": "rope_scaling rope_parameters use_scaled_rope",
     "model.rope_theta": "rope_theta rope_base theta",

@@ -22,6 +22,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from sltrain.engine.actions import Action
+from sltrain.engine.ema import Average
 from sltrain.events import Event
 
 logger = logging.getLogger(__name__)
@@ -140,6 +142,11 @@ def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of weights, buffers and optimizer state: what is held between updates."""
     state = (value for values in optimizer.state.values() for value in values.values())
     return bytes_of([*model.parameters(), *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
+
+
+def averages_bytes(actions: Iterable[Action]) -> int:
+    """Bytes of averaged weights, which are held between updates too."""
+    return sum(bytes_of(action.state.values.values()) for action in actions if isinstance(action.state, Average))
 
 
 def free_bytes(device: torch.device) -> int | None:

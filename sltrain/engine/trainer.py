@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ from torch import nn
 from sltrain.engine.actions import Schedule, Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.ema import Average
 from sltrain.engine.evaluate import evaluate
-from sltrain.engine.memory import RunMemory, held_by
+from sltrain.engine.memory import RunMemory, averages_bytes, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
 from sltrain.engine.step import StepResult, UpdateStep
@@ -127,7 +129,13 @@ class Trainer:
     def _held_bytes(self) -> int:
         """What is held before an update, which must not free gradients of the one before while it is measured."""
         self.update_step.optimizer.zero_grad()
-        return held_by(self.model, self.update_step.optimizer) + self.update_step.bucket_bytes
+        own = held_by(self.model, self.update_step.optimizer) + self.update_step.bucket_bytes
+        return own + averages_bytes(self.schedule.actions)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """With `ema`, the context in which the model has its averaged weights."""
+        averages = [action.state for action in self.schedule.actions if isinstance(action.state, Average)]
+        return averages[0].in_model() if averages else contextlib.nullcontext()
 
     def rescue(self) -> None:
         """After running out of memory: free the gradients, and save if the weights are those of a whole update. With
@@ -161,7 +169,8 @@ class Trainer:
         with self.throughput.paused():
             if event == "final":
                 logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
-            numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set)
+            with self._averaged():
+                numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set)
             if numbers is None:
                 return False
             numbers["eval_exhausted"] = self.eval_set.exhausted

@@ -207,6 +207,7 @@ UPDATES = [
     f"method=low_rank {NARROW} {ODD} seq_len=512",
     "method=full",
     "method=full optimizer=adam8bit",
+    f"{FACTORED} ema=0.9",
     f"{FACTORED} {TIED}",
     f"{FACTORED} {TIED} per_layer_update=true",
     f"{FACTORED} {TIED} {NARROW} global_batch_size=4",
