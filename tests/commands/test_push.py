@@ -272,6 +272,8 @@ def test_what_is_uploaded_as_it_is(
     assert_refused(code, err, "--license", str(folder))
     code, _, err = push(capfd, run, "--push", "ada/x")
     assert_refused(code, err, "--output")
+    code, _, err = push(capfd, tmp_path / "gone", "--push", "ada/x")
+    assert_refused(code, err, "gone does not exist")
     (tmp_path / "config.json").write_text("{}")
     code, _, err = push(capfd, tmp_path, "--push", "ada/x")
     assert_refused(code, err, "not exported by sltrain")
