@@ -4,7 +4,10 @@ as a process."""
 import gzip
 import json
 import logging
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -151,6 +154,88 @@ def start_process() -> Callable[..., "subprocess.Popen[str]"]:
 def metrics_of() -> Callable[[Path], list[dict]]:
     """The lines of a run's metrics.jsonl."""
     return lambda run_dir: [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+class Forked:
+    """`sltrain-train` in forked children of this process, one a rank: as separate as processes that torchrun starts,
+    without seconds of imports. It has the methods of Popen that tests use."""
+
+    def __init__(self, arguments: tuple[str, ...], num_ranks: int, environment: dict[str, str], folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.files = [folder / "out", folder / "err"]
+        ranks = {
+            "WORLD_SIZE": num_ranks,
+            "LOCAL_WORLD_SIZE": num_ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        self.children = []
+        for rank in range(num_ranks):
+            own = ranks | {"RANK": rank, "LOCAL_RANK": rank} if num_ranks > 1 else {}
+            child = multiprocessing.get_context("fork").Process(
+                target=self._work, args=(arguments, environment | {key: str(value) for key, value in own.items()})
+            )
+            child.start()
+            self.children.append(child)
+        self.pid = self.children[0].pid
+
+    def _work(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        torch.set_num_threads(1)  # a forked OpenMP pool would never answer
+        os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # nor would that library's threads
+        sys.stdout, sys.stderr = (open(file, "a", buffering=1) for file in self.files)
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            os.dup2(stream.fileno(), number)
+        from sltrain.commands.train import main
+
+        sys.argv = ["sltrain-train", *arguments]
+        main()
+
+    @property
+    def returncode(self) -> int | None:
+        """That of the first rank that failed; 0 if none did, None while one runs."""
+        codes = [child.exitcode for child in self.children]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float = 120) -> int:
+        for child in self.children:
+            child.join(timeout)
+        assert self.returncode is not None, "still running"
+        return self.returncode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        self.wait(timeout)
+        out, err = (file.read_text() for file in self.files)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        for child in self.children:
+            os.kill(child.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def fork_train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Start `sltrain-train` in forked children: overrides, num_ranks and environment -> Forked."""
+    import sltrain.building.run  # noqa: F401  once, not in every child
+
+    started = []
+
+    def start(*arguments: str, num_ranks: int = 1, **environment: str) -> Forked:
+        started.append(Forked(arguments, num_ranks, environment, tmp_path_factory.mktemp("forked")))
+        return started[-1]
+
+    yield start
+    for forked in started:
+        for child in forked.children:
+            child.kill()
+            child.join()
 
 
 def _run_in_child(function: Callable[[], None]) -> int:

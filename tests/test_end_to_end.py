@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Any]
 
 
 def newest(run_dir: Path) -> Path:
@@ -31,7 +31,7 @@ def has_checkpoint(run_dir: Path, step: int, suffix: str = "") -> bool:
     return any(int(path.name[5:13]) >= step for path in run_dir.glob(f"checkpoints/step_????????{suffix}"))
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -59,7 +59,7 @@ def without_clocks(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines if line["event"] != "checkpoint"]
 
 
-@pytest.mark.parametrize("method", ["sltrain", "full", "low_rank"])
+@pytest.mark.parametrize("method", ["sltrain", "full"])
 def test_run_and_its_files(
     method: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
 ) -> None:
@@ -127,29 +127,29 @@ def test_without_run_dir_every_run_has_a_new_folder(
 
 
 def test_interrupted_twice_equals_straight(
-    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Start, metrics_of: Metrics
 ) -> None:
     """SIGHUP, then SIGKILL in the middle of a save, then to the end: the weights, the moments and the log of the
     straight run."""
-    recipe = [*tiny, "max_steps=150", "checkpoint_every=5", "eval_every=37", "padding=pack"]
+    recipe = [*tiny, "max_steps=80", "checkpoint_every=5", "eval_every=37", "padding=pack"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
     broken = tmp_path / "broken"
 
-    first = start_process(*recipe, f"run_dir={broken}")
+    first = fork_train(*recipe, f"run_dir={broken}")
     wait_for(lambda: has_checkpoint(broken, 5), first)
     first.send_signal(signal.SIGHUP)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 3, err
     assert f"run_dir={broken}" in out
     step = metrics_of(broken)[-1]["step"]
-    assert 5 <= step < 150
+    assert 5 <= step < 80
 
-    second = start_process(*recipe, f"run_dir={broken}")
+    second = fork_train(*recipe, f"run_dir={broken}")
     wait_for(lambda: has_checkpoint(broken, step + 3, ".tmp"), second)
     second.kill()
     second.wait()
 
-    third = start_process(*recipe, f"run_dir={broken}")
+    third = fork_train(*recipe, f"run_dir={broken}")
     out, err = third.communicate(timeout=120)
     assert third.returncode == 0, err
     assert "resume" in out
@@ -158,9 +158,11 @@ def test_interrupted_twice_equals_straight(
     assert not list(broken.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("path", ["composed", "factored", "auto"])
-@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
-def test_every_support_and_path_learns_and_resumes_exactly(
+@pytest.mark.parametrize(
+    ("support", "path"),
+    [("uniform", "composed"), ("stratified", "factored"), ("block", "auto"), ("column", "factored")],
+)
+def test_every_support_learns_and_resumes_exactly(
     support: str, path: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
 ) -> None:
     recipe = [*tiny, f"support={support}", f"layer_path={path}", "sparsity=0.06", "checkpoint_every=3"]
@@ -194,10 +196,10 @@ def test_a_continued_run_keeps_its_paths(
 
 
 def test_second_process_in_a_live_folder_is_refused(
-    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Start
 ) -> None:
     run = [*tiny, "max_steps=100000", f"run_dir={tmp_path}/run"]
-    live = start_process(*run)
+    live = fork_train(*run)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), live)
     code, _, err = sltrain_train(*run)
     assert code == 2 and "in use" in err and str(live.pid) in err
@@ -212,13 +214,13 @@ def test_two_ranks_train_the_curve_of_one(
     tiny: list[str],
     tmp_path: Path,
     sltrain_train: Run,
-    start_process: Start,
+    fork_train: Start,
     metrics_of: Metrics,
 ) -> None:
     recipe = [*tiny, f"padding={padding}", f"support={support}", "sparsity=0.06", "micro_batch_size=2"]
     recipe += ["grad_clip=0.5", "checkpoint_every=3"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/one")[0] == 0
-    two = start_process(*recipe, f"run_dir={tmp_path}/two", num_ranks=2)
+    two = fork_train(*recipe, f"run_dir={tmp_path}/two", num_ranks=2)
     out, err = two.communicate(timeout=240)
     assert two.returncode == 0, err
     assert out.count("run folder") == 1
@@ -232,7 +234,7 @@ def test_two_ranks_train_the_curve_of_one(
 def test_resume_on_another_number_of_ranks(
     tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
 ) -> None:
-    recipe = [*tiny, "max_steps=120", "micro_batch_size=2"]
+    recipe = [*tiny, "max_steps=40", "micro_batch_size=2"]
     assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
     run_dir = tmp_path / "run"
     two = start_process(*recipe, "checkpoint_every=1", f"run_dir={run_dir}", num_ranks=2)
@@ -248,8 +250,8 @@ def test_resume_on_another_number_of_ranks(
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
-def test_bad_input_under_torchrun_is_said_once(tiny: list[str], tmp_path: Path, start_process: Start) -> None:
-    process = start_process(*tiny, "rank=33", f"run_dir={tmp_path}/run", num_ranks=2)
+def test_bad_input_under_torchrun_is_said_once(tiny: list[str], tmp_path: Path, fork_train: Start) -> None:
+    process = fork_train(*tiny, "rank=33", f"run_dir={tmp_path}/run", num_ranks=2)
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0
     assert sum(line.startswith(("error:", "[rank")) and "33" in line for line in err.splitlines()) == 1
@@ -370,14 +372,14 @@ def test_validation_text_that_is_missing_ends_the_run_before_it_begins(
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_data_that_breaks_in_the_middle_saves_what_was_trained(
-    num_ranks: int, tiny: list[str], corpus: Path, tmp_path: Path, start_process: Start, metrics_of: Metrics
+    num_ranks: int, tiny: list[str], corpus: Path, tmp_path: Path, fork_train: Start, metrics_of: Metrics
 ) -> None:
     """on_bad_data=stop: the steps before the bad record are kept on every rank, without a traceback."""
     words = " ".join(f"word{i}" for i in range(40))
     lines = [json.dumps({"text": f"{i} {words}"}) for i in range(400)]
     lines[300] = '{"text": '
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    process = start_process(
+    process = fork_train(
         *tiny,
         f"path={tmp_path}/corpus.jsonl",
         f"validation_path={corpus}/train.00000.json.gz",

@@ -20,6 +20,8 @@ from sltrain.compose import PLUGINS, TRAIN, compose_config
 from sltrain.layers import LAYERS
 from sltrain.methods.base import METHODS
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str, str]]
 BASE = [
     "method=merged",
@@ -69,11 +71,13 @@ def outsider(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 
 
 @pytest.fixture
-def trained(outsider: Path, sltrain_train: Run, tmp_path: Path) -> Path:
-    """A finished run of 8 updates: W0 alone until update 4, then B and A, merged after update 6."""
-    code, _, err = sltrain_train(*BASE, f"run_dir={tmp_path / 'run'}", "checkpoint_every=1", "keep_last=99")
+def trained(outsider: Path, sltrain_train: Run) -> Path:
+    """A finished run of 8 updates: W0 alone until update 4, then B and A, merged after update 6. The first test that
+    asks makes it for all."""
+    run = outsider.with_name("run")
+    code, _, err = sltrain_train(*BASE, f"run_dir={run}", "checkpoint_every=1", "keep_last=99")
     assert code == 0, err
-    return tmp_path / "run"
+    return run
 
 
 def test_help_and_typos_know_it(outsider: Path, sltrain_train: Run) -> None:
@@ -91,28 +95,20 @@ def test_help_and_typos_know_it(outsider: Path, sltrain_train: Run) -> None:
         assert code == 2 and hint in err and len(err.splitlines()) == 1, err
 
 
-def test_it_trains_as_a_command(site: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "sltrain.train", *BASE, f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "method merged" in done.stdout and "phase      factors begins after update 4" in done.stdout
-
-
 @pytest.mark.parametrize(
-    "more",
+    ("more", "at"),
     [
-        [],
-        ["optimizer=adamw", "per_layer_update=true"],
-        ["optimizer=adam8bit", "dtype=bfloat16", "stochastic_rounding=true"],
-        ["per_layer_update=true", "dtype=bfloat16", "stochastic_rounding=true"],
+        ([], {3, 4, 5, 6, 7}),
+        (["optimizer=adamw", "per_layer_update=true"], {4, 6}),
+        (["optimizer=adam8bit", "dtype=bfloat16", "stochastic_rounding=true"], {4, 6}),
+        (["per_layer_update=true", "dtype=bfloat16", "stochastic_rounding=true"], {4, 6}),
     ],
     ids=["columns", "per_layer", "pieces", "everything"],
 )
 def test_it_resumes_bit_for_bit_over_its_phase_and_actions(
-    more: list[str], outsider: Path, sltrain_train: Run, tmp_path: Path
+    more: list[str], at: set[int], outsider: Path, sltrain_train: Run, tmp_path: Path
 ) -> None:
-    resumes_bit_for_bit([*BASE, *more], sltrain_train, tmp_path, at={3, 4, 5, 6, 7})
+    resumes_bit_for_bit([*BASE, *more], sltrain_train, tmp_path, at)
 
 
 def test_moments_of_merged_factors_are_reset_and_new_parameters_start_without(trained: Path) -> None:
@@ -163,27 +159,26 @@ def test_reports_exports_and_spectra_know_nothing_of_it_and_work(
     assert {layer["kind"] for layer in kinds} == {"merged"}
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_curve_of_one_over_its_phase_and_actions(site: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def test_two_processes_train_the_curve_of_one_over_its_phase_and_actions(
+    outsider: Path, fork_train: Callable[..., Any], tmp_path: Path
+) -> None:
     losses = []
-    for launcher in ([], torchrun):
-        run = tmp_path / f"{len(launcher)}"
-        command = [sys.executable, *launcher, "-m", "sltrain.train", *BASE, "micro_batch_size=2", f"run_dir={run}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for num_ranks in (1, 2):
+        run = tmp_path / f"{num_ranks}"
+        process = fork_train(*BASE, "micro_batch_size=2", f"run_dir={run}", num_ranks=num_ranks)
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
         losses.append([numbers[1] for numbers in lines(run)])
     assert len(losses[0]) == 9 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_it_sweeps(site: Path, tmp_path: Path) -> None:
+def test_it_sweeps_in_processes_of_its_own(site: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path)}
     grid = ["-m", "method.merge_every=2,3", f"run_dir={tmp_path / 'sweep'}"]
     command = [sys.executable, "-m", "sltrain.train", *BASE, *grid]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("phase      factors begins after update 4") == 2
     head = next(line for line in done.stdout.splitlines() if "perplexity" in line and "run" in line)
     assert "merge every" in head, "the option that differs has a column"
 

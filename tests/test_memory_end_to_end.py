@@ -87,9 +87,9 @@ def test_a_run_that_updates_inside_backward_continues_exactly(
 
 
 def test_two_ranks_that_update_inside_backward_train_the_curve_of_one(
-    tiny: list[str], tmp_path: Path, sltrain_train: Run, start_process: Start, metrics_of: Metrics
+    tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Start, metrics_of: Metrics
 ) -> None:
-    process = start_process(*tiny, "per_layer_update=true", f"run_dir={tmp_path}/two", num_ranks=2)
+    process = fork_train(*tiny, "per_layer_update=true", f"run_dir={tmp_path}/two", num_ranks=2)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert "profiling" not in err  # the profiler's remarks
