@@ -35,10 +35,10 @@ def test_ci_runs_the_two_commands_word_for_word() -> None:
         assert command.strip() in script
 
 
-@pytest.mark.parametrize(
-    "line",
-    sorted({line for page in PAGES for block in blocks("bash", page) for line in block.splitlines() if "sltrain" in line}),
-)
+SHOWN = {line for page in PAGES for block in blocks("bash", page) for line in block.splitlines() if "sltrain" in line}
+
+
+@pytest.mark.parametrize("line", sorted(SHOWN))
 def test_commands_compose(line: str) -> None:
     """Every command shown has overrides that compose."""
     if "sltrain-bench" in line:
