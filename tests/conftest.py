@@ -184,9 +184,9 @@ class Forked:
     def _work(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
         torch.set_num_threads(1)  # a forked OpenMP pool would never answer
         os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # nor would that library's threads
-        sys.stdout, sys.stderr = (open(file, "a", buffering=1) for file in self.files)
-        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-            os.dup2(stream.fileno(), number)
+        for number, file in enumerate(self.files, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         from sltrain.commands.train import main
 
         sys.argv = ["sltrain-train", *arguments]
