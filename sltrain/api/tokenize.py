@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -184,7 +185,12 @@ def _run(job: Job, slices: list[Slice], processes: int) -> None:
     stop = context.Event()
     with ProcessPoolExecutor(min(processes, len(left) or 1), context, start_worker, (job, stop)) as pool:
         try:
-            _follow({pool.submit(tokenize_in_worker, work) for work in left}, progress)
+            own_signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is not for the processes
+            try:
+                futures = {pool.submit(tokenize_in_worker, work) for work in left}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, own_signals)
+            _follow(futures, progress)
         except BrokenProcessPool:
             raise ValueError(
                 "a process was killed, by lack of memory perhaps; the same command continues (processes=1 needs least)"

@@ -8,7 +8,6 @@ written to a small state file: what follows these lengths is cut off by the next
 import fcntl
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -167,9 +166,8 @@ _worker: Worker | None = None  # of this process
 
 
 def start_worker(job: Job, stop: Event) -> None:
-    """Prepare a process of a pool: it reports nothing but what it raises and warnings, and Ctrl-C is for its parent."""
+    """Prepare a process of a pool: it reports nothing but warnings and what it raises."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of many
     PACKAGE.addHandler(LineHandler("stderr"))
     PACKAGE.propagate = False

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from sltrain.data.documents import DataError, Source, is_held_out
-from sltrain.data.logical_stream import DOCUMENTS_PER_CALL
-from sltrain.data.rows import Row, check_row_shape, rows_to_tensors
+from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Row
+from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_with_bytes_of
 from sltrain.data.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ are used up, the next epoch begins with the same slices in another order.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from sltrain.data.documents import DataError, Document, Source
 from sltrain.data.order import Slice, block_order, slice_order
-from sltrain.data.rows import Row
 
 Ids = NDArray[np.int32]
 
@@ -34,6 +33,14 @@ class Position:
     block: int = 0  # record index at which the shuffle block begins
     position: int = 0  # next document in the shuffled block
     offset: int = 0  # tokens of that document that are in earlier rows
+
+
+@dataclass
+class Row:
+    """The ids of a row, without pads, and at which places above 0 another document begins."""
+
+    ids: NDArray[np.int32]
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -9,22 +9,14 @@ knows where documents begin. A document that began in an earlier row begins agai
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from sltrain.data.logical_stream import Row
 from sltrain.numeric import IGNORED_LABEL
-
-
-@dataclass
-class Row:
-    """The ids of a row, without pads, and at which places above 0 another document begins."""
-
-    ids: NDArray[np.int32]
-    starts: list[int] = field(default_factory=list)
 
 
 @dataclass

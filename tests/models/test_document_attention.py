@@ -12,7 +12,8 @@ import sltrain
 from sltrain.config import ModelConfig
 from sltrain.data.bpe import train_bpe
 from sltrain.data.evaluation import EvalSet
-from sltrain.data.rows import Row, rows_to_tensors
+from sltrain.data.logical_stream import Row
+from sltrain.data.rows import rows_to_tensors
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
 from sltrain.data.tokenizer import Tokenizer
