@@ -147,7 +147,7 @@ def test_wrong_settings_and_empty_text_are_refused(source, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="truncate_pad or pack"):
         make(source, tokenizer, padding="none")
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(DataError, match="no validation documents"):
+    with pytest.raises(DataError, match="holds no text: every record is blank"):
         list(make(LocalFiles(f"{tmp_path}/a.txt"), tokenizer))
     (tmp_path / "a.txt").write_text("one document")
     with pytest.raises(DataError, match="no held-out validation documents.*validation_path"):
