@@ -50,13 +50,15 @@ def earlier_run_config(texts: list[str]) -> TrainConfig | None:
 
 
 def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, Any]) -> TrainConfig:
-    """The checked configuration in a run's config.yaml with `forgotten` and then what is typed over it."""
-    read_config(path)  # what is wrong there is not what was typed
+    """The checked configuration in a run's config.yaml with `forgotten` and then what is typed over it. What was
+    settled for the corpus of that run, such as its commit, stays only if the corpus does."""
+    earlier = read_config(path).data  # first: what is wrong there is not what was typed
     check_form(overrides, is_sweep=False, schema=TRAIN)
     for override in overrides:
         refuse_unknown_key(override, TRAIN)
     groups, config = groups_of(TRAIN), read_saved(path)
     config.update(forgotten)
+    config.data.update(dict.fromkeys(earlier.SETTLED))
     try:
         for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
             key, value = override.key_or_group, override.value()
@@ -67,6 +69,7 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     except OmegaConfBaseException as error:
         raise ValueError(composition_error(error, [override.input_line or "" for override in overrides])) from error
     result = to_train_config(config)
+    result.data.adopt(earlier)
     validate(result)
     return result
 

@@ -53,6 +53,23 @@ def test_a_new_run_from_weights_takes_over_everything_but_the_folder(run: Path) 
     assert (at_step.tokenizer, at_step.run_dir, at_step.rank) == ("gpt2", "/nowhere", 8)
 
 
+def test_a_commit_is_taken_over_for_the_same_corpus_only(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    began_with, another = "c" * 40, "d" * 40
+    typed = ["model=llama_tiny", "data=hf", "repo=some/text", f"data.commit={began_with}"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(compose_config(typed, TRAIN))))
+
+    def commit(*typed: str) -> str | None:
+        found = {vars(run_config([f"{key}={tmp_path}", *typed]).data)["commit"] for key in ("init_from", "run_dir")}
+        assert len(found) == 1
+        return found.pop()
+
+    assert commit() == commit("split=test") == began_with
+    assert commit("repo=other/text") is commit("data.revision=newer") is None, "the old one would be read, or not exist"
+    assert commit(f"data.commit={another}") == commit("repo=other/text", f"data.commit={another}") == another
+
+
 def test_a_model_or_an_experiment_means_conf(run: Path) -> None:
     config: TrainConfig = run_config(["model=llama_60m", f"init_from={run}"])
     assert (config.rank, config.tokenizer) == (128, f"{run}/tokenizer.json")

@@ -10,6 +10,7 @@
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -25,6 +26,8 @@ class SourceConfig:
     num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
     shuffle_block: int = 1024  # documents shuffled together
     holdout_every: int = 100  # one document in this many is held out when there is no validation set
+
+    SETTLED: ClassVar[tuple[str, ...]] = ()  # options that `settled` sets; they hold for the same corpus only
 
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for impossible options."""

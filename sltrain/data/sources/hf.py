@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from gzip import BadGzipFile
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class HuggingFace(SourceConfig):
     text_key: str = "text"  # the column that holds the documents
     streaming: bool = True  # false: convert all of it to Arrow files in the cache of datasets first
     on_bad_data: str = "skip"  # skip or stop
+
+    SETTLED: ClassVar[tuple[str, ...]] = ("commit",)
 
     def check(self) -> None:
         super().check()
