@@ -33,8 +33,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class AveragedFiles(WeightFiles):
-    """The tensors of a checkpoint of a run with `ema`: those that were trained as their averages, in their own dtype.
-    Raises OSError if the averages are missing."""
+    """The tensors of a checkpoint of a run with `ema`: those that were trained as their averages, in their own
+    dtype."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -114,13 +114,14 @@ def open_run(path: Path, step: int | None) -> Saved:
     """Open a run folder at one of its checkpoints."""
     folder = RunFolder(path)
     config = read_config(folder.config_file)
-    checkpointer = Checkpointer(path, config.keep_last, to_train=False)
+    averages = () if config.ema is None else (ema.FILE,)
+    checkpointer = Checkpointer(path, config.keep_last, to_train=False, needed=averages)
     checkpoint = checkpointer.find_latest() if step is None else checkpointer.find(step)
     if checkpoint is None:
         if folder.is_finished:
             raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
         raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
-    files = WeightFiles(checkpoint) if config.ema is None else AveragedFiles(checkpoint)
+    files = AveragedFiles(checkpoint) if averages else WeightFiles(checkpoint)
     vocab_size = files.shape(EMBEDDING)[0]
     state = checkpointer.read_state(checkpoint)
     model = build_model(config, vocab_size, files.dtype(EMBEDDING))

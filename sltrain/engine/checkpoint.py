@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,15 @@ class Checkpointer:
     Args:
         run_dir: the run's folder, created by the first save.
         keep_last: how many checkpoints remain after a save; 0 or None keeps all.
-        to_train: False to read only the model: the other objects' files may then be missing.
+        to_train: False to read only the model: the other objects' files may then be missing, but for those of `needed`.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int | None, to_train: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, keep_last: int | None, to_train: bool = True, needed: Collection[str] = ()
+    ) -> None:
         self.folder = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last or 0
-        self.to_train = to_train
+        self.to_train, self.needed = to_train, needed
 
     def save(self, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step` (updates done) and return its folder; one of the same step is replaced.
@@ -147,7 +149,7 @@ class Checkpointer:
         return state
 
     def _find_damage(self, path: Path) -> str | None:
-        return find_damage(path, (MODEL_FILE, STATE_FILE), has_more=self.to_train)
+        return find_damage(path, (MODEL_FILE, STATE_FILE, *self.needed), has_more=self.to_train)
 
     def _list(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint by name, oldest first; a replaced one comes before its replacement."""

@@ -70,3 +70,12 @@ def test_a_run_evaluates_and_gives_its_averages(tiny: list[str], tmp_path: Path,
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
         assert torch.equal(sltrain.load(exported)(ids), sltrain.load(run)(ids))
+
+    damaged = run / "checkpoints" / "step_00000006" / "action.ema.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    before = dict(sltrain.load(run, step=5).named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in sltrain.load(run).named_parameters()), "the intact one"
+    with pytest.raises(sltrain.Error, match="action.ema.pt does not match its SHA-256"):
+        sltrain.load(run, step=6)
