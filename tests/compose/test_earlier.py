@@ -53,6 +53,19 @@ def test_a_new_run_from_weights_takes_over_everything_but_the_folder(run: Path) 
     assert (at_step.tokenizer, at_step.run_dir, at_step.rank) == ("gpt2", "/nowhere", 8)
 
 
+def test_a_run_is_read_where_its_data_set_is_not(tmp_path: Path) -> None:
+    """Its model can be loaded and exported there, and it continues with the folder's new name."""
+    from dataclasses import asdict
+
+    (tmp_path / "text").mkdir()
+    config = compose_config(["model=llama_tiny", "data=hf", f"repo={tmp_path / 'text'}"], TRAIN)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    (tmp_path / "text").rename(tmp_path / "moved")
+    assert read_config(tmp_path / "config.yaml") == config
+    moved = run_config([f"run_dir={tmp_path}", f"repo={tmp_path / 'moved'}"])
+    assert vars(moved.data)["repo"] == f"{tmp_path / 'moved'}"
+
+
 def test_a_commit_is_taken_over_for_the_same_corpus_only(tmp_path: Path) -> None:
     from dataclasses import asdict
 

@@ -54,14 +54,14 @@ class HuggingFace(SourceConfig):
         super().check()
         if not self.repo:
             raise ValueError("data=hf needs repo=OWNER/NAME, a data set on the Hugging Face Hub, or repo=FOLDER")
-        folder = os.path.expanduser(self.repo)
+
+    def settled(self) -> SourceConfig:
+        assert self.repo is not None
+        folder = os.path.expanduser(self.repo)  # not in `check`: a trained model can be read where its text is not
         if os.path.isfile(folder):
             raise ValueError(f"repo={self.repo} is a file; use data=local path={self.repo}, or name its folder")
         if not os.path.isdir(folder) and (self.repo.startswith((".", "/", "~")) or self.repo.count("/") != 1):
             raise ValueError(f"repo={self.repo} is neither a folder here nor a name on the Hub (OWNER/NAME)")
-
-    def settled(self) -> SourceConfig:
-        assert self.repo is not None
         self.commit = self.commit or commit_of(self.repo, self.revision)
         return self
 
