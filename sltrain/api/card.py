@@ -59,6 +59,8 @@ def _metadata(
     config: TrainConfig, format: str, opens_by_code: bool, license: str | None, evaluation: Event | None
 ) -> str:
     repo = getattr(config.data, "repo", None)  # of a source that reads a data set of the Hub
+    if getattr(config.data, "commit", repo) is None:  # a folder, whose name is nobody's concern
+        repo = None
     datasets = [repo] if repo else []
     is_custom = format == "compressed" and opens_by_code
     return card_metadata(
