@@ -21,6 +21,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from sltrain.data.documents import WARNINGS_PER_FILE, DataError, NetworkError, S
 from sltrain.data.download import hub_error, probe
 from sltrain.data.special_tokens import (
     AS_TEXT,
+    CONFIG_FILE,
     EOS_NAMES,
     NAMED,
     PAD_NAMES,
@@ -424,8 +426,10 @@ def _refuse_other_formats(spec: str, path: Path) -> None:
 
 
 def _fetch_from_hub(spec: str) -> Path:
-    """The tokenizer.json of a repository on the Hub, downloaded unless it is in the Hub's cache on this machine."""
+    """The tokenizer.json of a repository on the Hub, downloaded with its tokenizer_config.json unless it is in the
+    Hub's cache on this machine."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # 0.3 s, for this case only
+    from huggingface_hub.errors import EntryNotFoundError
 
     owner = HUB_ALIASES.get(spec.split("-")[0])
     repo = spec if "/" in spec or owner is None else f"{owner}/{spec}"
@@ -434,7 +438,9 @@ def _fetch_from_hub(spec: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
         probe(repo, "tokenizer.json")  # fails within seconds; hf_hub_download retries for minutes
-        return Path(hf_hub_download(repo, "tokenizer.json"))
+        with suppress(EntryNotFoundError):  # a repository may lack it
+            hf_hub_download(repo, CONFIG_FILE)
+        return Path(hf_hub_download(repo, "tokenizer.json"))  # last: where it is, the other was asked for
     except Exception as error:  # the HTTP library's exception classes change between releases
         detail = hub_error(error, f"{repo}/tokenizer.json")
         if isinstance(detail, DataError):

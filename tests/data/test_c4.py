@@ -250,6 +250,19 @@ def test_the_real_client_finds_its_way_with_hf_endpoint(hub, shards, texts, tmp_
     assert run(again, hub.url, tmp_path) == found[:3]  # from the cache
 
 
+def test_a_tokenizer_comes_with_its_configuration(hub, texts, tmp_path):  # noqa: F811
+    """Else its end of texts would depend on what else has filled the cache, and differ from machine to machine."""
+    hub.files["google-t5/t5-tiny", "tokenizer.json"] = train_bpe(iter(texts[:50]), 300).encode()
+    hub.files["google-t5/t5-tiny", "tokenizer_config.json"] = b'{"eos_token": "<unk>"}'
+    program = """
+from sltrain.data.tokenizer import load_tokenizer
+print(load_tokenizer("t5-tiny").special_tokens()["eos_token"])
+"""
+    assert run(program, hub.url, tmp_path) == ["<unk>"]
+    hub.close()
+    assert run(program, hub.url, tmp_path) == ["<unk>"]  # from the cache
+
+
 def test_without_a_network_every_request_fails_with_one_line(tmp_path):
     program = PROGRAM.replace("attempt(lambda: sum", "0 and attempt(lambda: sum")
     found = run(program, "http://127.0.0.1:9", tmp_path)
