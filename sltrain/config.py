@@ -133,6 +133,7 @@ class TrainConfig:
     eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
     checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
+    profile_steps: list[int] | None = None  # [first,last] update that torch's profiler records, into the run folder
 
     # The machine
     seed: int = MISSING  # of weights, supports and the order of the data
@@ -200,7 +201,7 @@ ABOVE_ZERO = (
 CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker path data.path repo data.repo data.commit validation_path tokenizer on_bad_data"
     " data.on_bad_data data.delete_after_use log_every eval_every eval_tokens checkpoint_every keep_last"
-    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update"
+    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update profile_steps"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
@@ -254,6 +255,7 @@ def validate(config: TrainConfig) -> None:
     _validate_update(config)
     _validate_precision(config)
     rate_schedule(config)
+    _validate_profile(config)
     for key in ("path", "validation_path"):
         globs = get_key(config, key)
         if globs is not None and not all(
@@ -298,6 +300,15 @@ def _validate_update(config: TrainConfig) -> None:
         raise ValueError(
             "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
             " before it returns; drop one of the two"
+        )
+
+
+def _validate_profile(config: TrainConfig) -> None:
+    steps, max_steps = config.profile_steps, num_steps(config)
+    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= max_steps):
+        raise ValueError(
+            f"profile_steps=[{','.join(map(str, steps))}]: give the first and the last update to record, as in [10,12],"
+            f" from 1 to the {max_steps:,} of the run"
         )
 
 

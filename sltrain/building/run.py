@@ -72,4 +72,6 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan, start)
     for sink in trainer.sinks:
         resources.callback(sink.close)
+    if trainer.profile is not None:
+        resources.callback(trainer.profile.close)
     return trainer

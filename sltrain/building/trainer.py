@@ -24,6 +24,7 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.micro_batch import Feed
+from sltrain.engine.profile import Profile
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.trainer import Progress, Trainer
@@ -101,6 +102,7 @@ def build_trainer(
         },
         progress=progress,
         built_with={"arithmetic": arithmetic},
+        profile=build_profile(config, folder, progress.step, ranks),
     )
     schedule.enter = partial(enter_phase, config, model, trainer, live)
     return trainer
@@ -233,6 +235,18 @@ def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], flo
         return rate
 
     return set_rate
+
+
+def build_profile(config: TrainConfig, folder: RunFolder, step: int, ranks: Ranks) -> Profile | None:
+    """What records the updates of profile_steps, on rank 0 of a run that continues from `step`; None: nothing to
+    record."""
+    if config.profile_steps is None:
+        return None
+    first, last = config.profile_steps
+    if step >= last:
+        logger.info(f"note       profile_steps=[{first},{last}] is over at step {step:,}: nothing is recorded")
+        return None
+    return Profile(folder.path, first, last, ranks.device) if ranks.is_main else None
 
 
 def build_sinks(config: TrainConfig, folder: RunFolder, step: int) -> list[Sink]:

@@ -90,6 +90,7 @@ OTHERS = {
     " trackers wandb_enabled",
     "tracker.project": "wandb_project project project_name",
     "tracker.entity": "wandb_entity entity",
+    "profile_steps": "profile profiler profiling profile_step enable_profiling use_profiler torch_profiler",
     "seed": "random_seed data_seed manual_seed rng_seed",
     "per_layer_update": "layerwise layer_wise per_layer per_layer_weight_update galore_adamw8bit_per_layer",
 }

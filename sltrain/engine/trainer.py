@@ -24,6 +24,7 @@ from sltrain.engine.evaluate import evaluate
 from sltrain.engine.memory import RunMemory, averages_bytes, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
+from sltrain.engine.profile import Profile
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.events import Event
 
@@ -76,6 +77,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run must repeat
     throughput: Throughput = field(default_factory=Throughput)
+    profile: Profile | None = None  # the updates to record, on rank 0
     final: Event | None = None  # the final line, once written
 
     def __post_init__(self) -> None:
@@ -107,15 +109,19 @@ class Trainer:
         step = self.step + 1
         self.lr = self.set_learning_rate(step)
         num_rows = len(update.batch.input_ids)
-        result = self.memory.measure(
-            lambda: self.update_step.run(
+
+        def run() -> StepResult:
+            return self.update_step.run(
                 self.feed.micro_batches(update.batch),
                 update.num_targets,
                 on_skip=lambda name: logger.warning(f"step {step}: {name} is not finite; this update is skipped"),
-            ),
-            self._held_bytes,
-            num_micro_batches=-(-num_rows // self.feed.micro_batch_size),
-        )
+            )
+
+        if self.profile is not None and self.profile.covers(step):  # measured memory takes the profiler too
+            result = self.profile.record(step, run)
+        else:
+            num_micro_batches = -(-num_rows // self.feed.micro_batch_size)
+            result = self.memory.measure(run, self._held_bytes, num_micro_batches)
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
         if result.num_skipped_tensors and not result.skipped:
             logger.warning(f"step {step}: {result.num_skipped_tensors} gradients were not finite and are skipped")
