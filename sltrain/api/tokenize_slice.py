@@ -126,8 +126,9 @@ class Worker:
         try:
             for documents in self._groups(work, state.next_record):
                 self._write(documents, writers)
-                state.next_record = documents[-1].index + 1
-                state.parts = {name: copy(writer.written) for name, writer in writers.items()}
+                parts = {name: copy(writer.written) for name, writer in writers.items()}
+                # Together: an interrupt between them would leave out documents, as the state is saved all the same.
+                state.next_record, state.parts = documents[-1].index + 1, parts
                 is_orphan = self.job.parent not in (os.getpid(), os.getppid())
                 if is_orphan or self._should_stop():
                     return False

@@ -9,6 +9,7 @@ import string
 import subprocess
 import sys
 import time
+from copy import copy
 
 import numpy as np
 import pytest
@@ -169,6 +170,25 @@ def test_a_slice_goes_on_where_it_was_killed(files, tokens, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupt_between_writing_and_counting_leaves_nothing_out(files, tokens, tmp_path, monkeypatch):
+    """Ctrl-C with processes=1 comes anywhere, here where the lengths of the files are noted."""
+    output, work = tmp_path / "tokens", Slice("train", 0, 0, 1)
+    job, times = job_of(files, output), iter([False] * 5 + [True])
+
+    def copy_or_interrupt(written):
+        if next(times, False):
+            raise KeyboardInterrupt
+        return copy(written)
+
+    monkeypatch.setattr("sltrain.api.tokenize_slice.copy", copy_or_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Worker(job, lambda: False).tokenize(work)
+    assert 0 < read_state(output, work).next_record < 3000
+    assert Worker(job, lambda: False).tokenize(work)
+    for name in ("train/00000-0.ids", "train/00000-0.documents", "validation/00000-0.ids"):
+        assert (output / name).read_bytes() == (tokens / name).read_bytes()
+
+
 def test_the_command_is_killed_and_typed_again(files, tokens, tmp_path):
     """kill -9 of the command, whose processes then stop by themselves; typed again it makes the same folder."""
     output = tmp_path / "t"
