@@ -63,9 +63,9 @@ class ModelConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: str = MISSING  # none or wandb
-    project: str = "sltrain"
-    entity: str | None = None
+    name: str = MISSING  # none, wandb or tensorboard
+    project: str = "sltrain"  # of wandb
+    entity: str | None = None  # of wandb
 
 
 @dataclass
@@ -151,7 +151,7 @@ class TrainConfig:
 
 
 CHOICES = {
-    "tracker.name": ("none", "wandb"),
+    "tracker.name": ("none", "wandb", "tensorboard"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),

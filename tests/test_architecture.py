@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Slow to import (seconds each), or needed by few runs: only inside the function that uses them.
-LATE = {"datasets", "bitsandbytes", "torchao", "wandb", "transformers", "matplotlib", "jinja2"}
+LATE = {"datasets", "bitsandbytes", "torchao", "wandb", "tensorboard", "transformers", "matplotlib", "jinja2"}
 
 # Not a module of the package but a file that exports copy, for transformers to run. It must import nothing of ours.
 COPIED = {"formats/modeling_sltrain.py"}

@@ -27,6 +27,7 @@ from sltrain.engine.micro_batch import Feed
 from sltrain.engine.profile import Profile
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
+from sltrain.engine.tensorboard import TensorBoardSink
 from sltrain.engine.trainer import Progress, Trainer
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
@@ -264,4 +265,6 @@ def build_sinks(config: TrainConfig, folder: RunFolder, step: int) -> list[Sink]
                 config=dataclasses.asdict(config),
             )
         )
+    if config.tracker.name == "tensorboard":
+        sinks.append(TensorBoardSink(folder.path, step))
     return sinks

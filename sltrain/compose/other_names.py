@@ -88,6 +88,7 @@ OTHERS = {
     "padding=pack": "packing group_by_length group_texts pack concat_tokens",
     "tracker=wandb": "wandb report_to use_wandb wandb_log logger logger_name log_with enable_wandb with_tracking"
     " trackers wandb_enabled",
+    "tracker=tensorboard": "tensorboard use_tensorboard tensorboard_log tensorboard_dir enable_tensorboard",
     "tracker.project": "wandb_project project project_name",
     "tracker.entity": "wandb_entity entity",
     "profile_steps": "profile profiler profiling profile_step enable_profiling use_profiler torch_profiler",

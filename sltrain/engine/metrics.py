@@ -1,4 +1,4 @@
-"""Results -> numbers with units -> metrics.jsonl, the progress bar, W&B.
+"""Results -> numbers with units -> metrics.jsonl, the progress bar, W&B (TensorBoard: tensorboard.py).
 
 The numbers and their units: events.py. Sinks exist on rank 0 only. metrics.jsonl is the reference: one event a line,
 strict JSON (a number that is not finite is null). A run that resumes at step N first calls `rewrite_until(path, N)`, so
