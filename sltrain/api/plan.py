@@ -70,14 +70,17 @@ def vocab_size(config: TrainConfig) -> int:
     kind, _, size = config.tokenizer.partition(":")
     if kind == "bpe" and size.isdecimal():
         return int(size)
-    path = Path(config.tokenizer)
+    path = Path(config.tokenizer).expanduser()
+    if path.is_dir():  # of a run, an export or data=tokens
+        path = path / "tokenizer.json"
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path)).get_vocab_size()
         except Exception as error:  # the library knows no narrower one
             raise ValueError(f"tokenizer={path} is no tokenizer.json: {error}") from error
     raise ValueError(
-        f"the model has no vocabulary size of its own, and tokenizer={path} is no file; set model.vocab_size"
+        f"the model has no vocabulary size of its own, and tokenizer={config.tokenizer} is no file here; set"
+        " model.vocab_size"
     )
 
 

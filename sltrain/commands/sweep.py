@@ -48,8 +48,10 @@ def with_swept_before(arguments: list[str], overrides: list[str]) -> tuple[list[
         texts = record["hydra"]["overrides"]
         before = [str(text) for text in [*texts["task"], *texts["hydra"]]]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        keys_of_source = " and the keys of that run: with -m, init_from brings weights and tokenizer only"
         raise ValueError(
             f"run_dir={folder} holds no sweep to continue; to begin one there, choose a model: add model=NAME"
+            + (keys_of_source if "init_from" in keys else "")
         ) from error
     before = [text for text in before if not text.startswith(("run_dir=", "hydra.sweep.dir=", "hydra.mode="))]
     return [*before, *arguments], [*before, *overrides]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sltrain.commands.sweep import Sweep, _run_process, in_words, job_name
+from sltrain.commands.sweep import Sweep, _run_process, in_words, job_name, with_swept_before
 from sltrain.compose import conf_dir, parse_overrides, register_schema
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,13 @@ def test_plan() -> None:
     assert (sweep.swept_keys, str(sweep.folder)) == (["rank", "sparsity"], "outputs/a")
     assert sweep.names == [f"rank-{rank}_sparsity-{sparsity}" for rank in (64, 128) for sparsity in (0.01, 0.03, 0.1)]
     assert str(Sweep.plan(["rank=1,2"]).folder).startswith("outputs/sweep_")
+
+
+def test_a_sweep_from_weights_says_which_keys_to_add(tmp_path: Path) -> None:
+    typed = ["init_from=outputs/dense", "method=low_rank,sltrain", f"run_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="add model=NAME and the keys of that run: with -m, init_from brings"):
+        with_swept_before(["-m", *typed], typed)
+    assert with_swept_before(["-m", "model=x", *typed], ["model=x", *typed])[1] == ["model=x", *typed]
 
 
 def test_exit_codes_in_words() -> None:
