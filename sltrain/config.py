@@ -283,7 +283,7 @@ def _validate_names_of_files(config: TrainConfig) -> None:
         for name in value if isinstance(value, list) else [value]:
             if name == "":
                 raise ValueError(f"{key} is empty: is the variable set that it was typed with? Give a name, or drop it")
-            if name is not None and re.search(r"\$\w", name) and not os.path.exists(name):
+            if name is not None and re.search(r"(^|/)\$[{\w]", name) and not os.path.exists(name):
                 raise ValueError(
                     f"{key}={name}: $ is not replaced here; let the shell do it, without single quotes, or write ~ for"
                     " your home"

@@ -65,10 +65,10 @@ def test_a_run_computes_no_pads(
     seen: list[Tensor] = []
     real = llama.chunked_cross_entropy_sum
 
-    def spy(hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+    def spy(hidden: Tensor, weight: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Tensor:
         assert len(hidden) == len(labels)
         seen.append(labels)
-        return real(hidden, weight, labels, *rest)
+        return real(hidden, weight, labels, *rest, **options)
 
     monkeypatch.setattr(llama, "chunked_cross_entropy_sum", spy)
     text = [f"path={tmp_path}/short.jsonl", f"validation_path={tmp_path}/short.jsonl"]

@@ -1,13 +1,10 @@
 """A folder holds one run, continued only with the same mathematics."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from sltrain.config import RETIRED_KEYS
-from sltrain.engine.stop import StopRequest
 from sltrain.runs.run_folder import RunFolder
 
 CONFIG = {
@@ -102,17 +99,6 @@ def test_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path: Pat
 def test_new_folders_never_collide(tmp_path: Path) -> None:
     folders = [RunFolder(tmp_path / "outputs" / "now", is_new=True) for _ in range(3)]
     assert [folder.claim(CONFIG, "auto", [], "{}").name for folder in folders] == ["now", "now_2", "now_3"]
-
-
-def test_stop_request_records_the_first_signal_and_a_second_interrupt_ends_the_process() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert not stop.is_set
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_name == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json", "metrics.jsonl", "notes.tmp"])

@@ -33,7 +33,7 @@ def test_the_start_is_the_papers():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: LowRankLinear(400, 300, rank=16, alpha=8, generator=generator()),
+    lambda: LowRankLinear(400, 300, rank=16, alpha=8, generator=generator(), start="uniform"),
     lambda: SLTrainLinear(400, 300, rank=16, sparsity=0.0, alpha=8, generator=generator()),
 ])  # fmt: skip
 def test_without_s_the_product_starts_like_an_ordinary_linear(make):
