@@ -54,7 +54,8 @@ def build_run(config: TrainConfig) -> Run:
 
 
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
-    start = ranks.everywhere(lambda: None if folder.has_checkpoint else open_start(config))
+    begins = ranks.on_main(lambda: not folder.has_checkpoint)  # asked once: a shared folder may look older elsewhere
+    start = ranks.everywhere(lambda: open_start(config) if begins else None)
     config.data.adopt(ranks.on_main(config.data.settled))
     source, validation = ranks.everywhere(lambda: build_sources(config))
     tokenizer = build_tokenizer(config, source, ranks, folder)

@@ -67,6 +67,7 @@ def build_trainer(
             phase.start(model, generator_for(config.seed, phase.name, 0))
         if start is not None:
             start.fill(model, ranks)
+        ranks.send_from_main(model)
     live = Live(build_updates(config, model, ranks))
     schedule = Schedule(live_actions(config, model, live), phases_of(config), config.seed)
     objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}

@@ -88,6 +88,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def send_from_main(self, model: nn.Module) -> None:
+        """Give every rank the parameters of rank 0: a decomposition may differ in its last bit between machines."""
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on every rank."""
         if self.world_size == 1:
