@@ -168,7 +168,6 @@ def _job(folder: Path, config: TrainConfig, holds_out: bool, tokenizer: Tokenize
         ),
         tokenizer.vocab_size,
         config.data.holdout_every if holds_out else 0,
-        os.getpid(),
     )
 
 

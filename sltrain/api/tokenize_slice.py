@@ -15,8 +15,10 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
+from multiprocessing import parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -51,7 +53,6 @@ class Job:
     new_tokenizer: Callable[[], Tokenizer]
     tokenizer_ids: int
     holdout_every: int  # one training document in so many goes to validation/; 0: none
-    parent: int  # process id: without it, the work stops
 
 
 @dataclass
@@ -129,8 +130,7 @@ class Worker:
                 parts = {name: copy(writer.written) for name, writer in writers.items()}
                 # Together: an interrupt between them would leave out documents, as the state is saved all the same.
                 state.next_record, state.parts = documents[-1].index + 1, parts
-                is_orphan = self.job.parent not in (os.getpid(), os.getppid())
-                if is_orphan or self._should_stop():
+                if self._should_stop():
                     return False
                 if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     _save(self.job.folder, work, state, writers)
@@ -169,10 +169,20 @@ _worker: Worker | None = None  # of this process
 def start_worker(job: Job, stop: Event) -> None:
     """Prepare a process of a pool: it reports nothing but warnings and what it raises."""
     global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of many
     PACKAGE.addHandler(LineHandler("stderr"))
     PACKAGE.propagate = False
     _worker = Worker(job, stop.is_set)
+
+
+def _end_with_parent() -> None:
+    """End this process when the command has died: without this it would wait for work for ever. What it has written
+    since the last state file is cut off by the process that continues."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def tokenize_in_worker(work: Slice) -> bool:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import signal
 import string
@@ -67,7 +66,7 @@ def job_of(files, output, **changes):
         (output / name).mkdir(parents=True)
     tokenizer = Tokenizer((files / "tokenizer.json").read_text(), "test")
     sources = {"train": lambda: LocalFiles(f"{files}/*.gz")}
-    return Job(output, sources, lambda: tokenizer, tokenizer.vocab_size, HOLDOUT, os.getpid())
+    return Job(output, sources, lambda: tokenizer, tokenizer.vocab_size, HOLDOUT)
 
 
 def streams(files, tokens, **changes):
@@ -196,11 +195,12 @@ def test_the_command_is_killed_and_typed_again(files, tokens, tmp_path):
         *(sys.executable, "-m", "sltrain", "tokenize", f"output={output}", "data=local", f"path={files}/*.gz"),
         *(f"tokenizer={files}/tokenizer.json", f"data.holdout_every={HOLDOUT}", "processes=2"),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         while not list(output.glob("train/*.ids")):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)  # returns when nobody holds its output: no process is left
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for file in tokens.rglob("*.*"):
