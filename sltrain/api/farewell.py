@@ -1,7 +1,10 @@
 """How a run ended and what to do next, in words."""
 
+import re
+import shlex
 from pathlib import Path
 
+from sltrain.api.overrides import as_overrides
 from sltrain.building.memory_guard import gigabytes
 from sltrain.config import TrainConfig
 from sltrain.engine.loop import Outcome
@@ -12,7 +15,7 @@ from sltrain.runs.run_folder import RunFolder
 def farewell(config: TrainConfig, trainer: Trainer, folder: Path, outcome: Outcome) -> str:
     """One or two lines for whoever started the run."""
     c, step = config, trainer.step
-    again = f"to continue: sltrain-train run_dir={folder}"
+    again = f"to continue: {continuing(folder)}"
     saved = f"saved at step {step:,}" if step else "nothing was saved, as no update was made yet"
     if outcome is Outcome.FINISHED:
         return f"finished: {folder}"
@@ -37,7 +40,14 @@ def what_is_left(folder: RunFolder | None) -> tuple[str, bool]:
         return "interrupted; nothing was saved", False
     newest = max(folder.path.glob("checkpoints/step_*[0-9]"), default=None)
     step = "a step" if newest is None else f"step {int(newest.name.removeprefix('step_')):,}"
-    return f"interrupted; {step} is saved: to continue: sltrain-train run_dir={folder.path}", True
+    return f"interrupted; {step} is saved: to continue: {continuing(folder.path)}", True
+
+
+def continuing(folder: Path) -> str:
+    """The command that continues the run in a folder, to be pasted into a shell."""
+    is_plain = re.fullmatch(r"[A-Za-z0-9@%+./_-]+", str(folder))
+    override = f"run_dir={folder}" if is_plain else shlex.quote(as_overrides({"run_dir": folder})[0])
+    return f"sltrain-train {override}"
 
 
 def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:

@@ -25,6 +25,7 @@ from sltrain.config import TrainConfig, folder_of, validate
 CONFIG_FILE = "config.yaml"
 # What a new run does not take over from the run whose weights it starts from.
 FORGOTTEN: dict[str, Any] = {"run_dir": None, "resume": "auto", "extend": 0, "tokenizer": "auto"}
+CORPUS_KEYS = ("path", "repo", "config", "split")  # of the source in that run: another source does not read them
 
 
 def run_config(texts: list[str]) -> TrainConfig:
@@ -59,6 +60,8 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     groups, config = groups_of(TRAIN), read_saved(path)
     config.update(forgotten)
     config.data.update(dict.fromkeys(earlier.SETTLED))
+    if _typed(overrides, "data") not in (None, earlier.name):
+        config.update(dict.fromkeys(CORPUS_KEYS))
     try:
         for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
             key, value = override.key_or_group, override.value()

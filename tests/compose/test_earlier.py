@@ -83,6 +83,16 @@ def test_a_commit_is_taken_over_for_the_same_corpus_only(tmp_path: Path) -> None
     assert commit(f"data.commit={another}") == commit("repo=other/text", f"data.commit={another}") == another
 
 
+def test_another_source_does_not_inherit_the_corpus(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    config = compose_config(["model=llama_tiny", "data=hf", "repo=some/text", "config=en"], TRAIN)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    local = run_config([f"init_from={tmp_path}", "data=local", "path=/a/*.gz"])
+    assert (local.repo, local.config, local.path, vars(local.data)["path"]) == (None, None, "/a/*.gz", "/a/*.gz")
+    assert run_config([f"init_from={tmp_path}", "data=hf"]).repo == "some/text"
+
+
 def test_a_model_or_an_experiment_means_conf(run: Path) -> None:
     config: TrainConfig = run_config(["model=llama_60m", f"init_from={run}"])
     assert (config.rank, config.tokenizer) == (128, f"{run}/tokenizer.json")
