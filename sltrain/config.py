@@ -115,12 +115,8 @@ class TrainConfig:
     warmup_steps: int = MISSING  # updates
     decay_steps: int | None = None  # schedule=wsd: updates of the final linear decay; None: a tenth of the run
     weight_decay: float = MISSING  # decoupled (AdamW); norms and biases never decay
-    z_loss: float = (
-        MISSING  # trains the loss + this times the mean squared logsumexp of logits (1e-4); 0: the loss alone
-    )
-    ema: float | None = (
-        None  # an update leaves this share of averaged weights, which evaluations and exports use (0.999)
-    )
+    z_loss: float = MISSING  # times the mean squared logsumexp of the logits, added to the loss (1e-4 is usual)
+    ema: float | None = None  # share of averaged weights an update keeps (0.999); evaluations and exports use these
     grad_clip: float | None = None  # global gradient norm; None: no clipping
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
