@@ -66,6 +66,7 @@ def _hint(key: str, schema: Schema) -> str:
 
 
 def missing_option(error: MissingConfigException) -> str:
+    """One line for a group's option, such as model=NAME, that has no file or whose plug-in cannot be used."""
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if option.startswith("submitit_"):
         return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install '.[sweep]'"

@@ -108,6 +108,25 @@ class Tokenizer:
             raise ValueError(f"tokenizer {name} is not a valid tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        ids = self._choose_ids(settings, eos, vocab_size)
+        self._check_character("a")
+        self._prefix = self._leading_specials()
+        self._begin, self._end = _packed(self._prefix), _packed([self.eos_id])
+        self._holds_control = re.compile(
+            "|".join(
+                re.escape(token)
+                for token in sorted(controls, key=len, reverse=True)
+                if controls_as_text or ids[token] < self.vocab_size  # others are counted as sentinels
+            )
+            or "(?!)"
+        )
+        self._can_cut = words_are_independent(spec)
+        self._words = word_cache(self._tokenizer, spec, controls)
+
+    def _choose_ids(self, settings: Mapping[str, Any], eos: str | None, vocab_size: int | None) -> dict[str, int]:
+        """Set the size of the vocabulary and the ids with a role: end of text, padding, unknown. Returns the id of each
+        token. Raises ValueError for a tokenizer that does not fit the model, or lacks one of them."""
+        name = self.name
         ids = {shown(token): i for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
         special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         num_ids = max(ids.values(), default=-1) + 1
@@ -142,19 +161,7 @@ class Tokenizer:
             )
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self._check_character("a")
-        self._prefix = self._leading_specials()
-        self._begin, self._end = _packed(self._prefix), _packed([self.eos_id])
-        self._holds_control = re.compile(
-            "|".join(
-                re.escape(token)
-                for token in sorted(controls, key=len, reverse=True)
-                if controls_as_text or ids[token] < self.vocab_size  # others are counted as sentinels
-            )
-            or "(?!)"
-        )
-        self._can_cut = words_are_independent(spec)
-        self._words = word_cache(self._tokenizer, spec, controls)
+        return ids
 
     def fingerprint(self) -> str:
         """Identity of the ids this object produces."""
