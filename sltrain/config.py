@@ -24,6 +24,7 @@ from sltrain.methods.base import Method
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.kinds.base import OptimizerConfig
 from sltrain.optim.schedule import SCHEDULES, RateSchedule, default_decay, effective_warmup
+from sltrain.parameters import ROLES
 
 ROPE_TYPES = ("default", "llama3")
 
@@ -110,6 +111,7 @@ class TrainConfig:
 
     # Optimization
     lr: float = MISSING  # peak learning rate
+    lr_scale: dict[str, float] = field(default_factory=dict)  # role of a parameter (parameters.py) -> factor of lr
     schedule: str = MISSING  # of the learning rate after warmup: cosine, linear, wsd (constant, then decay) or constant
     min_lr_ratio: float = MISSING  # final learning rate over peak
     warmup_steps: int = MISSING  # updates
@@ -227,6 +229,13 @@ def validate(config: TrainConfig) -> None:
         value = get_key(config, key)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: must be a number above 0")
+    for role, scale in config.lr_scale.items():
+        if role not in ROLES:
+            raise ValueError(
+                f"lr_scale={{{role}: {scale:g}}}: no parameter has this role; choose of {', '.join(ROLES)}"
+            )
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"lr_scale={{{role}: {scale:g}}}: must be a number above 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema={config.ema}: must be above 0 and below 1 (0.999 averages some 1,000 updates), or null")
     if not 0 <= config.z_loss < float("inf"):

@@ -36,6 +36,7 @@ from sltrain.optim.build import build_optimizer, check_updates, set_learning_rat
 from sltrain.optim.named_state import OptimizerState, rebuild_optimizer
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.planning.roles import parameters_of
@@ -192,7 +193,7 @@ def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.
         stochastic_rounding=config.stochastic_rounding,
         seed=config.seed,
         infos=parameters_of(model),
-        group_options=config.method.group_options,
+        group_options=partial(group_options, config),
     )
     if not config.per_layer_update:
         return optimizer
@@ -202,6 +203,13 @@ def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.
         reduce_grad=ranks.sum_ if ranks.world_size > 1 else None,
         grad_clip_per_parameter=config.grad_clip_per_parameter,
     )
+
+
+def group_options(config: TrainConfig, parameter: ParamInfo) -> dict[str, float]:
+    """Optimizer settings of one parameter that differ from the run's: the method's, and `lr_scale` of its role."""
+    options = config.method.group_options(parameter)
+    scale = config.lr_scale.get(parameter.role)
+    return options if scale is None else {**options, "lr_scale": scale * options.get("lr_scale", 1.0)}
 
 
 def rebuild_updates(
@@ -232,7 +240,7 @@ def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], flo
         logger.info(f"note       {shortened}")
 
     def set_rate(step: int) -> float:
-        rate = config.lr * rates.factor(step)
+        rate = config.lr * rates.factor(step) * config.method.lr_factor(step, rates.max_steps)
         set_learning_rate(live.optimizer, rate)
         return rate
 

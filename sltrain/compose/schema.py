@@ -43,7 +43,7 @@ TRAIN = Schema(
     has_groups=True,
     order="a model sets its recipe, conf/train.yaml the protocol, what you type comes last",
     advice="choose a model (model=llama_60m), or an experiment (experiment=quickstart)",
-    open_mappings=("rank_overrides", "sparsity_overrides"),
+    open_mappings=("lr_scale", "rank_overrides", "sparsity_overrides"),
 )
 
 

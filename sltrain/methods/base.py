@@ -48,6 +48,11 @@ class Method:
         {"weight_decay": 0.0} exempts it from decay."""
         return {}
 
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        """What the schedule's learning rate of update `step`, from 1, is multiplied by: to warm up again after a
+        restart, for instance."""
+        return 1.0
+
     def actions(self, running: "Running") -> "list[Action]":
         """Actions between updates, see engine/actions.py. Called again after a phase has changed the model."""
         return []

@@ -18,10 +18,17 @@ from sltrain.api.plan import build_plan
 from sltrain.api.plan_config import PLAN
 from sltrain.api.train import train_run
 from sltrain.building import trainer
+from sltrain.building.model import build_model
+from sltrain.building.phases import Live
 from sltrain.compose import TRAIN, compose_config
+from sltrain.config import validate
 from sltrain.engine.actions import Phase
+from sltrain.engine.distributed import Ranks
 from sltrain.layers import SLTrainLinear, replace_linears
 from sltrain.methods.base import METHODS, Method
+from sltrain.methods.full import Full
+from sltrain.parameters import ParamInfo
+from sltrain.planning.roles import parameters_of
 
 pytestmark = pytest.mark.slow
 
@@ -116,3 +123,36 @@ def test_nothing_changes_the_configuration_it_is_given(tiny: list[str], tmp_path
     build_plan(compose_config(["paper_convention=true"], PLAN), config)
     train_run(config)
     assert config == before
+
+
+def test_roles_and_the_method_scale_the_learning_rate(tiny: list[str]) -> None:
+    """lr x schedule x the method's factor of the step x its factor of the parameter x that of the role."""
+
+    class Restarted(Full):
+        def lr_factor(self, step: int, max_steps: int) -> float:
+            return 0.5 if step == 3 else 1.0
+
+        def group_options(self, parameter: ParamInfo) -> dict[str, float]:
+            return {"lr_scale": 3.0} if parameter.role == "embedding" else {}
+
+    typed = ["method=full", "lr=0.1", "schedule=constant", "warmup_steps=0", "lr_scale={embedding: 2, gain: 0.5}"]
+    config = compose_config([*tiny, *typed], TRAIN)
+    config.method = Restarted(name="full")
+    model = build_model(config, 512, torch.float32)
+    optimizer = trainer.build_updates(config, model, Ranks(0, 1, torch.device("cpu")))
+    set_rate = trainer.learning_rate_setter(config, Live(optimizer))
+
+    def rates() -> dict[str, float]:
+        infos = parameters_of(model)
+        return {infos[name].role: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+
+    assert set_rate(2) == 0.1
+    assert rates() == pytest.approx({"embedding": 0.6, "head": 0.1, "projection": 0.1, "gain": 0.05})
+    assert set_rate(3) == 0.05
+    assert rates()["embedding"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("typed", "said"), [("{wheel: 2}", "roles are"), ("{head: 0}", "above 0")])
+def test_an_unknown_role_or_a_factor_of_zero_is_one_line(tiny: list[str], typed: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        validate(compose_config([*tiny, f"lr_scale={typed}"], TRAIN))
