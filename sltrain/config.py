@@ -131,6 +131,9 @@ class TrainConfig:
     eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
     checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
+    peak_tflops: float | None = (
+        None  # TFLOPS a device can do, of which mfu is a share; None: a known card's in bfloat16
+    )
     profile_steps: list[int] | None = None  # [first,last] update that torch's profiler records, into the run folder
 
     # The machine
@@ -190,7 +193,7 @@ AT_LEAST = {
     "seed": 0,
 }
 ABOVE_ZERO = (
-    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter model.rms_norm_eps model.rope_theta"
+    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter peak_tflops model.rms_norm_eps model.rope_theta"
     " model.initializer_range model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 ).split()
 # Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The corpus
@@ -199,7 +202,8 @@ ABOVE_ZERO = (
 CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker path data.path repo data.repo data.commit validation_path tokenizer on_bad_data"
     " data.on_bad_data data.delete_after_use log_every eval_every eval_tokens checkpoint_every keep_last"
-    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update profile_steps"
+    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update peak_tflops"
+    " profile_steps"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with

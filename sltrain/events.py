@@ -28,6 +28,8 @@ class Event(TypedDict, total=False):
     lr: float  # of this update (train)
     grad_norm: Diverging  # before clipping (train)
     tokens_per_second: float  # since the last such line, outside evaluation and saving, all ranks (train)
+    tflops: float  # of model arithmetic at that speed, on each device, see planning/flops.py (train)
+    mfu: float  # tflops over the device's peak, where that is known (train)
     data_wait_fraction: float  # of that time: rank 0 waited for rows (train)
     num_skipped_updates: int  # so far, because not finite (train)
     num_skipped_tensors: int  # so far, left out of updates inside backward (train, per_layer_update)

@@ -19,7 +19,7 @@ from sltrain.benchmarks.published import PublishedLinear
 from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
 from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
 from sltrain.layers.base import LAYERS, ReplacedLinear
-from sltrain.models.llama import TiedHead
+from sltrain.planning.flops import linear_multiply_adds
 
 SPARSITY = 0.03  # the paper's, from 60M to 1B
 ALPHA = 16  # does not affect time
@@ -40,7 +40,7 @@ def measure_layer(bench: Bench) -> Result:
     for (where, name), layer in layers.items():
         dense = timings.get((where, DENSE))
         unit = timings[where, PRODUCT].median  # seconds of a multiply-add
-        floor = 3 * config.tokens * multiply_adds(layer) * unit
+        floor = 3 * config.tokens * linear_multiply_adds(layer) * unit
         rows.append(
             {
                 "measured": name,
@@ -114,14 +114,6 @@ def layer_task(bench: Bench, layer: nn.Module, shape: list[int], num_rows: int) 
         layer.zero_grad(set_to_none=True)
 
     return Task(lambda: layer(x).backward(grad_y), before=clear, after=clear)
-
-
-def multiply_adds(model: nn.Module) -> int:
-    """Those of all linear layers of `model`, which may be one itself, for one row of x."""
-    if isinstance(model, ReplacedLinear | PublishedLinear):
-        return model.multiply_adds()
-    own = model.weight.numel() if isinstance(model, nn.Linear | TiedHead) else 0
-    return own + sum(map(multiply_adds, model.children()))
 
 
 def mean_row(rows: list[Row]) -> Row:

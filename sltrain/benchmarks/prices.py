@@ -11,9 +11,10 @@ of a pass over a dense W, with the products as known multiply-adds.
 import statistics
 
 from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
-from sltrain.benchmarks.layer import PRODUCT, build_layer, label, layer_task, multiply_adds, time_beside_products
+from sltrain.benchmarks.layer import PRODUCT, build_layer, label, layer_task, time_beside_products
 from sltrain.benchmarks.timing import Task, compare
 from sltrain.layers.cost import COSTS, PASSES, machine_kind
+from sltrain.planning.flops import linear_multiply_adds
 
 FEW_ROWS = 16  # of x; building W takes most of the time of a composed layer then
 ENTRIES = {"entry": "uniform", "block_entry": "block", "column_entry": "column"}  # price of an entry -> support
@@ -57,7 +58,7 @@ def make_probes(bench: Bench, shape: list[int]) -> dict[str, tuple[Task, float, 
         size = {"block_size": bench.config.block_size} if support == "block" else {}
         layer = build_layer(bench, "sltrain", shape, {"rank": 0, "support": support, "path": "factored", **size})
         task = layer_task(bench, layer, shape, bench.config.tokens)
-        probes[price] = task, 0, 3 * bench.config.tokens * multiply_adds(layer)
+        probes[price] = task, 0, 3 * bench.config.tokens * linear_multiply_adds(layer)
     layer = build_layer(bench, "sltrain", shape, {"support": "uniform", "path": "composed"})
     entries = out_features * in_features
     task = layer_task(bench, layer, shape, FEW_ROWS)

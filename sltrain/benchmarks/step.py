@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Measurement
 
 from sltrain.benchmarks.base import SEED, Bench, Column, Result, Row, format_table, start_bench, vocab_size
-from sltrain.benchmarks.layer import multiply_adds
 from sltrain.benchmarks.published import PublishedLinear
 from sltrain.benchmarks.settings import STEP_CANDIDATES, USUAL, BenchConfig
 from sltrain.benchmarks.timing import MIN_REPEATS, Task, compare, fill_zeros, in_turns, product_task
@@ -44,6 +43,7 @@ from sltrain.layers.cost import set_paths
 from sltrain.methods.base import METHODS
 from sltrain.models.llama import is_projection
 from sltrain.planning.accounting import count_parameters
+from sltrain.planning.flops import attention_multiply_adds, linear_multiply_adds
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +118,13 @@ def describe(bench: Bench, name: str) -> Candidate:
 
 
 def update_multiply_adds(model: nn.Module, train: TrainConfig) -> int:
-    """Multiply-adds of the products of an update, by the method's mathematics, not by how it is computed. Attention:
-    scores and sums over the values, each position with those up to itself."""
-    rows, tokens, shape = train.global_batch_size, train.seq_len, train.model
-    attention = rows * shape.num_hidden_layers * shape.hidden_size * tokens * (tokens + 1)
-    head = multiply_adds(model.get_submodule("lm_head"))
-    forward = rows * tokens * (multiply_adds(model) - head) + attention
-    return (4 if train.activation_checkpointing else 3) * forward + 3 * rows * tokens * head
+    """Multiply-adds of the products of an update in full rows, by the method's mathematics, not by how it is computed;
+    with what activation checkpointing computes again."""
+    shape, head = train.model, linear_multiply_adds(model.get_submodule("lm_head"))
+    attention = attention_multiply_adds(shape.num_hidden_layers, shape.hidden_size, train.seq_len)
+    layers = linear_multiply_adds(model) - head + attention
+    of_a_token = (4 if train.activation_checkpointing else 3) * layers + 3 * head
+    return train.global_batch_size * train.seq_len * of_a_token
 
 
 def random_ids(bench: Bench, train: TrainConfig) -> Tensor:

@@ -38,6 +38,7 @@ from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.schedule import effective_warmup
 from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters, stored_bytes
+from sltrain.planning.flops import Utilisation, peak_tflops
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.planning.roles import parameters_of
 from sltrain.runs.run_folder import RunFolder
@@ -96,6 +97,7 @@ def build_trainer(
         memory=memory,
         set_learning_rate=learning_rate_setter(config, live),
         model_metrics=lambda: weight_norms(model),
+        speed_metrics=build_utilisation(config, model, ranks).numbers,
         final_metrics=lambda: {
             "dtype": precision_name(model.lm_head.weight.dtype, model.compute_dtype),
             "peak_memory_measure": memory.process.measure,
@@ -245,6 +247,12 @@ def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], flo
         return rate
 
     return set_rate
+
+
+def build_utilisation(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> Utilisation:
+    """What turns tokens a second into the device's TFLOPS, and into a share of its peak where that is known."""
+    peak = config.peak_tflops or peak_tflops(ranks.device, model.compute_dtype)
+    return Utilisation(model, config.seq_len, ranks.world_size, peak)
 
 
 def build_profile(config: TrainConfig, folder: RunFolder, step: int, ranks: Ranks) -> Profile | None:

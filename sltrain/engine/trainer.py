@@ -73,6 +73,7 @@ class Trainer:
     memory: RunMemory
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
     model_metrics: Callable[[], dict[str, float]]  # the method's numbers of its weights, for the train line
+    speed_metrics: Callable[[float], dict[str, float]]  # tokens a second -> the train line's tflops and mfu
     final_metrics: Callable[[], Event]  # the final line's numbers besides the evaluation
     progress: Progress = field(default_factory=Progress)
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run must repeat
@@ -158,11 +159,13 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Write the train line of the current step."""
+        speed = self.throughput.read()
         numbers: Event = {
             "loss": result.loss,
             "lr": self.lr,
             "grad_norm": result.grad_norm,
-            **self.throughput.read(),
+            **speed,
+            **cast(Event, self.speed_metrics(speed["tokens_per_second"])),
             **self.memory.numbers(self.ranks.gather),
             "num_skipped_updates": self.progress.num_skipped_updates,
         }

@@ -42,6 +42,7 @@ class Row:
     peak_memory_measure: str | None = None  # of what: "process" on a CPU, "tensors" on CUDA
     peak_tensor_bytes: int | None = None
     tokens_per_second: float | None = None  # median of the train lines without the first
+    mfu: float | None = None  # share of the device's peak, median as above; None: not known
     tokens: int | None = None  # trained on
     step: int | None = None  # updates done
     max_steps: int | None = None
@@ -149,7 +150,6 @@ def _results(
     """The fields that the log decides."""
     result, end = final or newest_eval or {}, final or last or {}
     measured = [*train, *([final] if final else [])]
-    speeds = [event["tokens_per_second"] for event in train[1:] if event.get("tokens_per_second")]
     names = ("perplexity", "bits_per_byte", "loss", "eval_tokens", "eval_processes")
     return {
         **{key: result.get(key) for key in names},
@@ -159,7 +159,8 @@ def _results(
         "peak_memory_bytes": _highest(measured, "peak_memory_bytes"),
         "peak_memory_measure": _measure(measured[-1]) if measured else None,
         "peak_tensor_bytes": _highest(measured, "peak_tensor_bytes"),
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "tokens_per_second": _median(train[1:], "tokens_per_second"),
+        "mfu": _median(train[1:], "mfu"),
         **{key: end.get(key) for key in ("tokens", "step", "wall_seconds")},
         **({"dtype": chosen} if (chosen := _text(end, "dtype")) else {}),
     }
@@ -208,6 +209,11 @@ def _max_steps(config: Mapping[str, Any]) -> int | None:
 def _highest(events: Sequence[Event], key: Literal["peak_memory_bytes", "peak_tensor_bytes"]) -> int | None:
     """The highest value: each process that worked on a run logs its own peak."""
     return max((event[key] for event in events if event.get(key) is not None), default=None)
+
+
+def _median(events: Sequence[Event], key: Literal["tokens_per_second", "mfu"]) -> float | None:
+    values = [event[key] for event in events if event.get(key)]
+    return statistics.median(values) if values else None
 
 
 def _measure(event: Event) -> str | None:

@@ -95,6 +95,7 @@ COLUMNS = (
     Column("peak_memory_bytes", "peak memory", gigabytes, drop=1),
     Column("peak_memory_measure", "peak memory of", str, drop=1, is_text=True, is_setting=True),
     Column("tokens_per_second", "tokens/s", short, drop=3),
+    Column("mfu", "MFU", "{:.1%}".format, drop=3),
     Column("step", "step", whole, drop=4, add=lambda row: "" if row.max_steps is None else f"/{whole(row.max_steps)}"),
     Column("wall_seconds", "time", duration, drop=11),
     Column("tokens", "tokens", short, drop=12),

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sltrain.benchmarks.base import Bench
-from sltrain.benchmarks.layer import MEAN, build_layer, make_layer, measure_layer, multiply_adds
+from sltrain.benchmarks.layer import MEAN, build_layer, make_layer, measure_layer
 from sltrain.layers.base import LAYERS, ReplacedLinear
+from sltrain.planning.flops import linear_multiply_adds
 
 ARGUMENTS = ["what=layer", "shapes=[[24,16,4],[16,40,8]]", "tokens=8", "repeats=2", "device=cpu", "sparsity=0.1"]
 
@@ -57,13 +58,13 @@ def test_the_floor_counts_what_torch_counts(name: str, bench: Callable[..., Benc
     x = torch.randn(10, 24, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).backward(torch.ones(10, 16))
-    assert 2 * 3 * 10 * multiply_adds(layer) == counter.get_total_flops()
+    assert 2 * 3 * 10 * linear_multiply_adds(layer) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "block", "column", "uniform_composed", "published"])
 def test_an_entry_of_s_is_a_multiply_add_however_it_is_computed(name: str, bench: Callable[..., Bench]) -> None:
     layer = make_layer(bench(*ARGUMENTS), name, [16, 24, 4])
-    assert multiply_adds(layer) == 4 * (16 + 24) + layer.values.numel()
+    assert linear_multiply_adds(layer) == 4 * (16 + 24) + layer.values.numel()
     assert layer.values.numel() == pytest.approx(0.1 * 16 * 24, rel=0.3)
 
 

@@ -208,6 +208,12 @@ def test_plain_lines_now_and_then_where_there_is_no_terminal() -> None:
     assert "4.25" in printed[-1] and "1.1000 bits per byte" in printed[-1]
 
 
+def test_utilisation_is_shown_where_it_is_known() -> None:
+    stream = io.StringIO()
+    ProgressBar(2, stream=stream).log({**train_event(1), "tflops": 123.4, "mfu": 0.4567})
+    assert "12,346 tok/s, 45.7 % MFU, peak" in stream.getvalue()
+
+
 def test_numbers_that_are_not_finite_do_not_stop_the_bar() -> None:
     stream = io.StringIO()
     bar = ProgressBar(2, stream=stream)

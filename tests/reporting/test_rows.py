@@ -46,6 +46,11 @@ def test_an_unfinished_run_is_told_by_its_newest_lines() -> None:
     assert (row.size, row.method, row.lr, row.num_parameters) == ("llama_tiny", "sltrain", 0.003, 7)
 
 
+def test_utilisation_is_the_median_without_the_first_line() -> None:
+    train = [{**line, "mfu": line["tokens_per_second"] / 1000} for line in TRAIN]
+    assert row_of(train=train).mfu == 0.5 and row_of().mfu is None
+
+
 def test_a_final_line_goes_before_the_newest_evaluation() -> None:
     row = row_of(final=FINAL, last=FINAL)
     assert (row.perplexity, row.evaluated_step, row.wall_seconds, row.peak_memory_bytes) == (30.0, 4, 7.5, 5)
