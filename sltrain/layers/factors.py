@@ -98,6 +98,30 @@ class FactoredLinear(ReplacedLinear):
         self.B.copy_(columns[:, : self.rank] * roots)
         self.A.copy_(roots[:, None] * rows[: self.rank])
 
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Share the singular values of B A evenly between B and A, whose columns and rows become orthogonal. B A stays,
+        up to the rounding of its factors.
+
+        From two QR decompositions and the singular values of an (r, r) matrix, in float64: no matrix (out, in) is made.
+        A product without full rank is left alone: where both factors are zero nothing would ever be learned again.
+        """
+        if self.rank == 0:
+            return
+        left, left_corner = torch.linalg.qr(self.B.double())
+        right, right_corner = torch.linalg.qr(self.A.double().t())
+        columns, values, rows = torch.linalg.svd(left_corner @ right_corner.t())
+        if values[-1] <= 1e-12 * values[0]:  # the rounding of float64
+            return
+        roots = values.sqrt()
+        self.B.copy_(left @ (columns * roots))
+        self.A.copy_((roots[:, None] * rows) @ right.t())
+
+    @property
+    def balance_bytes(self) -> int:
+        """What `balance` allocates: both factors in float64, before and after QR, and five (r, r) matrices."""
+        return 8 * self.rank * (2 * (self.in_features + self.out_features) + 5 * self.rank)
+
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     """A matrix (rows, columns) of orthonormal columns, uniformly distributed: float32, on the CPU. From the QR

@@ -67,7 +67,9 @@ class Method:
         return {key: value for key, value in shown.items() if isinstance(value, int | float | str)}
 
 
-METHODS: Registry[Method] = Registry("method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice"))
+METHODS: Registry[Method] = Registry(
+    "method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice", "restarts")
+)
 
 
 def check_at_least(least: float, **options: float | None) -> None:

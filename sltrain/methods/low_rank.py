@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each, resolve
+from sltrain.methods.base import METHODS, check_above_zero, replace_each, resolve
+from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 @METHODS.register("low_rank")
 @dataclass
-class LowRank(Method):
-    """Options of method=low_rank."""
+class LowRank(Restarts):
+    """Options of method=low_rank, beside those of restarts."""
 
     rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
@@ -25,6 +26,7 @@ class LowRank(Method):
     gain: float = 1.0  # start=spectral: that dense start's standard deviation over model.initializer_range
 
     def check(self) -> None:
+        super().check()
         check_above_zero(alpha=self.alpha, gain=self.gain)
         if self.start not in ("spectral", "uniform"):
             raise ValueError(f"method.start={self.start}: choose one of spectral, uniform")

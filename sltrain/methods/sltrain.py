@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.base import METHODS, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,8 +18,9 @@ SUPPORTS = ("uniform", "stratified", "block", "column")
 
 @METHODS.register("sltrain")
 @dataclass
-class SLTrain(Method):
-    """Options of method=sltrain. Of several overrides whose pattern fits a layer, the last wins."""
+class SLTrain(Restarts):
+    """Options of method=sltrain, beside those of restarts. Of several overrides whose pattern fits a layer, the last
+    wins."""
 
     rank: int = MISSING  # inner size of B A; 0: S alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
@@ -29,6 +31,7 @@ class SLTrain(Method):
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
 
     def check(self) -> None:
+        super().check()
         if self.support not in SUPPORTS:
             raise ValueError(f"support={self.support}: choose one of {', '.join(SUPPORTS)}")
         check_at_least(0, rank=self.rank)
