@@ -81,11 +81,11 @@ class Start:
             if number % ranks.world_size == ranks.rank:
                 errors[name] = self._fit(name, layer)
             else:
-                for parameter in layer.parameters():
-                    parameter.data.zero_()
+                for tensor in layer.state_dict().values():
+                    tensor.zero_()
         for layer in fitted.values():
-            for parameter in layer.parameters():
-                ranks.sum_(parameter.data)
+            for tensor in layer.state_dict().values():  # masks and positions byte by byte: gloo sums no uint16
+                ranks.sum_(tensor if tensor.is_floating_point() else tensor.view(torch.uint8))
         self._tell({name: error for part in ranks.gather(errors) for name, error in part.items()})
 
     @torch.no_grad()

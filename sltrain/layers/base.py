@@ -107,8 +107,8 @@ class ReplacedLinear(nn.Module):
         return self.PATHS[0] if self.PATHS else ""
 
     def set_weight(self, weight: Tensor) -> None:
-        """Give the trained tensors values that bring W near a dense matrix (out, in); what is frozen, such as the
-        positions of S, stays as it was drawn. Raises ValueError for a kind that cannot."""
+        """Give the trained tensors values that bring W near a dense matrix (out, in). The positions of S stay as they
+        were drawn; a mask may be chosen by the matrix. Raises ValueError for a kind that cannot."""
         raise ValueError(f"layers of kind {self.kind} cannot start from a dense matrix")
 
     def warnings(self) -> dict[str, str]:

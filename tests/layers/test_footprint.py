@@ -12,6 +12,7 @@ from sltrain.engine.memory import tensor_peak
 from sltrain.layers import Footprint, LowRankLinear, Rows, SLTrainLinear
 from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.base import footprint as footprint_of
+from sltrain.layers.kinds.sparse import SparseLinear
 from sltrain.models.llama import project
 
 RANK, IN, OUT = 16, 256, 384
@@ -21,6 +22,7 @@ KINDS = [
     "aligned",
     "low_rank",
     "relora",
+    "sparse",
     *(f"{kind} {path}" for kind in SUPPORTS for path in ("composed", "factored")),
 ]
 
@@ -32,6 +34,8 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return ReLoRALinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "low_rank":
         return LowRankLinear(IN, out_features, RANK, alpha=8, dtype=dtype)
+    if kind == "sparse":
+        return SparseLinear(IN, out_features, 2, 4, dtype=dtype)
     support, path = kind.split()
     size = 16 if support == "block" else None
     return SLTrainLinear(IN, out_features, RANK, 0.1, alpha=8, dtype=dtype, support=support, block_size=size, path=path)

@@ -1,0 +1,77 @@
+"""A sparse W: the mask is chosen before the first update and stays, the kept entries are trained.
+
+`method.sparsity` zeroes a share of each row, `method.pattern=2:4` keeps 2 of every 4 neighbours, which sparse matrix
+units multiply. The mask is random, or with `method.prune=magnitude` keeps the largest entries of what the run starts
+from: `init_from=` a dense run is one-shot pruning, and training goes on (Zhu and Gupta, arXiv 1710.01878, compare such
+models with dense ones of their size). Stored are kept values and a bit an entry, see layers/masked.py.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
+
+CHOICES = ("random", "magnitude")
+DEFAULT = 0.5
+
+
+@METHODS.register("sparse")
+@dataclass
+class Sparse(Method):
+    """Options of method=sparse."""
+
+    sparsity: float | None = None  # share of each row that is zero; None: 0.5, unless there is a pattern
+    pattern: str | None = None  # N:M keeps N of every M neighbours of a row
+    prune: str = "random"  # which: at random, or the largest in magnitude of the start (of init_from=, if it is set)
+    gain: float = 1.0  # standard deviation of the start over model.initializer_range
+
+    def check(self) -> None:
+        check_above_zero(gain=self.gain)
+        if self.prune not in CHOICES:
+            raise ValueError(f"method.prune={self.prune}: choose one of {', '.join(CHOICES)}")
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError(f"method.sparsity={self.sparsity} and method.pattern={self.pattern}: drop one of the two")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"method.sparsity={self.sparsity}: must be at least 0 and below 1; it is the share of zeros"
+            )
+        if self.pattern is not None:
+            read_pattern(self.pattern)
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers.kinds.sparse import SparseLinear
+
+        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            keep, of = self.pair(linear.in_features)
+            sides = linear.in_features, linear.out_features
+            return SparseLinear(*sides, keep, of, **like, init_std=std, prune=self.prune)
+
+        return replace_each(model, chosen, make)
+
+    def pair(self, in_features: int) -> tuple[int, int]:
+        """How many entries are kept, of how many neighbours. A row keeps at least one."""
+        if self.pattern is not None:
+            return read_pattern(self.pattern)
+        share = 1 - (DEFAULT if self.sparsity is None else self.sparsity)
+        return max(1, round(share * in_features)), in_features
+
+    def columns(self) -> dict[str, Any]:
+        default = {} if self.pattern else {"sparsity": DEFAULT}
+        return default | super().columns()
+
+
+def read_pattern(text: str) -> tuple[int, int]:
+    """The numbers of "N:M". Raises ValueError for other text, and unless 1 <= N <= M."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    n, m = (int(number) for number in found.groups()) if found else (0, 0)
+    if not 1 <= n <= m:
+        raise ValueError(f"method.pattern={text}: write N:M with 1 <= N <= M, such as 2:4")
+    return n, m
