@@ -16,6 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from sltrain.data.documents import DataError, Source, is_held_out
+from sltrain.data.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,19 @@ def _store(path: Path, text: str) -> None:
 
 
 def _sample(source: Source, holdout_every: int) -> Iterator[str]:
-    """The training documents at the beginning of the first shards, SAMPLE_CHARS in all, equally many from each."""
+    """SAMPLE_CHARS of a corpus; of a mixture, of each source in proportion to its weight."""
+    if not isinstance(source, Mixture):
+        yield from _beginnings(source, holdout_every, SAMPLE_CHARS)
+        return
+    for name, share in source.shares().items():
+        yield from _beginnings(source.parts[name].source, holdout_every, round(share * SAMPLE_CHARS))
+
+
+def _beginnings(source: Source, holdout_every: int, num_chars: int) -> Iterator[str]:
+    """The training documents at the beginning of the first shards, `num_chars` in all, equally many from each."""
     num_shards = min(source.num_shards, SAMPLE_SHARDS)
     for shard in range(num_shards):
-        missing = SAMPLE_CHARS // num_shards
+        missing = num_chars // num_shards
         for document in source.documents(shard):
             if is_held_out(document.text, holdout_every):
                 continue

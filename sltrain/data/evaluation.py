@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +34,7 @@ class EvalBatch:
     labels: Tensor
     positions: Tensor | None  # None: attention=full
     num_bytes: int  # UTF-8 bytes that the predicted tokens of all rows cover
+    source: str | None = None  # the part of a mixture that the rows come from
 
 
 @dataclass(eq=False)
@@ -53,6 +55,9 @@ class EvalSet:
     world_size: int = 1
     per_document: bool = False  # attention=document
     holdout_every: int = 0  # N: only the held-out documents, those that TrainStream with the same N skips; 0: all
+
+    sources: ClassVar[tuple[str, ...]] = ()  # this and the following: names of parts, see mixed_evaluation.py
+    short_sources: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_row_shape(self.padding, self.seq_len)

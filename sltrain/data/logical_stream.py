@@ -67,6 +67,16 @@ class LogicalStream:
         self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
         self._announce(0)
 
+    @property
+    def epochs(self) -> dict[str, int]:
+        """How often the corpus has been read to its end, by the name that messages call it."""
+        return {"the data": self.at.epoch}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens by source: those of one alone are not counted."""
+        return {}
+
     def truncated_row(self) -> Row:
         """The ids of the next document."""
         row = Row(self._ids())

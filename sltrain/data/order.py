@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, shake_128
+from itertools import accumulate
 from typing import TypeVar
 
 from sltrain.data.documents import Wanted
@@ -68,6 +69,14 @@ def dealt_members(count: int, *key: object) -> list[int]:
     """The numbers 0 .. count - 1 in an order that depends on `key` and `count`, from one hash."""
     digest = shake_128(repr((*key, count)).encode()).digest(8 * count)
     return sorted(range(count), key=struct.unpack(f"<{count}Q", digest).__getitem__)
+
+
+def drawn(weights: Sequence[float], *key: object) -> int:
+    """The index of one of `weights`, each with a probability in proportion to it, by a hash of `key`."""
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
+    point = int.from_bytes(digest) / 2**64 * sum(weights)  # uniform in [0, sum)
+    below = accumulate(weights)
+    return next((index for index, end in enumerate(below) if point < end), len(weights) - 1)
 
 
 def num_logical_streams(global_batch_size: int, num_streams: int) -> int:

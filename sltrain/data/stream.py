@@ -6,12 +6,13 @@ largest divisor of global_batch_size (G) that is at most num_streams. Row i of e
 L), and rank r of W owns the streams r * L / W to (r + 1) * L / W - 1. Hence two ranks train the curve of one, and a
 run may continue on another number of ranks.
 
-Every stream reads its own documents once an epoch, in another order each time (logical_stream.py). Batch.state holds
-the position of every stream of this rank after the batch, because the stream itself runs ahead in a background thread.
+Every stream reads its own documents once an epoch, in another order each time (logical_stream.py); of a mixture, those
+of the source that is drawn for each row (mixed_stream.py). Batch.state holds the position of every stream of this rank
+after the batch, because the stream itself runs ahead in a background thread.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
 from sltrain.data.logical_stream import LogicalStream, Position
+from sltrain.data.mixed_stream import MixedPosition, MixedStream
+from sltrain.data.mixture import Mixture, Part
 from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_shared_streams
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
@@ -31,6 +34,8 @@ IDENTITY = "identity"  # key of Batch.state beside the stream numbers: what the 
 CORPUS = "the corpus (path, files or Python release)"
 DEALING = "dealing"  # of records to streams, see order.py; older states lack it and go on with MODULO
 HOLDOUT = "the held-out part (validation_path; data.holdout_every, 0 with a validation set of its own)"
+WEIGHTS = "weights"  # of the sources of a mixture, the one thing here that may change while a run is stopped
+ALONE = ""  # the name of a source that is not part of a mixture
 
 State = dict[str, dict[str, Any]]  # JSON-able
 
@@ -46,12 +51,14 @@ class Batch:
     num_targets: int  # labels[:, 1:] that are not -100
     epoch: int  # epochs that this rank's most advanced stream has finished
     state: State  # stream number -> position after this batch, and IDENTITY -> what the positions refer to
+    source_tokens: dict[str, int]  # of a mixture: tokens of each source in this rank's streams since the start
 
 
 class TrainStream:
     """Endless iterator of Batch: this rank's rows of the global batches, in order.
 
     Args:
+        source: one corpus, or a Mixture, whose parts say themselves what they hold out.
         seed: decides the order together with global_batch_size and num_streams.
         padding: truncate_pad or pack.
         per_document: attention=document; see rows.py.
@@ -92,10 +99,13 @@ class TrainStream:
         self.tokenizer = tokenizer
         self.rows_per_stream = global_batch_size // num_logical
         self.prefetch, self.per_document = prefetch, per_document
-        self._slices = deal_slices(source.shard_sizes(), num_logical, seed)
+        self._parts = source.parts if isinstance(source, Mixture) else {ALONE: Part(source, 1.0, holdout_every)}
+        self._slices = {
+            name: deal_slices(part.source.shard_sizes(), num_logical, seed) for name, part in self._parts.items()
+        }
         self._own = range(rank * num_logical // world_size, (rank + 1) * num_logical // world_size)
         self._identity: dict[str, Any] = {
-            "corpus": source.fingerprint(),
+            **_corpus(source),
             "tokenizer": tokenizer.fingerprint(),
             "seed": seed,
             "seq_len": seq_len,
@@ -104,9 +114,11 @@ class TrainStream:
             "data.num_streams": num_logical,
             "data.shuffle_block": shuffle_block,
             DEALING: KEYED,
-            HOLDOUT: holdout_every,
+            HOLDOUT: _holdout(source, holdout_every),
         }
-        self._state = self._stamp({number: Position() for number in self._own})
+        self.old_weights: dict[str, float] | None = None  # of the loaded state, where they were others
+        start = MixedPosition(sources={name: Position() for name in self._parts})
+        self._state = self._stamp(dict.fromkeys(self._own, start if self._is_mixed else start.sources[ALONE]))
         self._ahead: Prefetcher[Batch] | None = None
 
     def __iter__(self) -> "TrainStream":
@@ -129,20 +141,27 @@ class TrainStream:
     def load_state_dict(self, state: State) -> None:
         """Continue after the batch that carried `state`, which holds this rank's streams and may hold others.
 
-        Raises ValueError if the corpus or a setting that decides the rows has changed.
+        Raises ValueError if the corpus or a setting that decides the rows has changed. The weights of a mixture may:
+        `old_weights` are then the others.
         """
         saved = {DEALING: MODULO, **state.get(IDENTITY, {})}
         identity = {**self._identity, DEALING: saved[DEALING] if saved[DEALING] in DEALINGS else KEYED}
         for key, new in identity.items():
             old = saved.get(key)
-            if old != new:
+            if old != new and key != WEIGHTS:
                 raise ValueError(
                     f"{CORPUS if key == 'corpus' else key} has changed since the checkpoint: it was {old}, "
                     f"now it is {new}; continue with the old one, or start a new run"
                 )
         self.close()
         self._identity = identity
-        self._state = self._stamp({number: Position(**state[str(number)]) for number in self._own})
+        self.old_weights = saved[WEIGHTS] if saved.get(WEIGHTS) != identity.get(WEIGHTS) else None
+        self._state = self._stamp({number: self._position(state[str(number)]) for number in self._own})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources of a mixture."""
+        return self._identity.get(WEIGHTS, {})
 
     def close(self) -> None:
         """Stop the background thread. Iterating again continues after the last batch returned."""
@@ -158,38 +177,80 @@ class TrainStream:
     def _batches(self, state: State) -> Iterator[Batch]:
         """The batches after `state`. Runs in the background thread, so it shares nothing mutable with the consumer."""
         seq_len, is_packed = self._identity["seq_len"], self._identity["padding"] == "pack"
-        holdout_every = self._identity[HOLDOUT]
-        streams = [
-            LogicalStream(
-                self.source,
-                number,
-                self._slices[number],
-                self._identity["seed"],
-                self._identity["data.shuffle_block"],
-                self._identity[DEALING],
-                encode=lambda documents: ids_of(documents, self.tokenizer, None if is_packed else seq_len),
-                keep=lambda document: not holdout_every or not is_held_out(document.text, holdout_every),
-                at=Position(**state[str(number)]),
-            )
-            for number in self._own
-        ]
-        last_epoch = max(stream.at.epoch for stream in streams)
+        streams = [self._open(number, self._position(state[str(number)])) for number in self._own]
+        last_epochs = _highest([stream.epochs for stream in streams])
         while True:
             rows = [
                 stream.packed_row(seq_len) if is_packed else stream.truncated_row()
                 for stream in streams
                 for _ in range(self.rows_per_stream)
             ]
-            epoch = max(stream.at.epoch for stream in streams)
-            if epoch > last_epoch:
-                last_epoch = epoch
-                logger.info(f"epoch {epoch + 1} of the data begins: the same documents in another order")
+            epochs = _highest([stream.epochs for stream in streams])
+            for name, epoch in epochs.items():
+                if epoch > last_epochs[name]:
+                    logger.info(f"epoch {epoch + 1} of {name} begins: the same documents in another order")
+            last_epochs = epochs
             tensors = rows_to_tensors(rows, seq_len, self.tokenizer.pad_id, self.per_document)
-            num_tokens = sum(len(row.ids) for row in rows)
-            stamp = self._stamp({stream.number: stream.at for stream in streams})
             yield Batch(
-                tensors.input_ids, tensors.labels, tensors.positions, num_tokens, tensors.num_targets, epoch, stamp
+                tensors.input_ids,
+                tensors.labels,
+                tensors.positions,
+                num_tokens=sum(len(row.ids) for row in rows),
+                num_targets=tensors.num_targets,
+                epoch=max(epochs.values()),
+                state=self._stamp({stream.number: stream.at for stream in streams}),
+                source_tokens={name: sum(stream.tokens[name] for stream in streams) for name in streams[0].tokens},
             )
 
-    def _stamp(self, positions: dict[int, Position]) -> State:
+    def _open(self, number: int, at: Position | MixedPosition) -> LogicalStream | MixedStream:
+        """Logical stream `number`, which begins at this position."""
+        if isinstance(at, Position):
+            return self._open_part(ALONE, number, at)
+        streams = {name: self._open_part(name, number, at.sources[name]) for name in self._parts}
+        return MixedStream(number, self._identity["seed"], self._identity[WEIGHTS], streams, at)
+
+    def _open_part(self, name: str, number: int, at: Position) -> LogicalStream:
+        """Logical stream `number` of one source."""
+        max_len = None if self._identity["padding"] == "pack" else self._identity["seq_len"]
+        source, holdout_every = self._parts[name].source, self._parts[name].holdout_every
+        return LogicalStream(
+            source,
+            number,
+            self._slices[name][number],
+            self._identity["seed"],
+            self._identity["data.shuffle_block"],
+            self._identity[DEALING],
+            encode=lambda documents: ids_of(documents, self.tokenizer, max_len),
+            keep=lambda document: not holdout_every or not is_held_out(document.text, holdout_every),
+            at=at,
+        )
+
+    @property
+    def _is_mixed(self) -> bool:
+        return ALONE not in self._parts
+
+    def _position(self, state: dict[str, Any]) -> Position | MixedPosition:
+        return MixedPosition.of(state) if self._is_mixed else Position(**state)
+
+    def _stamp(self, positions: Mapping[int, Position | MixedPosition]) -> State:
         return {IDENTITY: self._identity, **{str(number): asdict(at) for number, at in positions.items()}}
+
+
+def _corpus(source: Source) -> dict[str, Any]:
+    """What identifies the corpus, by the names that messages use."""
+    if not isinstance(source, Mixture):
+        return {"corpus": source.fingerprint()}
+    prints = {f"the corpus of data.mix.{name}": part.source.fingerprint() for name, part in source.parts.items()}
+    return {"the sources of data.mix": list(source.parts), **prints, WEIGHTS: source.weights()}
+
+
+def _holdout(source: Source, holdout_every: int) -> int | dict[str, int]:
+    """One document in so many is held out; of a mixture, for each source."""
+    if not isinstance(source, Mixture):
+        return holdout_every
+    return {name: part.holdout_every for name, part in source.parts.items()}
+
+
+def _highest(epochs: list[dict[str, int]]) -> dict[str, int]:
+    """The highest number under each name."""
+    return {name: max(each[name] for each in epochs) for name in epochs[0]}

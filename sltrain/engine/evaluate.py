@@ -10,8 +10,8 @@ not depend on the tokenizer: the same sum of losses, in bits, over the UTF-8 byt
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,10 +25,15 @@ from sltrain.numeric import IGNORED_LABEL
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Any], ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    batches: Iterable[Any],
+    ranks: Ranks,
+    should_stop: Callable[[], bool] = lambda: False,
+    sources: Sequence[str] = (),
 ) -> Event | None:
     """Validation numbers of `model` (a micro-batch's tensors -> summed token loss), equal on all ranks. Each rank has
-    its own batches, any number of them, as data/evaluation.py makes them.
+    its own batches, any number of them, as data/evaluation.py makes them. `sources` are the names that batches of a
+    mixture may have as their `source`: loss and tokens of each are then among the numbers.
 
     None if `should_stop` became true on some rank. Raises ValueError if no rank has a token to predict.
     """
@@ -36,6 +41,7 @@ def evaluate(
     model.eval()
     # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped, ranks with a batch
     totals = torch.zeros(7, dtype=torch.float64)
+    by_source = torch.zeros(len(sources), 2, dtype=torch.float64)  # loss sum, targets
     for batch in batches:
         if should_stop():
             totals[5] += 1
@@ -47,10 +53,14 @@ def evaluate(
         totals += torch.tensor(
             [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
         )
+        if sources:
+            by_source[sources.index(batch.source)] += totals.new_tensor([loss_sum, num_targets])
     model.train(training)
     totals[3] /= totals[4] + 1  # each rank averages over its own batches
     totals[6] = totals[4] > 0
     loss_sum, num_targets, num_bytes, galore_losses, _, num_stopped, num_ranks = ranks.sum_(totals).tolist()
+    if sources:
+        ranks.sum_(by_source)
     if num_stopped:
         return None
     if num_targets == 0:
@@ -63,4 +73,14 @@ def evaluate(
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "eval_tokens": int(num_targets),
         "eval_processes": int(num_ranks),
+        **_of_sources(sources, by_source.tolist()),
     }
+
+
+def _of_sources(sources: Sequence[str], sums: list[list[float]]) -> Event:
+    """The numbers of each source of a mixture, from its sum of token losses and its number of predicted tokens."""
+    numbers: dict[str, Any] = {}
+    for name, (loss_sum, num_targets) in zip(sources, sums, strict=True):
+        numbers[f"loss/{name}"] = loss_sum / num_targets if num_targets else math.nan
+        numbers[f"eval_tokens/{name}"] = int(num_targets)
+    return cast(Event, numbers)
