@@ -198,12 +198,12 @@ ABOVE_ZERO = (
 ).split()
 # Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The corpus
 # that `path` or `repo` names is compared by its fingerprint, the tokenizer by content; building/folder.py checks
-# `extend`.
+# `extend`, and sources/mix.py what of data.mix may change.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume extend tracker path data.path repo data.repo data.commit validation_path tokenizer on_bad_data"
-    " data.on_bad_data data.delete_after_use log_every eval_every eval_tokens checkpoint_every keep_last"
-    " micro_batch_size device compile activation_checkpointing layer_path memory_guard per_layer_update peak_tflops"
-    " profile_steps"
+    "run_dir resume extend tracker path data.path repo data.repo data.commit data.mix data.settled_entries"
+    " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
+    " checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path memory_guard"
+    " per_layer_update peak_tflops profile_steps"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
@@ -282,6 +282,11 @@ def validate(config: TrainConfig) -> None:
                 f"{key}={get_key(config, key)} is set, but data={config.data.name} does not read it; add data=hf, or"
                 f" drop {key}"
             )
+    if config.validation_path and hasattr(config.data, "mix"):
+        raise ValueError(
+            f"validation_path={config.validation_path} is for one corpus; with data=mix each source has its own, as in"
+            " data.mix.wiki.validation_path=GLOB (and `sltrain-eval RUN --path GLOB` measures on any other text)"
+        )
     config.data.check()
 
 

@@ -20,11 +20,12 @@ class Event(TypedDict, total=False):
 
     event: str  # train, eval, final, checkpoint or stopped
     step: int  # updates done, skipped ones included
-    tokens: int  # trained on so far, pads left out, all ranks
+    tokens: int  # trained on so far, pads left out, all ranks (data=mix, train: and `tokens/NAME` of each source)
     positions: int  # trained on so far, rows x row length, pads included, all ranks
     wall_seconds: float  # of all processes that worked on the run, one after the other, evaluations included
 
-    loss: Diverging  # nats a token (train: of this update; eval, final: of the whole validation text)
+    loss: Diverging  # nats a token (train: of this update; eval, final: of the whole validation text, with data=mix
+    # and `loss/NAME` of each source, of `eval_tokens/NAME` tokens; null where it is not finite)
     lr: float  # of this update (train)
     grad_norm: Diverging  # before clipping (train)
     tokens_per_second: float  # since the last such line, outside evaluation and saving, all ranks (train)

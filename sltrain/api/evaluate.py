@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.building.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.rows import check_row_shape
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
@@ -58,7 +59,7 @@ def evaluate_saved(
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
     is_hidden = False if in_notebook() else None  # None: where standard error is no terminal
     batches = tqdm(eval_set, disable=is_hidden, file=sys.stderr, unit="batch")
-    numbers = evaluate(model, batches, ranks)
+    numbers = evaluate(model, batches, ranks, sources=eval_set.sources)
     assert numbers is not None
     del numbers["eval_processes"]  # one
     if published_perplexity(numbers) is None:
@@ -72,7 +73,7 @@ def _eval_set(
     eval_tokens: int | None,
     batch_size: int | None,
     ranks: Ranks,
-) -> EvalSet:
+) -> EvalSet | MixedEvalSet:
     """The rows of the files, or of the run's own validation text, read. Raises ValueError."""
     config = saved.config
     if globs:
@@ -98,8 +99,8 @@ def _eval_set(
     try:
         validation = build_validation_source(config)
         source = validation or config.data.open_training()
-        eval_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
-        eval_set.read()
+        own_set = build_eval_set(config, source, validation is None, saved.tokenizer, ranks)
+        own_set.read()
     except (ValueError, OSError) as error:
         raise ValueError(f"name other text with --path GLOB, the run's own cannot be had: {error}") from error
-    return eval_set
+    return own_set

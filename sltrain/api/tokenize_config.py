@@ -51,4 +51,9 @@ def read_arguments(arguments: list[str]) -> tuple[TokenizeConfig, TrainConfig]:
     settings, config = compose_config(own, TOKENIZE), compose_run(others)
     if config.data.name == "tokens":
         raise ValueError("data=tokens is made of ids already; name the text, as in data=local path='/data/*.json.gz'")
+    if config.data.name == "mix":
+        raise ValueError(
+            "data=mix cannot be tokenized into one folder, where weights would be fixed; tokenize each source by itself"
+            " with the same tokenizer, then mix the folders: data.mix={a:{source:tokens,path:DIR,weight:0.7},...}"
+        )
     return settings, config

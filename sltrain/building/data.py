@@ -2,12 +2,15 @@
 
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from sltrain.compose import read_config
 from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.mixed_evaluation import MixedEvalSet
+from sltrain.data.mixture import Mixture, errors_of
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.special_tokens import read_settings
 from sltrain.data.stream import TrainStream
@@ -56,10 +59,11 @@ def build_tokenizer(config: TrainConfig, source: Source, ranks: Ranks, folder: R
             begun_with=begun_with,
         )
 
-    if isinstance(source, TokenFiles) and config.tokenizer.startswith("bpe:"):
-        raise ValueError(
-            f"tokenizer={config.tokenizer} is trained on text, which {source.name} does not hold; leave it out"
-        )
+    for part in _parts(source).values():
+        if isinstance(part, TokenFiles) and config.tokenizer.startswith("bpe:"):
+            raise ValueError(
+                f"tokenizer={config.tokenizer} is trained on text, which {part.name} does not hold; leave it out"
+            )
     loaded: list[Tokenizer] = []
     ranks.on_main(lambda: loaded.append(load()))
     return loaded[0] if loaded else load()
@@ -78,7 +82,7 @@ def build_data(
     validation: Source | None,
     tokenizer: Tokenizer,
     ranks: Ranks,
-) -> tuple[TrainStream, EvalSet]:
+) -> tuple[TrainStream, EvalSet | MixedEvalSet]:
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""
     _check_tokenizer(source, tokenizer)
@@ -104,25 +108,40 @@ def build_data(
 
 def build_eval_set(
     config: TrainConfig, source: Source, is_held_out: bool, tokenizer: Tokenizer, ranks: Ranks
-) -> EvalSet:
-    """The rows that evaluations of a run read, of all documents of `source` or of those held out of training; the text
-    is read at the first use."""
+) -> EvalSet | MixedEvalSet:
+    """The rows that evaluations of a run read, of all documents of `source` or of those held out of training (a
+    mixture says it of each of its parts); the text is read at the first use."""
     _check_tokenizer(source, tokenizer)
-    return EvalSet(
-        source,
-        tokenizer,
-        seq_len=config.seq_len,
-        padding=config.padding,
-        per_document=config.padding == "pack" and config.attention == "document",
-        holdout_every=config.data.holdout_every if is_held_out else 0,
-        eval_tokens=config.eval_tokens,
-        batch_size=config.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+
+    def new_set(source: Source, eval_tokens: int, holdout_every: int) -> EvalSet:
+        return EvalSet(
+            source,
+            tokenizer,
+            seq_len=config.seq_len,
+            padding=config.padding,
+            per_document=config.padding == "pack" and config.attention == "document",
+            holdout_every=holdout_every,
+            eval_tokens=eval_tokens,
+            batch_size=config.micro_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+
+    if isinstance(source, Mixture):
+        return MixedEvalSet(source, config.eval_tokens, new_set)
+    return new_set(source, config.eval_tokens, config.data.holdout_every if is_held_out else 0)
 
 
 def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the source holds ids of another tokenizer."""
-    if isinstance(source, TokenFiles):
-        source.check_tokenizer(tokenizer)
+    """Raise ValueError if the source, or a part of it, holds ids of another tokenizer."""
+    for name, part in _parts(source).items():
+        if isinstance(part, TokenFiles):
+            with errors_of(name) if isinstance(source, Mixture) else nullcontext():
+                part.check_tokenizer(tokenizer)
+
+
+def _parts(source: Source) -> dict[str, Source]:
+    """The sources of a mixture by name; one alone under its own."""
+    if not isinstance(source, Mixture):
+        return {source.name: source}
+    return {name: part.source for name, part in source.parts.items()}

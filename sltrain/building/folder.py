@@ -30,6 +30,7 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
     def check() -> bool:
         folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
         if folder.has_progress:
+            config.data.check_continues(read_config(folder.config_file).data)
             _check_budget(config, folder)
         return folder.is_finished and not folder.reopens
 

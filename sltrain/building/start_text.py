@@ -9,6 +9,7 @@ from sltrain.building.model import precision_name
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.methods.advice import warnings
@@ -19,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def describe(
-    config: TrainConfig, model: LlamaForCausalLM, source: Source, tokenizer: Tokenizer, eval_set: EvalSet, ranks: Ranks
+    config: TrainConfig,
+    model: LlamaForCausalLM,
+    source: Source,
+    tokenizer: Tokenizer,
+    eval_set: EvalSet | MixedEvalSet,
+    ranks: Ranks,
 ) -> None:
     """Log what will be trained, on what, for how long and where, and what about it may surprise."""
     c, counts, max_steps = config, count_parameters(model), num_steps(config)
@@ -39,7 +45,8 @@ def describe(
         f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads",
     ]
     if eval_set.exhausted:
-        lines.append(f"validation {eval_set.num_targets:,} tokens, all there is (eval_tokens={c.eval_tokens:,})")
+        of = f"; all there is of {', '.join(short)}" if (short := eval_set.short_sources) else ", all there is"
+        lines.append(f"validation {eval_set.num_targets:,} tokens{of} (eval_tokens={c.eval_tokens:,})")
     notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
     if c.ema is not None:
         notes.append(f"ema={c.ema:g}: evaluations and exports are of the averaged weights, train lines of the others")

@@ -17,6 +17,7 @@ from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.building.start_from import Start
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.stream import TrainStream
 from sltrain.engine.actions import Phase, Schedule, Stateful, begun, generator_for
 from sltrain.engine.checkpoint import Checkpointer
@@ -51,7 +52,7 @@ def build_trainer(
     folder: RunFolder,
     model: LlamaForCausalLM,
     stream: TrainStream,
-    eval_set: EvalSet,
+    eval_set: EvalSet | MixedEvalSet,
     ranks: Ranks,
     plan: MemoryPlan | None,
     start: Start | None = None,
@@ -78,6 +79,8 @@ def build_trainer(
         saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         logger.info(f"resume     from step {step:,} ({checkpoint})")
+        if stream.old_weights is not None:
+            logger.info(f"note       {_reweighted(step, stream.old_weights, stream.weights)}")
     progress = Progress(**saved.get("progress", {}))
     arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)
 
@@ -139,6 +142,12 @@ def enter_phase(
     arithmetic["layer_paths"] = set_paths(
         model, config.layer_path, num_rows, trainer.ranks.device, arithmetic["layer_paths"]
     )
+
+
+def _reweighted(step: int, old: Mapping[str, float], new: Mapping[str, float]) -> str:
+    """What the log says of a mixture that goes on with other weights."""
+    changes = [f"{name} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
+    return f"the weights of data.mix change after update {step:,}: {', '.join(changes)}; evaluations follow"
 
 
 def restore(

@@ -27,6 +27,7 @@ from sltrain.compose import (
     check_overrides,
     conf_dir,
     earlier_run_config,
+    implied,
     refuse_flags,
     register_schema,
     to_train_config,
@@ -58,6 +59,8 @@ def run_command(arguments: list[str]) -> ExitCode:
             return train(earlier)
         if typed.multirun:
             arguments, typed.overrides = with_swept_before(arguments, typed.overrides)
+        more = implied(typed.overrides)
+        arguments, typed.overrides = [*more, *arguments], [*more, *typed.overrides]
         if not (typed.shell_completion or typed.info == "plugins"):
             check_overrides(typed.overrides, typed.multirun)
         sweep = Sweep.plan(typed.overrides) if typed.multirun else None

@@ -6,6 +6,7 @@ from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, conf_dir, gro
 from sltrain.compose.typed import (
     check_overrides,
     compose_config,
+    implied,
     parse_overrides,
     sweep_values,
     to_config,
@@ -24,6 +25,7 @@ __all__ = [
     "conf_dir",
     "earlier_run_config",
     "groups_of",
+    "implied",
     "option_names",
     "parse_overrides",
     "read_config",

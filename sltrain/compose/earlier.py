@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.compose.saved import read_config, read_saved
 from sltrain.compose.schema import PLUGINS, TRAIN, conf_dir, groups_of, plugin_defaults, train_schema
-from sltrain.compose.typed import check_form, compose_config, parse_overrides, to_train_config
+from sltrain.compose.typed import check_form, compose_config, implied, parse_overrides, to_train_config
 from sltrain.compose.wording import composition_error, refuse_unknown_key
 from sltrain.config import TrainConfig, folder_of, validate
 
@@ -62,6 +62,8 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     config.data.update(dict.fromkeys(earlier.SETTLED))
     if _typed(overrides, "data") not in (None, earlier.name):
         config.update(dict.fromkeys(CORPUS_KEYS))
+    if earlier.name != "mix":
+        overrides = [*parse_overrides(implied([str(override.input_line) for override in overrides])), *overrides]
     try:
         for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
             key, value = override.key_or_group, override.value()

@@ -7,9 +7,10 @@ read the same grammar, and their file in conf/, without Hydra.
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -29,6 +30,7 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
     """The checked configuration of a command for these overrides, an object of the schema's type. Raises ValueError."""
     if schema is TRAIN:
         register_schema()
+        texts = [*implied(texts), *texts]
     overrides = parse_overrides(texts)
     check_form(overrides, is_sweep=False, schema=schema)
     with _hydra():
@@ -42,7 +44,7 @@ def compose_config(texts: list[str], schema: Schema) -> Any:
 def check_overrides(texts: list[str], is_sweep: bool = False) -> None:
     """Raise ValueError, before anything starts, for overrides of `sltrain-train` that do not compose to a valid
     configuration, in any combination of a sweep."""
-    overrides = parse_overrides(texts)
+    overrides = parse_overrides([*implied(texts), *texts])
     check_form(overrides, is_sweep, TRAIN)
     with _hydra():
         for override in overrides:
@@ -140,9 +142,28 @@ def to_config(config: DictConfig, schema: Schema) -> Any:
     except OmegaConfBaseException as error:
         raise ValueError(composition_error(error, [])) from error
     assert isinstance(result, schema.type)
+    if isinstance(result, TrainConfig):
+        result.data.complete(partial(_inner_source, config))
     if isinstance(result, TrainConfig) and result.tokenizer == "auto":
         result.tokenizer = result.data.own_tokenizer() or default_tokenizer(result.init_from)
     return result
+
+
+def _inner_source(config: DictConfig, name: str, options: Mapping[str, Any]) -> Any:
+    """What data=NAME with these options would be in this configuration, for a source that is made of others."""
+    try:
+        root = config.copy()  # whose keys the defaults refer to
+        root.data = OmegaConf.merge(plugin_defaults("data", name), options)
+        return OmegaConf.to_object(root.data)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error, [])) from error
+
+
+def implied(texts: list[str]) -> list[str]:
+    """What these overrides mean besides: data=mix where data.mix is set and no source is chosen. Raises ValueError."""
+    keys = [override.key_or_group for override in parse_overrides(texts)]
+    is_mix = any(key.split(".")[:2] == ["data", "mix"] for key in keys)
+    return ["data=mix"] if is_mix and "data" not in keys else []
 
 
 def to_train_config(config: DictConfig) -> TrainConfig:

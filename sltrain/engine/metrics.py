@@ -218,7 +218,14 @@ def _evaluation_line(event: Event) -> str:
         f"{what} at step {event['step']}: loss {event['loss']:.4f}, perplexity {event['perplexity']:,.2f}"
         + (f" (counted as in the published tables: {published:,.2f})" if published is not None else "")
         + f", {event['bits_per_byte']:.4f} bits per byte, on {event['eval_tokens']:,} tokens"
+        + _losses_of_sources(event)
     )
+
+
+def _losses_of_sources(event: Event) -> str:
+    """The loss of each source of a mixture, in parentheses; nothing for one source."""
+    losses = {key.partition("/")[2]: value for key, value in event.items() if key.startswith("loss/")}
+    return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})" if losses else ""
 
 
 # ---- Weights & Biases

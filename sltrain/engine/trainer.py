@@ -66,7 +66,7 @@ class Trainer:
     schedule: Schedule  # what the method does between updates
     objects: dict[str, Stateful]  # what a checkpoint saves besides the model: the optimizer, what actions keep
     feed: Feed
-    eval_set: Any  # iterable of batches, with `exhausted`
+    eval_set: Any  # iterable of batches, with `exhausted` and `sources`
     ranks: Ranks
     checkpointer: Checkpointer
     sinks: list[Sink]
@@ -85,6 +85,7 @@ class Trainer:
         self.saved_step = self.progress.step or -1
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
+        self.source_tokens: dict[str, int] = {}  # of a mixture, read in this rank's streams until the last update
 
     @property
     def step(self) -> int:
@@ -126,7 +127,7 @@ class Trainer:
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
         if result.num_skipped_tensors and not result.skipped:
             logger.warning(f"step {step}: {result.num_skipped_tensors} gradients were not finite and are skipped")
-        self.feed.state = update.batch.state
+        self.feed.state, self.source_tokens = update.batch.state, update.batch.source_tokens
         self.throughput.add(update.num_tokens)
         if self.schedule.is_due(step):
             self.update_step.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
@@ -171,7 +172,13 @@ class Trainer:
         }
         if result.num_skipped_tensors is not None:
             numbers["num_skipped_tensors"] = self.progress.num_skipped_tensors
-        self._write("train", numbers, self.model_metrics())
+        self._write("train", numbers, {**self.model_metrics(), **self._source_tokens()})
+
+    def _source_tokens(self) -> dict[str, int]:
+        """Of a mixture: the tokens of each source that all ranks have trained on."""
+        own = self.source_tokens
+        totals = self.ranks.sum(list(own.values())) if own else []
+        return {f"tokens/{name}": total for name, total in zip(own, totals, strict=True)}
 
     def evaluate(self, event: str) -> bool:
         """Write the eval or final line; False if a signal interrupted the evaluation."""
@@ -179,7 +186,8 @@ class Trainer:
             if event == "final":
                 logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             with self._averaged():
-                numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set)
+                sources = self.eval_set.sources
+                numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set, sources)
             if numbers is None:
                 return False
             numbers["eval_exhausted"] = self.eval_set.exhausted

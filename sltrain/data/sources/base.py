@@ -9,8 +9,9 @@
 `data=NAME` chooses it, and `config.data` is the object.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -28,6 +29,14 @@ class SourceConfig:
     holdout_every: int = 100  # one document in this many is held out when there is no validation set
 
     SETTLED: ClassVar[tuple[str, ...]] = ()  # options that `settled` sets; they hold for the same corpus only
+
+    def complete(self, new_source: "NewSource") -> None:
+        """Make the sources that this one is made of; `new_source` gives a source, by its name, these options over its
+        defaults. Called once, before `check`. Raises ValueError as that does."""
+
+    def check_continues(self, earlier: "SourceConfig") -> None:
+        """Raise ValueError if a run that began with `earlier` cannot continue with these options, for a reason that
+        comparing option by option does not show."""
 
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for impossible options."""
@@ -57,5 +66,7 @@ class SourceConfig:
         """The corpus's own validation split; None: one in `holdout_every` training documents is held out."""
         return None
 
+
+NewSource = Callable[[str, Mapping[str, Any]], SourceConfig]
 
 SOURCES: Registry[SourceConfig] = Registry("data", "sltrain.data.sources", "sltrain.sources")
