@@ -242,6 +242,11 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"lr_scale={{{role}: {scale:g}}}: must be a number above 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema={config.ema}: must be above 0 and below 1 (0.999 averages some 1,000 updates), or null")
+    if config.ema is not None and not config.method.can_average:
+        raise ValueError(
+            f"ema={config.ema}: method={config.method.name} exchanges what its tensors hold while it trains, so that an"
+            " average over updates is no model; set ema=null"
+        )
     if not 0 <= config.z_loss < float("inf"):
         raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
     if config.seed >= 2**63:

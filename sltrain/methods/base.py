@@ -13,7 +13,7 @@ functions, so that a mistyped key is reported before torch is loaded.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @dataclass
 class Method:
     """A method. Fields of a subclass are its options; only `replace` must be defined."""
+
+    can_average: ClassVar[bool] = True  # False where actions exchange what tensors hold; then `ema` is refused
 
     name: str = MISSING
 

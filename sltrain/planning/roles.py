@@ -4,7 +4,7 @@ from torch import nn
 
 from sltrain.parameters import ParamInfo, role_by_name
 
-ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values"}  # of a layer's GROUPS
+ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values", "singular": "values"}  # of a layer's GROUPS
 
 
 def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:

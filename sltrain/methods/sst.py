@@ -1,0 +1,92 @@
+"""Sparse Spectral Training: W = U diag(s) V of full rank, of which all s and now these, now those singular vectors are
+trained (Zhao et al., arXiv 2405.15481, ICML 2025; algorithm 1).
+
+    every update               trained vectors get length one, negative singular values become 0
+    every `select_every`       an iteration ends: `rank` other vectors are drawn, with weights (1/m + s_i / sum s) / 2,
+                               and the moments of U and V begin again
+    every `iterations` of them a round ends: U, s and V become a singular value decomposition of W again, and the
+                               moments of s begin again, too
+
+The gradients of vectors are the paper's enhanced ones, without the factor s: see layers/kinds/sst.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omegaconf import MISSING
+
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.restarts import climb
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.engine.actions import Action, Moment, Running
+    from sltrain.methods.base import Chosen
+
+
+@METHODS.register("sst")
+@dataclass
+class SST(Method):
+    """Options of method=sst."""
+
+    can_average: ClassVar[bool] = False  # its trained vectors are now these, now those
+
+    rank: int = MISSING  # singular vectors that are trained at a time
+    select_every: int = 200  # updates of an iteration, T3 in the paper; 0: the first vectors for ever
+    iterations: int | None = None  # of a round, T2; None: min(in, out) / rank, rounded up
+    restart_warmup: int = 20  # updates of an iteration, but the first, in which the learning rate climbs; 0: none
+    gain: float = 1.0  # the start's standard deviation over model.initializer_range
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+
+    def check(self) -> None:
+        check_at_least(0, select_every=self.select_every, restart_warmup=self.restart_warmup)
+        check_at_least(1, iterations=self.iterations)
+        check_above_zero(gain=self.gain)
+        if 0 < self.select_every < self.restart_warmup:
+            raise ValueError(
+                f"method.restart_warmup={self.restart_warmup}: must be at most method.select_every={self.select_every}"
+            )
+        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
+            if rank < 1:
+                raise ValueError(f"method=sst needs rank above 0, and {name} is {rank}")
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers.kinds.sst import SpectralLinear
+
+        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            return SpectralLinear(linear.in_features, linear.out_features, rank, **like, init_std=std)
+
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        if not 0 < self.select_every < step:
+            return 1.0
+        return climb((step - 1) % self.select_every, self.restart_warmup, 1 / max(self.restart_warmup, 1))
+
+    def actions(self, running: "Running") -> "list[Action]":
+        from sltrain.engine.actions import Action, every
+        from sltrain.layers.kinds.sst import SpectralLinear
+
+        layers = {name: layer for name, layer in running.model.named_modules() if isinstance(layer, SpectralLinear)}
+
+        def tidy(moment: "Moment") -> None:
+            for layer in layers.values():
+                layer.tidy()
+
+        def select(moment: "Moment") -> None:
+            fresh = []
+            for name, layer in layers.items():
+                iterations = self.iterations or -(-layer.full_rank // layer.rank)
+                ends_round = moment.step // self.select_every % iterations == 0
+                if ends_round:
+                    layer.decompose()
+                layer.select(moment.generator)
+                fresh += [f"{name}.{leaf}" for leaf in (("U", "V", "s") if ends_round else ("U", "V"))]
+            running.reset_state(fresh)
+
+        temporary = max((layer.select_bytes for layer in layers.values()), default=0)
+        return [Action("tidy", every(1), tidy), Action("select", every(self.select_every), select, temporary)]
