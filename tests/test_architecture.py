@@ -73,8 +73,8 @@ ALLOWED: dict[str, set[str]] = {
 # Slow to import (seconds each), or needed by few runs: only inside the function that uses them.
 LATE = {"datasets", "bitsandbytes", "torchao", "wandb", "tensorboard", "transformers", "matplotlib", "jinja2"}
 
-# Not a module of the package but a file that exports copy, for transformers to run. It must import nothing of ours.
-COPIED = {"formats/modeling_sltrain.py"}
+# Not modules of the package but files that exports copy, for transformers to run. They must import nothing of ours.
+COPIED = {"formats/modeling_sltrain.py", "layers/kinds/_cola_code.py"}
 
 FORBIDDEN_OUTSIDERS = {"config.py": "torch", "optim/schedule.py": "torch"}
 MAX_LOOP_LINES = 80
@@ -150,7 +150,7 @@ def test_slow_libraries_are_imported_late() -> None:
 
 @pytest.mark.parametrize("name", sorted(COPIED))
 def test_copied_files_import_no_module_of_the_package(name: str) -> None:
-    assert {imported.split(".")[0] for imported in imported_names(PACKAGE / name)} == {"torch", "transformers"}
+    assert {imported.split(".")[0] for imported in imported_names(PACKAGE / name)} <= {"torch", "transformers"}
 
 
 @pytest.mark.parametrize(("name", "outsider"), FORBIDDEN_OUTSIDERS.items())

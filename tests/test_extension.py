@@ -157,6 +157,26 @@ def test_reports_exports_and_spectra_know_nothing_of_it_and_work(
     assert export.run_command([str(trained), "--output", str(tmp_path / "early"), "--step", "3"]) == 0  # W0 alone
     kinds = json.loads((tmp_path / "compressed" / "config.json").read_text())["sltrain"]["layers"].values()
     assert {layer["kind"] for layer in kinds} == {"merged"}
+    found = opened_by_a_stranger(tmp_path / "compressed", tmp_path)
+    torch.testing.assert_close(torch.tensor(found), sltrain.load(trained)(IDS), rtol=1e-4, atol=1e-4)
+
+
+IDS = torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(3))
+
+
+def opened_by_a_stranger(folder: Path, scratch: Path) -> list:
+    """The logits of IDS, by transformers and the files of the folder, where neither package can be imported."""
+    code = (
+        "import json, sys; sys.modules['sltrain'] = sys.modules['sltrain_outsider'] = None\n"
+        "import torch, transformers\n"
+        "ids = torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(3))\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(json.dumps(model(ids).logits.tolist()))"
+    )
+    environment = {**os.environ, "HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, folder], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_two_processes_train_the_curve_of_one_over_its_phase_and_actions(

@@ -34,6 +34,7 @@ def card(saved: Saved, config: TrainConfig, format: str, dtype: str, opens_by_co
         metadata=_metadata(config, format, opens_by_code, license, evaluation),
         config=config,
         format=format,
+        code=[f"layer_{kind}.py" for kind in sorted({layer.kind for layer in layers if layer.CODE is not None})],
         has_code=opens_by_code,
         dtype=dtype,
         step=saved.step,

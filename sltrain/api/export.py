@@ -22,7 +22,6 @@ from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
 from sltrain.formats.folder import (
     AUTO_MAP,
-    CODE,
     CODE_KINDS,
     COMPRESSED,
     FORMAT_VERSION,
@@ -31,6 +30,7 @@ from sltrain.formats.folder import (
     plain_tokenizer,
     tensor_sizes,
     tokenizer_config,
+    write_code,
     write_json,
 )
 from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
@@ -111,7 +111,7 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
         if opens_by_code(saved):
             content["auto_map"] = AUTO_MAP
             facts.tensors = tensor_sizes({name: saved.model.get_submodule(name) for name in facts.layers})
-            (folder / CODE.name).write_bytes(CODE.read_bytes())
+            write_code(folder, {kind: file for kind, file in _code_files(saved).items() if file is not None})
     write_json(folder / "config.json", {**content, "sltrain": asdict(facts)})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     write_json(folder / "tokenizer_config.json", tokenizer_config(saved.context, tokenizer.settings()))
@@ -120,7 +120,13 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
 
 def opens_by_code(saved: Saved) -> bool:
     """Whether transformers opens a compressed export of it, by modeling_sltrain.py."""
-    return {layer.kind for layer in saved.model.modules() if isinstance(layer, ReplacedLinear)} <= CODE_KINDS
+    return None not in _code_files(saved).values()
+
+
+def _code_files(saved: Saved) -> dict[str, Path | None]:
+    """The files of kinds that modeling_sltrain.py does not hold itself; None for a kind that brings none."""
+    layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
+    return {layer.kind: layer.code_file() for layer in layers if layer.kind not in CODE_KINDS}
 
 
 def how_to_open(saved: Saved, format: str, folder: Path) -> str:

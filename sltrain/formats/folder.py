@@ -6,13 +6,15 @@
     tokenizer_config.json    how transformers reads it; padding on the left, so that batches of prompts can be continued
     README.md                the model card: what was trained, how, and the result
     modeling_sltrain.py      compressed: the model as transformers opens it, which config.json names under "auto_map"
+    layer_KIND.py            compressed: a kind of layer that the former does not hold itself; it imports this file
 
-A compressed folder has its own model_type, so that transformers opens it by that file or not at all. Layers of other
-kinds than the file knows, from other packages, go without it: sltrain alone opens such a folder.
+A compressed folder has its own model_type, so that transformers opens it by that file or not at all. Where a kind of
+layer brings no such code, the folder goes without: sltrain alone opens it.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ FORMAT_VERSION = 3  # since 2, layers name their kind; since 3, a compressed fol
 READABLE_VERSIONS = (1, 2, 3)
 CARD = Path(__file__).with_name("model_card.md.j2")
 CODE = Path(__file__).with_name("modeling_sltrain.py")
-CODE_KINDS = {"sltrain", "low_rank"}  # of layers that this file knows
+CODE_KINDS = {"sltrain", "low_rank"}  # of layers that this file holds itself
 AUTO_MAP = {
     "AutoConfig": f"{CODE.stem}.SLTrainLlamaConfig",
     "AutoModelForCausalLM": f"{CODE.stem}.SLTrainLlamaForCausalLM",
@@ -115,6 +117,16 @@ def plain_tokenizer(text: str) -> str:
     if all(content.get(key) is None for key in unwanted):
         return text
     return json.dumps({**content, **unwanted}, ensure_ascii=False, indent=2)
+
+
+def write_code(folder: Path, kinds: Mapping[str, Path]) -> None:
+    """modeling_sltrain.py, and each of `kinds`, the files of kinds of layers that it does not hold: there the class
+    `Linear` is made as modeling_sltrain.py makes its own. transformers copies what is imported by such lines."""
+    code = CODE.read_text(encoding="utf-8")
+    for kind, file in sorted(kinds.items()):
+        (folder / f"layer_{kind}.py").write_bytes(file.read_bytes())
+        code += f"\nfrom .layer_{kind} import Linear as layer_{kind}  # noqa: E402\n\nKINDS[{kind!r}] = layer_{kind}\n"
+    (folder / CODE.name).write_text(code, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

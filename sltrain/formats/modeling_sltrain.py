@@ -1,12 +1,13 @@
-"""A LLaMA whose projections keep their trained factors: W = (alpha / rank) B A + S, a part of a dense model's memory.
+"""A LLaMA whose projections are kept as they were trained, in a part of a dense model's memory.
 
 This file lies in a compressed export of sltrain (arXiv 2406.02214) and needs torch and transformers alone:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Everything but the projections is transformers' own LLaMA. config.json describes each projection under "sltrain":
-`layers` holds its settings, `tensors` the sizes of its S. Weights come from the folder; a model made from the
-configuration alone has no positions of S and cannot be used.
+`layers` holds its kind and settings, `tensors` the sizes of its S. KINDS says which class a kind is; kinds that are not
+in this file come from files beside it. Weights come from the folder; a model made from the configuration alone has no
+positions of S and cannot be used.
 """
 
 import torch
@@ -23,7 +24,7 @@ class SLTrainLlamaConfig(LlamaConfig):
 
 
 class SLTrainLinear(nn.Module):
-    """y = x W^T + bias, x (..., in_features) -> (..., out_features).
+    """y = x W^T + bias, W = (alpha / rank) B A + S; x (..., in_features) -> (..., out_features).
 
     Few rows of x go through A, B and the entries of S; for many, W is composed for the time of the call. `layer` is the
     entry of `layers` in config.json, `tensors` that of `tensors` (None: no S).
@@ -101,8 +102,11 @@ class SLTrainLinear(nn.Module):
         return f"{sizes}, values={self.num_values}" + (f", support={self.support}" if self.num_values else "")
 
 
+KINDS = {"sltrain": SLTrainLinear, "low_rank": SLTrainLinear}
+
+
 class SLTrainLlamaForCausalLM(LlamaForCausalLM):
-    """transformers' LlamaForCausalLM, with an SLTrainLinear in place of each linear that `config.sltrain` names."""
+    """transformers' LlamaForCausalLM, with a layer of KINDS in place of each linear that `config.sltrain` names."""
 
     config_class = SLTrainLlamaConfig
 
@@ -111,5 +115,5 @@ class SLTrainLlamaForCausalLM(LlamaForCausalLM):
         for name, layer in config.sltrain["layers"].items():
             linear, (parent, _, child) = self.get_submodule(name), name.rpartition(".")
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            factored = SLTrainLinear(*sizes, layer, config.sltrain["tensors"].get(name))
-            setattr(self.get_submodule(parent), child, factored)
+            trained = KINDS[layer["kind"]](*sizes, layer, config.sltrain["tensors"].get(name))
+            setattr(self.get_submodule(parent), child, trained)

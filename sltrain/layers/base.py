@@ -10,6 +10,7 @@
         def footprint(self, rows): ...
         def multiply_adds(self): ...
         def set_weight(self, weight): ...                    # only to start from weights that were trained before
+        CODE = "_relora_code.py"                             # only for transformers to open compressed exports
 
 Counts, plans, exports, spectra, norms and benchmarks ask the layer and know no kind. The subclass is registered in
 LAYERS under its kind, the name that a compressed export stores; `LAYERS.load(kind)` finds it.
@@ -18,8 +19,10 @@ A Footprint counts the bytes that layers need besides their parameters, for N ro
 the meta device). Temporaries are bounds of the largest terms: in a whole model they are a few per cent of the sum.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -59,14 +62,16 @@ class ReplacedLinear(nn.Module):
     kind: ClassVar[str]
     GROUPS: ClassVar[dict[str, str]] = {}  # tensor -> low_rank, sparse, indices, frozen, mask, ...; others are dense
     PATHS: ClassVar[tuple[str, ...]] = ()  # ways to compute x W^T that give the same function, if there are several
-    is_mergeable: ClassVar[bool] = True  # False where W is not one matrix; then `parts` and `dense_weight` raise
+    CODE: ClassVar[str | None] = None  # a file beside this one that compressed exports bring, see formats/README.md
 
+    is_mergeable: bool = True  # False where W is not one matrix; then there are no parts and no dense weight
     path: str  # one of PATHS, or auto until the first forward chooses
     bias: nn.Parameter | None
 
     def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if kind is not None:
+            assert cls.CODE is None or kind.isidentifier(), f"{kind}: its code could not be imported under this name"
             cls.kind = kind
             LAYERS.register(kind)(cls)
 
@@ -149,14 +154,29 @@ class ReplacedLinear(nn.Module):
         return layer
 
     @classmethod
+    def code_file(cls) -> Path | None:
+        """The file called CODE, in the folder of the class that says so."""
+        if cls.CODE is None:
+            return None
+        owner = next(base for base in cls.__mro__ if "CODE" in vars(base))
+        return Path(inspect.getfile(owner)).with_name(cls.CODE)
+
+    @classmethod
     def starts_from_dense(cls) -> bool:
         """Whether the kind defines `set_weight`."""
         return cls.set_weight is not ReplacedLinear.set_weight
 
     def dense_weight(self) -> Tensor:
-        """W, (out, in), detached: the weight of an nn.Linear that computes the same."""
+        """W, (out, in), detached: the weight of an nn.Linear that computes the same. Raises ValueError if there is
+        no such W."""
+        self.check_mergeable()
         summands = [part.dense() for part in self.parts().values()]
         return sum(summands[1:], summands[0])
+
+    def check_mergeable(self, where: str = "") -> None:
+        """Raise ValueError for a layer that is not one matrix; the line begins with `where`."""
+        if not self.is_mergeable:
+            raise ValueError(f"{where}a layer of kind {self.kind} is not one matrix, so there is no one W")
 
     @property
     def num_trained(self) -> int:
@@ -205,6 +225,7 @@ def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
     """The summands of a module's W; an nn.Linear has one, W. Raises ValueError as `check_known`."""
     check_known(name, module)
     if isinstance(module, ReplacedLinear):
+        module.check_mergeable(f"{name}: ")
         return module.parts()
     assert isinstance(module, nn.Linear)
     return {"W": DensePart(module.weight)}
@@ -256,3 +277,10 @@ def fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator | N
     for piece in parameter.detach().view(-1).split(DRAWN_AT_ONCE):
         drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
         piece.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def fill_normal(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """As `fill_uniform`, with normal numbers of this standard deviation."""
+    for piece in parameter.detach().view(-1).split(DRAWN_AT_ONCE):
+        drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
+        piece.copy_(drawn.normal_(0, std, generator=generator))

@@ -88,6 +88,20 @@ def check_above_zero(**options: float) -> None:
             raise ValueError(f"method.{name}={value}: must be a number above 0")
 
 
+def check_one_of(choices: Iterable[str], **options: str) -> None:
+    """Raise ValueError for an option of a method that is none of these words."""
+    for name, value in options.items():
+        if value not in choices:
+            raise ValueError(f"method.{name}={value}: choose one of {', '.join(choices)}")
+
+
+def check_ranks(method: str, rank: int, overrides: Mapping[str, int]) -> None:
+    """Raise ValueError for a rank, or one for single layers, below 1."""
+    for name, value in {"rank": rank, **overrides}.items():
+        if value < 1:
+            raise ValueError(f"method={method} needs rank above 0, and {name} is {value}")
+
+
 def pattern_fits(pattern: str, name: str) -> bool:
     """Whether a pattern with shell wildcards fits the module name or one of its dotted parts, such as `q_proj`, `mlp`,
     `*_proj`, `model.layers.[01].*`."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, check_above_zero, replace_each, resolve
+from sltrain.methods.base import METHODS, check_above_zero, check_one_of, check_ranks, replace_each, resolve
 from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
@@ -28,13 +28,10 @@ class LowRank(Restarts):
     def check(self) -> None:
         super().check()
         check_above_zero(alpha=self.alpha, gain=self.gain)
-        if self.start not in ("spectral", "uniform"):
-            raise ValueError(f"method.start={self.start}: choose one of spectral, uniform")
+        check_one_of(("spectral", "uniform"), start=self.start)
         if self.start == "uniform" and self.gain != 1:
             raise ValueError(f"method.gain={self.gain:g} is read by method.start=spectral only; drop one of the two")
-        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
-            if rank < 1:
-                raise ValueError(f"method=low_rank needs rank above 0, and {name} is {rank}")
+        check_ranks("low_rank", self.rank, self.rank_overrides)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers import LowRankLinear

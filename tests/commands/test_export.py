@@ -49,6 +49,7 @@ RUNS = {
     "block": ["support=block", "block_size=5", "sparsity=0.2"],  # 5 does not divide 32
     "column": ["support=column", "sparsity=0.1", "rank_overrides={v_proj:2}"],
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
+    "cola": ["method=cola", "rank_overrides={down_proj:3}"],
     "full": ["method=full"],
     "llama3": [
         "model.tie_word_embeddings=true",
@@ -60,6 +61,7 @@ RUNS = {
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank", "llama3"]
+OWN_CODE = ["cola"]  # kinds that bring a file for transformers
 FILES = {
     "README.md",
     "config.json",
@@ -576,7 +578,7 @@ def opened_by_strangers(
     exported: Callable[[str, str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict]:
     """What tests/without_sltrain.py finds in the compressed export of each run, and in one of several files."""
-    folders = {name: exported(name, "compressed")[1] for name in COMPRESSIBLE}
+    folders = {name: exported(name, "compressed")[1] for name in [*COMPRESSIBLE, *OWN_CODE]}
     folders["shards"] = tmp_path_factory.mktemp("shards") / "model"
     build_export.export(open_saved(exported("uniform", "dense")[0]), folders["shards"], "compressed", None, 50_000)
     done = subprocess.run(
@@ -591,7 +593,7 @@ def opened_by_strangers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COMPRESSIBLE, "shards"])
+@pytest.mark.parametrize("name", [*COMPRESSIBLE, *OWN_CODE, "shards"])
 def test_transformers_opens_a_compressed_folder_without_sltrain(
     name: str, opened_by_strangers: dict[str, dict], exported: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
@@ -609,7 +611,7 @@ def test_transformers_opens_a_compressed_folder_without_sltrain(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPRESSIBLE)
+@pytest.mark.parametrize("name", [*COMPRESSIBLE, *OWN_CODE])
 def test_what_transformers_saves_again_opens_again(
     name: str, opened_by_strangers: dict[str, dict], exported: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
@@ -619,6 +621,16 @@ def test_what_transformers_saves_again_opens_again(
     with torch.no_grad():
         ours = sltrain.load(f"{folder}_again")(some_ids())
         assert torch.equal(ours, sltrain.load(run)(some_ids()))
+
+
+def test_a_kind_with_code_of_its_own_brings_it_and_is_not_merged(
+    exported: Callable[[str, str], tuple[Path, Path]], tmp_path: Path, sltrain_export: Run
+) -> None:
+    run, folder = exported("cola", "compressed")
+    assert {path.name for path in folder.iterdir()} - FILES == {"modeling_sltrain.py", "layer_cola.py"}
+    assert "in `modeling_sltrain.py`, its projections in `layer_cola.py`" in (folder / "README.md").read_text()
+    code, _, err = sltrain_export(run, "--output", tmp_path / "dense")
+    assert code == 2 and "layers of kind cola are not one matrix each; use --format compressed" in err
 
 
 def test_the_code_of_a_compressed_folder_is_not_run_unasked(

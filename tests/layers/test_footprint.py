@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toy_layers import ReLoRALinear, SilentLinear
 
 from sltrain.engine.memory import tensor_peak
-from sltrain.layers import Footprint, LowRankLinear, Rows, SLTrainLinear
+from sltrain.layers import CoLALinear, Footprint, LowRankLinear, Rows, SLTrainLinear
 from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.base import footprint as footprint_of
 from sltrain.layers.kinds.sparse import SparseLinear
@@ -22,6 +22,7 @@ KINDS = [
     "dense",
     "aligned",
     "low_rank",
+    "cola",
     "relora",
     "sparse",
     "sst",
@@ -34,6 +35,8 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return (nn.Linear if kind == "dense" else AlignedLinear)(IN, out_features, bias=False, dtype=dtype)
     if kind == "relora":
         return ReLoRALinear(IN, out_features, RANK, alpha=8, dtype=dtype)
+    if kind == "cola":
+        return CoLALinear(IN, out_features, RANK, dtype=dtype)
     if kind == "low_rank":
         return LowRankLinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "sparse":
@@ -89,7 +92,7 @@ def test_kept_is_what_autograd_saves(kind: str, outs: list[int], dtype: torch.dt
     x = torch.randn(64, IN, dtype=dtype, requires_grad=True)
     found = footprint(layers, 64, has_kernel=dtype == torch.float32)
     assert found.kept == saved_besides(x, layers)
-    has_hidden = kind in ("low_rank", "relora", "sst") or kind.endswith("factored")
+    has_hidden = kind in ("low_rank", "cola", "relora", "sst") or kind.endswith("factored")
     assert (found.kept > 0) == has_hidden  # otherwise 0 == 0 would say nothing
 
 
@@ -123,7 +126,7 @@ def test_column_temporaries_are_a_bound() -> None:
         assert said * share <= backward_temporaries(x, layer) <= said, num_rows
 
 
-@pytest.mark.parametrize("kind", ["uniform factored", "low_rank", "block factored"])
+@pytest.mark.parametrize("kind", ["uniform factored", "low_rank", "cola", "block factored"])
 def test_rows_count_once_each(kind: str) -> None:
     """kept is N r e of each layer, from shapes alone."""
     with torch.device("meta"):

@@ -14,6 +14,7 @@ class MergedLinear(ReplacedLinear, kind="merged"):
     """x (..., in) -> (..., out). Without factors W is W0."""
 
     GROUPS = {"W0": "dense", "A": "low_rank", "B": "low_rank"}
+    CODE = "merged_code.py"
 
     def __init__(
         self,

@@ -1,0 +1,61 @@
+"""y = B act(A x): a low-rank projection with an activation between its factors (CoLA, arXiv 2502.10940, equation 3)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltrain.layers.activated import NONE, activated_linear, check_activation
+from sltrain.layers.aligned import aligned_linear
+from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_normal, gradient_bytes
+from sltrain.layers.factors import FactoredLinear
+
+
+class CoLALinear(FactoredLinear, kind="cola"):
+    """y = act(x A^T) B^T + bias; x (..., in_features) -> (..., out_features).
+
+    Parameters A (rank, in), B (out, rank), bias (out,) or None. Both factors start normal with standard deviation
+    rank^(-1/4) (in + out)^(-1/4), so that B A has entries of variance 1 / (in + out), as the authors' code. There is no
+    alpha. `activation` is one of ACTIVATIONS (layers/activated.py), or none: W = B A. With an activation there is no W.
+    Construction, meta and `generator` as in SLTrainLinear; raises ValueError for a rank outside [1, min(in, out)] and
+    an unknown activation.
+    """
+
+    CODE = "_cola_code.py"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        activation: str = "silu",
+        bias: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, float(rank), bias, device=device, dtype=dtype)
+        if rank == 0:
+            raise ValueError("a layer of kind cola needs a rank of at least 1, got 0")
+        check_activation(activation)
+        self.activation, self.is_mergeable = activation, activation == NONE
+        if not self.A.is_meta:
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        std = (self.rank * (self.in_features + self.out_features)) ** -0.25
+        fill_normal(self.A, std, generator)
+        fill_normal(self.B, std, generator)
+        if self.bias is not None:
+            self.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated_linear(aligned_linear(x, self.A), self.B, self.bias, self.activation)
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "activation": self.activation}
+
+    def footprint(self, rows: Rows) -> Footprint:
+        """h = x A^T is kept; act(h) and its gradient are temporary."""
+        hidden = rows.num_rows * self.rank * rows.element_size
+        return Footprint(hidden, 2 * hidden + 2 * cast_bytes([self], rows), gradients=gradient_bytes(self))

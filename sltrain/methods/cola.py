@@ -1,0 +1,38 @@
+"""CoLA: every projection is B act(A x), a low-rank product with an activation in the middle (arXiv 2502.10940)."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from sltrain.methods.base import METHODS, Method, check_one_of, check_ranks, replace_each, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
+
+ACTIVATIONS = ("silu", "gelu", "relu", "none")  # between two factors
+
+
+@METHODS.register("cola")
+@dataclass
+class CoLA(Method):
+    """Options of method=cola."""
+
+    rank: int = MISSING  # inner size of B A
+    activation: str = "silu"  # between A and B: silu (the paper), gelu, relu, or none for W = B A
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+
+    def check(self) -> None:
+        check_ranks("cola", self.rank, self.rank_overrides)
+        check_one_of(ACTIVATIONS, activation=self.activation)
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers import CoLALinear
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            return CoLALinear(linear.in_features, linear.out_features, rank, self.activation, **like)
+
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
