@@ -97,7 +97,7 @@ class TrainConfig:
     validation_path: Any = None  # a glob or a list of globs; None: the corpus's validation split, or a held-out part
     tokenizer: str = MISSING  # tokenizer.json, Hub name, bpe:SIZE to train one; auto: data's, init_from's or t5-base
     tokenizer_eos: str | None = None  # its token that ends documents; None: by tokenizer_config.json or common names
-    padding: str = MISSING  # truncate_pad: one document a row; pack: rows filled without gaps
+    padding: str = MISSING  # truncate_pad: one document a row; pack: rows without gaps; best_fit: whole documents
     attention: str = MISSING  # full: a token sees all before it in its row; document: those of its document only
     seq_len: int = MISSING  # tokens a row
     on_bad_data: str = MISSING  # skip or stop
@@ -156,7 +156,7 @@ CHOICES = {
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
-    "padding": ("truncate_pad", "pack"),
+    "padding": ("truncate_pad", "pack", "best_fit"),
     "schedule": SCHEDULES,
     "attention": ("full", "document"),
     "on_bad_data": ("skip", "stop"),
@@ -261,9 +261,10 @@ def validate(config: TrainConfig) -> None:
             f"seq_len={config.seq_len} is above model.max_position_embeddings={longest};"
             " lower the one or raise the other"
         )
-    if config.attention == "document" and config.padding != "pack":
+    if config.attention == "document" and config.padding == "truncate_pad":
         raise ValueError(
-            f"attention=document is for padding=pack; with padding={config.padding} a row holds one document anyway"
+            "attention=document is for padding=pack or best_fit;"
+            f" with padding={config.padding} a row holds one document anyway"
         )
     _validate_rope(config.model.rope_scaling)
     _validate_update(config)

@@ -66,6 +66,7 @@ RECIPES: dict[str, list[str]] = {
     "checkpointing": [*FACTORED, "activation_checkpointing=true"],
     "checkpointing composed": [*SPARSE, "layer_path=composed", "activation_checkpointing=true"],
     "pack": [*FACTORED, "padding=pack"],
+    "best_fit": [*FACTORED, "padding=best_fit"],
     "grouped heads and overrides": [
         *FACTORED,
         "model.num_key_value_heads=2",

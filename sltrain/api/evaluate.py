@@ -17,7 +17,7 @@ from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.building.saved import Saved, open_saved
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.mixed_evaluation import MixedEvalSet
-from sltrain.data.rows import check_row_shape
+from sltrain.data.rows import check_row_shape, is_per_document
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
@@ -40,9 +40,9 @@ def evaluate_saved(
     device: str = "auto",
 ) -> dict[str, Any]:
     """The numbers of `engine.evaluate` and the step, for the text of the files `globs` (None: the run's validation
-    text) up to `eval_tokens` predicted tokens. `padding` (None: as trained) is pack to read documents whole, or
-    truncate_pad. `batch_size` (None: the run's micro_batch_size) changes perplexity_galore_protocol alone, which is
-    left out where it says nothing (`events.published_perplexity`). Raises ValueError or OSError."""
+    text) up to `eval_tokens` predicted tokens. `padding` (None: as trained) is pack or best_fit to read documents
+    whole, or truncate_pad. `batch_size` (None: the run's micro_batch_size) changes perplexity_galore_protocol alone,
+    which is left out where it says nothing (`events.published_perplexity`). Raises ValueError or OSError."""
     for name, number in {"eval-tokens": eval_tokens, "batch-size": batch_size}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} {number}: must be at least 1")
@@ -52,7 +52,8 @@ def evaluate_saved(
         saved.padding = padding
     ranks = Ranks(0, 1, pick_device(device))
     eval_set = _eval_set(saved, globs, eval_tokens, batch_size, ranks)
-    rows = f"the first {saved.seq_len:,} tokens of each document" if saved.padding == "truncate_pad" else "packed rows"
+    first = f"the first {saved.seq_len:,} tokens of each document"
+    rows = {"truncate_pad": first, "pack": "packed rows", "best_fit": "rows packed by best fit"}[saved.padding]
     logger.info(
         f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
     )
@@ -82,7 +83,7 @@ def _eval_set(
             saved.tokenizer,
             seq_len=saved.seq_len,
             padding=saved.padding,
-            per_document=saved.padding == "pack" and saved.attention == "document",
+            per_document=is_per_document(saved.padding, saved.attention),
             eval_tokens=eval_tokens or sys.maxsize,
             batch_size=batch_size or (BATCH_SIZE if config is None else config.micro_batch_size),
         )

@@ -232,9 +232,9 @@ def evaluate(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of a trained model on the files that a glob (or several) matches; by default
-    on the run's own validation text. padding="pack" reads whole documents, "truncate_pad" the first row of each; by
-    default as it was trained. With enough text there is also perplexity_galore_protocol, as published tables count
-    (engine/evaluate.py). Raises sltrain.Error.
+    on the run's own validation text. padding="pack" and "best_fit" read whole documents, "truncate_pad" the first row
+    of each; by default as it was trained. With enough text there is also perplexity_galore_protocol, as published
+    tables count (engine/evaluate.py). Raises sltrain.Error.
 
     >>> sorted(sltrain.evaluate("outputs/example", eval_tokens=200))
     ['bits_per_byte', 'eval_tokens', 'loss', 'perplexity', 'step']

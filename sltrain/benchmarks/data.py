@@ -26,6 +26,7 @@ from sltrain.benchmarks.timing import Task, in_turns
 from sltrain.building.data import build_tokenizer
 from sltrain.building.model import build_model
 from sltrain.data.documents import Source
+from sltrain.data.rows import PADDINGS
 from sltrain.data.stream import TrainStream
 from sltrain.data.token_folder import TokenFiles
 from sltrain.engine.distributed import Ranks
@@ -33,7 +34,6 @@ from sltrain.planning.accounting import count_parameters
 
 logger = logging.getLogger(__name__)
 
-PADDINGS = ("truncate_pad", "pack")
 ONE_BY_ONE = "document by document"
 ROUNDS, DOCUMENTS_PER_ROUND, BATCHES_PER_ROUND, WARM_UP_BATCHES = 5, 128, 4, 16
 # Throughput streams read and tokenize little at a time, so that rounds are alike; the cost of a document is the same.

@@ -11,6 +11,7 @@ from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.mixture import Mixture, errors_of
+from sltrain.data.rows import is_per_document
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.special_tokens import read_settings
 from sltrain.data.stream import TrainStream
@@ -91,7 +92,7 @@ def build_data(
         tokenizer,
         seq_len=config.seq_len,
         padding=config.padding,
-        per_document=config.attention == "document",
+        per_document=is_per_document(config.padding, config.attention),
         holdout_every=config.data.holdout_every if validation is None else 0,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
@@ -119,7 +120,7 @@ def build_eval_set(
             tokenizer,
             seq_len=config.seq_len,
             padding=config.padding,
-            per_document=config.padding == "pack" and config.attention == "document",
+            per_document=is_per_document(config.padding, config.attention),
             holdout_every=holdout_every,
             eval_tokens=eval_tokens,
             batch_size=config.micro_batch_size,

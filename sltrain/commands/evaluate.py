@@ -37,8 +37,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences at a time; the run's by default")
     parser.add_argument(
         "--padding",
-        choices=("truncate_pad", "pack"),
-        help="pack: whole documents, in rows without gaps; truncate_pad: the first row of each; as trained by default",
+        choices=("truncate_pad", "pack", "best_fit"),
+        help="pack: whole documents, in rows without gaps; best_fit: whole documents, as many as fit into a row;"
+        " truncate_pad: the first row of each; as trained by default",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -86,6 +86,7 @@ OTHERS = {
     "data.text_key (data=local, data=hf)": "text_key text_column text_field text_column_name dataset_text_field"
     " content_key json_key json_keys jsonl_keys column column_name",
     "padding=pack": "packing group_by_length group_texts pack concat_tokens",
+    "padding": "packing_strategy packing_algorithm",
     "tracker=wandb": "wandb report_to use_wandb wandb_log logger logger_name log_with enable_wandb with_tracking"
     " trackers wandb_enabled",
     "tracker=tensorboard": "tensorboard use_tensorboard tensorboard_log tensorboard_dir enable_tensorboard",

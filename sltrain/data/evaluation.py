@@ -1,8 +1,10 @@
 """The validation rows: the same in every evaluation, at every world size.
 
 Documents in the order of the files, cut into rows as in training, until the rows hold `eval_tokens` predicted tokens
-or the text ends. Batch b of `batch_size` rows belongs to rank b % world_size. Every rank tokenizes all rows once (10
-million tokens: about half a minute on one core) and keeps its own, 4 bytes a token.
+or the text ends. With padding=best_fit they are packed group by group too, and the rows of a group stand in an order
+that depends on their number alone: the first rows are a fair sample of long and short documents. Batch b of
+`batch_size` rows belongs to rank b % world_size. Every rank tokenizes all rows once (10 million tokens: about half a
+minute on one core) and keeps its own, 4 bytes a token.
 
 Each batch knows how many UTF-8 bytes of text its predicted tokens cover, so that the loss can be given in bits per
 byte, which does not depend on the tokenizer. The first token of a row is not predicted, and </s> covers no text.
@@ -11,12 +13,13 @@ byte, which does not depend on the tokenizer. The first token of a row is not pr
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
+from sltrain.data.best_fit import GROUP_ROWS, packed_group
 from sltrain.data.documents import DataError, Source, is_held_out
 from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Row
 from sltrain.data.rows import check_row_shape, rows_to_tensors
@@ -24,6 +27,7 @@ from sltrain.data.token_folder import ids_with_bytes_of
 from sltrain.data.tokenizer import Tokenizer
 
 SizedRow = tuple[Row, int]  # ids, bytes that the predicted ones cover
+Sized = tuple[list[int], list[int]]  # ids, and the bytes that each covers
 
 
 @dataclass
@@ -48,7 +52,7 @@ class EvalSet:
     tokenizer: Tokenizer
     _: KW_ONLY
     seq_len: int
-    padding: str  # truncate_pad or pack
+    padding: str  # truncate_pad, pack or best_fit
     eval_tokens: int
     batch_size: int
     rank: int = 0
@@ -108,7 +112,8 @@ class EvalSet:
 
     def _enough_rows(self) -> Iterator[SizedRow]:
         missing = self.eval_tokens
-        for ids, sizes, starts in self._packed_rows() if self.padding == "pack" else self._truncated_rows():
+        rows = {"truncate_pad": self._truncated_rows, "pack": self._packed_rows, "best_fit": self._best_fit_rows}
+        for ids, sizes, starts in rows[self.padding]():
             row = Row(np.array(ids, np.int32), starts)
             if len(ids) >= 2 and self._num_targets(row):  # otherwise there is nothing to predict
                 not_predicted = sum(sizes[start] for start in starts) if self.per_document else 0
@@ -136,9 +141,39 @@ class EvalSet:
                 starts = []
         yield ids, sizes, starts
 
-    def _documents(self, max_len: int | None) -> Iterator[tuple[list[int], list[int]]]:
+    def _best_fit_rows(self) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """As _packed_rows: whole documents, as many as fit, see best_fit.py."""
+        chunks = (
+            (ids[first : first + self.seq_len], sizes[first : first + self.seq_len])
+            for ids, sizes in self._documents(None)
+            for first in range(0, len(ids), self.seq_len)
+        )
+        for number in count():
+            group = _take(chunks, GROUP_ROWS * self.seq_len)
+            if not group:
+                return
+            for row in packed_group([len(ids) for ids, _ in group], self.seq_len, "evaluation", number):
+                all_ids, all_sizes, starts = list[int](), list[int](), list[int]()
+                for ids, sizes in (group[chunk] for chunk in row):
+                    starts.append(len(all_ids))
+                    all_ids += ids
+                    all_sizes += sizes
+                yield all_ids, all_sizes, starts[1:]
+
+    def _documents(self, max_len: int | None) -> Iterator[Sized]:
         """The ids of each validation document, and the bytes that each id covers."""
         documents = (d for shard in range(self.source.num_shards) for d in self.source.documents(shard))
         own = (d for d in documents if not self.holdout_every or is_held_out(d.text, self.holdout_every))
         while group := list(islice(own, DOCUMENTS_PER_CALL)):
             yield from ids_with_bytes_of(group, self.tokenizer, max_len)
+
+
+def _take(chunks: Iterator[Sized], num_tokens: int) -> list[Sized]:
+    """The next chunks, until they hold `num_tokens`."""
+    taken = list[Sized]()
+    for chunk in chunks:
+        taken.append(chunk)
+        num_tokens -= len(chunk[0])
+        if num_tokens <= 0:
+            break
+    return taken

@@ -1,21 +1,23 @@
 """One of the L streams that make up the training data: an endless sequence of tokenized documents with an exact
 position.
 
-The position is five numbers:
+The position is six numbers:
 
     epoch   slice   block (record index it begins at)   position in the shuffled block   offset (tokens already used)
+    rows (padding=best_fit: the five are where a group of rows begins, and so many of it are used)
 
-To resume at a position, the block is read and shuffled again (order.py); no other state is needed. When the slices
-are used up, the next epoch begins with the same slices in another order.
+To resume at a position, the block is read and shuffled again (order.py), and a group is packed again (best_fit.py); no
+other state is needed. When the slices are used up, the next epoch begins with the same slices in another order.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sltrain.data.best_fit import GROUP_ROWS, packed_group
 from sltrain.data.documents import DataError, Document, Source
 from sltrain.data.order import Slice, block_order, slice_order
 
@@ -33,6 +35,7 @@ class Position:
     block: int = 0  # record index at which the shuffle block begins
     position: int = 0  # next document in the shuffled block
     offset: int = 0  # tokens of that document that are in earlier rows
+    rows: int = 0  # padding=best_fit: rows used of the group that begins here
 
 
 @dataclass
@@ -41,6 +44,12 @@ class Row:
 
     ids: NDArray[np.int32]
     starts: list[int] = field(default_factory=list)
+
+
+def joined(parts: list[Ids]) -> Row:
+    """The row of these documents or pieces of them, one after the other."""
+    ends = np.cumsum([len(part) for part in parts])
+    return Row(np.concatenate(parts), ends[:-1].tolist())
 
 
 @dataclass
@@ -65,6 +74,8 @@ class LogicalStream:
         self._block: list[Document] | None = None  # shuffled
         self._next_block = self.at.block  # record index after the current block
         self._tokenized: tuple[int, list[Ids]] = (-1, [])  # group of the block, ids of its documents
+        self._group: list[Row] = []  # padding=best_fit: rows of the group at self.at that are not used, the next last
+        self._after_group = self.at
         self._announce(0)
 
     @property
@@ -77,6 +88,12 @@ class LogicalStream:
         """Tokens by source: those of one alone are not counted."""
         return {}
 
+    def row(self, padding: str, seq_len: int) -> Row:
+        """The next row of at most `seq_len` ids."""
+        if padding == "pack":
+            return self.packed_row(seq_len)
+        return self.best_fit_row(seq_len) if padding == "best_fit" else self.truncated_row()
+
     def truncated_row(self) -> Row:
         """The ids of the next document."""
         row = Row(self._ids())
@@ -85,18 +102,45 @@ class LogicalStream:
 
     def packed_row(self, seq_len: int) -> Row:
         """The next seq_len ids of the concatenated documents."""
-        parts, starts = list[Ids](), list[int]()
-        missing = seq_len
+        parts, missing = list[Ids](), seq_len
         while missing:
             ids = self._ids()
-            if parts:
-                starts.append(seq_len - missing)
             parts.append(ids[self.at.offset : self.at.offset + missing])
             missing -= len(parts[-1])
             self.at.offset += len(parts[-1])
             if self.at.offset == len(ids):
                 self._advance()
-        return Row(np.concatenate(parts), starts)
+        return joined(parts)
+
+    def best_fit_row(self, seq_len: int) -> Row:
+        """The next row of the group that begins at self.at."""
+        if not self._group:
+            self._group = self._read_group(seq_len)
+        row = self._group.pop()
+        self.at.rows += 1
+        if not self._group:
+            self.at = self._after_group
+        return row
+
+    def _read_group(self, seq_len: int) -> list[Row]:
+        """The rows of the group at self.at that are not used, the next one last. A group ends with its epoch, so that
+        no row holds a document twice."""
+        self._ids()  # leaves a block that is used up, so that self.at is in the epoch of the group
+        start, chunks, missing = replace(self.at), list[Ids](), GROUP_ROWS * seq_len
+        self.at.rows = 0
+        while missing > 0:
+            ids = self._ids()
+            if self.at.epoch != start.epoch:
+                break
+            chunks.append(ids[self.at.offset : self.at.offset + seq_len])
+            missing -= len(chunks[-1])
+            self.at.offset += len(chunks[-1])
+            if self.at.offset == len(ids):
+                self._advance()
+        self._after_group, self.at = self.at, start
+        key = self.seed, self.number, astuple(replace(start, rows=0))
+        group = [joined([chunks[i] for i in row]) for row in packed_group(list(map(len, chunks)), seq_len, *key)]
+        return group[start.rows :][::-1]
 
     def _ids(self) -> Ids:
         """All ids of the current document, which has at least one."""

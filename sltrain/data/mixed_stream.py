@@ -63,20 +63,10 @@ class MixedStream:
         """How often each source has been read to its end."""
         return {name: stream.at.epoch for name, stream in self._streams.items()}
 
-    def truncated_row(self) -> Row:
-        """The ids of the next document of the source that is drawn."""
-        name = self._draw()
-        return self._count(name, self._streams[name].truncated_row())
-
-    def packed_row(self, seq_len: int) -> Row:
-        """The next seq_len ids of the source that is drawn."""
-        name = self._draw()
-        return self._count(name, self._streams[name].packed_row(seq_len))
-
-    def _draw(self) -> str:
-        return self._names[drawn(self._weights, "mix", self._seed, self.number, self._num_rows)]
-
-    def _count(self, name: str, row: Row) -> Row:
+    def row(self, padding: str, seq_len: int) -> Row:
+        """The next row of the source that is drawn."""
+        name = self._names[drawn(self._weights, "mix", self._seed, self.number, self._num_rows)]
+        row = self._streams[name].row(padding, seq_len)
         self._num_rows += 1
         self.tokens[name] += len(row.ids)
         return row

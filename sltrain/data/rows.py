@@ -2,10 +2,12 @@
 
 truncate_pad: one document a row, its first tokens and </s>, padded on the right; pads have the label -100.
 pack: the concatenated documents without gaps; labels are the ids.
+best_fit: whole documents, as many as fit, padded on the right; longer ones in pieces of a row's length (best_fit.py).
 
-With attention=document a token depends on those before it in its own document only. The first token of a document,
-which nothing predicts, then has the label -100, and every token has a position in its document, from which the model
-knows where documents begin. A document that began in an earlier row begins again, at position 0.
+Where a row may hold several documents, with attention=document a token depends on those before it in its own document
+only. The first token of a document, which nothing predicts, then has the label -100, and every token has a position in
+its document, from which the model knows where documents begin. A document that began in an earlier row begins again, at
+position 0.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from sltrain.data.logical_stream import Row
 from sltrain.numeric import IGNORED_LABEL
+
+PADDINGS = ("truncate_pad", "pack", "best_fit")
 
 
 @dataclass
@@ -35,10 +39,15 @@ class RowTensors:
 
 def check_row_shape(padding: str, seq_len: int) -> None:
     """Raise ValueError for an unknown padding or a length too short."""
-    if padding not in ("truncate_pad", "pack"):
-        raise ValueError(f"padding is {padding!r}; it must be truncate_pad or pack")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding is {padding!r}; it must be {', '.join(PADDINGS[:-1])} or {PADDINGS[-1]}")
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; a row needs at least 2 tokens, one to read and one to predict")
+
+
+def is_per_document(padding: str, attention: str) -> bool:
+    """Whether documents of a row are kept apart, which a row of one document needs not."""
+    return attention == "document" and padding != "truncate_pad"
 
 
 def rows_to_tensors(rows: Sequence[Row], seq_len: int, pad_id: int, per_document: bool) -> RowTensors:

@@ -60,7 +60,7 @@ class TrainStream:
     Args:
         source: one corpus, or a Mixture, whose parts say themselves what they hold out.
         seed: decides the order together with global_batch_size and num_streams.
-        padding: truncate_pad or pack.
+        padding: truncate_pad, pack or best_fit.
         per_document: attention=document; see rows.py.
         shuffle_block: documents shuffled together.
         holdout_every: one document in this many is never trained on (0: all are).
@@ -176,15 +176,11 @@ class TrainStream:
 
     def _batches(self, state: State) -> Iterator[Batch]:
         """The batches after `state`. Runs in the background thread, so it shares nothing mutable with the consumer."""
-        seq_len, is_packed = self._identity["seq_len"], self._identity["padding"] == "pack"
+        seq_len, padding = self._identity["seq_len"], self._identity["padding"]
         streams = [self._open(number, self._position(state[str(number)])) for number in self._own]
         last_epochs = _highest([stream.epochs for stream in streams])
         while True:
-            rows = [
-                stream.packed_row(seq_len) if is_packed else stream.truncated_row()
-                for stream in streams
-                for _ in range(self.rows_per_stream)
-            ]
+            rows = [stream.row(padding, seq_len) for stream in streams for _ in range(self.rows_per_stream)]
             epochs = _highest([stream.epochs for stream in streams])
             for name, epoch in epochs.items():
                 if epoch > last_epochs[name]:
@@ -211,7 +207,7 @@ class TrainStream:
 
     def _open_part(self, name: str, number: int, at: Position) -> LogicalStream:
         """Logical stream `number` of one source."""
-        max_len = None if self._identity["padding"] == "pack" else self._identity["seq_len"]
+        max_len = self._identity["seq_len"] if self._identity["padding"] == "truncate_pad" else None
         source, holdout_every = self._parts[name].source, self._parts[name].holdout_every
         return LogicalStream(
             source,

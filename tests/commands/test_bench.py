@@ -78,8 +78,9 @@ def test_data_as_json(sltrain_bench: Run, corpus: Path, tokenizer_file: Path, tm
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["rows"]
     measured = [row["measured"] for row in rows]
-    assert measured[:3] == ["document by document", "stream, truncate_pad", "stream, pack"]
-    assert measured[3:] == ["training of llama_tiny, truncate_pad", "training of llama_tiny, pack"]
+    paddings = ("truncate_pad", "pack", "best_fit")
+    assert measured[:4] == ["document by document", *(f"stream, {padding}" for padding in paddings)]
+    assert measured[4:] == [f"training of llama_tiny, {padding}" for padding in paddings]
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
 
 

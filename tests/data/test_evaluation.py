@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 
+from sltrain.data import evaluation
 from sltrain.data.bpe import train_bpe
 from sltrain.data.documents import DataError, is_held_out
 from sltrain.data.evaluation import EvalSet
@@ -74,7 +75,25 @@ def test_truncated_rows_are_the_documents_in_order(source, tokenizer, texts):
     assert found == [ids if len(ids) <= 24 else [*ids[:23], tokenizer.eos_id] for ids in plain(tokenizer, texts)]
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("group", [2, 128])
+def test_best_fit_rows_are_the_pieces_of_all_documents_once(source, tokenizer, texts, group, monkeypatch):
+    monkeypatch.setattr(evaluation, "GROUP_ROWS", group)
+    found, num_rows = [], 0
+    for batch in make(source, tokenizer, padding="best_fit", per_document=True):
+        for ids, positions, row in zip(batch.input_ids, batch.positions, batch.labels != -100, strict=True):
+            length = int(row.nonzero()[-1]) + 1
+            starts = (positions[:length] == 0).nonzero().flatten().tolist()
+            found += [tuple(ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], length], strict=True)]
+            num_rows += 1
+    documents = plain(tokenizer, texts)
+    pieces = [tuple(ids[i : i + 24]) for ids in documents for i in range(0, len(ids), 24)]
+    found, pieces = ([piece for piece in some if len(piece) > 1] for some in (found, pieces))  # one token predicts none
+    assert sorted(found) == sorted(pieces)
+    full = sum(map(len, documents)) / 24
+    assert num_rows < (1.1 if group == 128 else 1.5) * full
+
+
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 @pytest.mark.parametrize("eval_tokens", [1, 100, 640, 10**9])
 def test_rows_stop_at_eval_tokens_or_at_the_end(source, tokenizer, padding, eval_tokens):
     everything = kept(make(source, tokenizer, padding=padding))
@@ -88,7 +107,7 @@ def test_rows_stop_at_eval_tokens_or_at_the_end(source, tokenizer, padding, eval
     assert make(source, tokenizer, padding=padding, eval_tokens=total).exhausted is False
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_batches_of_one_process(source, tokenizer, padding, world_size):
     whole = list(make(source, tokenizer, padding=padding, eval_tokens=700))
@@ -119,7 +138,7 @@ def test_only_held_out_documents_when_asked(source, tokenizer, texts):
     assert len(found) > 10
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 def test_bytes_are_those_of_the_decoded_predicted_tokens(source, tokenizer, padding):
     """Byte-level BPE: a token covers exactly the bytes that its characters spell."""
     raw = tokenizers.Tokenizer.from_str(tokenizer.json)
@@ -144,7 +163,7 @@ def test_bytes_of_real_text_with_t5():
 def test_wrong_settings_and_empty_text_are_refused(source, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="eval_tokens is 0"):
         make(source, tokenizer, eval_tokens=0)
-    with pytest.raises(ValueError, match="truncate_pad or pack"):
+    with pytest.raises(ValueError, match="truncate_pad, pack or best_fit"):
         make(source, tokenizer, padding="none")
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(DataError, match="holds no text: every record is blank"):

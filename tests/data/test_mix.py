@@ -97,7 +97,7 @@ def draw(weights, seed, stream, row):
     raise AssertionError
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 def test_rows_are_those_of_each_source_alone_in_the_order_of_the_draw(folder, tokenizer, padding):
     count = 80  # more than an epoch of every source
     mixed = by_stream(take(make(mixture(folder), tokenizer, padding=padding), count))
@@ -160,7 +160,7 @@ def run_in_legs(source_of, tokenizer, legs, **shape):
     return rows, json.loads(saved)
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 def test_two_stops_give_the_rows_of_a_straight_run(folder, tokenizer, padding):
     shape = {"padding": padding, "holdout_every": 0}
 

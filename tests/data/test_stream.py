@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sltrain.data import logical_stream
 from sltrain.data.bpe import train_bpe
 from sltrain.data.documents import DataError, NetworkError, is_held_out
 from sltrain.data.sources.local import LocalFiles
@@ -140,7 +141,7 @@ def test_the_seed_changes_the_order(source, tokenizer):
     assert a == again != b
 
 
-@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_rows_of_a_global_batch_do_not_depend_on_the_world_size(source, tokenizer, padding, world_size):
     whole = take(make(source, tokenizer, padding=padding), 20)
@@ -160,11 +161,19 @@ def test_the_rows_of_a_global_batch_do_not_depend_on_the_world_size(source, toke
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     legs=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=5),
-    padding=st.sampled_from(["pack", "truncate_pad"]),
+    padding=st.sampled_from(["pack", "truncate_pad", "best_fit"]),
     block=st.sampled_from([1, 7, 64]),
+    group=st.sampled_from([3, 128]),
 )
-def test_any_number_of_stops_gives_the_batches_of_a_straight_run(source, tokenizer, legs, padding, block):
-    """Each leg runs some batches on some number of ranks, from the merged states of the leg before it."""
+def test_any_number_of_stops_gives_the_batches_of_a_straight_run(source, tokenizer, legs, padding, block, group):
+    """Each leg runs some batches on some number of ranks, from the merged states of the leg before it. `group`: rows
+    that padding=best_fit packs together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logical_stream, "GROUP_ROWS", group)
+        check_stops(source, tokenizer, legs, padding, block)
+
+
+def check_stops(source, tokenizer, legs, padding, block):
     shape = {"padding": padding, "shuffle_block": block, "holdout_every": 5}
     straight = rows(take(make(source, tokenizer, **shape), sum(count for count, _ in legs)))
     resumed, saved = [], None
@@ -210,6 +219,40 @@ def test_packing_loses_no_token(source, tokenizer, texts):
         found += documents
     assert len(found) > 20
     assert all(torch.equal(b.labels, b.input_ids) and b.num_tokens == 8 * 16 for b in batches)
+
+
+@pytest.mark.parametrize("group", [3, 128])
+@pytest.mark.parametrize("seq_len", [9, 40])
+def test_best_fit_has_every_piece_of_every_document_once_an_epoch(
+    source, tokenizer, texts, seq_len, group, monkeypatch
+):
+    monkeypatch.setattr(logical_stream, "GROUP_ROWS", group)
+    wanted = sorted(
+        tuple(ids[i : i + seq_len])
+        for ids in map(list, tokenizer.encode_batch(texts))
+        for i in range(0, len(ids), seq_len)
+    )
+    alone = {"padding": "best_fit", "seq_len": seq_len, "global_batch_size": 1, "num_streams": 1}
+    stream = make(source, tokenizer, per_document=True, **alone)
+    orders = []
+    for _ in range(2):
+        found, room = [], []
+        while len(found) < len(wanted):
+            batch = next(stream)
+            used, ids = batch.num_tokens, batch.input_ids[0].tolist()
+            starts = (batch.positions[0, :used] == 0).nonzero().flatten().tolist()
+            found += [tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], used], strict=True)]
+            room.append(seq_len - used)
+            pads = [-100] * room[-1]
+            assert batch.labels[0].tolist() == [-100 if i in starts[1:] else ids[i] for i in range(used)] + pads
+            assert ids[used:] == [tokenizer.pad_id] * room[-1] and batch.num_targets == used - len(starts)
+        assert sorted(found) == wanted
+        assert room != sorted(room), "the rows of a group come in the order of their packing"
+        orders.append(found)
+    stream.close()
+    assert orders[0] != orders[1]
+    full, apart = (rows(take(make(source, tokenizer, per_document=p, **alone), 20)) for p in (False, True))
+    assert full == apart
 
 
 def test_rows_are_truncated_as_the_library_does(source, tokenizer, texts):
@@ -261,7 +304,7 @@ def test_a_rank_reads_only_its_own_shards(tokenizer, tmp_path, texts):
 def test_settings_that_cannot_be_used_are_refused(source, tokenizer, tmp_path):
     for changes, words in [
         ({"world_size": 3}, "3 ranks cannot share 4 data streams"),
-        ({"padding": "left"}, "truncate_pad or pack"),
+        ({"padding": "left"}, "truncate_pad, pack or best_fit"),
         ({"seq_len": 1}, "at least 2"),
         ({"num_streams": 0}, "num_streams is 0"),
         ({"holdout_every": 1}, "holdout_every is 1"),

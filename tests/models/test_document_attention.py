@@ -136,10 +136,11 @@ def test_evaluation_is_that_of_the_pieces_of_documents_alone(text):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_bit_for_bit_and_is_evaluated_as_it_was(tiny, sltrain_train, tmp_path):
+@pytest.mark.parametrize("padding", ["pack", "best_fit"])
+def test_a_run_resumes_bit_for_bit_and_is_evaluated_as_it_was(padding, tiny, sltrain_train, tmp_path):
     """Stopped after updates 2 and 5; sltrain.evaluate, and that of an export, see the same rows as the run."""
     run = tmp_path / "straight"
-    resumes_bit_for_bit([*tiny, "padding=pack", "attention=document"], sltrain_train, tmp_path, at=(2, 5))
+    resumes_bit_for_bit([*tiny, f"padding={padding}", "attention=document"], sltrain_train, tmp_path, at=(2, 5))
     loss = sltrain.Run(run).final["loss"]
     assert sltrain.evaluate(run)["loss"] == pytest.approx(loss, rel=1e-12)
     text = tmp_path / "text.txt"
@@ -149,4 +150,4 @@ def test_a_run_resumes_bit_for_bit_and_is_evaluated_as_it_was(tiny, sltrain_trai
     assert of_run["eval_tokens"] == of_export["eval_tokens"]
     assert of_run["loss"] == pytest.approx(of_export["loss"], rel=1e-5)
     code, _, err = sltrain_train(*tiny, "attention=document")
-    assert code == 2 and err.startswith("error: attention=document is for padding=pack")
+    assert code == 2 and err.startswith("error: attention=document is for padding=pack or best_fit")
