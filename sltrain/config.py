@@ -129,6 +129,8 @@ class TrainConfig:
     log_every: int = MISSING  # updates between train lines
     eval_every: int = MISSING  # updates between evaluations
     eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
+    eval_tasks: list[str] = field(default_factory=list)  # downstream tasks of lm-eval, by name or YAML file
+    eval_task_limit: int | None = None  # documents of each task that are asked; None: all
     checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
     peak_tflops: float | None = (
@@ -188,6 +190,7 @@ AT_LEAST = {
     "log_every": 0,
     "eval_every": 0,
     "eval_tokens": 1,
+    "eval_task_limit": 1,
     "checkpoint_every": 0,
     "keep_last": 1,
     "seed": 0,
@@ -202,6 +205,7 @@ ABOVE_ZERO = (
 CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
+    " eval_tasks eval_task_limit"
     " checkpoint_every keep_last micro_batch_size device compile activation_checkpointing layer_path memory_guard"
     " per_layer_update peak_tflops profile_steps"
 ).split()

@@ -12,6 +12,7 @@ file; one that can diverge is then read as NaN.
 
 from typing import Annotated, TypedDict, get_type_hints
 
+TaskNumbers = dict[str, dict[str, float]]  # task or group of eval_tasks -> metric, or metric_stderr -> value
 Diverging = Annotated[float, "null in the file, and NaN when read, where it is not finite"]
 
 
@@ -50,6 +51,8 @@ class Event(TypedDict, total=False):
     eval_tokens: int  # predicted (eval, final)
     eval_processes: int  # that had a part of the text (eval, final)
     eval_exhausted: bool  # there was less text than eval_tokens asked for (eval, final)
+
+    tasks: TaskNumbers  # by lm-eval, of eval_tasks (eval, final); a value that is not finite is null in the file
 
     dtype: str  # of the weights: what dtype=auto became; mixed: float32 weights, bfloat16 arithmetic (final)
     peak_memory_measure: str  # whose peak peak_memory_bytes is (final)

@@ -1,5 +1,5 @@
-"""What several test files share: a small real corpus, a tokenizer trained on it, and the command run in process or
-as a process."""
+"""What several test files share: a small real corpus, a tokenizer trained on it, the command run in process or as a
+process, and processes that talk over gloo."""
 
 import gzip
 import json
@@ -13,13 +13,17 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side on small tensors; torch reads it on import
 
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -258,3 +262,34 @@ def _run_in_child(function: Callable[[], None]) -> int:
 def in_child() -> Callable[[Callable[[], None]], int]:
     """Runs a function in a forked child and gives its pid."""
     return _run_in_child
+
+
+@contextmanager
+def group_of(store: Path, rank: int, world_size: int = 2) -> Iterator[Any]:
+    from sltrain.engine.distributed import Ranks
+
+    late = timedelta(seconds=60)  # ranks that wait for each other fail, and do not hang
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=late)
+    try:
+        yield Ranks(rank, world_size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def on_two_ranks(in_child: Callable[[Callable[[], None]], int], tmp_path: Path) -> Callable[..., list[Any]]:
+    """Runs a function on two gloo ranks, or more, and gives what it returned on each."""
+
+    def run(function: Callable[[Any], Any], world_size: int = 2) -> list[Any]:
+        def of_rank(rank: int) -> Callable[[], None]:
+            def work() -> None:
+                with group_of(tmp_path / "store", rank, world_size) as ranks:
+                    torch.save(function(ranks), tmp_path / f"{rank}.pt")
+
+            return work
+
+        children = [in_child(of_rank(rank)) for rank in range(world_size)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * world_size
+        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+    return run

@@ -1,4 +1,5 @@
-"""A saved model and a corpus -> its loss there, exactly as a run evaluates itself.
+"""A saved model and a corpus -> its loss there, and downstream tasks -> their numbers, exactly as a run evaluates
+itself.
 
 Rows are cut as in training, unless `padding` says otherwise. A run without a corpus of its own choosing is measured on
 its validation text, and the numbers are those of its own evaluation at that step.
@@ -15,13 +16,15 @@ from tqdm.auto import tqdm
 
 from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.building.saved import Saved, open_saved
+from sltrain.building.task_model import TaskModel
+from sltrain.building.tasks import Tasks, evaluate_tasks
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.rows import check_row_shape, is_per_document
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.evaluate import evaluate
-from sltrain.events import published_perplexity
+from sltrain.events import TaskNumbers, published_perplexity
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,34 @@ def evaluate_saved(
     if published_perplexity(numbers) is None:
         del numbers["perplexity_galore_protocol"]
     return {**numbers, "step": saved.step}
+
+
+def evaluate_saved_tasks(
+    path: str | PathLike[str],
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    step: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """The numbers of downstream tasks, and the step. `names` are those of tasks or groups of lm-eval, or YAML files;
+    `limit` (None: all) documents of each task are asked. `batch_size` rows of training (None: the run's
+    micro_batch_size) are the positions of a pass at most. Raises ValueError or OSError."""
+    for name, number in {"limit": limit, "batch-size": batch_size}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number}: must be at least 1")
+    saved = open_saved(path, step)
+    ranks = Ranks(0, 1, pick_device(device))
+    tasks = Tasks(names, limit, key="--tasks")
+    logger.info(f"evaluating {path}, step {saved.step:,}, on {tasks.describe()}")
+    rows = batch_size or (BATCH_SIZE if saved.config is None else saved.config.micro_batch_size)
+    max_positions = rows * saved.seq_len
+    model = saved.load(ranks.device, num_rows=max_positions)
+    numbers: TaskNumbers | None = evaluate_tasks(tasks, TaskModel(model, saved.tokenizer, ranks, max_positions))
+    if not numbers:
+        raise ValueError("no task could be evaluated; the warnings above say why")
+    return {"tasks": numbers, "step": saved.step}
 
 
 def _eval_set(

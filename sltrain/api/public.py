@@ -228,22 +228,34 @@ def evaluate(
     eval_tokens: int | None = None,
     batch_size: int | None = None,
     padding: str | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
     step: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of a trained model on the files that a glob (or several) matches; by default
     on the run's own validation text. padding="pack" and "best_fit" read whole documents, "truncate_pad" the first row
     of each; by default as it was trained. With enough text there is also perplexity_galore_protocol, as published
-    tables count (engine/evaluate.py). Raises sltrain.Error.
+    tables count (engine/evaluate.py).
+
+    With `tasks`, names of downstream tasks of lm-eval or YAML files, no text is read: the result is
+    {"tasks": {name: {"acc": ..., "acc_stderr": ...}}, "step": ...}, of the first `limit` documents of each task.
+    Raises sltrain.Error.
 
     >>> sorted(sltrain.evaluate("outputs/example", eval_tokens=200))
     ['bits_per_byte', 'eval_tokens', 'loss', 'perplexity', 'step']
     """
-    from sltrain.api.evaluate import evaluate_saved
+    from sltrain.api.evaluate import evaluate_saved, evaluate_saved_tasks
 
+    options: dict[str, Any] = {"step": step, "batch_size": batch_size, "device": device}
+    if tasks is not None:
+        if path is not None or eval_tokens is not None or padding is not None:
+            raise ValueError("tasks read no text of yours; leave out path, eval_tokens and padding, or tasks")
+        return evaluate_saved_tasks(model, [tasks] if isinstance(tasks, str) else tasks, limit=limit, **options)
+    if limit is not None:
+        raise ValueError(f"limit={limit} is for tasks; of text, eval_tokens limits what is read")
     globs = [path] if isinstance(path, str) else path
-    options: dict[str, Any] = {"step": step, "eval_tokens": eval_tokens, "batch_size": batch_size, "padding": padding}
-    return evaluate_saved(model, globs, device=device, **options)
+    return evaluate_saved(model, globs, eval_tokens=eval_tokens, padding=padding, **options)
 
 
 @raised_as_error()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
+from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig, check_batch
 from sltrain.data.order import num_shared_streams
@@ -27,7 +28,7 @@ def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError, or OSError, for the first thing that is wrong."""
     for check in (
         _check_processes,  # the batch and the streams of text divide among them
-        _check_packages,  # what the optimizer and the tracker need is installed
+        _check_packages,  # what the optimizer, the tracker and tasks need is installed
         _check_updates,  # the ways of updating go together
         _check_compiler,  # torch.compile has a compiler
         _check_model,  # rank, sparsity, support, patterns and heads fit the shape, the optimizer takes parameters
@@ -43,6 +44,8 @@ def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
 
 def _check_packages(config: TrainConfig, ranks: Ranks) -> None:
     config.optimizer.check_package()
+    if config.eval_tasks:
+        check_package("eval_tasks")
     tracker = config.tracker.name
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"tracker={tracker} needs {tracker}: run `pip install {tracker}`, or choose tracker=none")

@@ -1,9 +1,9 @@
 """Config -> a run that is ready to train: the order in which it is built.
 
-What needs no text is checked first (checks.py), the folder too, and the weights to start from are opened; then come
-the corpus, its tokenizer, the streams of text, and the model on the meta device. The run is described and its memory
-planned before the folder is claimed: nothing is written until then, so invalid input leaves no files. Finally memory is
-allocated, the optimizer built and the checkpoint loaded.
+What needs no text is checked first (checks.py), the folder too, and the weights to start from and the downstream tasks
+are opened; then come the corpus, its tokenizer, the streams of text, and the model on the meta device. The run is
+described and its memory planned before the folder is claimed: nothing is written until then, so invalid input leaves no
+files. Finally memory is allocated, the optimizer built and the checkpoint loaded.
 """
 
 import logging
@@ -18,6 +18,7 @@ from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
 from sltrain.building.start_from import open_start
 from sltrain.building.start_text import describe
+from sltrain.building.tasks import open_tasks, task_evaluation
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks, pick_device
@@ -56,6 +57,7 @@ def build_run(config: TrainConfig) -> Run:
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
     begins = ranks.on_main(lambda: not folder.has_checkpoint)  # asked once: a shared folder may look older elsewhere
     start = ranks.everywhere(lambda: open_start(config) if begins else None)
+    tasks = ranks.everywhere(lambda: open_tasks(config, ranks))
     config.data.adopt(ranks.on_main(config.data.settled))
     source, validation = ranks.everywhere(lambda: build_sources(config))
     tokenizer = build_tokenizer(config, source, ranks, folder)
@@ -71,6 +73,8 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     claim_folder(folder, config, tokenizer, ranks)
     logger.info(f"run folder {folder.path}")
     trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan, start)
+    if config.eval_tasks:
+        trainer.tasks = task_evaluation(config, tasks, model, tokenizer, ranks)
     for sink in trainer.sinks:
         resources.callback(sink.close)
     if trainer.profile is not None:

@@ -93,6 +93,8 @@ def composition_error(error: BaseException, overrides: list[str]) -> str:
     message = str(cause).splitlines()[0]
     if "converted to Integer" in message:
         message += " (write whole numbers out: 1_000_000)"
+    if "is not a ListConfig" in message:
+        message = "a list is typed in brackets, as in KEY=[A,B]"
     if message.startswith("Could not append"):
         message = f"{message.rstrip('.')}; drop the +"
     if message.startswith("Interpolation key"):

@@ -163,6 +163,22 @@ class Tokenizer:
         self.pad_id = eos_id if pad_id is None else pad_id
         return ids
 
+    def copy(self) -> "Tokenizer":
+        """One that gives the same ids, for another thread."""
+        return Tokenizer(
+            self.json,
+            self.name,
+            self.vocab_size,
+            settings=self.settings(),
+            controls_as_text=self.controls_as_text,
+            on_bad_data=self._on_bad_data,
+        )
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that begin every document (bos); mostly none."""
+        return self._prefix
+
     def fingerprint(self) -> str:
         """Identity of the ids this object produces."""
         eos = f", ends with {self._name_of(self.eos_id)}" if self._eos_is_named else ""

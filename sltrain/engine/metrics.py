@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 from tqdm.auto import tqdm
 
 from sltrain.engine.sealed_folder import write_atomically
-from sltrain.events import Event, published_perplexity
+from sltrain.events import Event, TaskNumbers, published_perplexity
 from sltrain.log import in_notebook
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,8 @@ class ProgressBar:
             self._show(event)
         elif event["event"] in ("eval", "final"):
             self._print(_evaluation_line(event))
+            if event.get("tasks"):
+                self._print(f"tasks at step {event['step']}: {task_text(event['tasks'])}")
 
     def _show(self, event: Event) -> None:
         step = event["step"]
@@ -228,6 +230,35 @@ def _losses_of_sources(event: Event) -> str:
     return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})" if losses else ""
 
 
+def task_text(tasks: TaskNumbers, most: int = 8) -> str:
+    """The numbers of tasks in one line, "piqa acc 0.5204 ± 0.0117, acc_norm 0.5310 ± 0.0116; ..."; of the first
+    `most`."""
+    texts = []
+    for task, numbers in list(tasks.items())[:most]:
+        errors = {key.replace("_stderr", "", 1): value for key, value in numbers.items() if "_stderr" in key}
+        values = [
+            f"{key} {value:{'.4f' if abs(value) < 1000 else '.5g'}}"
+            + (f" ± {errors[key]:.4f}" if key in errors else "")
+            for key, value in numbers.items()
+            if "_stderr" not in key
+        ]
+        texts.append(f"{task} {', '.join(values)}")
+    return "; ".join(texts) + (f"; and {len(tasks) - most} more" if len(tasks) > most else "")
+
+
+def flat(event: Event) -> dict[str, Any]:
+    """What an event holds, by the keys that trackers get: "train/loss", "eval/tasks/piqa/acc"."""
+
+    def leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from leaves(f"{prefix}/{key}", inner)
+        else:
+            yield prefix, value
+
+    return dict(leaves(event["event"], {key: value for key, value in event.items() if key not in ("event", "step")}))
+
+
 # ---- Weights & Biases
 
 
@@ -271,9 +302,7 @@ class WandbSink:
             logger.info(f"W&B: {self._run.url}")
 
     def log(self, event: Event) -> None:
-        prefix = event["event"]
-        numbers = {f"{prefix}/{key}": value for key, value in event.items() if key not in ("event", "step")}
-        self._run.log(numbers, step=event["step"])
+        self._run.log(flat(event), step=event["step"])
 
     def close(self) -> None:
         self._run.finish()

@@ -6,6 +6,7 @@ run adds a file, which begins with the step from which on earlier points no long
 
 from pathlib import Path
 
+from sltrain.engine.metrics import flat
 from sltrain.events import Event
 
 
@@ -25,9 +26,9 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1)
 
     def log(self, event: Event) -> None:
-        for key, value in event.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{event['event']}/{key}", value, event["step"])
+        for key, value in flat(event).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(key, value, event["step"])
         if event["event"] in ("checkpoint", "final", "stopped"):
             self._writer.flush()
 

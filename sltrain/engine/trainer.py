@@ -26,7 +26,7 @@ from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
 from sltrain.engine.profile import Profile
 from sltrain.engine.step import StepResult, UpdateStep
-from sltrain.events import Event
+from sltrain.events import Event, TaskNumbers
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ class Trainer:
     built_with: dict[str, Any] = field(default_factory=dict)  # choices that a continued run must repeat
     throughput: Throughput = field(default_factory=Throughput)
     profile: Profile | None = None  # the updates to record, on rank 0
+    # What evaluates downstream tasks, given what says whether to stop; None if it was stopped
+    tasks: Callable[[Callable[[], bool]], TaskNumbers | None] | None = None
     final: Event | None = None  # the final line, once written
 
     def __post_init__(self) -> None:
@@ -188,6 +190,9 @@ class Trainer:
             with self._averaged():
                 sources = self.eval_set.sources
                 numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set, sources)
+                if numbers is not None and self.tasks is not None:
+                    of_tasks = self.tasks(lambda: self.feed.stop.is_set)
+                    numbers = None if of_tasks is None else {**numbers, **({"tasks": of_tasks} if of_tasks else {})}
             if numbers is None:
                 return False
             numbers["eval_exhausted"] = self.eval_set.exhausted

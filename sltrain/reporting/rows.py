@@ -55,6 +55,7 @@ class Row:
     micro_batch_size: int | None = None
     eval_processes: int | None = None  # that shared the evaluation
     options: dict[str, Any] = field(default_factory=dict)  # of the method, besides rank, sparsity, alpha and support
+    tasks: dict[str, float] = field(default_factory=dict)  # of eval_tasks: "piqa acc" -> value, without errors
     recipe: str = ""  # equal for runs that differ only in rank, sparsity and the machine
     settings: dict[str, str] = field(default_factory=dict)  # dotted key -> value, what decides the numbers
 
@@ -156,6 +157,7 @@ def _results(
         "perplexity_galore_protocol": published_perplexity(result),
         "evaluated_step": result.get("step"),
         "eval_bytes": _eval_bytes(result),
+        "tasks": _tasks(result),
         "peak_memory_bytes": _highest(measured, "peak_memory_bytes"),
         "peak_memory_measure": _measure(measured[-1]) if measured else None,
         "peak_tensor_bytes": _highest(measured, "peak_tensor_bytes"),
@@ -230,6 +232,16 @@ def _eval_bytes(event: Event) -> int | None:
     if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):
         return None
     return round(loss * tokens / (math.log(2) * bits))
+
+
+def _tasks(event: Event) -> dict[str, float]:
+    tasks = event.get("tasks")
+    return {
+        printable(f"{task} {metric}"): value
+        for task, numbers in (tasks.items() if isinstance(tasks, Mapping) else ())
+        for metric, value in (numbers.items() if isinstance(numbers, Mapping) else ())
+        if "_stderr" not in metric and isinstance(value, float)
+    }
 
 
 def _recipe(settings: Mapping[str, str], path: Any) -> str:

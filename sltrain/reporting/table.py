@@ -18,6 +18,7 @@ from sltrain.reporting.comparison import batches, comparison, other_differences
 from sltrain.reporting.rows import Row
 
 MAX_NAME = 44  # characters of a name on a terminal
+MAX_TASKS = 6  # columns of numbers of tasks; CSV has all
 WIDTH = 160  # of text that does not go to a terminal
 
 
@@ -32,12 +33,12 @@ class Column:
     is_text: bool = False  # aligned left
     is_setting: bool = False  # a value that all runs share moves to a sentence
     is_detail: bool = False  # shown only where it differs
-    is_option: bool = False  # `key` is an option of the method, not a field
+    within: str = ""  # the field that is a mapping with `key`: options of the method, or tasks
     add: Callable[[Row], str] = lambda row: ""  # appended to the value
 
     def cell(self, row: Row) -> str:
         """The value as text; a dash for none."""
-        value = row.options.get(self.key) if self.is_option else getattr(row, self.key)
+        value = getattr(row, self.within).get(self.key) if self.within else getattr(row, self.key)
         return "-" if value is None or value == "" else self.show(value) + self.add(row)
 
 
@@ -66,6 +67,10 @@ def duration(seconds: float) -> str:
 
 def perplexity(value: float) -> str:
     return f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"  # also nan, which is not below 1e6
+
+
+def task_number(value: float) -> str:
+    return four_digits(value) if value < 1000 else f"{value:.5g}"  # an accuracy, or a perplexity
 
 
 def at_step(row: Row) -> str:
@@ -105,13 +110,18 @@ COLUMNS = (
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """COLUMNS and, after `support`, a column for each further option of a method."""
+    """COLUMNS, after `support` a column for each further option of a method, and after the bits per byte one for each
+    of the first MAX_TASKS numbers of tasks."""
     options = dict.fromkeys(key for row in rows for key in row.options)
     place = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "support")
     more = [
-        Column(key, key.replace("_", " "), str, drop=6, is_text=True, is_detail=True, is_option=True) for key in options
+        Column(key, key.replace("_", " "), str, drop=6, is_text=True, is_detail=True, within="options")
+        for key in options
     ]
-    return [*COLUMNS[:place], *more, *COLUMNS[place:]]
+    tasks = list(dict.fromkeys(key for row in rows for key in row.tasks))[:MAX_TASKS]
+    numbers = [Column(key, key, task_number, drop=2, within="tasks", add=at_step) for key in tasks]
+    after = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "bits_per_byte")
+    return [*COLUMNS[:place], *more, *COLUMNS[place:after], *numbers, *COLUMNS[after:]]
 
 
 def shown(rows: list[Row]) -> list[Column]:
@@ -220,7 +230,8 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
 
 def csv_table(rows: list[Row]) -> str:
     """Every field of every row except its settings, raw."""
-    names = [item.name for item in fields(Row) if item.name not in ("settings", "options")]
-    options = dict.fromkeys(key for row in rows for key in row.options)
-    head = [*names, *(f"method.{key}" for key in options)]
-    return csv_text([head, *([*(getattr(r, n) for n in names), *map(r.options.get, options)] for r in rows)])
+    names = [item.name for item in fields(Row) if item.name not in ("settings", "options", "tasks")]
+    options, tasks = (dict.fromkeys(key for r in rows for key in getattr(r, field)) for field in ("options", "tasks"))
+    head = [*names, *(f"method.{key}" for key in options), *(f"tasks.{key}" for key in tasks)]
+    lines = [[*(getattr(r, n) for n in names), *map(r.options.get, options), *map(r.tasks.get, tasks)] for r in rows]
+    return csv_text([head, *lines])
