@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"engine", "events", "config"},
     "formats": set(),
     "reporting": {"events"},  # rows, curves and notes come as plain data
-    "building": {*ROOMS, "formats", "compose", "config", "errors"},
+    "building": {*ROOMS, "formats", "compose", "config", "errors", "events"},
     "benchmarks": {"building", *ROOMS, "formats", "compose", "config"},
     "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
     "commands": {
