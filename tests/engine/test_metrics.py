@@ -23,8 +23,10 @@ from sltrain.engine.metrics import (
     ProgressBar,
     Throughput,
     WandbSink,
+    flat,
     rewrite_until,
     safe_exp,
+    task_text,
     to_strict_json,
 )
 
@@ -350,3 +352,15 @@ def test_real_wandb_records_offline_without_a_key(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 1 and "offline" in done.stdout and done.stderr == "", done
     run_id = (tmp_path / "wandb_id").read_text().strip()
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
+
+
+def test_tasks_are_one_line_and_flat_keys_for_trackers() -> None:
+    tasks = {"piqa": {"acc": 0.52041, "acc_stderr": 0.0117}, "wiki": {"word_perplexity": 1234567.0}}
+    assert task_text(tasks) == "piqa acc 0.5204 ± 0.0117; wiki word_perplexity 1.2346e+06"
+    assert task_text(tasks, most=1).endswith("; and 1 more")
+    assert flat({"event": "eval", "step": 3, "loss": 2.0, "tasks": tasks}) == {
+        "eval/loss": 2.0,
+        "eval/tasks/piqa/acc": 0.52041,
+        "eval/tasks/piqa/acc_stderr": 0.0117,
+        "eval/tasks/wiki/word_perplexity": 1234567.0,
+    }

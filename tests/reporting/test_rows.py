@@ -163,3 +163,9 @@ def test_a_finished_run_is_as_far_as_its_summary_says() -> None:
 def test_any_learning_rate_is_shown() -> None:
     assert row_of({**CONFIG, "lr": 1e30}).lr == 1e30
     assert row_of({**CONFIG, "lr": math.inf}).lr is None
+
+
+def test_the_numbers_of_tasks_are_read_and_what_is_none_is_left_out() -> None:
+    tasks = {"piqa": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": None}, "odd": 3}
+    assert row_of(final=FINAL | {"tasks": tasks}, last=FINAL).tasks == {"piqa acc": 0.5}
+    assert row_of(final=FINAL | {"tasks": [1]}, last=FINAL).tasks == {}

@@ -40,13 +40,24 @@ def test_csv_reads_back_to_the_rows() -> None:
     assert len(read) == len(ROWS)
     for line, row in zip(read, ROWS, strict=True):
         assert "settings" not in line
-        for item in (item for item in fields(Row) if item.name not in ("settings", "options")):
+        for item in (item for item in fields(Row) if item.name not in ("settings", "options", "tasks")):
             value = getattr(row, item.name)
             if isinstance(value, float):
                 number = float(line[item.name])
                 assert number == value or math.isnan(number) and math.isnan(value)
             else:
                 assert line[item.name] == ("" if value is None else str(value))
+
+
+def test_numbers_of_tasks_have_columns_in_the_table_and_in_csv() -> None:
+    tasks = {"piqa acc": 0.5204, **{f"t{i} acc": 0.25 for i in range(9)}}
+    rows = [Row("a", "finished", tasks=tasks), Row("b", "finished", tasks={"wiki word_perplexity": 123456.7})]
+    head, *lines = text_table(rows, 300).splitlines()
+    assert "piqa acc" in head and "t4 acc" in head and "t5 acc" not in head
+    assert lines[0].split()[2] == "0.5204" and lines[1].split()[2] == "-"
+    read = list(csv.DictReader(io.StringIO(csv_table(rows))))
+    assert (read[0]["tasks.piqa acc"], read[0]["tasks.t8 acc"]) == ("0.5204", "0.25")
+    assert (read[1]["tasks.piqa acc"], read[1]["tasks.wiki word_perplexity"]) == ("", "123456.7")
 
 
 def test_another_option_of_a_method_has_a_column_where_it_differs() -> None:
