@@ -258,6 +258,11 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
     config.optimizer.check()
     config.method.check()
+    if config.ema is not None and config.method.exchanges_factors():
+        raise ValueError(
+            f"ema={config.ema} averages B and A each by itself, and method={config.method.name} exchanges both now and"
+            " then while W stays: their averages would be no average of W; set ema=null"
+        )
     longest = config.model.max_position_embeddings
     if config.seq_len > longest:
         raise ValueError(

@@ -100,7 +100,7 @@ class SmallRun:
         return PerLayerUpdate(inner) if self.per_layer else inner
 
     def _actions(self) -> Any:
-        return self.method.actions(Running(self.model, self.max_steps, self.live.reset))
+        return self.method.actions(Running(self.model, self.max_steps, self.live.reset, self.live.change))
 
     def _change(self, phase: Phase, generator: torch.Generator) -> None:
         phase.change(self.model)

@@ -1,20 +1,23 @@
 """The phases and actions of a run (engine/actions.py), wired to its model, optimizer and trainer."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sltrain.config import TrainConfig, num_steps
 from sltrain.engine import ema
 from sltrain.engine.actions import Action, Phase, Running, begun, every
 from sltrain.engine.ema import Average
 from sltrain.optim.build import check_takes
-from sltrain.optim.named_state import reset_state
+from sltrain.optim.named_state import change_moments, reset_state
 from sltrain.parameters import PIECE
 from sltrain.planning.roles import parameters_of
+
+logger = logging.getLogger(__name__)
 
 
 def phases_of(config: TrainConfig) -> list[Phase]:
@@ -70,12 +73,20 @@ class Live:
     """The optimizer of a running model, which is another one after each phase."""
 
     optimizer: torch.optim.Optimizer
+    has_told: bool = False  # that moments are quantized
 
     def reset(self, names: Iterable[str]) -> None:
         """Make the state of these parameters as new."""
         reset_state(self.optimizer, list(names))
 
+    def change(self, names: Iterable[str], change: Callable[[list[Tensor]], None]) -> None:
+        """Change their moments in place, or drop them, with a line the first time, where they are quantized."""
+        if change_moments(self.optimizer, list(names), change) and not self.has_told:
+            logger.info("note       quantized moments cannot be changed one by one: they begin again instead")
+            self.has_told = True
+
 
 def live_actions(config: TrainConfig, model: nn.Module, live: Live) -> list[Action]:
     """The actions for the model of a run."""
-    return [*config.method.actions(Running(model, num_steps(config), live.reset)), *_averaging(config, model)]
+    running = Running(model, num_steps(config), live.reset, live.change)
+    return [*config.method.actions(running), *_averaging(config, model)]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Stateful(Protocol):
@@ -75,6 +75,8 @@ class Running:
     model: nn.Module
     max_steps: int
     reset_state: Callable[[Iterable[str]], None] = lambda names: None  # drops the optimizer state of these parameters
+    # Applies a function that works in place to the moments of each, or drops these where they are quantized.
+    change_moments: Callable[[Iterable[str], Callable[[list[Tensor]], None]], None] = lambda names, change: None
 
 
 def every(interval: int) -> Callable[[int], bool]:

@@ -55,6 +55,11 @@ class Method:
         restart, for instance."""
         return 1.0
 
+    def exchanges_factors(self) -> bool:
+        """Whether its actions put other factors in the place of B and A while W stays. `ema` is then refused: averages
+        of B and of A, each by itself, would make no average of W."""
+        return False
+
     def actions(self, running: "Running") -> "list[Action]":
         """Actions between updates, see engine/actions.py. Called again after a phase has changed the model."""
         return []

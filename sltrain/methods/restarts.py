@@ -51,6 +51,9 @@ class Restarts(Method):
                 " restart_reset, restart_warmup"
             )
 
+    def exchanges_factors(self) -> bool:
+        return self.restart_every > 0 and self.restart_balance
+
     def lr_factor(self, step: int, max_steps: int) -> float:
         if not 0 < self.restart_every < step:
             return 1.0

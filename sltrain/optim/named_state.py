@@ -105,6 +105,27 @@ def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
                 leaf.state.pop(parameter, None)
 
 
+def change_moments(optimizer: Optimizer, names: Collection[str], change: Callable[[list[Tensor]], None]) -> list[str]:
+    """Apply `change`, which works in place, to the moments of each of these parameters, or of each piece of one:
+    floating tensors of its shape, in the optimizer's order. Where moments are held in another form, as codes and
+    scales, the state is dropped instead; return the names of these parameters. Raises ValueError for an unknown
+    name."""
+    moments: dict[str, list[list[Tensor]]] = {}
+    quantized: dict[str, None] = {}
+    for leaf in innermost(optimizer):
+        for piece, parameter in named_parameters(leaf).items():
+            if (name := _whole_name(piece)) in names:
+                held = [v for k, v in leaf.state.get(parameter, {}).items() if isinstance(v, Tensor) and k != "step"]
+                moments.setdefault(name, []).append(held)
+                if not all(v.is_floating_point() and v.shape == parameter.shape and type(v) is Tensor for v in held):
+                    quantized[name] = None
+    reset_state(optimizer, [*quantized, *(set(names) - moments.keys())])
+    for name, of_pieces in moments.items():
+        for held in of_pieces if name not in quantized else ():
+            change(held)
+    return list(quantized)
+
+
 def rebuild_optimizer(old: Optimizer, build: Callable[[], Optimizer]) -> Optimizer:
     """The result of `build`, for a model whose parameters have changed, with the state of `old`, by name.
 

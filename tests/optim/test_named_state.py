@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 
 from sltrain.optim import in_pieces
 from sltrain.optim.kinds.base import OPTIMIZERS
-from sltrain.optim.named_state import load_named_state, named_parameters, named_state, rebuild_optimizer, reset_state
+from sltrain.optim.named_state import (
+    change_moments,
+    load_named_state,
+    named_parameters,
+    named_state,
+    rebuild_optimizer,
+    reset_state,
+)
 from sltrain.optim.per_layer import PerLayerUpdate
 from sltrain.optim.wrapper import innermost
 
@@ -228,6 +235,35 @@ def test_reset_parameters_continue_as_in_a_new_optimizer(how: str, per_layer: bo
         assert not torch.equal(new, other), "the two sources differ"
     with pytest.raises(ValueError, match="no parameter nothing"):
         reset_state(optimizer, ["a.weight", "nothing"])
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("how", HOWS)
+def test_moments_change_in_place_or_begin_again_where_they_are_quantized(how: str, per_layer: bool) -> None:
+    """Those of other parameters, and the number of updates, stay."""
+    model = Net()
+    optimizer = build(model, how, per_layer)
+
+    def double(moments: list[Tensor]) -> None:
+        assert len(moments) in (0, 2)
+        for moment in moments:
+            moment.mul_(2)
+
+    assert change_moments(optimizer, ["a.weight"], double) == []  # there are none yet
+    update(model, optimizer, 1, 2)
+    before = bits(optimizer)
+    dropped = change_moments(optimizer, ["a.weight"], double)
+    after = bits(optimizer)
+    assert dropped == ([] if how.startswith("adamw") else ["a.weight"])
+    doubled = {
+        key: value * (2 if key[0] == "a.weight" and key[1] != "step" else 1)
+        for key, value in before.items()
+        if key[0].partition("#")[0] not in dropped
+    }
+    assert_equal(after, doubled)
+    update(model, optimizer, 3)
+    with pytest.raises(ValueError, match="no parameter nothing"):
+        change_moments(optimizer, ["a.weight", "nothing"], double)
 
 
 def test_only_on_request_does_a_parameter_start_without_state() -> None:
