@@ -8,6 +8,8 @@ import re
 
 from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
+from sltrain.data.sources.base import SourceConfig
+from sltrain.data.sources.mix import Mix
 from sltrain.events import Event, published_perplexity
 from sltrain.formats.folder import card_metadata, model_card
 from sltrain.layers.base import ReplacedLinear
@@ -56,20 +58,24 @@ def _evaluation(saved: Saved) -> Event | None:
     return evaluations[-1] if evaluations else None
 
 
+def _data_sets(data: SourceConfig) -> list[str]:
+    """The data sets of the Hub that are read; a folder's name is nobody's concern."""
+    sources = [entry.source for entry in data.entries.values()] if isinstance(data, Mix) else [data]
+    repos = [(getattr(source, "repo", None), source) for source in sources]
+    return list(dict.fromkeys(repo for repo, source in repos if repo and getattr(source, "commit", repo) is not None))
+
+
 def _metadata(
     config: TrainConfig, format: str, opens_by_code: bool, license: str | None, evaluation: Event | None
 ) -> str:
-    repo = getattr(config.data, "repo", None)  # of a source that reads a data set of the Hub
-    if getattr(config.data, "commit", repo) is None:  # a folder, whose name is nobody's concern
-        repo = None
-    datasets = [repo] if repo else []
+    datasets = _data_sets(config.data)
     is_custom = format == "compressed" and opens_by_code
     return card_metadata(
         config.model.name,
         library="sltrain" if format == "compressed" and not opens_by_code else "transformers",
         license=license,
         datasets=datasets,
-        corpus=repo or config.data.name,
+        corpus=datasets[0] if len(datasets) == 1 and config.data.name != "mix" else config.data.name,
         perplexity=None if evaluation is None else evaluation.get("perplexity"),
         tags=list(dict.fromkeys(["llama", "sltrain", config.method.name, "pretraining"])) + ["custom_code"] * is_custom,
     )

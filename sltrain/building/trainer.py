@@ -147,7 +147,10 @@ def enter_phase(
 def _reweighted(step: int, old: Mapping[str, float], new: Mapping[str, float]) -> str:
     """What the log says of a mixture that goes on with other weights."""
     changes = [f"{name} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
-    return f"the weights of data.mix change after update {step:,}: {', '.join(changes)}; evaluations follow"
+    return (
+        f"the weights of data.mix change after update {step:,}: {', '.join(changes)}; evaluations follow where no"
+        " eval_weight is set"
+    )
 
 
 def restore(

@@ -1,8 +1,8 @@
 """The validation rows of a mixture: those of each source (evaluation.py), source after source.
 
-Each source gets its share of `eval_tokens`, by weight. The mean over all predicted tokens is then the loss that
-training makes smaller, in the proportions of training, and the loss of each source stands beside it. A source with less
-text than its share is evaluated on what it has.
+Each source gets its share of `eval_tokens`, by its weight there: that of training unless another is set. The mean over
+all predicted tokens is then the loss that training makes smaller, in the proportions of training, and the loss of each
+source stands beside it. A source with less text than its share is evaluated on what it has.
 """
 
 from collections.abc import Callable, Iterator

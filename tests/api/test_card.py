@@ -6,6 +6,11 @@ import yaml
 from sltrain.api.card import _metadata
 from sltrain.compose import TRAIN, compose_config
 
+MIX = (
+    "data.mix={a:{source:c4,weight:1},b:{path:/home/me/*.gz,weight:1},"
+    f"c:{{repo:some/text,commit:{'c' * 40},weight:1}}}}"
+)
+
 
 @pytest.mark.parametrize(
     ("data", "named"),
@@ -14,6 +19,7 @@ from sltrain.compose import TRAIN, compose_config
         (["data=hf", "repo=some/text", f"data.commit={'c' * 40}"], ["some/text"]),
         (["data=hf", "repo=/home/me/texts"], None),  # a folder, which the Hub would refuse as a name
         (["data=stdlib"], None),
+        ([MIX], ["allenai/c4", "some/text"]),
     ],
 )
 def test_a_card_names_data_sets_of_the_hub_only(data: list[str], named: list[str] | None) -> None:
@@ -21,4 +27,4 @@ def test_a_card_names_data_sets_of_the_hub_only(data: list[str], named: list[str
     metadata = _metadata(config, "dense", opens_by_code=False, license=None, evaluation={"perplexity": 9.0})
     assert yaml.safe_load(metadata).get("datasets") == named
     (result,) = yaml.safe_load(metadata)["model-index"][0]["results"]
-    assert result["dataset"]["type"] == (named[0] if named else config.data.name)
+    assert result["dataset"]["type"] == (named[0] if named and len(named) == 1 else config.data.name)

@@ -276,6 +276,13 @@ def test_every_source_is_evaluated_on_its_share(folder, tokenizer):
     assert not rows.exhausted and len(rows) == len(list(rows))
 
 
+def test_evaluations_may_have_weights_of_their_own(folder):
+    mix = f"a:{{path:{folder}/wiki.jsonl,weight:9,eval_weight:1}},b:{{path:{folder}/law.jsonl,weight:3}}"
+    data = composed(f"{{{mix}}}").data
+    assert data.open_training().weights() == {"a": 9, "b": 3}
+    assert data.open_validation().weights() == {"a": 1, "b": 3}
+
+
 def test_two_ranks_have_the_evaluation_of_one(folder, tokenizer):
     whole = eval_set(mixture(folder), tokenizer, 900)
     halves = [eval_set(mixture(folder), tokenizer, 900, rank=rank, world_size=2) for rank in range(2)]
@@ -372,6 +379,7 @@ def test_an_experiment_may_hold_a_mixture(tmp_path, monkeypatch):
         ("{a:{path:/x,weight:much},OK}", "data.mix.a.weight=much: must be a number above 0"),
         ("{a:{path:/x,weight:nan},OK}", "data.mix.a.weight=nan: must be a number above 0"),
         ("{a:{path:/x},OK}", "data.mix.a has no weight"),
+        ("{a:{path:/x,weight:1,eval_weight:0},OK}", "data.mix.a.eval_weight=0: must be a number above 0"),
         ("{a:{path:/x,weight:1,colour:2},OK}", "data.mix.a.colour: source=local has no such key; an entry has"),
         ("{a:{path:/x,weight:1,holdout_every:2},OK}", "data.mix.a.holdout_every: .* set data.holdout_every"),
         ("{a:{weight:1},OK}", r"data.mix.a names no text: it needs path=GLOB"),
@@ -405,6 +413,15 @@ def test_what_belongs_to_one_corpus_is_refused():
             composed(good, more)
     with pytest.raises(sltrain.Error, match="tokenize each source by itself"):
         sltrain.tokenize("/nowhere", data={"mix": {n: {"path": "/x", "weight": 1} for n in "ab"}})
+
+
+def test_a_source_that_prepares_shards_is_told_which(folder, tokenizer):
+    """As data=c4, which downloads a shard ahead."""
+    parts = mixture(folder).parts
+    asked = Counter()
+    parts["law"].source.expect = lambda shard: asked.update([shard])
+    take(make(Mixture(parts), tokenizer), 3)
+    assert asked[0] >= 4  # once by each logical stream
 
 
 def test_errors_name_the_entry_and_keep_their_kind():

@@ -4,11 +4,12 @@
 
 An entry has a weight and the keys of another source: the one that `source` names, or local if it has a `path`, hf if
 it has a `repo`. `validation_path` names text of its own to evaluate it on; else its corpus's validation split counts,
-or one in `holdout_every` of its documents. What is drawn: data/mixed_stream.py.
+or one in `holdout_every` of its documents. `eval_weight` is its part of evaluations, if that is not to be `weight`: the
+losses of runs with other weights then compare. What is drawn: data/mixed_stream.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,10 +19,10 @@ from sltrain.data.mixture import Mixture, Part, errors_of
 from sltrain.data.sources.base import SOURCES, NewSource, SourceConfig
 from sltrain.data.sources.local import LocalFiles
 
-OWN_KEYS = ("source", "weight", "validation_path")
+OWN_KEYS = ("source", "weight", "eval_weight", "validation_path")
 INFERRED = {"path": "local", "repo": "hf"}  # key -> the source that an entry with it means
 # Of an entry, while a run is stopped. Which text there is, is compared by its fingerprint (data/stream.py).
-MAY_CHANGE = {"weight", "validation_path", "path", "repo", "on_bad_data", "delete_after_use"}
+MAY_CHANGE = {"weight", "eval_weight", "validation_path", "path", "repo", "on_bad_data", "delete_after_use"}
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Entry:
     """One entry of data.mix, read."""
 
     source: SourceConfig
-    weight: float
+    weight: float  # in training
+    eval_weight: float  # in evaluations
     validation_path: Any  # a glob or a list of them; None: the source's own split, or held-out documents
 
 
@@ -54,7 +56,9 @@ class Mix(SourceConfig):
             own = {key: value for key, value in options.items() if key not in OWN_KEYS}
             with errors_of(name):
                 source = new_source(kind, own | (self.settled_entries or {}).get(name, {}))
-            self.entries[name] = Entry(source, _weight(name, options), _validation_path(name, options))
+            weight = _weight(name, options, "weight")
+            eval_weight = weight if options.get("eval_weight") is None else _weight(name, options, "eval_weight")
+            self.entries[name] = Entry(source, weight, eval_weight, _validation_path(name, options))
 
     def check(self) -> None:
         super().check()
@@ -112,18 +116,17 @@ class Mix(SourceConfig):
         self.settled_entries = {name: options for name, options in known.items() if options} or None
 
     def open_training(self) -> Mixture:
-        return self._mixture(lambda training, validation: training)
+        parts = {}
+        for name, (training, validation) in self._opened.items():
+            parts[name] = Part(training, self.entries[name].weight, 0 if validation else self.holdout_every)
+        return Mixture(parts)
 
     def open_validation(self) -> Mixture:
-        return self._mixture(lambda training, validation: validation or training)
-
-    def _mixture(self, choose: Callable[[Source, Source | None], Source]) -> Mixture:
-        return Mixture(
-            {
-                name: Part(choose(*opened), self.entries[name].weight, 0 if opened[1] else self.holdout_every)
-                for name, opened in self._opened.items()
-            }
-        )
+        parts = {}
+        for name, (training, validation) in self._opened.items():
+            holdout_every = 0 if validation else self.holdout_every
+            parts[name] = Part(validation or training, self.entries[name].eval_weight, holdout_every)
+        return Mixture(parts)
 
     @cached_property
     def _opened(self) -> dict[str, tuple[Source, Source | None]]:
@@ -172,12 +175,12 @@ def _kind(name: str, options: Any) -> str:
     return str(kind)
 
 
-def _weight(name: str, options: Mapping[str, Any]) -> float:
-    weight = options.get("weight")
+def _weight(name: str, options: Mapping[str, Any], key: str) -> float:
+    weight = options.get(key)
     if weight is None:
-        raise ValueError(f"data.mix.{name} has no weight; add weight=NUMBER, its part of the rows")
+        raise ValueError(f"data.mix.{name} has no {key}; add {key}=NUMBER, its part of the rows")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"data.mix.{name}.weight={weight}: must be a number above 0")
+        raise ValueError(f"data.mix.{name}.{key}={weight}: must be a number above 0")
     return float(weight)
 
 
