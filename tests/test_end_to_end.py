@@ -54,7 +54,7 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 def without_clocks(lines: list[dict]) -> list[dict]:
     """Train and eval lines without what depends on the clock and the memory of the process."""
-    clocks = {"tokens_per_second", "data_wait_fraction", "peak_memory_bytes", "wall_seconds", "path"}
+    clocks = {"tokens_per_second", "tflops", "data_wait_fraction", "peak_memory_bytes", "wall_seconds", "path"}
     clocks |= {"peak_tensor_bytes", "planned_memory_bytes"}
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines if line["event"] != "checkpoint"]
 
