@@ -33,8 +33,7 @@ class Sparse(Method):
 
     def check(self) -> None:
         check_above_zero(gain=self.gain)
-        if self.prune not in CHOICES:
-            raise ValueError(f"method.prune={self.prune}: choose one of {', '.join(CHOICES)}")
+        check_prune(self.prune)
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"method.sparsity={self.sparsity} and method.pattern={self.pattern}: drop one of the two")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -66,6 +65,12 @@ class Sparse(Method):
     def columns(self) -> dict[str, Any]:
         default = {} if self.pattern else {"sparsity": DEFAULT}
         return default | super().columns()
+
+
+def check_prune(prune: str) -> None:
+    """Raise ValueError for an unknown `method.prune`."""
+    if prune not in CHOICES:
+        raise ValueError(f"method.prune={prune}: choose one of {', '.join(CHOICES)}")
 
 
 def read_pattern(text: str) -> tuple[int, int]:

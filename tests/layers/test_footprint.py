@@ -12,6 +12,7 @@ from sltrain.engine.memory import tensor_peak
 from sltrain.layers import CoLALinear, Footprint, LowRankLinear, Rows, SLTrainLinear
 from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.base import footprint as footprint_of
+from sltrain.layers.kinds.slope import SLoPeLinear
 from sltrain.layers.kinds.sparse import SparseLinear
 from sltrain.layers.kinds.sst import SpectralLinear
 from sltrain.models.llama import project
@@ -26,6 +27,8 @@ KINDS = [
     "relora",
     "sparse",
     "sst",
+    "slope",
+    "slope adapters",
     *(f"{kind} {path}" for kind in SUPPORTS for path in ("composed", "factored")),
 ]
 
@@ -43,6 +46,8 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return SparseLinear(IN, out_features, 2, 4, dtype=dtype)
     if kind == "sst":
         return SpectralLinear(IN, out_features, RANK, dtype=dtype)
+    if kind.startswith("slope"):
+        return SLoPeLinear(IN, out_features, 2, 4, RANK, kind == "slope adapters", dtype=dtype)
     support, path = kind.split()
     size = 16 if support == "block" else None
     return SLTrainLinear(IN, out_features, RANK, 0.1, alpha=8, dtype=dtype, support=support, block_size=size, path=path)
@@ -92,7 +97,7 @@ def test_kept_is_what_autograd_saves(kind: str, outs: list[int], dtype: torch.dt
     x = torch.randn(64, IN, dtype=dtype, requires_grad=True)
     found = footprint(layers, 64, has_kernel=dtype == torch.float32)
     assert found.kept == saved_besides(x, layers)
-    has_hidden = kind in ("low_rank", "cola", "relora", "sst") or kind.endswith("factored")
+    has_hidden = kind in ("low_rank", "cola", "relora", "sst", "slope adapters") or kind.endswith("factored")
     assert (found.kept > 0) == has_hidden  # otherwise 0 == 0 would say nothing
 
 

@@ -1,32 +1,16 @@
 """W of which only some entries exist, those of a mask that is chosen once: n of every m columns of each row."""
 
-import math
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, ReplacedLinear, Rows, cast_bytes, fill_uniform, gradient_bytes
-from sltrain.layers.masked import MaskedPart, gather, keep_largest, kept_per_row, masked_linear, pack, product_bytes
-from sltrain.layers.parts import Part
-
-CHOICES = ("random", "magnitude")
+from sltrain.layers.masked import masked_linear
+from sltrain.layers.masked_linear import MaskedLinear
 
 
-class SparseLinear(ReplacedLinear, kind="sparse"):
+class SparseLinear(MaskedLinear, kind="sparse"):
     """y = x W^T + bias; x (..., in_features) -> (..., out_features). Each row of W keeps `keep` of every `of`
-    neighbouring entries (masked.py); of = in_features is a row without pattern, keep = of a dense W.
-
-    Parameters values (out, kept), bias (out,) or None; buffer mask (out, ceil(in / 8)) uint8, a bit an entry. The start
-    is normal with standard deviation `init_std` (None: nn.Linear's, 1/sqrt(3 in)), drawn for the whole matrix, so that
-    a dense layer's start with the same generator has the same values at the kept places. `prune` chooses these:
-    "random", or "magnitude", the largest entries of the start or of the matrix that `set_weight` brings. Construction,
-    meta and `generator` as in SLTrainLinear. Raises ValueError unless 1 <= keep <= of <= in_features.
-    """
-
-    GROUPS = {"values": "sparse", "mask": "mask"}
-
-    mask: Tensor
+    neighbouring entries (masked.py); of = in_features is a row without pattern, keep = of a dense W. Tensors, start and
+    refusals as in MaskedLinear; construction, meta and `generator` as in SLTrainLinear."""
 
     def __init__(
         self,
@@ -41,58 +25,9 @@ class SparseLinear(ReplacedLinear, kind="sparse"):
         init_std: float | None = None,
         prune: str = "random",
     ) -> None:
-        super().__init__(in_features, out_features)
-        if prune not in CHOICES:
-            raise ValueError(f"prune is {prune!r}; choose one of {', '.join(CHOICES)}")
-        self.keep, self.of, self.prune = keep, of, prune
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.values = nn.Parameter(torch.empty(out_features, kept_per_row(in_features, keep, of), **like))
-        bits = torch.empty(out_features, -(-in_features // 8), device=device, dtype=torch.uint8)
-        self.register_buffer("mask", bits)
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
+        super().__init__(in_features, out_features, keep, of, bias, init_std, prune, device=device, dtype=dtype)
         if not self.values.is_meta:
             self.reset_parameters(generator)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the matrix, the mask and the bias."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="cpu")
-        for piece in weight.view(-1).split(DRAWN_AT_ONCE):
-            piece.normal_(0, self.init_std, generator=generator)
-        is_random = self.prune == "random"
-        scores = torch.empty_like(weight).uniform_(generator=generator) if is_random else weight.abs()
-        self._choose(scores)
-        self._keep(weight)
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
-
-    @torch.no_grad()
-    def set_weight(self, weight: Tensor) -> None:
-        """W at the kept places, which prune="magnitude" chooses anew."""
-        if self.prune == "magnitude":
-            self._choose(weight.detach().float().abs())
-        self._keep(weight)
-
-    def _choose(self, scores: Tensor) -> None:
-        self.mask.copy_(pack(keep_largest(scores, self.keep, self.of)))
-
-    def _keep(self, weight: Tensor) -> None:
-        self.values.copy_(gather(weight.to(self.mask.device), self.mask, self.values.shape[1]))
-
     def forward(self, x: Tensor) -> Tensor:
         return masked_linear(x, self.values, self.mask, self.bias)
-
-    def parts(self) -> dict[str, Part]:
-        return {"S": MaskedPart(self.values.detach(), self.mask, self.in_features)}
-
-    def settings(self) -> dict[str, Any]:
-        return {"keep": self.keep, "of": self.of}
-
-    def multiply_adds(self) -> int:
-        return self.values.numel()
-
-    def footprint(self, rows: Rows) -> Footprint:
-        """W, or dW, dense; never both."""
-        dense = product_bytes(self.out_features, self.in_features, self.values.shape[1], rows.element_size)
-        return Footprint(kept=0, temporary=dense + cast_bytes([self], rows), gradients=gradient_bytes(self))

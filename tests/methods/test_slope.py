@@ -1,0 +1,115 @@
+"""method=slope: an independent rewrite across the phase, what is counted and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planned import is_as_planned
+from rewritten import Weights, record, rewrite
+from torch import Tensor, nn
+
+from sltrain.building.model import build_model
+from sltrain.building.phases import structures
+from sltrain.compose import TRAIN, compose_config
+from sltrain.planning.accounting import count_parameters, stored_bytes
+
+
+class DoublyPruned(torch.autograd.Function):
+    """x S^T; the gradient of x by S2, that of S masked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sparse: Tensor, mask: Tensor, mask2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, sparse, mask, mask2)
+        return x @ sparse.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, sparse, mask, mask2 = ctx.saved_tensors
+        return grad @ (sparse * mask2), (grad.t() @ x) * mask, None, None
+
+
+class Slope(nn.Module):
+    """S as a dense matrix with zeros, and adapters once they are there."""
+
+    def __init__(self, own: Weights) -> None:
+        super().__init__()
+        out, kept = own["values"].shape
+        bits, again = (np.unpackbits(own[name].numpy(), axis=1, bitorder="little") for name in ("mask", "again"))
+        self.mask = torch.from_numpy(bits[:, : 2 * kept]).bool()
+        self.mask2 = torch.zeros(out, 2 * kept, dtype=torch.bool)
+        self.mask2[self.mask] = torch.from_numpy(again[:, :kept]).bool().flatten()
+        self.S = nn.Parameter(torch.zeros(out, 2 * kept, dtype=torch.float64))
+        self.S.data[self.mask] = own["values"].flatten()
+
+    def join(self, A: Tensor, B: Tensor) -> None:
+        self.left, self.right = nn.Parameter(B), nn.Parameter(A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = DoublyPruned.apply(x, self.S, self.mask, self.mask2)
+        return y + x @ self.right.t() @ self.left.t() / len(self.right) if hasattr(self, "left") else y
+
+
+def test_twenty_updates_are_those_of_a_rewrite_in_float64(
+    tiny: list[str], metrics_of: Callable, tmp_path: Path
+) -> None:
+    """float32 rounding is all that differs, also after the adapters have joined."""
+    overrides = [*tiny, "method=slope", "method.adapter_share=0.3", "lr=0.01"]
+    run = record(overrides, tmp_path / "run", 20, metrics_of)
+
+    def after(step: int, model: nn.Module) -> None:
+        weights = run.saved(step)
+        joined = [name for name in weights if name.endswith("_proj.A")]
+        assert len(joined) == (14 if step >= 14 else 0)
+        if step == 14:
+            for name in joined:
+                layer, B = name.removesuffix(".A"), weights[f"{name[:-1]}B"]
+                assert not B.any()
+                model.get_submodule(layer).join(weights[name], B)
+
+    theirs = rewrite(overrides, run, lambda name, own: Slope(own), after)
+    assert run.losses == pytest.approx(theirs, rel=3e-5)
+    assert run.losses[-1] < run.losses[0] - 0.5
+
+
+def test_values_bits_and_adapters_are_counted() -> None:
+    config = compose_config(["model=llama_60m", "method=slope", "rank=32"], TRAIN)
+    (_, before), (name, after) = structures(config, build_model(config, 32_000, torch.float32))
+    projections = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    counts = [count_parameters(model) for model in (before, after)]
+    assert name == "adapters" and [count["sparse"] for count in counts] == [projections / 2] * 2
+    assert [count["low_rank"] for count in counts] == [0, 8 * 32 * (4 * 1024 + 3 * (512 + 1376))]
+    assert stored_bytes(before)["mask_weights"] == projections * 1.5 / 8
+
+
+@pytest.mark.parametrize(
+    ("share", "max_steps", "expected"), [(0.01, 11_000, [10_890]), (0.01, 20, [19]), (1, 20, [0]), (0, 20, [])]
+)
+def test_adapters_join_for_the_last_updates(share: float, max_steps: int, expected: list[int]) -> None:
+    method = compose_config(["model=llama_60m", "method=slope", f"method.adapter_share={share}"], TRAIN).method
+    assert [phase.after for phase in method.phases(max_steps)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("method.adapter_share=2", "method.adapter_share=2.0: must be between 0 and 1; it is a share of the updates"),
+        ("rank=0", "method.rank=0: must be at least 1"),
+        ("method.pattern=0:4", "method.pattern=0:4: write N:M with 1 <= N <= M, such as 2:4"),
+        ("method.prune=size", "method.prune=size: choose one of random, magnitude"),
+        ("method.gain=-1", "method.gain=-1.0: must be a number above 0"),
+    ],
+)
+def test_wrong_options_cost_one_line(options: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        compose_config(["model=llama_60m", "method=slope", *options.split()], TRAIN)
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_memory_without_adapters_is_as_planned(
+    tiny: list[str], sltrain_train: Callable, metrics_of: Callable, tmp_path: Path
+) -> None:
+    is_as_planned([*tiny, "method=slope", "method.adapter_share=0"], sltrain_train, metrics_of, tmp_path / "run")
