@@ -245,10 +245,10 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(f"lr_scale={{{role}: {scale:g}}}: must be a number above 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema={config.ema}: must be above 0 and below 1 (0.999 averages some 1,000 updates), or null")
-    if config.ema is not None and not config.method.can_average:
+    if config.per_layer_update and config.method.acts_before_step():
         raise ValueError(
-            f"ema={config.ema}: method={config.method.name} exchanges what its tensors hold while it trains, so that an"
-            " average over updates is no model; set ema=null"
+            f"per_layer_update=true updates each weight inside backward, and method={config.method.name} acts between"
+            " backward and the optimizer's step; set per_layer_update=false"
         )
     if not 0 <= config.z_loss < float("inf"):
         raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")

@@ -78,6 +78,7 @@ def train(
         live.optimizer.zero_grad()
         loss = network(x, target)
         loss.backward()
+        schedule.before_step(step)
         live.optimizer.step()
         live.optimizer.zero_grad()
         schedule.run(step)

@@ -33,14 +33,15 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
     plans = []
     for phase, structure in structures(config, model):
         assert isinstance(structure, LlamaForCausalLM)
+        actions = actions_of(config, structure)
         set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
         plan = plan_memory(
             structure,
             update_shape(config, device, structure.compute_dtype, num_processes),
             optimizer_state_bytes(config, structure),
             {**stored_bytes(structure), **average_bytes(config, structure)},
-            update_temporaries=update_temporaries(config, structure, device),
-            action_temporaries=max((a.temporary_bytes for a in actions_of(config, structure)), default=0),
+            update_temporaries=update_temporaries(config, structure, device) + sum(a.before_bytes for a in actions),
+            action_temporaries=max((a.temporary_bytes for a in actions), default=0),
         )
         plans.append(dataclasses.replace(plan, phase=phase))
     return max(plans, key=lambda plan: plan.total_bytes)
@@ -136,7 +137,7 @@ def _switches(config: TrainConfig) -> list[Change]:
             changes.append(
                 {"optimizer": smaller} | ({} if config.moments_dtype == "auto" else {"moments_dtype": "auto"})
             )
-    if not config.per_layer_update and not config.compile:
+    if not config.per_layer_update and not config.compile and not config.method.acts_before_step():
         clip = config.grad_clip
         instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}
         changes.append({"per_layer_update": True, **instead})

@@ -1,7 +1,8 @@
 """What a method does between updates. An action changes values (merges factors, resets moments, redraws masks); a phase
 changes the structure (parameters join or are frozen).
 
-    update k -> phases, then actions, due after update k -> evaluation, then checkpoint, of step k
+    gradients of update k -> `before` of actions due after update k -> optimizer's step k
+                          -> phases, then actions, due after update k -> evaluation, then checkpoint, of step k
 
 The checkpoint of step k thus contains what its actions did, and a resumed run repeats none of them. Random numbers come
 from a generator seeded by (seed, name of the action, step): all ranks draw the same, and no generator state is saved.
@@ -56,6 +57,8 @@ class Action:
     apply: Callable[[Moment], None]  # under no_grad; must do the same on all ranks
     temporary_bytes: int = 0  # memory it takes while it works, for the plan
     state: Stateful | None = None  # saved in checkpoints under the action's name
+    before: Callable[[], None] | None = None  # in an update after which it is due: with gradients, before the optimizer
+    before_bytes: int = 0  # memory held from there until `apply` is over, for the plan; also in temporary_bytes
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ class Schedule:
     def is_due(self, step: int) -> bool:
         """Whether anything happens after update `step`."""
         return any(phase.after == step for phase in self.phases) or any(a.is_due(step) for a in self.actions)
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Call `before` of the actions that are due after update `step`. An update that is skipped does not come here,
+        and with updates inside backward there is no such moment (Method.acts_before_step)."""
+        for action in self.actions:
+            if action.before is not None and action.is_due(step):
+                self.is_acting = True
+                action.before()
 
     @torch.no_grad()
     def run(self, step: int) -> None:

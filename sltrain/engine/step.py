@@ -50,7 +50,13 @@ class UpdateStep(ABC):
     bucket_bytes = 0  # held between updates besides weights and optimizer state
 
     @abstractmethod
-    def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
+    def run(
+        self,
+        micro_batches: Inputs,
+        num_targets: int,
+        on_skip: OnSkip = lambda name: None,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Make one update.
 
         Args:
@@ -58,6 +64,7 @@ class UpdateStep(ABC):
                 token loss, a scalar.
             num_targets: predicted tokens of the whole update, over all ranks.
             on_skip: called when the update is skipped, with the name of what was not finite.
+            before_step: called by OrdinaryStep with the gradients in place, clipped, right before the optimizer's step.
         """
 
     @property
@@ -100,7 +107,13 @@ class OrdinaryStep(UpdateStep):
         del self.model
         gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives
 
-    def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
+    def run(
+        self,
+        micro_batches: Inputs,
+        num_targets: int,
+        on_skip: OnSkip = lambda name: None,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         if not self._has_ordered_buckets:
             self._order_buckets(micro_batches[0])
         self.optimizer.zero_grad(set_to_none=True)
@@ -125,6 +138,7 @@ class OrdinaryStep(UpdateStep):
         if self.grad_clip_per_parameter is not None:
             torch._foreach_mul_(gradients, [clip_factor(norm, self.grad_clip_per_parameter) for norm in norms])
         self.is_whole = False
+        before_step()
         self.optimizer.step()
         self.is_whole = True
         return result
@@ -176,7 +190,13 @@ class PerLayerStep(UpdateStep):
     def is_whole(self) -> bool:
         return not self._per_layer.has_begun
 
-    def run(self, micro_batches: Inputs, num_targets: int, on_skip: OnSkip = lambda name: None) -> StepResult:
+    def run(
+        self,
+        micro_batches: Inputs,
+        num_targets: int,
+        on_skip: OnSkip = lambda name: None,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         self._per_layer.zero_grad()
         num_targets = max(num_targets, 1)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)

@@ -119,6 +119,7 @@ class Trainer:
                 self.feed.micro_batches(update.batch),
                 update.num_targets,
                 on_skip=lambda name: logger.warning(f"step {step}: {name} is not finite; this update is skipped"),
+                before_step=lambda: self.schedule.before_step(step),
             )
 
         if self.profile is not None and self.profile.covers(step):  # measured memory takes the profiler too

@@ -7,6 +7,8 @@
     values   uniform in +-1/sqrt(in)                           the paper
     bias     uniform in +-1/sqrt(in)                           nn.Linear
 
+(`start=uniform` and `start=xavier` are others for A and B without S.)
+
 Without S a zero B makes W zero. Zero query, key, value and output projections pass no gradient to each other, so a
 model made of them never starts to learn. The spectral start makes scale * B A what is nearest, at this rank, to a dense
 matrix of independent entries: singular vectors uniformly distributed, singular values by the law of Marchenko and
@@ -78,6 +80,14 @@ class FactoredLinear(ReplacedLinear):
         roots = (values / self.scale).sqrt()
         self.A.copy_(roots[:, None] * orthonormal(self.in_features, self.rank, generator).t())
         self.B.copy_(orthonormal(self.out_features, self.rank, generator) * roots)
+
+    @torch.no_grad()
+    def reset_xavier(self, generator: torch.Generator | None) -> None:
+        """Fill A and B normally, with variance 2 over the sum of their own sides (Glorot and Bengio, 2010), as if they
+        were two layers; the scale of B A is not taken into account."""
+        for factor in (self.A, self.B):
+            drawn = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
+            factor.copy_(drawn.normal_(0, math.sqrt(2 / sum(factor.shape)), generator=generator))
 
     @torch.no_grad()
     def set_factors(self, weight: Tensor) -> None:

@@ -13,7 +13,7 @@ functions, so that a mistyped key is reported before torch is loaded.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 @dataclass
 class Method:
     """A method. Fields of a subclass are its options; only `replace` must be defined."""
-
-    can_average: ClassVar[bool] = True  # False where actions exchange what tensors hold; then `ema` is refused
 
     name: str = MISSING
 
@@ -58,6 +56,11 @@ class Method:
     def exchanges_factors(self) -> bool:
         """Whether its actions put other factors in the place of B and A while W stays. `ema` is then refused: averages
         of B and of A, each by itself, would make no average of W."""
+        return False
+
+    def acts_before_step(self) -> bool:
+        """Whether an action of its has a `before`. per_layer_update, which has no moment between backward and the
+        optimizer's step, is then refused."""
         return False
 
     def actions(self, running: "Running") -> "list[Action]":

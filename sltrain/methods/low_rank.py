@@ -22,14 +22,14 @@ class LowRank(Restarts):
     rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
-    start: str = "spectral"  # spectral: nearest to a dense start; uniform: both factors uniform (layers/factors.py)
+    start: str = "spectral"  # spectral: nearest to a dense start; uniform, xavier: see layers/factors.py
     gain: float = 1.0  # start=spectral: that dense start's standard deviation over model.initializer_range
 
     def check(self) -> None:
         super().check()
         check_above_zero(alpha=self.alpha, gain=self.gain)
-        check_one_of(("spectral", "uniform"), start=self.start)
-        if self.start == "uniform" and self.gain != 1:
+        check_one_of(("spectral", "uniform", "xavier"), start=self.start)
+        if self.start != "spectral" and self.gain != 1:
             raise ValueError(f"method.gain={self.gain:g} is read by method.start=spectral only; drop one of the two")
         check_ranks("low_rank", self.rank, self.rank_overrides)
 

@@ -11,11 +11,11 @@ The gradients of vectors are the paper's enhanced ones, without the factor s: se
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_ranks, replace_each, resolve
 from sltrain.methods.restarts import climb
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 @dataclass
 class SST(Method):
     """Options of method=sst."""
-
-    can_average: ClassVar[bool] = False  # its trained vectors are now these, now those
 
     rank: int = MISSING  # singular vectors that are trained at a time
     select_every: int = 200  # updates of an iteration, T3 in the paper; 0: the first vectors for ever
@@ -47,9 +45,7 @@ class SST(Method):
             raise ValueError(
                 f"method.restart_warmup={self.restart_warmup}: must be at most method.select_every={self.select_every}"
             )
-        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
-            if rank < 1:
-                raise ValueError(f"method=sst needs rank above 0, and {name} is {rank}")
+        check_ranks("sst", self.rank, self.rank_overrides)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers.kinds.sst import SpectralLinear
@@ -66,6 +62,9 @@ class SST(Method):
         if not 0 < self.select_every < step:
             return 1.0
         return climb((step - 1) % self.select_every, self.restart_warmup, 1 / max(self.restart_warmup, 1))
+
+    def exchanges_factors(self) -> bool:
+        return self.select_every > 0
 
     def actions(self, running: "Running") -> "list[Action]":
         from sltrain.engine.actions import Action, every

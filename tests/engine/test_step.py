@@ -115,6 +115,27 @@ def test_update_that_is_not_finite_is_skipped_and_named(batch: tuple[Tensor, Ten
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_before_the_step_the_clipped_gradients_are_there_unless_it_is_skipped(
+    finite: bool, batch: tuple[Tensor, Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model = Bigram()
+    if not finite:
+        torch.nn.init.constant_(model.table.weight, float("inf"))
+    before = model.table.weight.detach().clone()
+    step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1.0), ONE, grad_clip=0.01)
+    seen: list[float] = []
+
+    def look() -> None:
+        assert torch.equal(model.table.weight, before) and model.table.weight.grad is not None
+        assert not step.is_whole, "what it changes belongs to no whole number of updates"
+        seen.append(model.table.weight.grad.norm().item())
+
+    step.run([batch], num_targets(batch[1]), before_step=look)
+    assert seen == ([pytest.approx(0.01, rel=1e-3)] if finite else [])
+
+
 class Sum(nn.Module):
     """Gradients are known: one for `ones`, and 1/4 for `quarters`, whatever the input."""
 

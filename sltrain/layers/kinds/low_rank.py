@@ -9,7 +9,7 @@ from sltrain.layers.aligned import aligned_linear
 from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 
-STARTS = ("spectral", "uniform")
+STARTS = ("spectral", "uniform", "xavier")
 
 
 class LowRankLinear(FactoredLinear, kind="low_rank"):
@@ -48,7 +48,10 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
         if self.start == "uniform":
             self.reset_factors(generator, zero_B=False)
             return
-        self.reset_spectral(self.init_std, generator)
+        if self.start == "xavier":
+            self.reset_xavier(generator)
+        else:
+            self.reset_spectral(self.init_std, generator)
         if self.bias is not None:
             fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
 

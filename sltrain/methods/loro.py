@@ -1,0 +1,119 @@
+"""LORO: W = B A, whose factors take Adam's steps, and now and then an exact step along the manifold of matrices of
+their rank (Mo, Huang, Pan, "Parameter and Memory Efficient Pretraining via Low-rank Riemannian Optimization", ICLR
+2025).
+
+    most updates         B and A take the optimizer's step, at rank / lr_width of the learning rate (equation 12)
+    every `exact_every`  B A takes the Riemannian step of equation 10 at the whole rate, with the optimizer's step in
+                         place of the gradients, as in the authors' code; moments begin again, and the learning rate
+                         climbs over `restart_warmup` updates
+
+How an action learns the optimizer's step: the factors are 0 while the optimizer makes that update, so that what it
+leaves in them is the step, exact in every dtype and free of weight decay.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from sltrain.methods.base import METHODS, Method, check_at_least, check_one_of, check_ranks, replace_each, resolve
+from sltrain.methods.restarts import climb
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sltrain.engine.actions import Action, Moment, Running
+    from sltrain.methods.base import Chosen
+    from sltrain.parameters import ParamInfo
+
+LOWEST = 1e-6  # of the schedule's learning rate, in the first update after an exact step
+
+
+@METHODS.register("loro")
+@dataclass
+class LORO(Method):
+    """Options of method=loro."""
+
+    rank: int = MISSING
+    exact_every: int = 500  # updates from exact step to exact step; 0: none
+    lr_width: int = MISSING  # between them the factors learn at rank / lr_width of the rate; 0: at the whole rate
+    refresh: str = "all"  # whose moments begin again after an exact step: all, factors or none
+    restart_warmup: int = 5  # updates after an exact step in which the learning rate climbs; 0: none
+    start: str = "xavier"  # xavier: each factor as a layer; spectral: nearest to a dense start (layers/factors.py)
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+
+    def check(self) -> None:
+        check_at_least(0, exact_every=self.exact_every, lr_width=self.lr_width, restart_warmup=self.restart_warmup)
+        check_one_of(("all", "factors", "none"), refresh=self.refresh)
+        check_one_of(("xavier", "spectral"), start=self.start)
+        if 0 < self.exact_every < self.restart_warmup:
+            raise ValueError(
+                f"method.restart_warmup={self.restart_warmup}: must be at most method.exact_every={self.exact_every}"
+            )
+        check_ranks("loro", self.rank, self.rank_overrides)
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers import LowRankLinear
+
+        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            sides = linear.in_features, linear.out_features
+            return LowRankLinear(*sides, rank, alpha=rank, **like, start=self.start, init_std=std)
+
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+
+    def group_options(self, parameter: "ParamInfo") -> dict[str, float]:
+        is_factor = parameter.role == "factor" and self.lr_width > 0
+        return {"lr_scale": self._lr_scale(min(parameter.shape))} if is_factor else {}
+
+    def _lr_scale(self, rank: int) -> float:
+        return rank / self.lr_width if self.lr_width else 1.0
+
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        if not 0 < self.exact_every < step:
+            return 1.0
+        return climb((step - 1) % self.exact_every, self.restart_warmup + 1, LOWEST)
+
+    def exchanges_factors(self) -> bool:
+        return self.exact_every > 0
+
+    def acts_before_step(self) -> bool:
+        return self.exact_every > 0
+
+    def actions(self, running: "Running") -> "list[Action]":
+        from sltrain.engine.actions import Action, every
+        from sltrain.layers import LowRankLinear
+        from sltrain.layers.riemannian import riemannian_step, step_bytes
+
+        model = running.model
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+        kept: dict[str, tuple[Tensor, Tensor]] = {}  # the factors, while the optimizer makes its step
+
+        def before() -> None:
+            for name, layer in layers.items():
+                kept[name] = layer.B.clone(), layer.A.clone()
+                layer.B.zero_()
+                layer.A.zero_()
+
+        def exact(moment: "Moment") -> None:
+            if not kept:  # the update was skipped
+                return
+            for name, layer in layers.items():
+                B, A = kept.pop(name)
+                lr_scale = self._lr_scale(layer.rank)
+                new_B, new_A = riemannian_step(B, A, -layer.B / lr_scale, -layer.A / lr_scale)
+                is_finite = bool(new_B.isfinite().all()) and bool(new_A.isfinite().all())
+                layer.B.copy_(new_B if is_finite else B + layer.B)  # factors without full rank take the plain step
+                layer.A.copy_(new_A if is_finite else A + layer.A)
+            everything = [name for name, p in model.named_parameters() if p.requires_grad]
+            factors = [f"{name}.{leaf}" for name in layers for leaf in "AB"]
+            running.reset_state({"all": everything, "factors": factors, "none": []}[self.refresh])
+
+        if self.exact_every == 0:
+            return []
+        held = sum(p.numel() * p.element_size() for layer in layers.values() for p in (layer.A, layer.B))
+        sides = [(layer.out_features, layer.in_features, layer.rank) for layer in layers.values()]
+        working = max((step_bytes(*each) for each in sides), default=0)
+        return [Action("exact_step", every(self.exact_every), exact, held + working, before=before, before_bytes=held)]
