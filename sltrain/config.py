@@ -64,9 +64,10 @@ class ModelConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: str = MISSING  # none, wandb or tensorboard
-    project: str = "sltrain"  # of wandb
+    name: str = MISSING  # none, wandb, tensorboard or trackio
+    project: str = "sltrain"  # of wandb and trackio
     entity: str | None = None  # of wandb
+    space_id: str | None = None  # of trackio: a Space of the Hub (OWNER/NAME); None: on this machine
 
 
 @dataclass
@@ -154,7 +155,7 @@ class TrainConfig:
 
 
 CHOICES = {
-    "tracker.name": ("none", "wandb", "tensorboard"),
+    "tracker.name": ("none", "wandb", "tensorboard", "trackio"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),

@@ -29,6 +29,7 @@ from sltrain.engine.profile import Profile
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.tensorboard import TensorBoardSink
+from sltrain.engine.trackio import TrackioSink
 from sltrain.engine.trainer import Progress, Trainer
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
@@ -291,6 +292,15 @@ def build_sinks(config: TrainConfig, folder: RunFolder, step: int) -> list[Sink]
                 folder.path,
                 project=config.tracker.project,
                 entity=config.tracker.entity,
+                config=dataclasses.asdict(config),
+            )
+        )
+    if config.tracker.name == "trackio":
+        sinks.append(
+            TrackioSink(
+                folder.path,
+                project=config.tracker.project,
+                space_id=config.tracker.space_id,
                 config=dataclasses.asdict(config),
             )
         )
