@@ -325,6 +325,12 @@ def _validate_update(config: TrainConfig) -> None:
             f"grad_clip={config.grad_clip:g} and grad_clip_per_parameter={config.grad_clip_per_parameter:g} are both"
             " set; keep one (a model's recipe may set grad_clip: type grad_clip=null)"
         )
+    for key in ("per_layer_update", "stochastic_rounding"):
+        if config.optimizer.whole_update and get_key(config, key):
+            raise ValueError(
+                f"{key}=true works on one tensor at a time, and optimizer={config.optimizer.name} needs A and B"
+                " together; drop one of the two (muon, scale, apollo_mini and adamw go with both)"
+            )
     if config.per_layer_update and config.compile:
         raise ValueError(
             "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"

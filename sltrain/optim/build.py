@@ -1,7 +1,7 @@
 """Named parameters and an optimizer's options -> an ordinary torch optimizer.
 
     which parameters   those that are trained, each once; in groups that share weight decay and learning-rate scale
-    which optimizer    the chosen one for what it takes, its `rest()` for the others (composite.py)
+    which optimizer    the chosen one for what it takes, its `rest()` for the others, and so on (composite.py)
     rounding           an optimizer that does not round stochastically itself is wrapped (rounding.py)
     pieces             an element-wise optimizer that makes several copies of a parameter gets it in pieces
                        (in_pieces.py)
@@ -55,14 +55,17 @@ def build_optimizer(
     trainable = trained_parameters(named_parameters, infos or {})
     check_takes(options, trainable.values())
     members: list[Optimizer] = []
-    for member in (options, options.rest()):
-        taken = {p: info for p, info in trainable.items() if options.takes(info) == (member is options)}
+    left, member = trainable, options
+    while left:
+        taken = {p: info for p, info in left.items() if member.takes(info)}
+        left = {p: info for p, info in left.items() if p not in taken}
         if taken:
             groups = parameter_groups(taken, weight_decay, group_options)
             if len(taken) < len(trainable):
                 groups = [{**group, "member": len(members)} for group in groups]
             member.check_package()
             members.append(_build_one(groups, member, lr, device, stochastic_rounding, seed + len(members)))
+        member = member.rest()
     return members[0] if len(members) == 1 else Composite(members)
 
 
@@ -149,7 +152,9 @@ def check_takes(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> None:
 
 def member_for(options: OptimizerConfig, info: ParamInfo) -> OptimizerConfig:
     """The optimizer that updates this parameter."""
-    return options if options.takes(info) else options.rest()
+    while not options.takes(info):
+        options = options.rest()
+    return options
 
 
 def works_in_pieces(options: OptimizerConfig, stochastic_rounding: bool) -> bool:

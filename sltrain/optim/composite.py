@@ -1,7 +1,6 @@
 """Several optimizers, each over its own parameters, as one: one that takes matrices only, and the one that updates the
 rest. Each parameter group carries the index of its optimizer under "member"."""
 
-from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,8 @@ class Composite(WrappedOptimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        return ChainMap(*(member.state for member in self.members))
+        """Of all members; a look-up in a ChainMap of torch's defaultdicts would add to the first of them."""
+        return {parameter: kept for member in self.members for parameter, kept in member.state.items()}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Let each member update those of its parameters that have a gradient."""

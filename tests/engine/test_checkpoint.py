@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import make_optimizer
+from optimizers import ALONE, make_optimizer
 from torch import nn
 
 from sltrain.engine import checkpoint_files
@@ -178,15 +178,18 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 def assert_same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
     """As flat_state, and also for tensors that torch.equal does not know."""
-    inner = [innermost(each)[0] for each in (left, right)]  # it may have pieces of the parameters
-    for a, b in zip(*([p for group in each.param_groups for p in group["params"]] for each in inner), strict=True):
-        assert torch.equal(a, b) and left.state[a].keys() == right.state[b].keys()
-        for x, y in zip(tensors_of(left.state[a]), tensors_of(right.state[b]), strict=True):
-            assert x.dtype == y.dtype and torch.equal(x, y)
+    for ours, theirs in zip(innermost(left), innermost(right), strict=True):  # they may have pieces of the parameters
+        pairs = zip(
+            *([p for group in each.param_groups for p in group["params"]] for each in (ours, theirs)), strict=True
+        )
+        for a, b in pairs:
+            assert torch.equal(a, b) and ours.state[a].keys() == theirs.state[b].keys()
+            for x, y in zip(tensors_of(ours.state[a]), tensors_of(theirs.state[b]), strict=True):
+                assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
+@pytest.mark.parametrize("name", ALONE)
 def test_every_optimizer_resumes_bit_for_bit(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     straight, first, second = sized(), sized(), sized(seed=1)
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
@@ -199,7 +202,7 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path: Path, name: str, how: dic
     assert_same_state(optimizers[0], optimizers[2])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
+@pytest.mark.parametrize("name", ALONE)
 def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is the state itself, and what is read becomes it."""
     seen: dict[str, Any] = {}
@@ -223,12 +226,13 @@ def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: p
     optimizer, other_optimizer = build(name, model), build(name, other)
     update_sized(model, optimizer, 1, 1)
     path = Checkpointer(tmp_path, 0).save(1, model, objects(optimizer), {})
-    assert seen["written"] == addresses(optimizer.state) != set()
+    assert seen["written"] == addresses(optimizer.state)
     Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
-    assert seen["read"] == addresses(other_optimizer.state) != set()
+    assert seen["read"] == addresses(other_optimizer.state)
+    assert seen["read"] or name == "sgd", "which keeps nothing"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("is_outer_first", [True, False])
 def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is_outer_first: bool, name: str) -> None:
     """A run with updates inside backward continues one without, and the other way."""
@@ -238,7 +242,9 @@ def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is
     update_sized(straight, optimizers[2], 1, 4)
     update_sized(model, optimizers[0], 1, 2)
     path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizers[0]), {})
-    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == type(innermost(optimizers[2])[0]).__name__
+    assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == " + ".join(
+        type(leaf).__name__ for leaf in innermost(optimizers[2])
+    )
     Checkpointer(tmp_path, 0).load(path, other, objects(optimizers[1]))
     update_sized(other, optimizers[1], 3, 4)
     assert_same_state(optimizers[1], optimizers[2])
@@ -497,7 +503,7 @@ def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
+@pytest.mark.parametrize("name", ["adamw", "adam8bit", "adam4bit"])
 def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     """Files of the first format hold torch's state_dict; its groups are weights that decay, and the others."""
     straight, first, second = (Net(width=1100, dtype=torch.bfloat16, seed=seed) for seed in (0, 0, 1))

@@ -45,6 +45,7 @@ class OptimizerConfig:
         package, install: the package that `make` imports, and the command that installs it.
         compiles: whether its step is compiled on first use, which needs a compiler.
         rounds: whether `make_rounding` rounds bfloat16 weights stochastically itself.
+        whole_update: whether it needs several parameters' gradients at once.
         smaller: the name of an optimizer with a smaller state, recommended if memory is short.
     """
 
@@ -59,6 +60,7 @@ class OptimizerConfig:
     install: ClassVar[str] = ""
     compiles: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    whole_update: ClassVar[bool] = False
     smaller: ClassVar[str | None] = None
 
     def check(self) -> None:
@@ -84,7 +86,8 @@ class OptimizerConfig:
         return True
 
     def rest(self) -> "OptimizerConfig":
-        """The optimizer for the parameters that this one does not take."""
+        """The optimizer for the parameters that this one does not take. It may leave some to its own `rest()`; the last
+        one takes all."""
         from sltrain.optim.kinds.adamw import AdamWOptions
 
         return AdamWOptions(name="adamw")
@@ -118,4 +121,6 @@ class OptimizerConfig:
         return []
 
 
-OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "sltrain.optim.kinds", "sltrain.optimizers")
+OPTIMIZERS: Registry[OptimizerConfig] = Registry(
+    "optimizer", "sltrain.optim.kinds", "sltrain.optimizers", helpers=("base", "rule", "projected")
+)

@@ -1,0 +1,104 @@
+"""The base of optimizers that keep Adam's moments of a projected gradient (GaLore, Zhao et al., arXiv 2403.03507).
+
+    G (out, in), its shorter side of size d        basis P (d, rank), renewed every `update_every` updates
+    R = G P if out >= in, else P^T G               rank numbers instead of d for each row, or column, of the other side
+    N = m / (sqrt(v) + eps)                        Adam's moments m, v of R, which stay when the basis is renewed
+    c = sqrt(1 - b2^t) / (1 - b1^t)                Adam's bias correction, of the whole direction
+
+State for a matrix: d rank of P and 2 rank max(out, in) of moments, instead of 2 out in. Everything is computed from the
+sum of an update's gradients, so it is right with several micro-batches and inside backward alike.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omegaconf import MISSING
+
+from sltrain.optim.kinds.rule import MatrixRule, check_share
+from sltrain.parameters import ParamInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_GROWTH = 1.01  # of the norm of what Fira and APOLLO add, from one update to the next
+
+
+@dataclass
+class Projected(MatrixRule):
+    """A subclass defines `new_basis` and `direction`."""
+
+    rank: int = MISSING  # of the projection; matrices whose shorter side is not above it go to `others`
+    update_every: int = 200  # updates between two bases
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
+    eps: float = 1e-8
+
+    copies_on_cpu: ClassVar[int] = 4
+    copies_on_cuda: ClassVar[int] = 4
+
+    def check(self) -> None:
+        super().check()
+        for name in ("rank", "update_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
+        if len(self.betas) != 2:
+            raise ValueError(f"optimizer.betas={self.betas}: must be two numbers, such as [0.9,0.999]")
+        check_share(betas_0=self.betas[0], betas_1=self.betas[1])
+
+    def takes(self, parameter: ParamInfo) -> bool:
+        return super().takes(parameter) and min(parameter.shape) > self.rank
+
+    def new_state(self, weight: "Tensor") -> dict[str, Any]:
+        shape = self.projected_shape(weight)
+        return {
+            "basis": weight.new_zeros(min(weight.shape), self.rank),
+            "exp_avg": weight.new_zeros(shape),
+            "exp_avg_sq": weight.new_zeros(shape),
+        }
+
+    def projected_shape(self, weight: "Tensor") -> tuple[int, int]:
+        rows, columns = weight.shape
+        return (rows, self.rank) if rows >= columns else (self.rank, columns)
+
+    def new_basis(self, grad: "Tensor", number: int) -> "Tensor":
+        """The basis (shorter side, rank) for the updates after `number` renewals."""
+        raise TypeError(f"{type(self).__name__} does not define new_basis")
+
+    def project(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """R, with a new basis if one is due."""
+        number, left = divmod(state["step"] - 1, self.update_every)
+        if left == 0:
+            state["basis"].copy_(self.new_basis(grad, number))
+        basis = state["basis"].float()
+        return grad @ basis if grad.shape[0] >= grad.shape[1] else basis.t() @ grad
+
+    def back(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """(out, in) from what has the shape of R."""
+        basis = state["basis"].float()
+        return projected @ basis.t() if projected.shape[1] == self.rank else basis @ projected
+
+    def adam(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
+        """N, once the moments have taken R in."""
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        mean = first.lerp_(projected.to(first.dtype), 1 - self.betas[0]).float()
+        squares = second.lerp_(projected.square().to(second.dtype), 1 - self.betas[1]).float()
+        return mean / (squares.sqrt() + self.eps)
+
+    def correction(self, step: int) -> float:
+        """c of the table at the top."""
+        return (1 - self.betas[1] ** step) ** 0.5 / (1 - self.betas[0] ** step)
+
+
+def channel_norms(projected: "Tensor", rank: int) -> "Tensor":
+    """The norms of the rows, or columns, of R: (out, 1) or (1, in)."""
+    return projected.norm(dim=1 if projected.shape[1] == rank else 0, keepdim=True)
+
+
+def limit_growth(added: "Tensor", state: dict[str, Any]) -> "Tensor":
+    """`added`, made smaller if its norm exceeds MAX_GROWTH times that of the update before (Fira, section 4.3).
+    state["norm"] keeps the norm; it is 0 before the first update."""
+    norm, before = added.norm(), state["norm"]
+    largest = before * MAX_GROWTH
+    shrink = ((norm > largest) & (before > 0)).float()
+    factor = 1 + shrink * (largest / norm.clamp_min(1e-30) - 1)
+    before.copy_(norm * factor)
+    return added * factor

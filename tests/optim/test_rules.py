@@ -1,0 +1,379 @@
+"""Optimizers of one rule a tensor, 20 updates each, against their formulas written down again in float64 and, where the
+package is there, against their authors' code."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from optimizers import make_optimizer, make_options
+from torch import Tensor, nn
+
+from sltrain.optim.basis import leading_directions, normal, sketched_directions
+from sltrain.optim.blockwise import decode, encode, new_codes
+from sltrain.optim.build import build_optimizer, state_bytes
+from sltrain.optim.named_state import load_named_state, named_state
+from sltrain.optim.orthogonal import newton_schulz, qdwh
+from sltrain.optim.per_layer import PerLayerUpdate
+from sltrain.parameters import ParamInfo
+
+CPU = torch.device("cpu")
+SHAPES = [(20, 12), (12, 20), (16, 16)]
+LR, DECAY, UPDATES = 0.02, 0.1, 20
+PROJECTED = {"rank": 4, "update_every": 6}
+
+
+def gradients(shape: tuple[int, int]) -> Iterator[Tensor]:
+    """Of a quadratic that is steeper in some directions, with noise: sizes differ and shrink."""
+    generator = torch.Generator().manual_seed(shape[0])
+    curvature = torch.logspace(0, 2, shape[1])
+    for _ in range(UPDATES):
+        yield torch.randn(shape, generator=generator) * curvature
+
+
+def ours(name: str, shape: tuple[int, int], **options: Any) -> Tensor:
+    weight = nn.Parameter(torch.ones(shape))
+    kept = make_options(name, **options)
+    optimizer = build_optimizer([("q_proj.weight", weight)], kept, lr=LR, weight_decay=DECAY, device=CPU)
+    for gradient in gradients(shape):
+        weight.grad = gradient
+        optimizer.step()
+    return weight.detach()
+
+
+def rewritten(shape: tuple[int, int], direction: Callable[[Tensor, int, dict[str, Any]], Tensor]) -> Tensor:
+    """Decoupled weight decay and lr x direction, in float64."""
+    weight, state = torch.ones(shape, dtype=torch.float64), {}
+    for step, gradient in enumerate(gradients(shape), start=1):
+        weight = weight * (1 - LR * DECAY) - LR * direction(gradient.double(), step, state)
+    return weight
+
+
+def lion(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    m = state.get("m", torch.zeros_like(g))
+    state["m"] = 0.99 * m + 0.01 * g
+    return torch.sign(0.9 * m + 0.1 * g)
+
+
+def sgd(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    state["m"] = 0.9 * state.get("m", 0) + g
+    return g + 0.9 * state["m"]
+
+
+def scale(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    return torch.stack([row / math.sqrt(sum(x * x for x in row.tolist()) / len(row)) for row in g])
+
+
+def muon(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    state["m"] = 0.95 * state.get("m", 0) + g
+    x = g + 0.95 * state["m"]
+    x = x / x.norm()
+    for _ in range(5):  # through the singular values, which the iteration maps one by one
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        x = u @ torch.diag(3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5) @ v
+    return 0.2 * math.sqrt(max(g.shape)) * x
+
+
+def polargrad(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    state["m"] = 0.95 * state.get("m", 0) + 0.05 * g
+    u, s, v = torch.linalg.svd(state["m"], full_matrices=False)
+    return s.sum() * u @ v
+
+
+def adam_of(low: Tensor, step: int, state: dict[str, Any]) -> tuple[Tensor, float]:
+    state["m"] = 0.9 * state.get("m", 0) + 0.1 * low
+    state["v"] = 0.999 * state.get("v", 0) + 0.001 * low**2
+    return state["m"] / (state["v"].sqrt() + 1e-8), math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+
+
+def projector(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    """(out, out) or (in, in): P P^T, which does not depend on signs or on a rotation of P. Here P itself is needed for
+    the moments, so signs are those of `leading_directions`."""
+    if (step - 1) % 6 == 0:
+        state["P"] = leading_directions(g.float(), 4).double()
+    return state["P"]
+
+
+def galore(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    p, tall = projector(g, step, state), g.shape[0] >= g.shape[1]
+    n, c = adam_of(g @ p if tall else p.T @ g, step, state)
+    return 0.25 * c * (n @ p.T if tall else p @ n)
+
+
+def limited(x: Tensor, state: dict[str, Any]) -> Tensor:
+    if "norm" in state and x.norm() > 1.01 * state["norm"]:
+        x = x * 1.01 * state["norm"] / x.norm()
+    state["norm"] = x.norm()
+    return x
+
+
+def fira(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    p, tall = projector(g, step, state), g.shape[0] >= g.shape[1]
+    low = g @ p if tall else p.T @ g
+    n, c = adam_of(low, step, state)
+    phi = n.norm(dim=int(tall), keepdim=True) / low.norm(dim=int(tall), keepdim=True)
+    back = (lambda x: x @ p.T) if tall else (lambda x: p @ x)
+    return c * (0.25 * back(n) + limited((g - 0.25 * back(low)) * phi, state))
+
+
+def apollo(g: Tensor, step: int, state: dict[str, Any], rank: int = 4, whole: bool = False, size: float = 1) -> Tensor:
+    if (step - 1) % 6 == 0:
+        state["P"] = normal((min(g.shape), rank), (step - 1) // 6, CPU).double() / math.sqrt(rank)
+    p, tall = state["P"], g.shape[0] >= g.shape[1]
+    low = g @ p if tall else p.T @ g
+    n, c = adam_of(low, step, state)
+    dims = {} if whole else {"dim": int(tall), "keepdim": True}
+    return c * math.sqrt(size) * limited(g * n.norm(**dims) / low.norm(**dims), state)
+
+
+def apollo_mini(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    return apollo(g, step, state, rank=1, whole=True, size=128)
+
+
+RULES: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "lion": (lion, {}),
+    "sgd": (sgd, {"momentum": 0.9, "nesterov": True}),
+    "scale": (scale, {}),
+    "muon": (muon, {}),
+    "polargrad": (polargrad, {}),
+    "galore": (galore, PROJECTED),
+    "fira": (fira, PROJECTED),
+    "apollo": (apollo, PROJECTED),
+    "apollo_mini": (apollo_mini, {"update_every": 6}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", RULES)
+def test_twenty_updates_are_the_formulas(name: str, shape: tuple[int, int]) -> None:
+    rule, options = RULES[name]
+    torch.testing.assert_close(ours(name, shape, **options).double(), rewritten(shape, rule), rtol=2e-4, atol=2e-4)
+
+
+def authors_galore() -> Any:
+    return pytest.importorskip("galore_torch").GaLoreAdamW
+
+
+def authors_fira() -> Any:
+    return pytest.importorskip("fira").FiraAdamW
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "load", "size"), [("galore", authors_galore, "scale"), ("fira", authors_fira, "alpha")]
+)
+def test_twenty_updates_are_the_authors_code(name: str, load: Callable, size: str, shape: tuple[int, int]) -> None:
+    """Their packages are installed by hand (galore-torch 1.0, fira 1.0.2)."""
+    theirs = nn.Parameter(torch.ones(shape))
+    group = {"params": [theirs], "rank": 4, "update_proj_gap": 6, size: 0.25, "proj_type": "std"}
+    optimizer = load()([group], lr=LR, eps=1e-8, no_deprecation_warning=True)
+    for gradient in gradients(shape):
+        theirs.grad = gradient
+        optimizer.step()
+    weight = nn.Parameter(torch.ones(shape))
+    own = make_optimizer([("q_proj.weight", weight)], name=name, lr=LR, weight_decay=0.0, device=CPU, **{})
+    own.rule.update_every = 6  # type: ignore[attr-defined]
+    for gradient in gradients(shape):
+        weight.grad = gradient
+        own.step()
+    torch.testing.assert_close(weight, theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_muon_is_torchs() -> None:
+    """torch iterates in bfloat16."""
+    weight = nn.Parameter(torch.ones(20, 12))
+    theirs = torch.optim.Muon([weight], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients((20, 12)):
+        weight.grad = gradient
+        theirs.step()
+    difference = ours("muon", (20, 12)) - weight.detach()
+    assert difference.norm() < 0.02 * (1 - weight.detach()).norm()
+
+
+def test_eight_bit_momentum_follows_the_exact_one() -> None:
+    exact, coarse = (ours("muon", (20, 12), momentum_dtype=dtype) for dtype in ("auto", "int8"))
+    assert (exact - coarse).norm() < 0.2 * (exact - 1).norm()
+    weight = torch.zeros(20, 13)
+    state, values = new_codes(weight), torch.randn(20, 13, generator=torch.Generator().manual_seed(0))
+    encode(values, state)
+    assert state["codes"].dtype == torch.int8 and len(state["scales"]) == 2
+    assert (decode(state) - values).abs().max() <= 0.5 * values.abs().max() / 127 + 1e-6
+    info = ParamInfo("q_proj.weight", (20, 13), 4, "projection")
+    assert make_options("muon", momentum_dtype="int8").state_bytes(info) == 260 + 8
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (30, 4)])
+def test_polar_factors(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(qdwh(matrix), left @ right, rtol=1e-4, atol=1e-4)
+    values = torch.linalg.svdvals(newton_schulz(matrix))
+    assert values.min() > 0.3 and values.max() < 1.3
+    assert not qdwh(torch.zeros(shape)).isnan().any() and not newton_schulz(torch.zeros(shape)).isnan().any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sketch_finds_the_leading_directions(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(side, 12, generator=generator))[0] for side in shape)
+    matrix = left @ torch.diag(torch.tensor([9.0, 7.0, 5.0, 3.0] + [0.1] * 8)) @ right.T
+    exact, sketched = leading_directions(matrix, 4), sketched_directions(matrix, 4, 0)
+    torch.testing.assert_close(sketched @ sketched.T, exact @ exact.T, rtol=1e-3, atol=1e-3)
+
+
+def test_scale_treats_each_role_by_its_rule() -> None:
+    """Embeddings over the vocabulary, S as a whole, a momentum for the head alone, AdamW for gains."""
+    shapes = {"embedding": (30, 8), "projection": (8, 8), "values": (20,), "head": (30, 8), "gain": (8,)}
+    infos = {f"{role}.w": ParamInfo(f"{role}.w", shape, 4, role) for role, shape in shapes.items()}
+    weights = {name: nn.Parameter(torch.zeros(info.shape)) for name, info in infos.items()}
+    options = make_options("scale")
+    optimizer = build_optimizer(weights.items(), options, lr=1.0, weight_decay=0.0, device=CPU, infos=infos)
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    optimizer.step()
+    moved = {name.partition(".")[0]: weight.detach().square() for name, weight in weights.items()}
+    ones = {"embedding": moved["embedding"].mean(0), "values": moved["values"].mean()[None]}
+    ones |= {role: moved[role].mean(1) for role in ("projection", "head")}
+    for role, means in ones.items():
+        torch.testing.assert_close(means, torch.ones_like(means), msg=role)
+    assert state_bytes(options, infos.values()) == 4 * 240 + (2 * 4 * 8 + 4)
+    assert {key for kept in optimizer.state.values() for key in kept} == {"step", "momentum", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_inside_backward_it_is_the_ordinary_update(name: str) -> None:
+    def trained(inside: bool) -> Tensor:
+        model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False))
+        generator = torch.Generator().manual_seed(4)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.1, generator=generator)
+        how = {"lr": 0.01, "weight_decay": 0.1, "device": CPU}
+        optimizer = make_optimizer(model.named_parameters(), name=name, **how)
+        optimizer = PerLayerUpdate(optimizer) if inside else optimizer
+        for _ in range(4):
+            loss = model(torch.randn(6, 12, generator=generator)).square().sum()
+            if isinstance(optimizer, PerLayerUpdate):
+                optimizer.before_backward(is_last=True)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+    assert torch.equal(trained(False), trained(True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("lion", {"betas": [0.9]}, "optimizer.betas=.* two numbers"),
+        ("sgd", {"nesterov": True}, "optimizer.nesterov=true needs a momentum"),
+        ("sgd", {"momentum": 1.0}, "optimizer.momentum=1.0: must be from 0 to below 1"),
+        ("muon", {"scale": "adam"}, "optimizer.scale=adam: choose one of match_rms, original"),
+        ("muon", {"momentum_dtype": "int4"}, "choose one of auto, int8"),
+        ("muon", {"others": "lion"}, "optimizer.others=lion: choose one of adamw, adam8bit"),
+        ("galore", {"rank": 0}, "optimizer.rank=0: must be at least 1"),
+        ("galore", {"svd": "fast"}, "choose one of exact, randomized"),
+        ("apollo", {"per": "row"}, "choose one of channel, tensor"),
+        ("adafactor", {"beta2_decay": 0.8}, "must be from -1 to below 0"),
+    ],
+)
+def test_impossible_options_are_one_line(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        make_options(name, **options).check()
+    assert "\n" not in str(caught.value)
+
+
+# ---- rules for A and B together
+
+
+def factored() -> nn.Module:
+    """One layer's A (4, 12) and B (20, 4), B zero at the start."""
+    layer = nn.Module()
+    layer.A = nn.Parameter(torch.randn(4, 12, generator=torch.Generator().manual_seed(5)))
+    layer.B = nn.Parameter(torch.zeros(20, 4))
+    return layer
+
+
+INFOS = {name: ParamInfo(name, shape, 4, "factor") for name, shape in {"A": (4, 12), "B": (20, 4)}.items()}
+TARGET = torch.randn(20, 12, generator=torch.Generator().manual_seed(6))
+
+
+def pair_optimizer(name: str, layer: nn.Module) -> torch.optim.Optimizer:
+    named = [(f"up.{leaf}", weight) for leaf, weight in layer.named_parameters()]
+    infos = {leaf: ParamInfo(leaf, tuple(weight.shape), 4, "factor") for leaf, weight in named}
+    return build_optimizer(named, make_options(name), lr=LR, weight_decay=DECAY, device=CPU, infos=infos)
+
+
+def follow(layer: nn.Module, optimizer: torch.optim.Optimizer, updates: int = UPDATES) -> None:
+    for _ in range(updates):
+        optimizer.zero_grad()
+        (layer.B @ layer.A - TARGET).square().sum().backward()
+        optimizer.step()
+
+
+def spectron_pair(step: int, weights: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]) -> dict:
+    """Singular values by ten steps of power iteration would differ: one step an update is part of the method."""
+    sigmas, directions = {}, {}
+    for key, w in weights.items():
+        start = normal((len(w),), 0, CPU).double()
+        left = state.get(f"u{key}", start / start.norm())
+        right = w.T @ left
+        moved = w @ right / right.norm() if right.norm() > 0 else 0 * left
+        sigmas[key] = moved.norm()
+        state[f"u{key}"] = moved / moved.norm() if moved.norm() > 0 else left
+        state[key] = 0.95 * state.get(key, 0) + 0.05 * grads[key]
+        x = state[key] / state[key].norm().clamp_min(1e-7)
+        for _ in range(5):
+            u, s, v = torch.linalg.svd(x, full_matrices=False)
+            x = u @ torch.diag(3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5) @ v
+        directions[key] = x
+    return {key: x / (sigmas["A"] + sigmas["B"] + 1) for key, x in directions.items()}
+
+
+def scaled_pair(step: int, weights: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]) -> dict:
+    a, b, eye = weights["A"], weights["B"], torch.eye(4, dtype=torch.float64)
+
+    def precondition(gram: Tensor) -> Tensor:
+        t = torch.linalg.eigvalsh(gram).mean()
+        return eye / (1 + 1e-6) if gram.abs().max() == 0 else t * torch.linalg.inv(gram + 1e-6 * t * eye)
+
+    scaled = {"A": precondition(b.T @ b) @ grads["A"], "B": grads["B"] @ precondition(a @ a.T)}
+    directions = {}
+    for key, g in scaled.items():
+        state[f"m{key}"] = 0.9 * state.get(f"m{key}", 0) + 0.1 * g
+        state[f"v{key}"] = 0.999 * state.get(f"v{key}", 0) + 0.001 * g**2
+        mean, squares = state[f"m{key}"] / (1 - 0.9**step), state[f"v{key}"] / (1 - 0.999**step)
+        directions[key] = mean / (squares.sqrt() + 1e-8)
+    return directions
+
+
+@pytest.mark.parametrize(("name", "rule"), [("spectron", spectron_pair), ("scaled_adamw", scaled_pair)])
+def test_twenty_updates_of_a_pair_are_the_formulas(name: str, rule: Callable) -> None:
+    layer = factored()
+    follow(layer, pair_optimizer(name, layer))
+    weights = {key: weight.detach().double() for key, weight in factored().named_parameters()}
+    state: dict[str, Any] = {}
+    for step in range(1, UPDATES + 1):
+        a, b = weights["A"], weights["B"]
+        error = 2 * (b @ a - TARGET.double())
+        directions = rule(step, weights, {"A": b.T @ error, "B": error @ a.T}, state)
+        weights = {key: w * (1 - LR * DECAY) - LR * directions[key] for key, w in weights.items()}
+    for key, weight in layer.named_parameters():
+        torch.testing.assert_close(weight.detach().double(), weights[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["spectron", "scaled_adamw"])
+def test_a_pair_resumes_bit_for_bit_and_has_the_declared_state(name: str) -> None:
+    straight, stopped = factored(), factored()
+    optimizer = pair_optimizer(name, straight)
+    follow(straight, optimizer, 7)
+    first = pair_optimizer(name, stopped)
+    follow(stopped, first, 4)
+    second = pair_optimizer(name, stopped)
+    load_named_state(second, named_state(first))
+    follow(stopped, second, 3)
+    assert torch.equal(straight.A, stopped.A) and torch.equal(straight.B, stopped.B)
+    kept = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    options = make_options(name)
+    assert kept == sum(options.state_bytes(ParamInfo(f"up.{k}", v.shape, 4, "factor")) for k, v in INFOS.items())
