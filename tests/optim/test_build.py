@@ -312,7 +312,7 @@ def test_updates_that_go_together(how: dict[str, Any]) -> None:
 
 
 def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="optimizer=adma does not exist; there are: adafactor, adam4bit, adam8bit, adamw,"):
+    with pytest.raises(ValueError, match="optimizer=adma does not exist; there are: adafactor, adam4bit, adam8bit"):
         make_optimizer(Block().named_parameters(), name="adma", **SETTINGS)
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizer([], name="adamw", **SETTINGS)

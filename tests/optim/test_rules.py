@@ -3,6 +3,7 @@ package is there, against their authors' code."""
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from optimizers import make_optimizer, make_options
 from torch import Tensor, nn
 
+from sltrain.optim import build
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
 from sltrain.optim.blockwise import decode, encode, new_codes
 from sltrain.optim.build import build_optimizer, state_bytes
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import load_named_state, named_state
 from sltrain.optim.orthogonal import newton_schulz, qdwh
 from sltrain.optim.per_layer import PerLayerUpdate
@@ -271,7 +274,7 @@ def test_inside_backward_it_is_the_ordinary_update(name: str) -> None:
         ("sgd", {"momentum": 1.0}, "optimizer.momentum=1.0: must be from 0 to below 1"),
         ("muon", {"scale": "adam"}, "optimizer.scale=adam: choose one of match_rms, original"),
         ("muon", {"momentum_dtype": "int4"}, "choose one of auto, int8"),
-        ("muon", {"others": "lion"}, "optimizer.others=lion: choose one of adamw, adam8bit"),
+        ("muon", {"others": "lion"}, "optimizer.others=lion: choose one of adamw, adam8bit, scale"),
         ("galore", {"rank": 0}, "optimizer.rank=0: must be at least 1"),
         ("galore", {"svd": "fast"}, "choose one of exact, randomized"),
         ("apollo", {"per": "row"}, "choose one of channel, tensor"),
@@ -377,3 +380,9 @@ def test_a_pair_resumes_bit_for_bit_and_has_the_declared_state(name: str) -> Non
     kept = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     options = make_options(name)
     assert kept == sum(options.state_bytes(ParamInfo(f"up.{k}", v.shape, 4, "factor")) for k, v in INFOS.items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_the_page_on_optimizers_has_its_section(name: str) -> None:
+    page = Path(build.__file__).with_name("README.md").read_text()
+    assert f"\n## `{name}`\n" in page and f"`{name}" in page.partition("\n## ")[0]

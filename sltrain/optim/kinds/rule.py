@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Factor = tuple[Tensor, Tensor, dict[str, Any]]
 
+OTHERS = ("adamw", "adam8bit", "scale")
+
 
 @dataclass
 class Rule(OptimizerConfig):
@@ -53,11 +55,11 @@ class MatrixRule(Rule):
     """A rule for the dense and factor matrices of the projections. Embeddings, head, norms and the values of S, which
     are no matrices or no maps from vectors to vectors, go to `others`."""
 
-    others: str = "adamw"  # the optimizer of all other parameters: adamw or adam8bit
+    others: str = "adamw"  # the optimizer of all other parameters: one of OTHERS
 
     def check(self) -> None:
-        if self.others not in ("adamw", "adam8bit"):
-            raise ValueError(f"optimizer.others={self.others}: choose one of adamw, adam8bit")
+        if self.others not in OTHERS:
+            raise ValueError(f"optimizer.others={self.others}: choose one of {', '.join(OTHERS)}")
 
     def takes(self, parameter: ParamInfo) -> bool:
         return parameter.role in ("projection", "factor") and len(parameter.shape) == 2 and parameter.numel > 0

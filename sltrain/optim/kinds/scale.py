@@ -12,70 +12,70 @@ The paper writes W (in, out) and says column; here it is (out, in).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sltrain.optim.kinds.base import OPTIMIZERS, OptimizerConfig
-from sltrain.optim.kinds.rule import Rule, check_share
-from sltrain.parameters import ParamInfo
+from sltrain.optim.kinds.rule import check_share
+from sltrain.parameters import PIECE, ParamInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+
+
+@dataclass
+class Normalized(OptimizerConfig):
+    """Normalized gradients for the parameters of some roles."""
+
+    def settings(self) -> "tuple[tuple[str, ...], int | None, float]":
+        """The roles, the dimension of the means, and the momentum."""
+        raise TypeError(f"{type(self).__name__} does not define settings")
+
+    def takes(self, parameter: ParamInfo) -> bool:
+        roles, dim, _ = self.settings()
+        return parameter.role in roles and parameter.numel > 0 and (dim is None or len(parameter.shape) == 2)
+
+    def make(self, groups: list[dict[str, Any]], lr: float, device: "torch.device") -> "torch.optim.Optimizer":
+        from sltrain.optim.normalized import NormalizedSGD
+
+        _, dim, momentum = self.settings()
+        return NormalizedSGD(groups, lr, dim, momentum)
+
+    def state_bytes(self, parameter: ParamInfo) -> int:
+        return parameter.numel * parameter.element_size if self.settings()[2] else 0
+
+    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
+        return 3 * 4 * min(parameter.numel, PIECE)
 
 
 @OPTIMIZERS.register("scale")
 @dataclass
-class Scale(Rule):
+class Scale(Normalized):
     """Options of optimizer=scale."""
 
     momentum: float = 0.9  # of the head's gradient
 
-    copies_on_cpu: ClassVar[int] = 2
-    copies_on_cuda: ClassVar[int] = 2
-
     def check(self) -> None:
         check_share(momentum=self.momentum)
 
-    def takes(self, parameter: ParamInfo) -> bool:
-        return parameter.role in ("projection", "factor") and len(parameter.shape) == 2 and parameter.numel > 0
+    def settings(self) -> "tuple[tuple[str, ...], int | None, float]":
+        return ("projection", "factor"), 1, 0.0
 
     def rest(self) -> OptimizerConfig:
-        head = Normalized("scale head", "head", dim=1, momentum=self.momentum)
-        return Normalized("scale embedding", "embedding", dim=0, next=Normalized("scale values", "values", next=head))
-
-    def direction(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
-        return normalized(grad, 1)
+        head = Member("scale head", "head", 1, self.momentum)
+        return Member("scale embedding", "embedding", 0, next=Member("scale values", "values", None, next=head))
 
 
 @dataclass
-class Normalized(Rule):
-    """The same for the parameters of one role, with `momentum` of their average; `next` updates all others."""
+class Member(Normalized):
+    """The parameters of one role; `next` updates all others."""
 
     role: str = ""
     dim: int | None = None
     momentum: float = 0.0
     next: OptimizerConfig | None = None
 
-    copies_on_cpu: ClassVar[int] = 2
-    copies_on_cuda: ClassVar[int] = 2
-
-    def takes(self, parameter: ParamInfo) -> bool:
-        return parameter.role == self.role and parameter.numel > 0
+    def settings(self) -> "tuple[tuple[str, ...], int | None, float]":
+        return (self.role,), self.dim, self.momentum
 
     def rest(self) -> OptimizerConfig:
         return self.next or super().rest()
-
-    def new_state(self, weight: "Tensor") -> dict[str, Any]:
-        return {"momentum": weight.new_zeros(weight.shape)} if self.momentum else {}
-
-    def direction(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
-        if self.momentum:
-            kept = state["momentum"]
-            grad = kept.lerp_(grad.to(kept.dtype), 1 - self.momentum).float()
-        return normalized(grad, self.dim)
-
-
-def normalized(grad: "Tensor", dim: int | None) -> "Tensor":
-    """The gradient over its root mean square along `dim`, or over that of all its entries."""
-    squares = grad.square()
-    mean = squares.mean() if dim is None else squares.mean(dim, keepdim=True)
-    return grad / mean.sqrt_().clamp_min_(1e-8)
