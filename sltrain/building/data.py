@@ -9,6 +9,7 @@ from sltrain.compose import read_config
 from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.load_tokenizer import load_tokenizer
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.mixture import Mixture, errors_of
 from sltrain.data.rows import is_per_document
@@ -16,7 +17,7 @@ from sltrain.data.sources.local import LocalFiles
 from sltrain.data.special_tokens import read_settings
 from sltrain.data.stream import TrainStream
 from sltrain.data.token_folder import TokenFiles
-from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.runs.run_folder import RunFolder
 

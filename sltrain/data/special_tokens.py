@@ -10,6 +10,7 @@ Which token does what is said by tokenizer_config.json beside the file (transfor
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,70 @@ def hide(spec: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
         for token in spec.get("added_tokens", [])
     ]
     return {**spec, "model": model, "added_tokens": added}
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The ids of a tokenizer that have a role in texts, all below `vocab_size`."""
+
+    vocab_size: int  # ids of the model
+    num_ids: int  # ids of the tokenizer's file; those from vocab_size on are sentinels, which become unk
+    eos_id: int  # ends texts
+    pad_id: int  # eos where there is none of its own
+    unk_id: int | None
+    eos_is_named: bool  # eos is not the one that the common names give
+
+
+def choose_roles(
+    ids: Mapping[str, int],
+    special: set[int],
+    name: str,
+    vocab_size: int | None,
+    settings: Mapping[str, Any],
+    eos: str | None,
+) -> Roles:
+    """Which ids end and pad texts and stand for the unknown: those of the tokens that `eos` or tokenizer_config.json
+    names, or else of the first common name that exists.
+
+    Args:
+        ids: the id of every token.
+        special: the ids of control tokens, which the model may lack.
+        name: what messages call the tokenizer.
+        vocab_size: ids of the model; None: as many as the tokenizer has.
+        settings: the content of tokenizer_config.json.
+
+    Raises ValueError for a tokenizer that does not fit the model, or has nothing to end texts with.
+    """
+    num_ids = max(ids.values(), default=-1) + 1
+    num_ordinary = max((i for i in ids.values() if i not in special), default=-1) + 1
+    num_used = num_ids if vocab_size is None else vocab_size
+    if num_ordinary > num_used:
+        raise ValueError(
+            f"tokenizer {name} has ids up to {num_ordinary - 1} but the model only {num_used}; "
+            f"set model.vocab_size={num_ordinary} or use another tokenizer"
+        )
+
+    def find(names: tuple[str, ...], key: str) -> int | None:
+        named = named_token(settings, key)
+        names = names if named is None else (named, *names)
+        return next((ids[token] for token in names if ids.get(token, num_used) < num_used), None)
+
+    eos_id = find(EOS_NAMES, "eos_token") if eos is None else ids.get(eos)
+    if eos is not None and (eos_id is None or eos_id >= num_used):
+        raise ValueError(f"tokenizer_eos={eos}: tokenizer {name} has no such token among its {num_used} ids")
+    if eos_id is None:
+        raise ValueError(
+            f"tokenizer {name} has no end-of-text token ({' '.join(EOS_NAMES)}), and nothing would separate "
+            "documents; name one of its tokens: tokenizer_eos=TOKEN"
+        )
+    pad_id, unk_id = find(PAD_NAMES, "pad_token"), find(UNK_NAMES, "unk_token")
+    if num_ids > num_used and unk_id is None:
+        raise ValueError(
+            f"tokenizer {name} has {num_ids} ids, the model {num_used}, and no <unk> for the others; "
+            f"set model.vocab_size={num_ids}"
+        )
+    usual = next((ids[token] for token in EOS_NAMES if token in ids), None)
+    return Roles(num_used, num_ids, eos_id, eos_id if pad_id is None else pad_id, unk_id, eos_id != usual)
 
 
 def shown(token: str) -> str:

@@ -1,4 +1,4 @@
-"""Text -> token ids, from a tokenizer.json, a name on the Hub, or a byte-level BPE trained on the corpus.
+"""Text -> token ids. Where the tokenizer comes from: load_tokenizer.py.
 
 Everything is one `tokenizers.Tokenizer` (Rust), wrapped for what pretraining needs:
 
@@ -17,13 +17,10 @@ Everything is one `tokenizers.Tokenizer` (Rust), wrapped for what pretraining ne
 
 import json as json_module
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,29 +28,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-from sltrain.data.bpe import trained_bpe
 from sltrain.data.cut_rule import words_are_independent
-from sltrain.data.documents import WARNINGS_PER_FILE, DataError, NetworkError, Source
-from sltrain.data.download import hub_error, probe
-from sltrain.data.special_tokens import (
-    AS_TEXT,
-    CONFIG_FILE,
-    EOS_NAMES,
-    NAMED,
-    PAD_NAMES,
-    UNK_NAMES,
-    control_tokens,
-    hide,
-    named_token,
-    read_settings,
-    shown,
-)
+from sltrain.data.documents import WARNINGS_PER_FILE, DataError
+from sltrain.data.special_tokens import AS_TEXT, NAMED, choose_roles, control_tokens, hide, named_token, shown
 from sltrain.data.word_cache import WordCache, word_cache
 from sltrain.log import ANY_RANK
 
 logger = logging.getLogger(__name__)
 
-HUB_ALIASES = {"t5": "google-t5", "gpt2": "openai-community"}  # owners of names that were once written without one
 CHARS_PER_TOKEN = 8  # max_len * 8 characters nearly always hold max_len tokens; if not, the whole text is encoded
 # Letters of every script, symbols, emoji and the replacement character: one character in 29 of those that are assigned.
 PROBE = "\ufffd" + "".join(
@@ -108,7 +90,12 @@ class Tokenizer:
             raise ValueError(f"tokenizer {name} is not a valid tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        ids = self._choose_ids(settings, eos, vocab_size)
+        ids = {shown(token): i for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        roles = choose_roles(ids, special, name, vocab_size, settings, eos)
+        self.vocab_size, self._num_ids = roles.vocab_size, roles.num_ids
+        self.eos_id, self.pad_id, self.unk_id = roles.eos_id, roles.pad_id, roles.unk_id
+        self._eos_is_named, self._has_sentinels = roles.eos_is_named, roles.num_ids > roles.vocab_size
         self._check_character("a")
         self._prefix = self._leading_specials()
         self._begin, self._end = _packed(self._prefix), _packed([self.eos_id])
@@ -122,46 +109,6 @@ class Tokenizer:
         )
         self._can_cut = words_are_independent(spec)
         self._words = word_cache(self._tokenizer, spec, controls)
-
-    def _choose_ids(self, settings: Mapping[str, Any], eos: str | None, vocab_size: int | None) -> dict[str, int]:
-        """Set the size of the vocabulary and the ids with a role: end of text, padding, unknown. Returns the id of each
-        token. Raises ValueError for a tokenizer that does not fit the model, or lacks one of them."""
-        name = self.name
-        ids = {shown(token): i for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items()}
-        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        num_ids = max(ids.values(), default=-1) + 1
-        num_ordinary = max((i for i in ids.values() if i not in special), default=-1) + 1
-        self.vocab_size = num_ids if vocab_size is None else vocab_size
-        if num_ordinary > self.vocab_size:
-            raise ValueError(
-                f"tokenizer {name} has ids up to {num_ordinary - 1} but the model only {self.vocab_size}; "
-                f"set model.vocab_size={num_ordinary} or use another tokenizer"
-            )
-
-        def find(names: tuple[str, ...], key: str) -> int | None:
-            named = named_token(settings, key)
-            names = names if named is None else (named, *names)
-            return next((ids[name] for name in names if ids.get(name, self.vocab_size) < self.vocab_size), None)
-
-        self.unk_id, pad_id = find(UNK_NAMES, "unk_token"), find(PAD_NAMES, "pad_token")
-        eos_id = find(EOS_NAMES, "eos_token") if eos is None else ids.get(eos)
-        if eos is not None and (eos_id is None or eos_id >= self.vocab_size):
-            raise ValueError(f"tokenizer_eos={eos}: tokenizer {name} has no such token among its {self.vocab_size} ids")
-        if eos_id is None:
-            raise ValueError(
-                f"tokenizer {name} has no end-of-text token ({' '.join(EOS_NAMES)}), and nothing would separate "
-                "documents; name one of its tokens: tokenizer_eos=TOKEN"
-            )
-        self._eos_is_named = eos_id != next((ids[token] for token in EOS_NAMES if token in ids), None)
-        self._num_ids, self._has_sentinels = num_ids, num_ids > self.vocab_size
-        if self._has_sentinels and self.unk_id is None:
-            raise ValueError(
-                f"tokenizer {name} has {num_ids} ids, the model {self.vocab_size}, and no <unk> for the others; "
-                f"set model.vocab_size={num_ids}"
-            )
-        self.eos_id = eos_id
-        self.pad_id = eos_id if pad_id is None else pad_id
-        return ids
 
     def copy(self) -> "Tokenizer":
         """One that gives the same ids, for another thread."""
@@ -374,106 +321,6 @@ class Tokenizer:
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         full = self._tokenizer.encode("a").ids
         return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
-
-
-def load_tokenizer(
-    spec: str,
-    vocab_size: int | None = None,
-    source: Source | None = None,
-    cache_dir: str | Path | None = None,
-    *,
-    holdout_every: int = 0,
-    eos: str | None = None,
-    on_bad_data: str = "skip",
-    begun_with: dict[str, Any] | None = None,
-) -> Tokenizer:
-    """The tokenizer that `spec` names: a tokenizer.json or its folder, `bpe:SIZE`, or a name on the Hugging Face Hub.
-
-    A tokenizer_config.json beside the file, and `eos`, say which tokens end and pad texts. `begun_with` is the content
-    of that file in the folder of a run that goes on, which then counts instead; it is empty for a run of an earlier
-    version. `bpe:SIZE` is trained on the documents of `source` that are not held out, and cached in `cache_dir`: call
-    this on one rank first and on the others afterwards. Raises ValueError for a tokenizer that cannot be used,
-    NetworkError if the Hub cannot be reached.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise a fork switches it off
-    if spec.startswith("bpe:"):
-        if source is None or cache_dir is None:
-            raise ValueError(f"tokenizer={spec} needs a source to train on and a cache_dir")
-        text, settings = trained_bpe(spec, source, Path(cache_dir), holdout_every), begun_with or {}
-    else:
-        path = _find_file(spec)
-        settings = read_settings(path.parent) if begun_with is None else begun_with
-        try:
-            # Line ends unchanged: the run keeps the file as it is, but for the mark that some editors begin it with.
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"tokenizer={spec} is not a tokenizer.json: {path} is not UTF-8 text") from None
-        except OSError as error:
-            raise ValueError(f"tokenizer={spec} cannot be read: {path}: {error.strerror}") from None
-    tokenizer = Tokenizer(
-        text,
-        spec,
-        vocab_size,
-        settings=settings,
-        eos=eos,
-        controls_as_text=begun_with is None or bool(begun_with.get(AS_TEXT, False)),
-        on_bad_data=on_bad_data,
-    )
-    if begun_with is None:
-        tokenizer.probe()
-    return tokenizer
-
-
-def _find_file(spec: str) -> Path:
-    """The tokenizer.json that `spec` names, on this machine or downloaded. It may not exist."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    _refuse_other_formats(spec, path)
-    looks_like_path = spec.endswith(".json") or spec.startswith((".", "~", "/")) or spec.count("/") > 1
-    return path if path.exists() or looks_like_path else _fetch_from_hub(spec)
-
-
-def _refuse_other_formats(spec: str, path: Path) -> None:
-    """Raise ValueError for a SentencePiece model, or a folder with one or with vocab.json and no tokenizer.json."""
-    others = [path] if path.suffix in (".model", ".vocab") else []
-    if path.name == "tokenizer.json" and not path.exists():
-        others = [other for pattern in ("*.model", "vocab.json") for other in path.parent.glob(pattern)]
-    if others and others[0].exists():
-        folder = others[0].parent
-        raise ValueError(
-            f"tokenizer={spec}: {others[0]} is not a tokenizer.json; convert it once, where transformers and "
-            f'sentencepiece are installed: python -c "from transformers import AutoTokenizer as A; '
-            f"A.from_pretrained('{folder}').save_pretrained('NEW')\", then use tokenizer=NEW/tokenizer.json"
-        )
-
-
-def _fetch_from_hub(spec: str) -> Path:
-    """The tokenizer.json of a repository on the Hub, downloaded with its tokenizer_config.json unless it is in the
-    Hub's cache on this machine."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # 0.3 s, for this case only
-    from huggingface_hub.errors import EntryNotFoundError
-
-    owner = HUB_ALIASES.get(spec.split("-")[0])
-    repo = spec if "/" in spec or owner is None else f"{owner}/{spec}"
-    try:
-        cached = try_to_load_from_cache(repo, "tokenizer.json")
-        if isinstance(cached, str):
-            return Path(cached)
-        probe(repo, "tokenizer.json")  # fails within seconds; hf_hub_download retries for minutes
-        with suppress(EntryNotFoundError):  # a repository may lack it
-            hf_hub_download(repo, CONFIG_FILE)
-        return Path(hf_hub_download(repo, "tokenizer.json"))  # last: where it is, the other was asked for
-    except Exception as error:  # the HTTP library's exception classes change between releases
-        detail = hub_error(error, f"{repo}/tokenizer.json")
-        if isinstance(detail, DataError):
-            raise ValueError(
-                f"tokenizer={spec} is neither a file here nor a repository with a tokenizer.json on the Hugging Face "
-                f"Hub ({detail})"
-            ) from None
-        raise NetworkError(
-            f"tokenizer={spec}: {detail}; check the connection, name a tokenizer.json, or use tokenizer=bpe:8192"
-        ) from None
 
 
 def _one_line(error: Exception) -> str:

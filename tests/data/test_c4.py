@@ -222,7 +222,7 @@ PROGRAM = f"""
 import sys
 from sltrain.data.download import RetryPolicy
 from sltrain.data.sources.c4 import HubShards
-from sltrain.data.tokenizer import load_tokenizer
+from sltrain.data.load_tokenizer import load_tokenizer
 assert not {{"huggingface_hub", "datasets", "pyarrow"}} & set(sys.modules)
 def attempt(action):
     try:
@@ -255,7 +255,7 @@ def test_a_tokenizer_comes_with_its_configuration(hub, texts, tmp_path):  # noqa
     hub.files["google-t5/t5-tiny", "tokenizer.json"] = train_bpe(iter(texts[:50]), 300).encode()
     hub.files["google-t5/t5-tiny", "tokenizer_config.json"] = b'{"eos_token": "<unk>"}'
     program = """
-from sltrain.data.tokenizer import load_tokenizer
+from sltrain.data.load_tokenizer import load_tokenizer
 print(load_tokenizer("t5-tiny").special_tokens()["eos_token"])
 """
     assert run(program, hub.url, tmp_path) == ["<unk>"]

@@ -18,12 +18,13 @@ from sltrain.compose import TRAIN, compose_config, conf_dir, read_config, run_co
 from sltrain.data.bpe import train_bpe
 from sltrain.data.documents import DataError, NetworkError, is_held_out
 from sltrain.data.evaluation import EvalSet
+from sltrain.data.load_tokenizer import load_tokenizer
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.mixture import Mixture, Part, errors_of
 from sltrain.data.order import drawn
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
-from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.evaluate import evaluate
 

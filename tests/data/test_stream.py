@@ -397,7 +397,7 @@ def test_the_interpreter_exits_while_the_thread_is_at_work(source, tmp_path, tok
     code = f"""
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.stream import TrainStream
-from sltrain.data.tokenizer import load_tokenizer
+from sltrain.data.load_tokenizer import load_tokenizer
 stream = TrainStream(LocalFiles({source.paths!r}), load_tokenizer({str(tmp_path / "t.json")!r}), seed=0, seq_len=16,
     padding="pack", global_batch_size=8)
 next(stream)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from sltrain.data import tokenizer as module
 from sltrain.data.bpe import train_bpe
 from sltrain.data.documents import DataError, is_held_out
+from sltrain.data.load_tokenizer import load_tokenizer
 from sltrain.data.sources.local import LocalFiles
-from sltrain.data.tokenizer import Tokenizer, load_tokenizer
+from sltrain.data.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 T5 = SHARED / "tokenizers/t5-base/tokenizer.json"
