@@ -134,6 +134,44 @@ def apollo_mini(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
     return apollo(g, step, state, rank=1, whole=True, size=128)
 
 
+def cosine_basis(d: int) -> Tensor:
+    """(d, d), column k the k-th vector."""
+    q = torch.tensor([[math.cos(math.pi * (j + 0.5) * k / d) for k in range(d)] for j in range(d)], dtype=torch.float64)
+    return q / q.norm(dim=0)
+
+
+def dct_adamw(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    """On the shorter side as columns; moments turned by the product of the two bases."""
+    tall = g.shape[0] >= g.shape[1]
+    g = g if tall else g.T
+    q = cosine_basis(g.shape[1])
+    new = q[:, (g @ q).abs().sum(0).topk(4).indices]
+    turn = state.get("q", new).T @ new
+    state["q"] = new
+    low = g @ new
+    state["m"] = 0.9 * (state.get("m", torch.zeros_like(low)) @ turn) + 0.1 * low
+    state["v"] = 0.999 * (state.get("v", torch.zeros_like(low)) @ turn).abs() + 0.001 * low**2
+    c = math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    out = c * state["m"] / (state["v"].abs().sqrt() + 1e-8) @ new.T
+    return out if tall else out.T
+
+
+def trion(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    shape, tall = g.shape, g.shape[0] >= g.shape[1]
+    g = g if tall else g.T
+    q = cosine_basis(g.shape[1])
+    momentum = state.get("M", 0) + g
+    new = q[:, (momentum @ q).abs().sum(0).topk(4).indices]
+    low = momentum @ new
+    state["M"] = momentum - 0.05 * low @ new.T
+    x = low / low.norm()
+    for _ in range(5):
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        x = u @ torch.diag(3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5) @ v
+    out = 0.2 * math.sqrt(max(shape)) * x @ new.T
+    return out if tall else out.T
+
+
 RULES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "lion": (lion, {}),
     "sgd": (sgd, {"momentum": 0.9, "nesterov": True}),
@@ -143,6 +181,8 @@ RULES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "galore": (galore, PROJECTED),
     "fira": (fira, PROJECTED),
     "apollo": (apollo, PROJECTED),
+    "dct_adamw": (dct_adamw, {"rank": 4, "error_feedback": False}),
+    "trion": (trion, {"rank": 4}),
     "apollo_mini": (apollo_mini, {"update_every": 6}),
 }
 
@@ -204,6 +244,20 @@ def test_eight_bit_momentum_follows_the_exact_one() -> None:
     assert (decode(state) - values).abs().max() <= 0.5 * values.abs().max() / 127 + 1e-6
     info = ParamInfo("q_proj.weight", (20, 13), 4, "projection")
     assert make_options("muon", momentum_dtype="int8").state_bytes(info) == 260 + 8
+
+
+def test_error_feedback_adds_what_was_left_out_to_the_next_gradient() -> None:
+    options = make_options("dct_adamw", rank=4)
+    weight, gradient = torch.zeros(20, 12), torch.randn(20, 12, generator=torch.Generator().manual_seed(7))
+    state = {"step": 1, **options.new_state(weight)}
+    options.direction(gradient, state)
+    q = cosine_basis(12).float()[:, state["numbers"].long()]
+    torch.testing.assert_close(decode(state), gradient - gradient @ q @ q.T, atol=0.02, rtol=0)
+    state["step"] = 2
+    before = decode(state)
+    options.direction(torch.zeros(20, 12), state)
+    chosen = (before @ cosine_basis(12).float()).abs().sum(0).topk(4).indices.sort().values
+    assert torch.equal(state["numbers"].long(), chosen)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (30, 4)])
