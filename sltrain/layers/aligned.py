@@ -19,6 +19,14 @@ class AlignedLinear(nn.Linear):
 
     gain = 1.0
 
+    @classmethod
+    def of(cls, linear: nn.Linear, gain: float = 1.0) -> "AlignedLinear":
+        """A layer with the parameters of `linear`, on its device."""
+        aligned = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        aligned.weight, aligned.bias = linear.weight, linear.bias
+        aligned.gain = gain
+        return aligned
+
     def forward(self, x: Tensor) -> Tensor:
         return aligned_linear(x, self.weight, self.bias)
 

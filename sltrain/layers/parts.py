@@ -34,16 +34,18 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class DensePart(Part):
-    """A dense matrix (out, in)."""
+    """scale * a dense matrix (out, in)."""
 
     matrix: Tensor
+    scale: float | Tensor = 1.0
     group = "dense"
 
     def dense(self) -> Tensor:
-        return self.matrix.detach()
+        matrix = self.matrix.detach()
+        return matrix if isinstance(self.scale, float) and self.scale == 1 else self.scale * matrix
 
     def norm(self) -> Tensor:
-        return self.matrix.detach().float().norm()
+        return self.scale * self.matrix.detach().float().norm()
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,6 @@ class Full(Method):
         from sltrain.layers.aligned import AlignedLinear
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            aligned = AlignedLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-            aligned.weight, aligned.bias = linear.weight, linear.bias
-            aligned.gain = self.gain
-            return aligned
+            return AlignedLinear.of(linear, self.gain)
 
         return replace_each(model, chosen, make)

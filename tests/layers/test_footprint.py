@@ -15,6 +15,7 @@ from sltrain.layers.base import footprint as footprint_of
 from sltrain.layers.kinds.slope import SLoPeLinear
 from sltrain.layers.kinds.sparse import SparseLinear
 from sltrain.layers.kinds.sst import SpectralLinear
+from sltrain.layers.kinds.structured_ffn import StructuredLinear
 from sltrain.models.llama import project
 
 RANK, IN, OUT = 16, 256, 384
@@ -29,6 +30,10 @@ KINDS = [
     "sst",
     "slope",
     "slope adapters",
+    "structured low_rank",
+    "structured block_dense",
+    "structured block_shuffle",
+    "guided block_shuffle",
     *(f"{kind} {path}" for kind in SUPPORTS for path in ("composed", "factored")),
 ]
 
@@ -48,6 +53,9 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return SpectralLinear(IN, out_features, RANK, dtype=dtype)
     if kind.startswith("slope"):
         return SLoPeLinear(IN, out_features, 2, 4, RANK, kind == "slope adapters", dtype=dtype)
+    if kind.startswith(("structured", "guided")):
+        how, structure = kind.split()
+        return StructuredLinear(IN, out_features, structure, RANK, 4, how == "guided", dtype=dtype)
     support, path = kind.split()
     size = 16 if support == "block" else None
     return SLTrainLinear(IN, out_features, RANK, 0.1, alpha=8, dtype=dtype, support=support, block_size=size, path=path)
@@ -98,6 +106,7 @@ def test_kept_is_what_autograd_saves(kind: str, outs: list[int], dtype: torch.dt
     found = footprint(layers, 64, has_kernel=dtype == torch.float32)
     assert found.kept == saved_besides(x, layers)
     has_hidden = kind in ("low_rank", "cola", "relora", "sst", "slope adapters") or kind.endswith("factored")
+    has_hidden |= kind.startswith(("structured", "guided"))
     assert (found.kept > 0) == has_hidden  # otherwise 0 == 0 would say nothing
 
 
