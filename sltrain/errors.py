@@ -77,11 +77,6 @@ def run_as_process(
     sys.exit(code)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, without the page that follows."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def exit_code_of(error: BaseException) -> ExitCode:
     """The exit code for an exception that ended a command."""
     return ExitCode.BAD_INPUT if isinstance(error, ValueError | OSError) else ExitCode.FAILED

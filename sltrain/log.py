@@ -4,6 +4,8 @@
     logger.info("...")                      # known to all ranks: rank 0 prints it
     logger.warning("...", extra=ANY_RANK)   # known to this rank alone, such as a damaged file: "[rank 2] ..."
 
+What another library's error says goes into a line by `first_line` or `one_line`.
+
 A command shows log messages as plain lines while it runs: `with lines_on("stderr"): ...`. A program that imports
 sltrain sees warnings only, unless it configures logging.
 """
@@ -54,6 +56,18 @@ def lines_on(stream: str) -> Iterator[None]:
         PACKAGE.removeHandler(handler)
         PACKAGE.setLevel(level)
         PACKAGE.propagate = propagate
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the page that follows; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, its lines joined and cut after 200 characters, without a full stop; its
+    type if it says nothing."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def in_notebook() -> bool:

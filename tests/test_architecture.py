@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "signals": set(),
     "errors": {"log", "signals", "streams"},
     "numeric": {"parameters"},
-    "compose": {"config", "data", "errors", "methods", "optim", "registry"},
+    "compose": {"config", "data", "log", "methods", "optim", "registry"},
     "kernels": set(),
     "layers": {"kernels", "registry"},
     "methods": {"layers", "engine", "parameters", "registry"},
@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"engine", "events", "config"},
     "formats": set(),
     "reporting": {"events"},  # rows, curves and notes come as plain data
-    "building": {*ROOMS, "formats", "compose", "config", "errors", "events"},
+    "building": {*ROOMS, "formats", "compose", "config", "events", "log"},
     "benchmarks": {"building", *ROOMS, "formats", "compose", "config"},
     "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
     "commands": {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain.log import ANY_RANK, lines_on, write_line
+from sltrain.log import ANY_RANK, first_line, lines_on, one_line, write_line
 
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("sltrain.somewhere")
@@ -71,3 +71,15 @@ def test_a_closed_pipe_ends_nothing(stream: str, monkeypatch: pytest.MonkeyPatch
 def test_a_process_without_standard_output_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     write_line("to nobody")
+
+
+@pytest.mark.parametrize(
+    ("said", "first", "whole"),
+    [
+        ("\n wrong shape\nat line 3\n", "wrong shape", "wrong shape at line 3"),
+        ("x" * 300, "x" * 300, "x" * 200),
+        (" \n", "ValueError", "ValueError"),
+    ],
+)
+def test_what_another_library_says_fits_a_line(said: str, first: str, whole: str) -> None:
+    assert (first_line(ValueError(said)), one_line(ValueError(said))) == (first, whole)

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from sltrain.errors import first_line
+from sltrain.log import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
+from sltrain.log import first_line
 from sltrain.reporting.comparison import arrange
 from sltrain.reporting.page import FILES, Section, render_page
 from sltrain.reporting.rows import Curve, Row, make_curve, make_row, printable
@@ -98,7 +99,7 @@ def _row(name: str, record: RunRecord) -> Row:
         try:
             num_parameters = count_parameters_of(record.path)
         except (OSError, ValueError) as error:
-            record.notes.append(f"its parameters cannot be counted: {str(error).splitlines()[0]}")
+            record.notes.append(f"its parameters cannot be counted: {first_line(error)}")
     return make_row(
         name,
         record.status,

@@ -21,11 +21,11 @@ from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine import ema
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.memory import is_out_of_memory
-from sltrain.errors import first_line
 from sltrain.formats.folder import COMPRESSED, DENSE, READABLE_VERSIONS, Facts, read_json, weights_stem
 from sltrain.formats.weights import WeightFiles
 from sltrain.layers.convert import UnknownKind, restore_layers
 from sltrain.layers.cost import set_paths
+from sltrain.log import first_line
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.runs.run_folder import RunFolder
 

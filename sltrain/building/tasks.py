@@ -33,8 +33,8 @@ from sltrain.data.download import is_of_network
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import is_out_of_memory
-from sltrain.errors import first_line
 from sltrain.events import TaskNumbers
+from sltrain.log import first_line
 from sltrain.models.generation import Sampling
 from sltrain.models.llama import LlamaForCausalLM
 

@@ -13,7 +13,7 @@ from sltrain.compose.schema import PLUGINS, conf_dir, option_names, plugin_defau
 from sltrain.compose.typed import to_train_config
 from sltrain.compose.wording import composition_error
 from sltrain.config import RETIRED_KEYS, TrainConfig, validate
-from sltrain.errors import first_line
+from sltrain.log import first_line
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.compose.other_names import OTHER_NAMES
 from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, groups_of, known_keys, option_names, plugin_defaults
-from sltrain.errors import first_line
+from sltrain.log import first_line
 
 
 def refuse_unknown_key(override: Override, schema: Schema) -> None:
@@ -90,7 +90,7 @@ def composition_error(error: BaseException, overrides: list[str]) -> str:
         return f"no model is chosen: add model=NAME ({options}), or experiment=quickstart"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
-    message = str(cause).splitlines()[0]
+    message = first_line(cause)
     if "converted to Integer" in message:
         message += " (write whole numbers out: 1_000_000)"
     if "is not a ListConfig" in message:

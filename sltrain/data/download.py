@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sltrain.data.documents import DataError, NetworkError
-from sltrain.log import ANY_RANK
+from sltrain.log import ANY_RANK, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def hub_error(error: Exception, what: str) -> DataError | NetworkError:
         return DataError(
             f"{what}: the Hub's cache cannot hold it ({local.strerror}); make room, or name another folder with HF_HOME"
         )
-    cause = f"the server answered {status}" if status else one_line(chain[-1])
+    cause = f"the server answered {status}" if status else named(chain[-1])
     return NetworkError(f"cannot reach {what} on the Hub: {cause}")
 
 
@@ -212,9 +212,10 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def named(error: BaseException) -> str:
+    """The type of an error, whose message alone may say little, and what it says."""
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text}"
 
 
 def _stoppable_bar(stop: threading.Event) -> Any:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from sltrain.data.compression import DAMAGE, MAGIC, OPENERS, decompressed, split_ending
 from sltrain.data.documents import BadData, DataError, Document, NetworkError, Wanted
+from sltrain.log import one_line
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 PLAIN_FORMATS = FORMATS[:-1]  # those that may be compressed; parquet has its own compression
@@ -116,7 +117,7 @@ def read_documents(
     except FileNotFoundError:
         raise DataError(f"{file} is gone; the files of a corpus must stay in place while it is used") from None
     except (*DAMAGE, ValueError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
-        bad.rest_of_file(file, last_good, _one_line(error))
+        bad.rest_of_file(file, last_good, one_line(error))
 
 
 def _records(raw: BinaryIO, file: str, text_key: str) -> Iterator[Record]:
@@ -141,7 +142,7 @@ def _text_of_json(line: bytes, text_key: str) -> str | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # brackets can be nested deeper than Python's stack
-        raise ValueError(f"not valid JSON ({_one_line(error)})") from None
+        raise ValueError(f"not valid JSON ({one_line(error)})") from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object with the key {text_key!r}")
     text = record.get(text_key)
@@ -217,7 +218,3 @@ def _rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
     texts = (text for batch in batches for text in batch.column(0).to_pylist())
     for number, text in enumerate(texts, 1):
         yield number, partial(_valid_text, text)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -32,7 +32,7 @@ from sltrain.data.cut_rule import words_are_independent
 from sltrain.data.documents import WARNINGS_PER_FILE, DataError
 from sltrain.data.special_tokens import AS_TEXT, NAMED, choose_roles, control_tokens, hide, named_token, shown
 from sltrain.data.word_cache import WordCache, word_cache
-from sltrain.log import ANY_RANK
+from sltrain.log import ANY_RANK, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class Tokenizer:
             self._tokenizer.encode(character, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(
-                f"tokenizer {self.name} cannot encode {character!r} (U+{ord(character):04X}): {_one_line(error)}; give "
+                f"tokenizer {self.name} cannot encode {character!r} (U+{ord(character):04X}): {one_line(error)}; give "
                 "it an unknown token or byte fallback, or use another tokenizer, such as tokenizer=bpe:8192"
             ) from None
 
@@ -269,7 +269,7 @@ class Tokenizer:
             return [tokenizers.Encoding()]
 
     def _report_unencodable(self, text: str, error: Exception) -> None:
-        why = f"tokenizer {self.name} cannot encode the text that begins with {text[:40]!r}: {_one_line(error)}"
+        why = f"tokenizer {self.name} cannot encode the text that begins with {text[:40]!r}: {one_line(error)}"
         if self._on_bad_data == "stop":
             raise DataError(f"{why}; use another tokenizer, or set on_bad_data=skip to skip such texts")
         self.num_unencodable += 1
@@ -321,10 +321,6 @@ class Tokenizer:
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         full = self._tokenizer.encode("a").ids
         return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _packed(ids: list[int]) -> bytes:

@@ -27,12 +27,12 @@ from sltrain.engine.checkpoint_files import ADVICE, CheckpointError, load_model,
 from sltrain.engine.sealed_folder import (
     disk_reason,
     find_damage,
-    first_line,
     point_to,
     remove,
     sealed_files,
     write_sealed,
 )
+from sltrain.log import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sltrain.log import first_line
+
 MANIFEST_FILE = "manifest.json"
 
 
@@ -129,12 +131,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from sltrain.engine.metrics import flat
 from sltrain.engine.sealed_folder import write_atomically
 from sltrain.events import Event
+from sltrain.log import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +57,11 @@ class TrackioSink:
                 )
         except (ValueError, LocalTokenNotFoundError) as error:
             raise ValueError(
-                f"tracker=trackio: {_one_line(error)}; change tracker.project or tracker.space_id, log in (hf auth"
+                f"tracker=trackio: {one_line(error)}; change tracker.project or tracker.space_id, log in (hf auth"
                 " login), or choose tracker=none."
             ) from error
         except Exception as error:
-            logger.warning(f"tracker=trackio cannot begin ({_one_line(error)}); its numbers are in metrics.jsonl alone")
+            logger.warning(f"tracker=trackio cannot begin ({one_line(error)}); its numbers are in metrics.jsonl alone")
             return
         self._last_step = getattr(self._run, "_next_step", 0) - 1
         where = f"https://huggingface.co/spaces/{space_id}" if space_id else f"`trackio show --project {project}`"
@@ -81,7 +82,7 @@ class TrackioSink:
             with _silent():
                 trackio.finish()
         except Exception as error:
-            logger.warning(f"tracker=trackio could not finish ({_one_line(error)})")
+            logger.warning(f"tracker=trackio could not finish ({one_line(error)})")
 
 
 @contextlib.contextmanager
@@ -100,7 +101,3 @@ def _run_name(run_dir: Path) -> str:
     name = f"{run_dir.resolve().name}-{secrets.token_hex(3)}"
     write_atomically(path, f"{name}\n")
     return name
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

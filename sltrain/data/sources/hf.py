@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sltrain.data.documents import BadData, DataError, Document, Source
-from sltrain.data.download import hub_error, is_of_network, one_line
+from sltrain.data.download import hub_error, is_of_network, named
 from sltrain.data.hf_dataset import Choice, Opened, commit_of, open_dataset
 from sltrain.data.sources.base import SOURCES, SourceConfig
 from sltrain.log import ANY_RANK
@@ -132,7 +132,7 @@ class DatasetSource:
                 return
             except Exception as error:
                 if self._is_damage(error):
-                    self.bad.rest_of_file(f"{self.name}, shard {shard}", start, one_line(error))
+                    self.bad.rest_of_file(f"{self.name}, shard {shard}", start, named(error))
                     return
                 reason = hub_error(error, self.name) if self.opened.commit else _lost_file(self.name, error)
             if isinstance(reason, DataError) or time.monotonic() - asked + wait > GIVE_UP_AFTER:
@@ -169,4 +169,4 @@ class DatasetSource:
 
 
 def _lost_file(name: str, error: Exception) -> DataError:
-    return DataError(f"{name} cannot be read ({one_line(error)}); its files must stay in place while they are used")
+    return DataError(f"{name} cannot be read ({named(error)}); its files must stay in place while they are used")
