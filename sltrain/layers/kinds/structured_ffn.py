@@ -117,6 +117,11 @@ class StructuredLinear(ReplacedLinear, kind="structured_ffn"):
         s = self.structure
         return {"structure": s.kind, "rank": s.rank, "blocks": s.blocks, "has_guide": self.has_guide}
 
+    @property
+    def num_trained(self) -> int:
+        """Without the guide, which does not stay."""
+        return self.A.numel() + self.B.numel()
+
     def multiply_adds(self) -> int:
         guide = self.in_features * self.out_features if self.has_guide else 0
         return self.A.numel() + self.B.numel() + guide
