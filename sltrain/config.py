@@ -264,6 +264,11 @@ def validate(config: TrainConfig) -> None:
             f"ema={config.ema} averages B and A each by itself, and method={config.method.name} exchanges both now and"
             " then while W stays: their averages would be no average of W; set ema=null"
         )
+    if config.method.changes_vectors() and not config.optimizer.whole_moments:
+        raise ValueError(
+            f"method={config.method.name} changes the moments of single rows and columns, which"
+            f" optimizer={config.optimizer.name} holds in another form; set optimizer=adamw"
+        )
     longest = config.model.max_position_embeddings
     if config.seq_len > longest:
         raise ValueError(

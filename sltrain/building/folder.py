@@ -59,11 +59,15 @@ def _check_budget(config: TrainConfig, folder: RunFolder) -> None:
             " the first budget on)"
         )
     starts = [[(phase.name, phase.after) for phase in begun(phases_of(c), step)] for c in (before, config)]
-    if not new.agrees(old, step) or starts[0] != starts[1]:
+    does_the_same = starts[0] == starts[1] and config.method.agrees(step, old.max_steps, new.max_steps)
+    if not new.agrees(old, step) or not does_the_same:
         more = max(new.max_steps - step, 1)
+        other = f"phases or actions (method={config.method.name})"
+        if not new.agrees(old, step):
+            other = f"learning rates (schedule={config.schedule})"
         raise ValueError(
             f"extend={config.extend}: with {new.max_steps:,} updates the {step:,} of run_dir={folder.path} would have"
-            f" had other learning rates (schedule={config.schedule}); a new run from its weights:"
+            f" had other {other}; a new run from its weights:"
             f" sltrain-train init_from={folder.path} max_steps={more} run_dir={folder.path}_more"
         )
     folder.reopens = folder.is_finished

@@ -73,16 +73,16 @@ class Live:
     """The optimizer of a running model, which is another one after each phase."""
 
     optimizer: torch.optim.Optimizer
-    has_told: bool = False  # that moments are quantized
+    has_told: bool = False  # that state was dropped
 
     def reset(self, names: Iterable[str]) -> None:
         """Make the state of these parameters as new."""
         reset_state(self.optimizer, list(names))
 
-    def change(self, names: Iterable[str], change: Callable[[list[Tensor]], None]) -> None:
-        """Change their moments in place, or drop them, with a line the first time, where they are quantized."""
+    def change(self, names: Iterable[str], change: Callable[[str, list[Tensor]], None]) -> None:
+        """Change their moments in place, or drop them, with a line the first time, where they are in another form."""
         if change_moments(self.optimizer, list(names), change) and not self.has_told:
-            logger.info("note       quantized moments cannot be changed one by one: they begin again instead")
+            logger.info("note       state of another form than moments of a weight's shape begins again instead")
             self.has_told = True
 
 

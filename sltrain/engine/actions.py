@@ -78,8 +78,8 @@ class Running:
     model: nn.Module
     max_steps: int
     reset_state: Callable[[Iterable[str]], None] = lambda names: None  # drops the optimizer state of these parameters
-    # Applies a function that works in place to the moments of each, or drops these where they are quantized.
-    change_moments: Callable[[Iterable[str], Callable[[list[Tensor]], None]], None] = lambda names, change: None
+    # Applies change(name, moments), which works in place, to each of them, or drops state of another form.
+    change_moments: Callable[[Iterable[str], Callable[[str, list[Tensor]], None]], None] = lambda names, change: None
 
 
 def every(interval: int) -> Callable[[int], bool]:

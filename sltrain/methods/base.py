@@ -58,6 +58,16 @@ class Method:
         of B and of A, each by itself, would make no average of W."""
         return False
 
+    def agrees(self, step: int, before: int, after: int) -> bool:
+        """Whether a run of `before` updates does in its first `step` what one of `after` does, phases apart. Runs are
+        extended only then (`extend=`)."""
+        return all(self.lr_factor(each, before) == self.lr_factor(each, after) for each in range(1, step + 1))
+
+    def changes_vectors(self) -> bool:
+        """Whether its actions change the moments of single rows or columns. An optimizer without `whole_moments` is
+        then refused."""
+        return False
+
     def acts_before_step(self) -> bool:
         """Whether an action of its has a `before`. per_layer_update, which has no moment between backward and the
         optimizer's step, is then refused."""

@@ -120,9 +120,11 @@ class ReLoRA(Method):
             if self.moments == "reset":
                 running.reset_state(factors)
             elif self.moments == "magnitude":
-                running.change_moments(factors, lambda moments: prune_smallest(moments, self.pruned))
+                running.change_moments(factors, lambda name, moments: prune_smallest(moments, self.pruned))
             elif self.moments == "random":
-                running.change_moments(factors, lambda moments: prune_random(moments, self.pruned, moment.generator))
+                running.change_moments(
+                    factors, lambda name, moments: prune_random(moments, self.pruned, moment.generator)
+                )
 
         if not layers or self.merge_every == 0:
             return []

@@ -105,11 +105,13 @@ def reset_state(optimizer: Optimizer, names: Collection[str]) -> None:
                 leaf.state.pop(parameter, None)
 
 
-def change_moments(optimizer: Optimizer, names: Collection[str], change: Callable[[list[Tensor]], None]) -> list[str]:
-    """Apply `change`, which works in place, to the moments of each of these parameters, or of each piece of one:
-    floating tensors of its shape, in the optimizer's order. Where moments are held in another form, as codes and
-    scales, the state is dropped instead; return the names of these parameters. Raises ValueError for an unknown
-    name."""
+def change_moments(
+    optimizer: Optimizer, names: Collection[str], change: Callable[[str, list[Tensor]], None]
+) -> list[str]:
+    """Apply `change(name, moments)`, which works in place, to each of these parameters, or to each piece of one: the
+    moments are floating tensors of its shape, in the optimizer's order. Where moments are held in another form, as
+    codes and scales, the state is dropped instead; return the names of these parameters. Raises ValueError for an
+    unknown name."""
     moments: dict[str, list[list[Tensor]]] = {}
     quantized: dict[str, None] = {}
     for leaf in innermost(optimizer):
@@ -122,7 +124,7 @@ def change_moments(optimizer: Optimizer, names: Collection[str], change: Callabl
     reset_state(optimizer, [*quantized, *(set(names) - moments.keys())])
     for name, of_pieces in moments.items():
         for held in of_pieces if name not in quantized else ():
-            change(held)
+            change(name, held)
     return list(quantized)
 
 

@@ -23,6 +23,7 @@ class Adafactor(OptimizerConfig):
     beta2_decay: float = -0.8  # the second moment's decay at step t is 1 - t^beta2_decay
     clip: float = 1.0  # largest root mean square of a tensor's update over lr
 
+    whole_moments: ClassVar[bool] = False
     copies_on_cpu: ClassVar[int] = 2
     copies_on_cuda: ClassVar[int] = 2
 

@@ -26,6 +26,7 @@ class Adam4bit(AdamOptions):
     in_pieces: ClassVar[bool] = True
     copies_on_cpu: ClassVar[int] = 6
     copies_on_cuda: ClassVar[int] = 7  # not measured there; the compiler may fuse some away
+    whole_moments: ClassVar[bool] = False
     package: ClassVar[str | None] = "torchao"
     install: ClassVar[str] = "pip install 'sltrain[adam4bit]'"
     compiles: ClassVar[bool] = True

@@ -19,6 +19,7 @@ class Adam8bit(AdamOptions):
 
     copies_on_cpu: ClassVar[int] = 5
     shared_bytes: ClassVar[int] = 2 * 4 * 256  # the values of the 256 codes of either moment
+    whole_moments: ClassVar[bool] = False
     package: ClassVar[str | None] = "bitsandbytes"
     install: ClassVar[str] = "pip install bitsandbytes"
 

@@ -44,6 +44,7 @@ class OptimizerConfig:
         shared_bytes: state that all parameters share.
         package, install: the package that `make` imports, and the command that installs it.
         compiles: whether its step is compiled on first use, which needs a compiler.
+        whole_moments: whether its state are moments of the parameter's shape, whose rows can be changed one by one.
         rounds: whether `make_rounding` rounds bfloat16 weights stochastically itself.
         whole_update: whether it needs several parameters' gradients at once.
         smaller: the name of an optimizer with a smaller state, recommended if memory is short.
@@ -61,6 +62,7 @@ class OptimizerConfig:
     compiles: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     whole_update: ClassVar[bool] = False
+    whole_moments: ClassVar[bool] = True
     smaller: ClassVar[str | None] = None
 
     def check(self) -> None:

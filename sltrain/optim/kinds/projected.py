@@ -32,6 +32,7 @@ class Projected(MatrixRule):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     eps: float = 1e-8
 
+    whole_moments: ClassVar[bool] = False
     copies_on_cpu: ClassVar[int] = 4
     copies_on_cuda: ClassVar[int] = 4
 

@@ -1,0 +1,112 @@
+"""SwitchLoRA: low-rank updates of a frozen matrix, whose vectors are exchanged a few at a time, all through the run
+(Zhou et al., arXiv 2406.06564, algorithms 1 and 2).
+
+    W = W0 + (alpha / rank) B A, W0 frozen. After update t, in each layer:
+
+    how many    r / switch_every * 0.3^((t + 1) / (switch_decay * updates of the run)) rows of A, and as many columns
+                of B, rounded up or down at random so that the mean is right
+    exchange    each for the next of its candidates; W0 takes up the difference, so W stays
+    counterpart the column of B that a new row is multiplied by, and the row of a new column: its first moment becomes
+                zero, and it is frozen for `freeze` updates. What was learned about it belonged to the other vector.
+
+The authors reset second moments, too, and count updates a vector for Adam's bias correction. Optimizers here count them
+a tensor: a second moment of zero would then make steps several times too large, so the second moments stay.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sltrain.engine.actions import Action, Moment, Running
+    from sltrain.methods.base import Chosen
+
+
+@METHODS.register("switchlora")
+@dataclass
+class SwitchLoRA(Method):
+    """Options of method=switchlora."""
+
+    rank: int = MISSING  # inner size of B A
+    alpha: float = 1.0  # the product is scaled by alpha / rank; the start is made for 1
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    candidates: int | None = None  # vectors of A, and of B, to exchange among; None: the smaller side of each matrix
+    switch_every: float = 40.0  # updates in which every vector is exchanged once, at the beginning; 0: never (LoRA)
+    switch_decay: float = 0.1  # share of the run after which exchanges are 0.3 as frequent
+    freeze: int = 5  # updates without gradient of a counterpart
+
+    def check(self) -> None:
+        check_at_least(0, switch_every=self.switch_every, freeze=self.freeze)
+        check_at_least(1, candidates=self.candidates)
+        check_above_zero(alpha=self.alpha, switch_decay=self.switch_decay)
+        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
+            if rank < 2:
+                raise ValueError(
+                    f"method=switchlora needs rank above 1, and {name} is {rank}: a pair would be exchanged"
+                )
+        if 0 < self.switch_every < max(2 * self.freeze, 1):
+            raise ValueError(
+                f"method.switch_every={self.switch_every:g} is less than twice method.freeze={self.freeze}: more than"
+                " half of the vectors would always be frozen; exchange less often, or freeze for less"
+            )
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers.kinds.switchlora import SwitchLoRALinear
+
+        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            sides = linear.in_features, linear.out_features
+            return SwitchLoRALinear(*sides, rank, self.alpha, **like, init_std=std, candidates=self.candidates)
+
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+
+    def exchanges_factors(self) -> bool:
+        return self.switch_every > 0
+
+    def changes_vectors(self) -> bool:
+        return self.switch_every > 0
+
+    def agrees(self, step: int, before: int, after: int) -> bool:
+        return before == after or step == 0 or self.switch_every == 0
+
+    def expected(self, rank: int, step: int, max_steps: int) -> float:
+        """How many vectors of a factor are exchanged after update `step`, on average."""
+        return rank / self.switch_every * 0.3 ** ((step + 1) / (self.switch_decay * max_steps))
+
+    def actions(self, running: "Running") -> "list[Action]":
+        import torch
+
+        from sltrain.engine.actions import Action, every
+        from sltrain.layers.kinds.switchlora import SwitchLoRALinear
+
+        layers = {name: m for name, m in running.model.named_modules() if isinstance(m, SwitchLoRALinear)}
+
+        def switch(moment: "Moment") -> None:
+            draws = torch.rand(len(layers), generator=moment.generator).tolist()
+            reset: dict[str, tuple[Tensor | slice, ...]] = {}  # factor -> index of its counterparts
+            for (name, layer), draw in zip(layers.items(), draws, strict=True):
+                layer.pass_update()
+                wanted = int(self.expected(layer.rank, moment.step, running.max_steps) + draw)
+                if wanted > 0:
+                    columns, rows = layer.switch(wanted, self.freeze)
+                    reset |= {f"{name}.A": (rows,), f"{name}.B": (slice(None), columns)}
+
+            def forget(name: str, moments: "list[Tensor]") -> None:
+                for first in moments[:1]:
+                    first[reset[name]] = 0
+
+            running.change_moments(reset, forget)
+
+        if self.switch_every == 0:
+            return []
+        size = max(
+            (4 * layer.rank * max(layer.W0.shape) * layer.W0.element_size() for layer in layers.values()), default=0
+        )
+        return [Action("switch", every(1), switch, temporary_bytes=size)]
