@@ -12,7 +12,8 @@ checkpointing computes again is not counted.
 
 A replaced projection counts by its method's mathematics (`multiply_adds` in layers/base.py): SLTrain's as B, A and the
 entries of S, also where a dense W is multiplied on the way. Its MFU says which share of the device does the work that
-the method needs, and is low beside dense's where a step is not shorter by as much as it has less to do.
+the method needs, and is low beside dense's where a step is not shorter by as much as it has less to do. A frozen
+matrix (relora's W0) counts as a trained one, though it has no gradient of its own.
 
 Tokens are those that are not pads, the same as in tokens_per_second: the model skips pads, and they are no useful work.
 """
