@@ -8,8 +8,9 @@
     sltrain-train model=llama_60m rank=64 --cfg job               what that means, as a configuration; nothing is run
     eval "$(sltrain-train -sc install=bash)"                      completion by Tab
 
-Arguments are Hydra overrides of conf/train.yaml or, without a model, of an earlier run's config.yaml. They are checked
-before Hydra sees them, so that a mistake costs one line and a second.
+Arguments are Hydra overrides of conf/train.yaml or, without a model, of an earlier run's config.yaml. They are composed
+and checked before Hydra's own program sees them, so that a mistake costs one line and a second. Only sweeps and Hydra's
+own keys and flags need that program; it would compose a single run twice more.
 """
 
 import logging
@@ -24,10 +25,13 @@ from sltrain.commands.completion import complete
 from sltrain.commands.help_text import help_text
 from sltrain.commands.sweep import Sweep, with_swept_before
 from sltrain.compose import (
+    TRAIN,
     check_overrides,
+    compose_config,
     conf_dir,
     earlier_run_config,
     implied,
+    parse_overrides,
     refuse_flags,
     register_schema,
     to_train_config,
@@ -50,7 +54,6 @@ def run_command(arguments: list[str]) -> ExitCode:
     if "--help" in arguments or "-h" in arguments:
         print(f"{__doc__}\n{help_text()}")
         return ExitCode.OK
-    register_schema()
     try:
         typed, arguments = read_flags(arguments)
         runs = not (typed.shell_completion or typed.info or typed.cfg)
@@ -59,6 +62,9 @@ def run_command(arguments: list[str]) -> ExitCode:
             return train(earlier)
         if typed.multirun:
             arguments, typed.overrides = with_swept_before(arguments, typed.overrides)
+        if is_plain(typed):
+            return train(compose_config(typed.overrides, TRAIN))
+        register_schema()
         more = implied(typed.overrides)
         arguments, typed.overrides = [*more, *arguments], [*more, *typed.overrides]
         if not (typed.shell_completion or typed.info == "plugins"):
@@ -95,6 +101,13 @@ def run_command(arguments: list[str]) -> ExitCode:
     if sweep is not None:
         return sweep.finish()
     return codes[0] if codes else ExitCode.OK  # --cfg and the like run no task
+
+
+def is_plain(typed: Namespace) -> bool:
+    """Whether what was typed is one run, and nothing of Hydra's."""
+    if any(value for flag, value in vars(typed).items() if flag not in ("overrides", "run")):
+        return False
+    return not any(override.key_or_group.startswith("hydra") for override in parse_overrides(typed.overrides))
 
 
 def read_flags(arguments: list[str]) -> tuple[Namespace, list[str]]:

@@ -209,7 +209,9 @@ class LlamaModel(nn.Module):
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope = (config.rope_theta, config.rope_scaling)
         # As nn.Embedding's own start, which on meta imports the compiler (a second).
-        drawn = torch.randn(vocab_size, config.hidden_size)
+        drawn = torch.empty(vocab_size, config.hidden_size)
+        if not drawn.is_meta:
+            drawn.normal_()
         self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, activation_checkpointing) for _ in range(config.num_hidden_layers)
