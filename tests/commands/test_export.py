@@ -50,6 +50,7 @@ RUNS = {
     "column": ["support=column", "sparsity=0.1", "rank_overrides={v_proj:2}"],
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "cola": ["method=cola", "rank_overrides={down_proj:3}"],
+    "sst": ["method=sst", "method.select_every=2", "method.iterations=2", "method.restart_warmup=0"],
     "full": ["method=full"],
     "llama3": [
         "model.tie_word_embeddings=true",
@@ -61,7 +62,7 @@ RUNS = {
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank", "llama3"]
-OWN_CODE = ["cola"]  # kinds that bring a file for transformers
+OWN_CODE = ["cola", "sst"]  # kinds that bring a file for transformers
 FILES = {
     "README.md",
     "config.json",

@@ -45,6 +45,8 @@ class SpectralLinear(ReplacedLinear, kind="sst"):
         "order": "indices",
     }
 
+    CODE = "_sst_code.py"
+
     order: Tensor
 
     def __init__(
