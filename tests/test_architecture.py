@@ -74,7 +74,12 @@ ALLOWED: dict[str, set[str]] = {
 LATE = set("datasets bitsandbytes torchao wandb tensorboard trackio transformers lm_eval matplotlib jinja2".split())
 
 # Not modules of the package but files that exports copy, for transformers to run. They must import nothing of ours.
-COPIED = {"formats/modeling_sltrain.py", "layers/kinds/_cola_code.py"}
+COPIED = {
+    "formats/modeling_sltrain.py",
+    "layers/kinds/_cola_code.py",
+    "layers/kinds/_lost_code.py",
+    "layers/kinds/_dlr_code.py",
+}
 
 FORBIDDEN_OUTSIDERS = {"config.py": "torch", "optim/schedule.py": "torch"}
 MAX_LOOP_LINES = 80

@@ -63,8 +63,11 @@ class Start:
             theirs = self.saved.model.get_submodule(name)
             if _is_same(layer, theirs):
                 continue
-            if not layer.starts_from_dense():
-                raise ValueError(f"init_from={self.name}: layers of kind {layer.kind} cannot start from a dense matrix")
+            if not (layer.starts_from_dense() and layer.is_mergeable):
+                why = "" if layer.is_mergeable else ", which are not one matrix each,"
+                raise ValueError(
+                    f"init_from={self.name}: layers of kind {layer.kind}{why} cannot start from a dense matrix"
+                )
             if isinstance(theirs, ReplacedLinear) and not theirs.is_mergeable:
                 raise ValueError(f"init_from={self.name}: its layers of kind {theirs.kind} are not one matrix each")
 

@@ -1,7 +1,9 @@
-"""y = act(h) W^T for a projection with an activation between its factors, which keeps h alone for backward.
+"""y = z W^T + c Expand(z) with z = scale act(h): the second half of a projection with an activation between its factors
+or a fixed residual, or both, which keeps h alone for backward.
 
-Autograd would keep h for the activation and act(h) for the product. Here act(h), (N, r), is computed again in backward,
-which costs no product. Without an activation the layer is an ordinary low-rank one. Differentiable once.
+Autograd would keep h for the activation and z for the product. Here z, (N, r), is computed again in backward, which
+costs no product. Expand repeats each of the r numbers K = ceil(out / r) times, one after the other, and cuts the row at
+out (DLR, arXiv 2606.28932): it adds to y in place, so that no second y exists. Differentiable once.
 """
 
 from collections.abc import Callable
@@ -24,38 +26,82 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation is {name!r}; choose one of {', '.join([*ACTIVATIONS, NONE])}")
 
 
-def activated_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """hidden (..., r), weight (out, r), bias (out,) -> act(h) weight^T + bias (..., out); `none`: hidden as it is."""
-    if activation == NONE:
-        return aligned_linear(hidden, weight, bias)
-    return _ActivatedLinear.apply(hidden, weight, bias, ACTIVATIONS[activation])
+def activated_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = NONE,
+    scale: float = 1.0,
+    residual: float = 0.0,
+) -> Tensor:
+    """hidden (..., r), weight (out, r), bias (out,) -> z weight^T + residual Expand(z) + bias, (..., out), with
+    z = scale act(hidden). Activation `none` is the identity."""
+    if activation == NONE and residual == 0:
+        return aligned_linear(hidden if scale == 1 else scale * hidden, weight, bias)
+
+    def act(h: Tensor) -> Tensor:
+        h = ACTIVATIONS[activation](h) if activation in ACTIVATIONS else h
+        return h if scale == 1 else scale * h
+
+    return _ActivatedLinear.apply(hidden, weight, bias, act, residual)
+
+
+def expand_index(out_features: int, rank: int) -> Tensor:
+    """Which of the r numbers each output is a copy of: (out,) int64."""
+    return torch.arange(out_features) // -(-out_features // rank)
+
+
+def _add_expanded(y: Tensor, z: Tensor, factor: float) -> None:
+    """y (N, out) += factor Expand(z), z (N, r)."""
+    times = -(-y.shape[1] // z.shape[1])
+    full, left = divmod(y.shape[1], times)
+    y[:, : full * times].unflatten(1, (full, times)).add_(z[:, :full, None], alpha=factor)
+    if left:
+        y[:, full * times :].add_(z[:, full, None], alpha=factor)
+
+
+def _add_folded(grad_z: Tensor, grad_y: Tensor, factor: float) -> None:
+    """grad_z (N, r) += factor Expand^T(grad_y), grad_y (N, out)."""
+    times = -(-grad_y.shape[1] // grad_z.shape[1])
+    full, left = divmod(grad_y.shape[1], times)
+    grad_z[:, :full].add_(grad_y[:, : full * times].unflatten(1, (full, times)).sum(2), alpha=factor)
+    if left:
+        grad_z[:, full].add_(grad_y[:, full * times :].sum(1), alpha=factor)
 
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, act: Callable[[Tensor], Tensor], residual: float
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.activation, ctx.bias_dtype = activation, None if bias is None else bias.dtype
-        return aligned_linear(activation(hidden), weight, bias)
+        ctx.act, ctx.residual, ctx.bias_dtype = act, residual, None if bias is None else bias.dtype
+        z = act(hidden).reshape(-1, hidden.shape[-1])
+        y = aligned_linear(z, weight, bias)
+        if residual:
+            _add_expanded(y, z, residual)
+        return y.view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         out_features, rank = weight.shape
-        rows = aligned(grad_y.reshape(-1, out_features), pad_rows=False)
+        grad = grad_y.reshape(-1, out_features)
+        rows = aligned(grad, pad_rows=False)
         with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            activated = ctx.activation(leaf)
+            leaf = hidden.detach().reshape(-1, rank).requires_grad_()
+            z = ctx.act(leaf)
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad = (rows @ aligned(weight.to(grad_y.dtype)))[:, :rank].reshape(hidden.shape)
-            (grad_hidden,) = torch.autograd.grad(activated, leaf, grad.to(hidden.dtype))
+            grad_z = (rows @ aligned(weight.to(grad.dtype)))[:, :rank]
+            if ctx.residual:
+                _add_folded(grad_z, grad, ctx.residual)
+            (grad_hidden,) = torch.autograd.grad(z, leaf, grad_z.to(hidden.dtype))
+            grad_hidden = grad_hidden.view(hidden.shape)
         if ctx.needs_input_grad[1]:
-            columns = aligned(activated.detach().to(grad_y.dtype).reshape(-1, rank), pad_rows=False)
+            columns = aligned(z.detach().to(grad.dtype), pad_rows=False)
             grad_weight = (rows.t() @ columns)[:out_features, :rank].contiguous().to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)[:out_features].to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None

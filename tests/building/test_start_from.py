@@ -109,6 +109,27 @@ def test_factors_begin_near_a_dense_matrix_and_the_log_says_how_near(
     assert torch.equal(found.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
+NO_MATRIX = {
+    "cola": ["method=cola"],
+    "dlr": ["method=dlr", "method.activation=silu"],
+    "lost": ["method=lost", "method.activation=silu", "sparsity=0.1"],
+}
+
+
+@pytest.mark.parametrize("kind", NO_MATRIX)
+def test_what_is_no_matrix_continues_by_its_own_method_alone(
+    kind: str, saved_run: Callable, lines: list[str], tmp_path: Path
+) -> None:
+    source, trained = saved_run(*NO_MATRIX[kind])
+    model = started(source, *NO_MATRIX[kind])
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+    with pytest.raises(ValueError, match=f"its layers of kind {kind} are not one matrix each"):
+        started(source, "method=low_rank")
+    dense, _ = saved_run("method=full")
+    with pytest.raises(ValueError, match=f"kind {kind}, which are not one matrix each, cannot start from a dense"):
+        started(dense, *NO_MATRIX[kind])
+
+
 def _layers(model: LlamaForCausalLM) -> list:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, ReplacedLinear)]
 

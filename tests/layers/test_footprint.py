@@ -12,6 +12,8 @@ from sltrain.engine.memory import tensor_peak
 from sltrain.layers import CoLALinear, Footprint, LowRankLinear, Rows, SLTrainLinear
 from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.base import footprint as footprint_of
+from sltrain.layers.kinds.dlr import DLRLinear
+from sltrain.layers.kinds.lost import LOSTLinear
 from sltrain.layers.kinds.slope import SLoPeLinear
 from sltrain.layers.kinds.sparse import SparseLinear
 from sltrain.layers.kinds.sst import SpectralLinear
@@ -25,6 +27,8 @@ KINDS = [
     "aligned",
     "low_rank",
     "cola",
+    "dlr",
+    "lost",
     "relora",
     "sparse",
     "sst",
@@ -45,6 +49,10 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return ReLoRALinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "cola":
         return CoLALinear(IN, out_features, RANK, dtype=dtype)
+    if kind == "dlr":
+        return DLRLinear(IN, out_features, RANK, activation="silu", dtype=dtype)
+    if kind == "lost":
+        return LOSTLinear(IN, out_features, RANK, 0.1, activation="silu", dtype=dtype)
     if kind == "low_rank":
         return LowRankLinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "sparse":
@@ -107,6 +115,7 @@ def test_kept_is_what_autograd_saves(kind: str, outs: list[int], dtype: torch.dt
     assert found.kept == saved_besides(x, layers)
     has_hidden = kind in ("low_rank", "cola", "relora", "sst", "slope adapters") or kind.endswith("factored")
     has_hidden |= kind.startswith(("structured", "guided"))
+    has_hidden |= kind in ("dlr", "lost")
     assert (found.kept > 0) == has_hidden  # otherwise 0 == 0 would say nothing
 
 
@@ -140,7 +149,7 @@ def test_column_temporaries_are_a_bound() -> None:
         assert said * share <= backward_temporaries(x, layer) <= said, num_rows
 
 
-@pytest.mark.parametrize("kind", ["uniform factored", "low_rank", "cola", "block factored"])
+@pytest.mark.parametrize("kind", ["uniform factored", "low_rank", "cola", "dlr", "lost", "block factored"])
 def test_rows_count_once_each(kind: str) -> None:
     """kept is N r e of each layer, from shapes alone."""
     with torch.device("meta"):

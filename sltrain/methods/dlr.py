@@ -1,0 +1,42 @@
+"""DLR: every projection is a low-rank product and a fixed residual of its inner numbers, which folds into B
+(arXiv 2606.28932)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from sltrain.methods.base import METHODS, Method, check_one_of, check_ranks, replace_each, resolve
+from sltrain.methods.cola import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
+
+
+@METHODS.register("dlr")
+@dataclass
+class DLR(Method):
+    """Options of method=dlr."""
+
+    rank: int = MISSING  # inner size of B A
+    residual: float = 1.0  # the paper's alpha: strength of the residual; 0: none
+    activation: str = "none"  # between A and B: none, or silu, gelu, relu; then there is no W to merge
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+
+    def check(self) -> None:
+        check_ranks("dlr", self.rank, self.rank_overrides)
+        check_one_of(ACTIVATIONS, activation=self.activation)
+        if not math.isfinite(self.residual):
+            raise ValueError(f"method.residual={self.residual}: must be a number, such as 1 (the paper's)")
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers.kinds.dlr import DLRLinear
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            rank = resolve(self.rank, self.rank_overrides, name)
+            return DLRLinear(linear.in_features, linear.out_features, rank, self.residual, self.activation, **like)
+
+        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
