@@ -7,8 +7,7 @@ their rank (Mo, Huang, Pan, "Parameter and Memory Efficient Pretraining via Low-
                          place of the gradients, as in the authors' code; moments begin again, and the learning rate
                          climbs over `restart_warmup` updates
 
-How an action learns the optimizer's step: the factors are 0 while the optimizer makes that update, so that what it
-leaves in them is the step, exact in every dtype and free of weight decay.
+How an action learns the optimizer's step, of any optimizer: it keeps the factors before it, and takes the difference.
 """
 
 from dataclasses import dataclass, field
@@ -94,8 +93,6 @@ class LORO(Method):
         def before() -> None:
             for name, layer in layers.items():
                 kept[name] = layer.B.clone(), layer.A.clone()
-                layer.B.zero_()
-                layer.A.zero_()
 
         def exact(moment: "Moment") -> None:
             if not kept:  # the update was skipped
@@ -103,10 +100,10 @@ class LORO(Method):
             for name, layer in layers.items():
                 B, A = kept.pop(name)
                 lr_scale = self._lr_scale(layer.rank)
-                new_B, new_A = riemannian_step(B, A, -layer.B / lr_scale, -layer.A / lr_scale)
-                is_finite = bool(new_B.isfinite().all()) and bool(new_A.isfinite().all())
-                layer.B.copy_(new_B if is_finite else B + layer.B)  # factors without full rank take the plain step
-                layer.A.copy_(new_A if is_finite else A + layer.A)
+                new_B, new_A = riemannian_step(B, A, (B - layer.B) / lr_scale, (A - layer.A) / lr_scale)
+                if new_B.isfinite().all() and new_A.isfinite().all():  # without full rank the plain step stays
+                    layer.B.copy_(new_B)
+                    layer.A.copy_(new_A)
             everything = [name for name, p in model.named_parameters() if p.requires_grad]
             factors = [f"{name}.{leaf}" for name in layers for leaf in "AB"]
             running.reset_state({"all": everything, "factors": factors, "none": []}[self.refresh])
