@@ -201,6 +201,7 @@ def test_without_exchanges_it_is_lora() -> None:
         ("ema=0.9", "ema=0.9 averages B and A each by itself, and method=switchlora"),
         ("optimizer=adam8bit", "which optimizer=adam8bit holds in another form; set optimizer=adamw"),
         ("optimizer=adafactor", "which optimizer=adafactor holds in another form; set optimizer=adamw"),
+        ("optimizer=dct_adamw", "which optimizer=dct_adamw holds in another form; set optimizer=adamw"),
         ("optimizer=apollo", "which optimizer=apollo holds in another form; set optimizer=adamw"),
     ],
 )

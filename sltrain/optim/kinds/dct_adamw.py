@@ -51,6 +51,8 @@ class DCTAdamW(CosineRule):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     eps: float = 1e-8
 
+    whole_moments: ClassVar[bool] = False
+
     def check(self) -> None:
         super().check()
         if self.update_every < 1:
