@@ -4,7 +4,8 @@ from torch import nn
 
 from sltrain.parameters import ParamInfo, role_by_name
 
-ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values", "singular": "values"}  # of a layer's GROUPS
+# Of a layer's GROUPS.
+ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values", "singular": "values", "magnitude": "values"}
 
 
 def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:

@@ -13,6 +13,7 @@ from sltrain.layers import CoLALinear, Footprint, LowRankLinear, Rows, SLTrainLi
 from sltrain.layers.aligned import AlignedLinear
 from sltrain.layers.base import footprint as footprint_of
 from sltrain.layers.kinds.dlr import DLRLinear
+from sltrain.layers.kinds.gradnorm_lorp import GradNormLoRPLinear
 from sltrain.layers.kinds.lost import LOSTLinear
 from sltrain.layers.kinds.slope import SLoPeLinear
 from sltrain.layers.kinds.sparse import SparseLinear
@@ -28,6 +29,7 @@ KINDS = [
     "low_rank",
     "cola",
     "dlr",
+    "gradnorm_lorp",
     "lost",
     "relora",
     "sparse",
@@ -51,6 +53,8 @@ def make(kind: str, out_features: int = OUT, dtype: torch.dtype = torch.float64)
         return CoLALinear(IN, out_features, RANK, dtype=dtype)
     if kind == "dlr":
         return DLRLinear(IN, out_features, RANK, activation="silu", dtype=dtype)
+    if kind == "gradnorm_lorp":
+        return GradNormLoRPLinear(IN, out_features, RANK, alpha=8, dtype=dtype)
     if kind == "lost":
         return LOSTLinear(IN, out_features, RANK, 0.1, activation="silu", dtype=dtype)
     if kind == "low_rank":
