@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from recorded import NUM_PIECES, TEXT, TOLERANCES, differences, dump, is_coarse, machine, train_anew, train_apart
 
+from sltrain.optim.kinds.base import OPTIMIZERS
+
 pytestmark = pytest.mark.slow
 
 FILE = Path(__file__).with_name("golden.json")
@@ -89,6 +91,29 @@ RECIPES: dict[str, list[str]] = {
     "mixed": [*FACTORED, "precision=mixed"],
     "mixed full in_backward": [*FULL, *IN_BACKWARD, "precision=mixed"],
     "bfloat16 in_backward adam8bit rounded": [*FACTORED, *ROUNDED, *IN_BACKWARD, "optimizer=adam8bit"],
+}
+# Every other method and optimizer: its actions and phases within the 20 updates, at a rate at which it learns.
+RECIPES |= {
+    "cola": ["method=cola", "rank=16"],
+    "dlr": ["method=dlr", "rank=16"],
+    "loro": ["method=loro", "rank=16", "method.exact_every=6", "method.restart_warmup=2"],
+    "lost": ["method=lost", "rank=16", "sparsity=0.06"],
+    "low_rank restarts": ["method=low_rank", "rank=16", "method.restart_every=8", "method.restart_warmup=2"],
+    "maestro": ["method=maestro", "method.max_rank=32", "method.penalty=0.001", "method.shrink_every=6"],
+    "relora": ["method=relora", "rank=16", "method.warm_start=0.5", "method.merge_every=4", "method.merge_warmup=2"],
+    "slope": ["method=slope", "rank=16", "method.adapter_share=0.5", "lr=0.003"],
+    "sparse": ["method=sparse", "method.sparsity=0.5", "lr=0.003"],
+    "sst": ["method=sst", "rank=16", "method.select_every=3", "method.iterations=2", "method.restart_warmup=1"],
+    "structured_ffn": ["method=structured_ffn", "method.structure=block_shuffle", "method.guided=true", "lr=0.003"],
+    "switchlora": ["method=switchlora", "rank=16", "method.switch_every=8", "method.freeze=2", "method.candidates=16"],
+}
+RATES = {"lion": 0.003, "sgd": 1.0, "adafactor": 0.1, "polargrad": 0.03, "spectron": 0.1}
+PROJECTING = ("apollo", "dct_adamw", "fira", "galore", "trion")  # below the rank of A and B
+RECIPES |= {
+    name: [*FACTORED, f"optimizer={name}", f"lr={RATES.get(name, 0.01)}"]
+    + (["optimizer.rank=4"] if name in PROJECTING else [])
+    for name in OPTIMIZERS.names()
+    if not name.startswith("adam")
 }
 # Plain torch in place of the compiled kernel: that is decided once a process.
 WITHOUT_KERNEL = {f"{support} without kernel": [*FACTORED, f"support={support}"] for support in SUPPORTS}
