@@ -96,6 +96,7 @@ RECIPES: dict[str, list[str]] = {
 RECIPES |= {
     "cola": ["method=cola", "rank=16"],
     "dlr": ["method=dlr", "rank=16"],
+    "gradnorm_lorp": ["method=gradnorm_lorp", "rank=16"],
     "loro": ["method=loro", "rank=16", "method.exact_every=6", "method.restart_warmup=2"],
     "lost": ["method=lost", "rank=16", "sparsity=0.06"],
     "low_rank restarts": ["method=low_rank", "rank=16", "method.restart_every=8", "method.restart_warmup=2"],
