@@ -264,7 +264,12 @@ def validate(config: TrainConfig) -> None:
             f"ema={config.ema} averages B and A each by itself, and method={config.method.name} exchanges both now and"
             " then while W stays: their averages would be no average of W; set ema=null"
         )
-    if config.method.changes_vectors() and not config.optimizer.whole_moments:
+    if config.optimizer.whole_update and not config.method.multiplies_factors():
+        raise ValueError(
+            f"optimizer={config.optimizer.name} is for factors whose product B A is W, and those of"
+            f" method={config.method.name} are blocks; set optimizer=muon or adamw"
+        )
+    if config.method.changes_vectors() and not config.optimizer.keeps_whole_moments(config.stochastic_rounding):
         raise ValueError(
             f"method={config.method.name} changes the moments of single rows and columns, which"
             f" optimizer={config.optimizer.name} holds in another form; set optimizer=adamw"

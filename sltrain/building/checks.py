@@ -20,6 +20,7 @@ from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig, check_batch
 from sltrain.data.order import num_shared_streams
 from sltrain.engine.distributed import Ranks
+from sltrain.optim.build import members
 
 ANY_VOCABULARY = 32_000  # ids, where the tokenizer will decide: no check depends on it
 
@@ -43,7 +44,8 @@ def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _check_packages(config: TrainConfig, ranks: Ranks) -> None:
-    config.optimizer.check_package()
+    for member in members(config.optimizer):
+        member.check_package()
     if config.eval_tasks:
         check_package("eval_tasks")
     tracker = config.tracker.name

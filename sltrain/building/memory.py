@@ -131,13 +131,14 @@ def _switches(config: TrainConfig) -> list[Change]:
     changes: list[Change] = []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
-    if (smaller := config.optimizer.smaller) is not None:
+    if (smaller := config.optimizer.smaller) is not None and not config.method.changes_vectors():
         package = OPTIMIZERS.load(smaller).package
         if package is None or importlib.util.find_spec(package) is not None:
             changes.append(
                 {"optimizer": smaller} | ({} if config.moments_dtype == "auto" else {"moments_dtype": "auto"})
             )
-    if not config.per_layer_update and not config.compile and not config.method.acts_before_step():
+    needs_all = config.compile or config.method.acts_before_step() or config.optimizer.whole_update
+    if not config.per_layer_update and not needs_all:
         clip = config.grad_clip
         instead = {} if clip is None else {"grad_clip": None, "grad_clip_per_parameter": clip}
         changes.append({"per_layer_update": True, **instead})

@@ -81,6 +81,10 @@ class Method:
         """The parts of a run of `max_steps` updates in which the model's structure differs, see engine/actions.py."""
         return []
 
+    def multiplies_factors(self) -> bool:
+        """Whether the A and B of a layer stand for the product B A, which optimizers of pairs rely on."""
+        return True
+
     def columns(self) -> dict[str, Any]:
         """The options shown by the start-up line, the table of a report and the model card, in this order."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}

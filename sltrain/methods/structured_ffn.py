@@ -50,6 +50,9 @@ class StructuredFFN(Method):
                 f"method.guide_share={self.guide_share}: must be above 0 and at most 1; it is a share of the updates"
             )
 
+    def multiplies_factors(self) -> bool:
+        return self.structure == "low_rank"
+
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers.aligned import AlignedLinear
         from sltrain.layers.kinds.structured_ffn import StructuredLinear

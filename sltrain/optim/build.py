@@ -150,6 +150,14 @@ def check_takes(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> None:
         raise ValueError(f"optimizer={options.name} takes none of the model's parameters; choose another optimizer.")
 
 
+def members(options: OptimizerConfig) -> list[OptimizerConfig]:
+    """The optimizer and those that may get what it does not take, in order."""
+    found = [options]
+    while (more := found[-1].rest()).name not in {member.name for member in found}:
+        found.append(more)
+    return found
+
+
 def member_for(options: OptimizerConfig, info: ParamInfo) -> OptimizerConfig:
     """The optimizer that updates this parameter."""
     while not options.takes(info):

@@ -24,7 +24,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.t()
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.t() if is_tall else x).float()
 
 

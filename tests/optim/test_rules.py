@@ -11,6 +11,7 @@ import torch
 from optimizers import make_optimizer, make_options
 from torch import Tensor, nn
 
+from sltrain.engine.memory import tensor_peak
 from sltrain.optim import build
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
 from sltrain.optim.blockwise import decode, encode, new_codes
@@ -440,3 +441,35 @@ def test_a_pair_resumes_bit_for_bit_and_has_the_declared_state(name: str) -> Non
 def test_the_page_on_optimizers_has_its_section(name: str) -> None:
     page = Path(build.__file__).with_name("README.md").read_text()
     assert f"\n## `{name}`\n" in page and f"`{name}" in page.partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if name != "adam4bit"])
+def test_a_step_takes_no_more_memory_than_declared(name: str, dtype: torch.dtype) -> None:
+    """Measured, of a square matrix, where Gram matrices are as large as the weight."""
+    kind = OPTIMIZERS.load(name)
+    if kind.package is not None:
+        pytest.importorskip(kind.package)
+    shapes = {"up.A": (128, 384), "up.B": (384, 128)} if kind.whole_update else {"up.weight": (256, 256)}
+    weights = {key: nn.Parameter(torch.ones(shape, dtype=dtype)) for key, shape in shapes.items()}
+    infos = {key: ParamInfo(key, tuple(w.shape), w.element_size(), "factor") for key, w in weights.items()}
+    options = make_options(name)
+    optimizer = build_optimizer(weights.items(), options, lr=0.01, weight_decay=0.0, device=CPU, infos=infos)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(2):  # the first update makes the state
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+        _, peak = tensor_peak(optimizer.step, 0, CPU)
+    assert peak <= 1.02 * build.step_bytes(options, infos.values(), "cpu") + 4096
+
+
+def test_a_basis_waits_for_a_gradient() -> None:
+    """That of A is zero while B is zero."""
+    options = make_options("galore", rank=4)
+    weight = torch.zeros(20, 12)
+    state: dict[str, Any] = {"step": 0, **options.new_state(weight)}
+    for step, gradient in enumerate([torch.zeros(20, 12), *list(gradients((20, 12)))[:2]], start=1):
+        state["step"] = step
+        options.direction(gradient, state)
+    expected = leading_directions(next(gradients((20, 12))), 4)
+    torch.testing.assert_close(state["basis"] @ state["basis"].T, expected @ expected.T, rtol=1e-4, atol=1e-4)

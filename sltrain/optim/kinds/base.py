@@ -65,6 +65,11 @@ class OptimizerConfig:
     whole_moments: ClassVar[bool] = True
     smaller: ClassVar[str | None] = None
 
+    def keeps_whole_moments(self, rounded: bool) -> bool:
+        """`whole_moments` of these options. `rounded`: with stochastic rounding, where an element-wise optimizer that
+        does not round itself gets flat pieces."""
+        return self.whole_moments and not (rounded and not self.rounds and self.locality == "element")
+
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for impossible options."""
 

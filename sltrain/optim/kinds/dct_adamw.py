@@ -29,8 +29,8 @@ class CosineRule(MatrixRule):
 
     rank: int = MISSING  # cosine vectors; matrices whose shorter side is not above it go to `others`
 
-    copies_on_cpu: ClassVar[int] = 6
-    copies_on_cuda: ClassVar[int] = 6
+    copies_on_cpu: ClassVar[int] = 7
+    copies_on_cuda: ClassVar[int] = 7
 
     def check(self) -> None:
         super().check()

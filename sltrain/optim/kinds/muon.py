@@ -28,8 +28,8 @@ class Muon(MatrixRule):
     scale: str = "match_rms"  # or original
     momentum_dtype: str = "auto"  # as the weights; int8: blocks of 8-bit codes
 
-    copies_on_cpu: ClassVar[int] = 4
-    copies_on_cuda: ClassVar[int] = 4
+    copies_on_cpu: ClassVar[int] = 6  # measured, of a square matrix
+    copies_on_cuda: ClassVar[int] = 4  # the iteration is in bfloat16
 
     def check(self) -> None:
         super().check()
@@ -39,20 +39,27 @@ class Muon(MatrixRule):
         if self.momentum_dtype not in ("auto", "int8"):
             raise ValueError(f"optimizer.momentum_dtype={self.momentum_dtype}: choose one of auto, int8")
 
+    def keeps_whole_moments(self, rounded: bool) -> bool:
+        return super().keeps_whole_moments(rounded) and self.momentum_dtype == "auto"
+
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         from sltrain.optim.blockwise import new_codes
 
         return new_codes(weight) if self.momentum_dtype == "int8" else {"momentum": weight.new_zeros(weight.shape)}
 
     def direction(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
+        import torch
+
         from sltrain.optim.blockwise import decode, encode
         from sltrain.optim.orthogonal import newton_schulz
 
         if self.momentum_dtype == "int8":
             momentum = decode(state).mul_(self.momentum).add_(grad)
             encode(momentum, state)
+            mixed = momentum.mul_(self.momentum).add_(grad) if self.nesterov else momentum
         else:
-            momentum = state["momentum"].mul_(self.momentum).add_(grad).float()
+            momentum = state["momentum"].mul_(self.momentum).add_(grad)
+            mixed = torch.add(grad, momentum, alpha=self.momentum) if self.nesterov else momentum.float()
         rows, columns = grad.shape
         scale = 0.2 * math.sqrt(max(rows, columns)) if self.scale == "match_rms" else math.sqrt(max(1, rows / columns))
-        return scale * newton_schulz(grad + self.momentum * momentum if self.nesterov else momentum)
+        return newton_schulz(mixed).mul_(scale)

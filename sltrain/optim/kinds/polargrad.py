@@ -24,8 +24,8 @@ class PolarGrad(MatrixRule):
 
     momentum: float = 0.95
 
-    copies_on_cpu: ClassVar[int] = 6
-    copies_on_cuda: ClassVar[int] = 6
+    copies_on_cpu: ClassVar[int] = 11
+    copies_on_cuda: ClassVar[int] = 11
 
     def check(self) -> None:
         super().check()

@@ -52,6 +52,7 @@ class Projected(MatrixRule):
         shape = self.projected_shape(weight)
         return {
             "basis": weight.new_zeros(min(weight.shape), self.rank),
+            "is_chosen": 0,
             "exp_avg": weight.new_zeros(shape),
             "exp_avg_sq": weight.new_zeros(shape),
         }
@@ -65,10 +66,12 @@ class Projected(MatrixRule):
         raise TypeError(f"{type(self).__name__} does not define new_basis")
 
     def project(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
-        """R, with a new basis if one is due."""
+        """R, with a new basis if one is due. A gradient of zeros, as that of A while B is zero, has no directions: the
+        choice then waits for the first that is not."""
         number, left = divmod(state["step"] - 1, self.update_every)
-        if left == 0:
+        if left == 0 or not state["is_chosen"]:
             state["basis"].copy_(self.new_basis(grad, number))
+            state["is_chosen"] = int(bool(grad.any()))
         basis = state["basis"].float()
         return grad @ basis if grad.shape[0] >= grad.shape[1] else basis.t() @ grad
 

@@ -29,8 +29,8 @@ class ScaledAdamW(PairRule):
     eps: float = 1e-8
     damping: float = 1e-6  # d
 
-    copies_on_cpu: ClassVar[int] = 6
-    copies_on_cuda: ClassVar[int] = 6
+    copies_on_cpu: ClassVar[int] = 10
+    copies_on_cuda: ClassVar[int] = 10
 
     def check(self) -> None:
         super().check()
@@ -49,13 +49,14 @@ class ScaledAdamW(PairRule):
         return self._adam(of_A, A[2]), self._adam(of_B, B[2])
 
     def _solve(self, gram: "Tensor", grad: "Tensor") -> "Tensor":
-        """P(gram) grad; gram (r, r), grad (r, any)."""
+        """P(gram) grad; gram (r, r), grad (r, any). In float64: the damping is below the rounding of float32."""
         import torch
 
+        gram = gram.double()
         mean = gram.diagonal().mean()
-        identity = torch.eye(len(gram), device=gram.device)
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         damped = torch.where(mean > 0, gram / mean.clamp_min(1e-30), identity) + self.damping * identity
-        return torch.cholesky_solve(grad, torch.linalg.cholesky(damped))
+        return (torch.linalg.inv(damped).float()) @ grad
 
     def _adam(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
         first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]

@@ -28,8 +28,8 @@ class Spectron(PairRule):
     momentum: float = 0.95
 
     whole_moments: ClassVar[bool] = False
-    copies_on_cpu: ClassVar[int] = 6
-    copies_on_cuda: ClassVar[int] = 6
+    copies_on_cpu: ClassVar[int] = 8
+    copies_on_cuda: ClassVar[int] = 8
 
     def check(self) -> None:
         super().check()
