@@ -58,7 +58,7 @@ def test_commands_compose(line: str) -> None:
     register_schema()
     words = re.split(r"sltrain-train|sltrain\.train|\.sh|\.sbatch", line.partition(" #")[0])[-1].split()
     overrides = [word.strip("'\"") for word in words if "=" in word]
-    if overrides[0].startswith("run_dir="):  # its folder knows the model
+    if overrides[0].startswith(("run_dir=", "init_from=")):  # its folder knows the model
         overrides.append("model=llama_tiny")
     check_overrides(overrides, is_sweep=" -m " in line)
 

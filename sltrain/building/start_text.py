@@ -34,6 +34,7 @@ def describe(
     processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
     dtype = precision_name(model.lm_head.weight.dtype, model.compute_dtype)
     dtype = "float32 weights, bfloat16 arithmetic" if dtype == "mixed" else dtype
+    threads = torch.get_num_threads()
     lines = [
         f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
         f" = {sum_of_groups(counts, _short)}",
@@ -42,7 +43,7 @@ def describe(
         f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}{_shape(c)},"
         f" {c.optimizer.name}",
         f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids",
-        f"machine    {ranks.device}, {dtype}, {torch.get_num_threads()} CPU threads",
+        f"machine    {ranks.device}, {dtype}, {threads} CPU thread{'s' if threads > 1 else ''}",
     ]
     if eval_set.exhausted:
         of = f"; all there is of {', '.join(short)}" if (short := eval_set.short_sources) else ", all there is"

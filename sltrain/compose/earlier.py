@@ -45,6 +45,8 @@ def earlier_run_config(texts: list[str]) -> TrainConfig | None:
         return _config_over(file, overrides, {})
     if init_from is not None and (file := folder_of(init_from) / CONFIG_FILE).is_file():
         return _config_over(file, overrides, FORGOTTEN)
+    if init_from is not None and not folder_of(init_from).exists():
+        raise ValueError(f"init_from={init_from}: there is no such folder here")
     if run_dir is not None and init_from is None:
         raise ValueError(_no_run(Path(run_dir).expanduser()))
     return None

@@ -135,7 +135,7 @@ def check_updates(
     if per_layer_update and grad_clip is not None:
         raise ValueError(
             f"grad_clip={grad_clip} needs all gradients at once, which per_layer_update=true frees one by one; "
-            f"set grad_clip=null, or grad_clip_per_parameter={grad_clip} instead."
+            f"set grad_clip=null, and to clip each by itself grad_clip_per_parameter={grad_clip} too."
         )
     if stochastic_rounding and dtype != torch.bfloat16:
         raise ValueError(
@@ -146,8 +146,13 @@ def check_updates(
 
 def check_takes(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> None:
     """Raise ValueError for an optimizer that takes none of the parameters."""
-    if not any(options.takes(info) for info in infos):
-        raise ValueError(f"optimizer={options.name} takes none of the model's parameters; choose another optimizer.")
+    own = [member for member in members(options) if member.name.startswith(options.name)]  # scale has several
+    if not any(member.takes(info) for info in infos for member in own):
+        rank = getattr(options, "rank", None)
+        lower = "" if rank is None else f" set optimizer.rank below {rank} (below that of A and B), or"
+        raise ValueError(
+            f"optimizer={options.name} takes none of the model's parameters;{lower} choose another optimizer."
+        )
 
 
 def members(options: OptimizerConfig) -> list[OptimizerConfig]:

@@ -295,7 +295,7 @@ def kept_bytes(numel: int, element_size: int, moments_dtype: str) -> int:
     [
         (
             {"grad_clip": 1.0, "per_layer_update": True},
-            "grad_clip=1.0 needs all .* grad_clip=null, or grad_clip_per_parameter=1.0",
+            "grad_clip=1.0 needs all .* grad_clip=null, and .* grad_clip_per_parameter=1.0 too",
         ),
         ({"stochastic_rounding": True}, "they are float32; set dtype=bfloat16"),
     ],

@@ -11,6 +11,8 @@ import torch
 from optimizers import make_optimizer, make_options
 from torch import Tensor, nn
 
+from sltrain.compose import TRAIN, compose_config
+from sltrain.config import validate
 from sltrain.engine.memory import tensor_peak
 from sltrain.optim import build
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
@@ -325,6 +327,10 @@ def test_inside_backward_it_is_the_ordinary_update(name: str) -> None:
     ("name", "options", "said"),
     [
         ("lion", {"betas": [0.9]}, "optimizer.betas=.* two numbers"),
+        ("lion", {"betas": [1.0, 1.0]}, "optimizer.betas=.* two numbers from 0 to below 1"),
+        ("fira", {"scale": math.nan}, "optimizer.scale=nan: must be a number above 0"),
+        ("apollo", {"scale": math.inf}, "optimizer.scale=inf: must be a number above 0"),
+        ("adafactor", {"clip": math.inf}, "must be a number of at least 1"),
         ("sgd", {"nesterov": True}, "optimizer.nesterov=true needs a momentum"),
         ("sgd", {"momentum": 1.0}, "optimizer.momentum=1.0: must be from 0 to below 1"),
         ("muon", {"scale": "adam"}, "optimizer.scale=adam: choose one of match_rms, original"),
@@ -473,3 +479,28 @@ def test_a_basis_waits_for_a_gradient() -> None:
         options.direction(gradient, state)
     expected = leading_directions(next(gradients((20, 12))), 4)
     torch.testing.assert_close(state["basis"] @ state["basis"].T, expected @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+def test_scale_takes_a_model_that_has_no_matrices() -> None:
+    """As those of method=sparse: kept values, embedding and head."""
+    infos = [ParamInfo("embed.weight", (30, 8), 4, "embedding"), ParamInfo("up.values", (8, 4), 4, "values")]
+    build.check_takes(make_options("scale"), infos)
+    with pytest.raises(ValueError, match="optimizer=galore takes none .* set optimizer.rank below 4 .*or choose"):
+        build.check_takes(make_options("galore"), infos)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("method=switchlora optimizer=muon optimizer.momentum_dtype=int8", "holds in another form"),
+        ("method=switchlora optimizer=lion dtype=bfloat16 stochastic_rounding=true", "holds in another form"),
+        (
+            "method=structured_ffn method.structure=block_shuffle optimizer=scaled_adamw",
+            "are blocks; set optimizer=muon",
+        ),
+        ("optimizer=spectron per_layer_update=true", "per_layer_update=true works on one tensor at a time"),
+    ],
+)
+def test_methods_and_optimizers_that_do_not_go_together_are_one_line(tiny: list[str], typed: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        validate(compose_config([*tiny, *typed.split()], TRAIN))

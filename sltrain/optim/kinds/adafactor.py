@@ -30,8 +30,8 @@ class Adafactor(OptimizerConfig):
     def check(self) -> None:
         if not -1 <= self.beta2_decay < 0:
             raise ValueError(f"optimizer.beta2_decay={self.beta2_decay}: must be from -1 to below 0 (-0.8 is usual)")
-        if not self.clip >= 1:
-            raise ValueError(f"optimizer.clip={self.clip}: must be at least 1")
+        if not 1 <= self.clip < float("inf"):
+            raise ValueError(f"optimizer.clip={self.clip}: must be a number of at least 1")
 
     def make(self, groups: list[dict[str, Any]], lr: float, device: "torch.device") -> "torch.optim.Optimizer":
         import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.projected import Projected, channel_norms, limit_growth
+from sltrain.optim.kinds.rule import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,7 @@ class Apollo(Projected):
         super().check()
         if self.per not in ("channel", "tensor"):
             raise ValueError(f"optimizer.per={self.per}: choose one of channel, tensor")
-        if not self.scale > 0:
-            raise ValueError(f"optimizer.scale={self.scale}: must be above 0")
+        check_finite(scale=self.scale)
 
     def new_basis(self, grad: "Tensor", number: int) -> "Tensor":
         from sltrain.optim.basis import normal

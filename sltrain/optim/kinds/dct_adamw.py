@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from omegaconf import MISSING
 
 from sltrain.optim.kinds.base import OPTIMIZERS
-from sltrain.optim.kinds.rule import MatrixRule, check_share
+from sltrain.optim.kinds.rule import MatrixRule, check_betas
 from sltrain.parameters import ParamInfo
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ class DCTAdamW(CosineRule):
         super().check()
         if self.update_every < 1:
             raise ValueError(f"optimizer.update_every={self.update_every}: must be at least 1")
-        if len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas={self.betas}: must be two numbers, such as [0.9,0.999]")
-        check_share(betas_0=self.betas[0], betas_1=self.betas[1])
+        check_betas(self.betas)
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         import torch

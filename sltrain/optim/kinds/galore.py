@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.projected import Projected
+from sltrain.optim.kinds.rule import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,7 @@ class GaLore(Projected):
 
     def check(self) -> None:
         super().check()
+        check_finite(scale=self.scale)
         if self.svd not in ("exact", "randomized"):
             raise ValueError(f"optimizer.svd={self.svd}: choose one of exact, randomized")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS
-from sltrain.optim.kinds.rule import Rule, check_share
+from sltrain.optim.kinds.rule import Rule, check_betas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,7 @@ class Lion(Rule):
     copies_on_cuda: ClassVar[int] = 2
 
     def check(self) -> None:
-        if len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas={self.betas}: must be two numbers, such as [0.9,0.99]")
-        check_share(betas_0=self.betas[0], betas_1=self.betas[1])
+        check_betas(self.betas)
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         return {"momentum": weight.new_zeros(weight.shape)}

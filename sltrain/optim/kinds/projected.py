@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from sltrain.optim.kinds.rule import MatrixRule, check_share
+from sltrain.optim.kinds.rule import MatrixRule, check_betas
 from sltrain.parameters import ParamInfo
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ class Projected(MatrixRule):
         for name in ("rank", "update_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
-        if len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas={self.betas}: must be two numbers, such as [0.9,0.999]")
-        check_share(betas_0=self.betas[0], betas_1=self.betas[1])
+        check_betas(self.betas)
 
     def takes(self, parameter: ParamInfo) -> bool:
         return super().takes(parameter) and min(parameter.shape) > self.rank

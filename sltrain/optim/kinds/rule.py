@@ -93,3 +93,16 @@ def check_share(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name}={value}: must be from 0 to below 1")
+
+
+def check_betas(betas: list[float]) -> None:
+    """Raise ValueError for the decays of two averages that are not two numbers in [0, 1)."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"optimizer.betas={betas}: must be two numbers from 0 to below 1, such as [0.9,0.999]")
+
+
+def check_finite(**options: float) -> None:
+    """Raise ValueError for an option that is not a number above 0."""
+    for name, value in options.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"optimizer.{name}={value}: must be a number above 0")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS
-from sltrain.optim.kinds.rule import PairRule, check_share
+from sltrain.optim.kinds.rule import PairRule, check_betas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,7 @@ class ScaledAdamW(PairRule):
 
     def check(self) -> None:
         super().check()
-        if len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas={self.betas}: must be two numbers, such as [0.9,0.999]")
-        check_share(betas_0=self.betas[0], betas_1=self.betas[1])
+        check_betas(self.betas)
         if not self.damping > 0:
             raise ValueError(f"optimizer.damping={self.damping}: must be above 0 (1e-6 is usual)")
 
