@@ -73,7 +73,9 @@ def build_trainer(
             start.fill(model, ranks)
         ranks.send_from_main(model)
     live = Live(build_updates(config, model, ranks))
-    schedule = Schedule(live_actions(config, model, live), phases_of(config), config.seed)
+    schedule = Schedule(
+        live_actions(config, model, live), phases_of(config), config.seed, agree=lambda: ranks.send_from_main(model)
+    )
     objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}
     saved: dict[str, Any] = {}
     if checkpoint is not None:

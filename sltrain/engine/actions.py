@@ -59,6 +59,7 @@ class Action:
     state: Stateful | None = None  # saved in checkpoints under the action's name
     before: Callable[[], None] | None = None  # in an update after which it is due: with gradients, before the optimizer
     before_bytes: int = 0  # memory held from there until `apply` is over, for the plan; also in temporary_bytes
+    decomposes: bool = False  # its result may differ in the last bit between machines, so rank 0's is sent to all
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,14 @@ def generator_for(seed: int, name: str, step: int) -> torch.Generator:
 
 @dataclass
 class Schedule:
-    """The actions and phases of a run. `enter(phase, generator)` changes the model and rebuilds the optimizer."""
+    """The actions and phases of a run. `enter(phase, generator)` changes the model and rebuilds the optimizer;
+    `agree()` gives every rank the model of rank 0."""
 
     actions: Sequence[Action] = ()
     phases: Sequence[Phase] = ()
     seed: int = 0
     enter: Callable[[Phase, torch.Generator], None] = lambda phase, generator: None
+    agree: Callable[[], None] = lambda: None
     is_acting: bool = False  # while some weights are changed and others not yet, also after an error in that
 
     def __post_init__(self) -> None:
@@ -140,6 +143,8 @@ class Schedule:
         for action in self.actions:
             if action.is_due(step):
                 action.apply(Moment(step, generator_for(self.seed, action.name, step)))
+                if action.decomposes:
+                    self.agree()
         self.is_acting = False
 
     def stateful(self) -> dict[str, Stateful]:

@@ -89,10 +89,12 @@ class Ranks:
         return tensor
 
     def send_from_main(self, model: nn.Module) -> None:
-        """Give every rank the parameters of rank 0: a decomposition may differ in its last bit between machines."""
+        """Give every rank the parameters and buffers of rank 0: a decomposition, and what is chosen by one, may differ
+        between machines."""
         if self.world_size > 1:
-            for parameter in model.parameters():
-                dist.broadcast(parameter.detach(), src=0)
+            for tensor in (*model.parameters(), *model.buffers()):
+                values = tensor.detach()  # integers byte by byte: not every backend sends uint16
+                dist.broadcast(values if values.is_floating_point() else values.view(-1).view(torch.uint8), src=0)
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on every rank."""
@@ -128,8 +130,8 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model in DDP, which averages gradients over ranks during backward; bare for one rank. Buffers are not
-        sent: supports are equal by construction."""
+        """The model in DDP, which averages gradients over ranks during backward; bare for one rank. It does not send
+        buffers: these are equal from the start, see `send_from_main`."""
         if self.world_size == 1:
             return model
         buffers = [name for name, _ in model.named_buffers()]

@@ -40,6 +40,12 @@ def riemannian_step(B: Tensor, A: Tensor, step_B: Tensor, step_A: Tensor) -> tup
     return new_B, (roots[:, None] * rows[:rank]) @ torch.cat([V, Q_right], 1).t()
 
 
-def step_bytes(out_features: int, in_features: int, rank: int) -> int:
-    """What `riemannian_step` allocates at most: six matrices of each factor's shape and ten (2 r, 2 r), float64."""
-    return 8 * (6 * rank * (out_features + in_features) + 10 * (2 * rank) ** 2)
+def step_bytes(out_features: int, in_features: int, rank: int, element_size: int) -> int:
+    """What `riemannian_step` allocates at most, and the steps it is given, of `element_size` bytes a number.
+
+    In float64: the factors, the steps, U and V, G V and U^T G, Q_left and Q_right; 21 (r, r) matrices at the singular
+    value decomposition's end; and three matrices of a factor's shape for new_B, then one for new_B and three for new_A.
+    """
+    sides = out_features + in_features
+    last = max(3 * out_features, out_features + 3 * in_features)
+    return 8 * (rank * (5 * sides + last) + 21 * rank**2) + element_size * rank * sides

@@ -111,6 +111,7 @@ class LORO(Method):
         if self.exact_every == 0:
             return []
         held = sum(p.numel() * p.element_size() for layer in layers.values() for p in (layer.A, layer.B))
-        sides = [(layer.out_features, layer.in_features, layer.rank) for layer in layers.values()]
-        working = max((step_bytes(*each) for each in sides), default=0)
-        return [Action("exact_step", every(self.exact_every), exact, held + working, before=before, before_bytes=held)]
+        sizes = [(each.out_features, each.in_features, each.rank, each.A.element_size()) for each in layers.values()]
+        temporary = held + max((step_bytes(*each) for each in sizes), default=0)
+        due = every(self.exact_every)
+        return [Action("exact_step", due, exact, temporary, before=before, before_bytes=held, decomposes=True)]

@@ -75,7 +75,7 @@ class Restarts(Method):
         if self.restart_every == 0:
             return []
         temporary = max((layer.balance_bytes for layer in layers), default=0) if self.restart_balance else 0
-        return [Action("restart", every(self.restart_every), restart, temporary)]
+        return [Action("restart", every(self.restart_every), restart, temporary, decomposes=self.restart_balance)]
 
 
 def climb(number: int, warmup: int, lowest: float) -> float:

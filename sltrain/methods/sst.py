@@ -88,4 +88,5 @@ class SST(Method):
             running.reset_state(fresh)
 
         temporary = max((layer.select_bytes for layer in layers.values()), default=0)
-        return [Action("tidy", every(1), tidy), Action("select", every(self.select_every), select, temporary)]
+        chosen = Action("select", every(self.select_every), select, temporary, decomposes=True)
+        return [Action("tidy", every(1), tidy), chosen]

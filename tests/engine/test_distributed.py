@@ -6,16 +6,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltrain.engine.actions import Action, Schedule, every
 from sltrain.engine.distributed import Ranks
 
 
-def test_every_rank_begins_with_the_parameters_of_rank_0(on_two_ranks: Callable[..., list[Any]]) -> None:
+def test_every_rank_begins_with_the_parameters_and_buffers_of_rank_0(on_two_ranks: Callable[..., list[Any]]) -> None:
     def begin(ranks: Ranks) -> list[torch.Tensor]:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).bfloat16())
-        for parameter in model.parameters():
-            nn.init.constant_(parameter, 1.5 + ranks.rank)
+        model.register_buffer("share", torch.empty(()))
+        model.register_buffer("step", torch.empty((), dtype=torch.int64))
+        model.register_buffer("positions", torch.empty(5, 3, dtype=torch.int32).to(torch.uint16))
+        model.register_buffer("none", torch.empty(0, dtype=torch.int64))
+        for tensor in model.state_dict().values():
+            tensor.fill_(300 + ranks.rank)
         ranks.send_from_main(model)
-        return [parameter.detach() for parameter in model.parameters()]
+        return [tensor.float() for tensor in model.state_dict().values()]
 
-    for parameters in on_two_ranks(begin):
-        assert all((parameter == 1.5).all() for parameter in parameters)
+    for tensors in on_two_ranks(begin):
+        assert all((tensor == 300).all() for tensor in tensors)
+
+
+def test_after_a_decomposition_every_rank_has_the_model_of_rank_0(on_two_ranks: Callable[..., list[Any]]) -> None:
+    def act(ranks: Ranks) -> list[float]:
+        model = nn.Linear(3, 4)
+        found = []
+        for decomposes in (False, True):
+            change = Action("change", every(1), lambda moment: model.weight.fill_(ranks.rank), decomposes=decomposes)
+            Schedule([change], agree=lambda: ranks.send_from_main(model)).run(1)
+            found.append(model.weight.mean().item())
+        return found
+
+    assert on_two_ranks(act) == [[0.0, 0.0], [1.0, 0.0]]

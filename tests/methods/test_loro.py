@@ -7,7 +7,8 @@ from driven import LR, STEPS, Adam, batches, loss_and_gradients, network_with, t
 
 from sltrain.compose import TRAIN, compose_config
 from sltrain.engine.actions import Running, Schedule
-from sltrain.layers.riemannian import riemannian_step
+from sltrain.engine.memory import tensor_peak
+from sltrain.layers.riemannian import riemannian_step, step_bytes
 from sltrain.methods.loro import LORO
 from sltrain.methods.low_rank import LowRank
 
@@ -132,6 +133,14 @@ def test_refresh_chooses_whose_moments_begin_again(refresh: str, gone: int) -> N
     schedule.run(4)
     expected = [["one.A", "one.B", "two.weight"], ["one.A", "one.B"], []][2 - gone]
     assert sorted(reset) == expected
+
+
+@pytest.mark.parametrize("sizes", [(384, 384, 96), (256, 768, 64), (768, 256, 64), (512, 512, 200), (352, 128, 16)])
+def test_memory_of_an_exact_step_is_planned(sizes: tuple[int, int, int]) -> None:
+    out, in_, rank = sizes
+    B, A = torch.randn(out, rank), torch.randn(rank, in_)
+    _, measured = tensor_peak(lambda: riemannian_step(B, A, 0.01 * B, 0.02 * A), 0, torch.device("cpu"))
+    assert measured == pytest.approx(step_bytes(*sizes, 4), rel=0.05)
 
 
 def test_parameters_by_formula() -> None:

@@ -6,6 +6,7 @@ import torch
 from driven import LR, STEPS, Adam, Network, batches, loss_and_gradients, network_with, train
 
 from sltrain.compose import TRAIN, compose_config
+from sltrain.engine.memory import tensor_peak
 from sltrain.layers.kinds.sst import SpectralLinear
 from sltrain.methods.sst import SST
 
@@ -131,6 +132,18 @@ def test_parameters_by_formula() -> None:
     assert layer.num_trained == 6 * (40 + 24) + 24
     assert sum(p.numel() for p in layer.parameters()) == 24 * (40 + 24) + 24
     assert layer.multiply_adds() == 24 * (40 + 24)
+
+
+@pytest.mark.parametrize("sides", [(384, 384), (256, 768), (768, 256)])
+def test_memory_of_a_selection_is_planned(sides: tuple[int, int]) -> None:
+    layer = SpectralLinear(*sides, rank=16)
+
+    def end_round() -> None:
+        layer.decompose()
+        layer.select(None)
+
+    _, measured = tensor_peak(end_round, 0, torch.device("cpu"))
+    assert measured == pytest.approx(layer.select_bytes, rel=0.02)
 
 
 def test_a_dense_matrix_is_taken_whole() -> None:

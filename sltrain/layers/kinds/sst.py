@@ -125,9 +125,10 @@ class SpectralLinear(ReplacedLinear, kind="sst"):
 
     @property
     def select_bytes(self) -> int:
-        """What `select` and `decompose` allocate at most: W twice and both sides of its decomposition, in float64."""
-        sides = self.out_features + self.in_features
-        return 8 * (2 * self.out_features * self.in_features + self.full_rank * sides)
+        """Tensors that `select` and `decompose` allocate at most: W, and in float64 W twice and both sides of its
+        decomposition. What LAPACK allocates by itself, with MKL three (m, m) matrices, is in no plan."""
+        size, sides = self.out_features * self.in_features, self.out_features + self.in_features
+        return self.U.element_size() * size + 8 * (2 * size + self.full_rank * sides)
 
     def _sample(self, generator: torch.Generator | None) -> Tensor:
         values = self.s.detach().double().cpu()
