@@ -1,6 +1,7 @@
 """init_from=: a new run begins with weights that were trained before, by any method, at step 0.
 
-    the same kind of layer with the same settings    its tensors are copied, positions of S included
+    the same kind of layer with the same settings    its tensors are copied, positions of S included, by `copy_trained`
+                                                     (layers/base.py)
     nn.Linear here (method=full)                     the dense W of the other model
     any other layer                                  `set_weight` (layers/base.py) brings its W near that W: B A by a
                                                      singular value decomposition, S by what is left at its positions
@@ -15,6 +16,7 @@ import dataclasses
 import logging
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,13 @@ class Start:
     @torch.no_grad()
     def _copy(self, model: nn.Module, fitted: dict[str, ReplacedLinear]) -> None:
         """All tensors but those of fitted layers."""
+        replaced = _replaced(model)
+        for name, layer in replaced.items():
+            if name not in fitted:
+                layer.copy_trained(partial(self._read_of, name))
         for name, tensor in model.state_dict().items():
             parent, _, leaf = name.rpartition(".")
-            if any(f"{name}.".startswith(f"{layer}.") for layer in fitted):
+            if any(f"{name}.".startswith(f"{layer}.") for layer in replaced):
                 continue
             tensor.copy_(self._dense(parent) if self._is_merged(model, parent, leaf) else self._read(name))
 
@@ -104,6 +110,9 @@ class Start:
         """Whether this is the weight of a linear that another layer of the saved model takes the place of."""
         theirs = self.saved.model.get_submodule(module)
         return leaf == "weight" and is_plain_linear(model.get_submodule(module)) and isinstance(theirs, ReplacedLinear)
+
+    def _read_of(self, module: str, leaf: str) -> Tensor:
+        return self._read(f"{module}.{leaf}")
 
     def _read(self, name: str) -> Tensor:
         is_tied = name == HEAD and HEAD not in self.saved.files.names()

@@ -20,7 +20,7 @@ the meta device). Temporaries are bounds of the largest terms: in a whole model 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,6 +115,13 @@ class ReplacedLinear(nn.Module):
         """Give the trained tensors values that bring W near a dense matrix (out, in). The positions of S stay as they
         were drawn; a mask may be chosen by the matrix. Raises ValueError for a kind that cannot."""
         raise ValueError(f"layers of kind {self.kind} cannot start from a dense matrix")
+
+    @torch.no_grad()
+    def copy_trained(self, read: Callable[[str], Tensor]) -> None:
+        """Take the tensors, by name, of a layer of this kind with the same settings, which `init_from` continues from.
+        An override leaves out what belongs to the run of that layer."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(read(name))
 
     def warnings(self) -> dict[str, str]:
         """What a user should know before training: topic -> line. Of each topic a model shows the first layer's."""

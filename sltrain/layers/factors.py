@@ -20,6 +20,7 @@ A layer that starts from a dense matrix instead has B A from its singular value 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,8 +106,22 @@ class FactoredLinear(ReplacedLinear):
         left, values, right = torch.linalg.svd(matrix.t() if is_wide else matrix, full_matrices=False)
         columns, rows = (right.t(), left.t()) if is_wide else (left, right)
         roots = (values[: self.rank] / self.scale).sqrt()
+        drawn = self.A.clone()
         self.B.copy_(columns[:, : self.rank] * roots)
         self.A.copy_(roots[:, None] * rows[: self.rank])
+        self._revive(drawn)
+
+    @torch.no_grad()
+    def copy_trained(self, read: Callable[[str], Tensor]) -> None:
+        drawn = self.A.clone()
+        super().copy_trained(read)
+        self._revive(drawn)
+
+    def _revive(self, drawn: Tensor) -> None:
+        """Give A its drawn rows where it is zero and B is too, as in ranks that maestro has cut: there neither would
+        ever get a gradient. B A stays."""
+        is_dead = ~self.A.any(1) & ~self.B.any(0)
+        self.A[is_dead] = drawn[is_dead]
 
     @torch.no_grad()
     def balance(self) -> None:

@@ -45,12 +45,15 @@ def build(config: TrainConfig) -> LlamaForCausalLM:
 def saved_run(tmp_path: Path, tokenizer_file: Path) -> Callable[..., tuple[Path, LlamaForCausalLM]]:
     """Overrides -> a run folder with a checkpoint of step 7, and its model."""
 
-    def make(*overrides: str) -> tuple[Path, LlamaForCausalLM]:
+    def make(
+        *overrides: str, change: Callable[[LlamaForCausalLM], None] = lambda model: None
+    ) -> tuple[Path, LlamaForCausalLM]:
         folder = tmp_path / "run"
         config = compose_config([*BASE, *overrides], TRAIN)
         model = build(config)
         for parameter in model.parameters():  # B is 0 before training
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        change(model)
         Checkpointer(folder, 2).save(7, model, {}, {"progress": {}})
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         tokenizer = json.loads(tokenizer_file.read_text())
@@ -83,6 +86,44 @@ def test_the_same_method_continues_with_the_same_bits(method: str, saved_run: Ca
     found = started(source, f"method={method}", "seed=2").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert f"init from  {source}, step 7: all weights copied" in lines
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("overrides", [["method=low_rank"], ["method=maestro"], ["method=sltrain", "rank=4"]])
+def test_ranks_that_maestro_has_cut_can_be_trained_again(
+    overrides: list[str], is_whole: bool, saved_run: Callable
+) -> None:
+    """The function stays; no rank is zero in both factors. Some ranks of a layer are cut, or all."""
+
+    def cut(model: LlamaForCausalLM) -> None:
+        for _, layer in _layers(model):
+            layer.kept = 0 if is_whole else 3
+            layer.clear_cut()
+
+    source, trained = saved_run("method=maestro", "method.max_rank=8", change=cut)
+    if overrides == ["method=maestro"]:
+        overrides = [*overrides, "method.max_rank=8"]
+    if overrides == ["method=low_rank"]:
+        overrides = [*overrides, "alpha=8"]  # maestro's scale
+    model = started(source, *overrides)
+    for name, layer in _layers(model):
+        assert (layer.A.any(1) | layer.B.any(0)).all()
+        theirs = trained.get_submodule(name).dense_weight()
+        if "method=sltrain" not in overrides:  # S is not zero there
+            torch.testing.assert_close(layer.dense_weight(), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_share_of_a_guide_is_that_of_the_new_run(saved_run: Callable) -> None:
+    def fade(model: LlamaForCausalLM) -> None:
+        for module in model.modules():
+            if hasattr(module, "share"):
+                module.share.fill_(0.25)
+
+    overrides = ["method=structured_ffn", "method.guided=true", "max_steps=20"]
+    source, trained = saved_run(*overrides, change=fade)
+    found = started(source, *overrides).state_dict()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(found[name], tensor) != name.endswith(".share")
 
 
 @pytest.mark.parametrize("source_method", ["sltrain", "low_rank"])

@@ -1,6 +1,7 @@
 """W of a structure with fewer parameters (layers/blocks.py), which a dense matrix may guide at the beginning."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class StructuredLinear(ReplacedLinear, kind="structured_ffn"):
             b.copy_(left[:, : len(a)] * roots)
         if self.has_guide:
             self.guide.copy_(weight)
+
+    def copy_trained(self, read: Callable[[str], Tensor]) -> None:
+        """The guide's share stays: it says how far a run is."""
+        super().copy_trained(lambda name: self.share if name == "share" else read(name))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.structure.apply(x, self.A, self.B)
