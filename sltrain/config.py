@@ -259,10 +259,9 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
     config.optimizer.check()
     config.method.check()
-    if config.ema is not None and config.method.exchanges_factors():
+    if config.ema is not None and (reason := config.method.against_ema()) is not None:
         raise ValueError(
-            f"ema={config.ema} averages B and A each by itself, and method={config.method.name} exchanges both now and"
-            " then while W stays: their averages would be no average of W; set ema=null"
+            f"ema={config.ema} averages B and A each by itself, and method={config.method.name} {reason}; set ema=null"
         )
     if config.optimizer.whole_update and not config.method.multiplies_factors():
         raise ValueError(

@@ -32,6 +32,10 @@ class OrderedLinear(LowRankLinear):
             return super().forward(x)
         return aligned_linear(self.scale * aligned_linear(x, self.A[:used]), self.B[:, :used], self.bias)
 
+    def multiply_adds(self) -> int:
+        """Of the ranks that are left, which evaluation uses; updates use fewer where ranks are drawn."""
+        return self.kept * (self.in_features + self.out_features)
+
     def footprint(self, rows: Rows) -> Footprint:
         """Of all ranks. The gradients of the used part exist beside those of the whole."""
         whole = super().footprint(rows)

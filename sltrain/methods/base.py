@@ -58,6 +58,12 @@ class Method:
         of B and of A, each by itself, would make no average of W."""
         return False
 
+    def against_ema(self) -> str | None:
+        """Why `ema` is refused, in words that follow the method's name; None: it is not."""
+        if not self.exchanges_factors():
+            return None
+        return "exchanges both now and then while W stays: their averages would be no average of W"
+
     def agrees(self, step: int, before: int, after: int) -> bool:
         """Whether a run of `before` updates does in its first `step` what one of `after` does, phases apart. Runs are
         extended only then (`extend=`)."""
@@ -95,6 +101,9 @@ METHODS: Registry[Method] = Registry(
     "method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice", "restarts")
 )
 
+# Between two factors. layers/activated.py has the functions, and cannot be read from here: it imports torch.
+ACTIVATIONS = ("silu", "gelu", "relu", "none")
+
 
 def check_at_least(least: float, **options: float | None) -> None:
     """Raise ValueError for an option of a method below `least`; None is no value."""
@@ -117,11 +126,11 @@ def check_one_of(choices: Iterable[str], **options: str) -> None:
             raise ValueError(f"method.{name}={value}: choose one of {', '.join(choices)}")
 
 
-def check_ranks(method: str, rank: int, overrides: Mapping[str, int]) -> None:
-    """Raise ValueError for a rank, or one for single layers, below 1."""
+def check_ranks(method: str, rank: int, overrides: Mapping[str, int], least: int = 1, why: str = "") -> None:
+    """Raise ValueError for a rank, or one for single layers, below `least`; the line ends with `why`."""
     for name, value in {"rank": rank, **overrides}.items():
-        if value < 1:
-            raise ValueError(f"method={method} needs rank above 0, and {name} is {value}")
+        if value < least:
+            raise ValueError(f"method={method} needs rank above {least - 1}, and {name} is {value}{why}")
 
 
 def pattern_fits(pattern: str, name: str) -> bool:

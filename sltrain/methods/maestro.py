@@ -58,6 +58,10 @@ class Maestro(Method):
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
 
+    def against_ema(self) -> str | None:
+        cuts = "cuts ranks: their averages would not be 0; method.shrink_every=0 cuts none"
+        return cuts if self.shrink_every > 0 else None
+
     def acts_before_step(self) -> bool:
         return self.penalty > 0
 
@@ -81,9 +85,12 @@ class Maestro(Method):
                 layer.clear_cut()
             draw(list(layers.values()), self.sampler, moment.generator)
 
-        largest = max((p.numel() * 4 for layer in layers.values() for p in (layer.A, layer.B)), default=0)
-        before = penalize if self.penalty > 0 else None
-        return [Action("ranks", every(1), after, state=Ranks(layers), before=before, before_bytes=largest)]
+        factors = [factor for layer in layers.values() for factor in (layer.A, layer.B)]
+        # The norms of narrower numbers than float32 are taken of a copy; the penalty multiplies one factor by weights.
+        copy = max((4 * p.numel() for p in factors if p.element_size() < 4), default=0) if self.shrink_every else 0
+        largest = max((max(4, p.element_size()) * p.numel() for p in factors), default=0)
+        before, held = (penalize, largest) if self.penalty > 0 else (None, 0)
+        return [Action("ranks", every(1), after, copy, state=Ranks(layers), before=before, before_bytes=held)]
 
 
 def draw(layers: "list[OrderedLinear]", sampler: str, generator: "torch.Generator") -> None:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from driven import LR, STEPS, Adam, batches, loss_and_gradients, network_with, train
+from driven import LR, STEPS, Adam, Network, batches, loss_and_gradients, network_with, train
 
 from sltrain.compose import TRAIN, compose_config
-from sltrain.engine.actions import generator_for
+from sltrain.engine.actions import Moment, Running, generator_for
+from sltrain.engine.memory import tensor_peak
 from sltrain.layers.ordered import OrderedLinear
 from sltrain.methods.low_rank import LowRank
 from sltrain.methods.maestro import Maestro, Ranks, draw
@@ -129,6 +130,33 @@ def test_what_is_saved_rebuilds_the_ranks() -> None:
     assert [(layer.kept, layer.active) for layer in fresh.values()] == [(3, 4), (4, 2)]
 
 
+def test_the_arithmetic_is_that_of_the_ranks_that_are_left() -> None:
+    layer = OrderedLinear(12, 9, 6, 6)
+    assert layer.multiply_adds() == 6 * (12 + 9)
+    layer.kept = 2
+    assert layer.multiply_adds() == 2 * (12 + 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_memory_is_planned(dtype: torch.dtype, penalty: float) -> None:
+    """Of the penalty, and of looking for ranks to cut, both to a few kilobytes."""
+    network = Network().to(dtype)
+    network.two = torch.nn.Linear(200, 300, bias=False, dtype=dtype)
+    method = make(penalty=penalty, shrink_every=1, threshold=0.0)
+    method.replace(network, lambda name, linear: True)
+    action = method.actions(Running(network, 8))[0]
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert (action.before is None) == (penalty == 0) == (action.before_bytes == 0)
+    moment = Moment(1, torch.Generator())
+    for run, planned in ((action.before, action.before_bytes), (lambda: action.apply(moment), action.temporary_bytes)):
+        if run is not None:
+            with torch.no_grad():
+                _, measured = tensor_peak(run, 0, torch.device("cpu"))
+            assert planned <= measured <= planned + 15_000
+
+
 def test_parameters_by_formula() -> None:
     network = network_with(make(rank_overrides={"two": 3}))
     assert [layer.num_trained for layer in (network.one, network.two)] == [9 * (12 + 9), 3 * (9 + 7)]
@@ -142,6 +170,7 @@ def test_parameters_by_formula() -> None:
         (["method.sampler=some"], "method.sampler=some: choose one of one, all, none"),
         (["method.penalty=-1"], "method.penalty=-1.0: must be at least 0"),
         (["method.shrink_every=-1"], "method.shrink_every=-1: must be at least 0"),
+        (["ema=0.9"], "ema=0.9 averages B and A each by itself, and method=maestro cuts ranks: .*; set ema=null"),
         (["per_layer_update=true", "grad_clip=null"], "method=maestro acts between .* set per_layer_update=false"),
     ],
 )
