@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_one_of, check_ranks, replace_each, resolve
+from sltrain.methods.base import ACTIVATIONS, METHODS, Method, check_one_of, check_ranks, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sltrain.methods.base import Chosen
-
-ACTIVATIONS = ("silu", "gelu", "relu", "none")  # between two factors
 
 
 @METHODS.register("cola")

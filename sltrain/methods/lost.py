@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from sltrain.methods.base import (
+    ACTIVATIONS,
     METHODS,
     Method,
     check_above_zero,
@@ -16,7 +17,6 @@ from sltrain.methods.base import (
     replace_each,
     resolve,
 )
-from sltrain.methods.cola import ACTIVATIONS
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.base import (
+    METHODS,
+    Method,
+    check_above_zero,
+    check_at_least,
+    check_one_of,
+    check_ranks,
+    replace_each,
+    resolve,
+)
 from sltrain.methods.restarts import climb
 
 if TYPE_CHECKING:
@@ -48,9 +57,7 @@ class ReLoRA(Method):
     def check(self) -> None:
         check_at_least(0, merge_every=self.merge_every, merge_warmup=self.merge_warmup)
         check_above_zero(alpha=self.alpha)
-        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
-            if rank < 1:
-                raise ValueError(f"method=relora needs rank above 0, and {name} is {rank}")
+        check_ranks("relora", self.rank, self.rank_overrides)
         if not 0 <= self.warm_start < 1:
             raise ValueError(f"method.warm_start={self.warm_start}: must be at least 0 and below 1, a share of the run")
         if 0 < self.merge_every < self.merge_warmup:
@@ -58,8 +65,7 @@ class ReLoRA(Method):
                 f"method.merge_warmup={self.merge_warmup} is not over before the next merge, after"
                 f" method.merge_every={self.merge_every} updates; lower it, or merge less often"
             )
-        if self.moments not in MOMENTS:
-            raise ValueError(f"method.moments={self.moments}: choose one of {', '.join(MOMENTS)}")
+        check_one_of(MOMENTS, moments=self.moments)
         if not 0 < self.pruned < 1:
             raise ValueError(f"method.pruned={self.pruned}: must be above 0 and below 1; all of it is moments=reset")
         if self.pruned != 0.99 and self.moments in ("reset", "keep"):

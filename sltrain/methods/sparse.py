@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_one_of, replace_each
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sltrain.methods.base import Chosen
 
-CHOICES = ("random", "magnitude")
+CHOICES = ("random", "magnitude")  # as in layers/masked_linear.py, which cannot be read from here: it imports torch
 DEFAULT = 0.5
 
 
@@ -33,7 +33,7 @@ class Sparse(Method):
 
     def check(self) -> None:
         check_above_zero(gain=self.gain)
-        check_prune(self.prune)
+        check_one_of(CHOICES, prune=self.prune)
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"method.sparsity={self.sparsity} and method.pattern={self.pattern}: drop one of the two")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -65,12 +65,6 @@ class Sparse(Method):
     def columns(self) -> dict[str, Any]:
         default = {} if self.pattern else {"sparsity": DEFAULT}
         return default | super().columns()
-
-
-def check_prune(prune: str) -> None:
-    """Raise ValueError for an unknown `method.prune`."""
-    if prune not in CHOICES:
-        raise ValueError(f"method.prune={prune}: choose one of {', '.join(CHOICES)}")
 
 
 def read_pattern(text: str) -> tuple[int, int]:

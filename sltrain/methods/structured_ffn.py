@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, pattern_fits, replace_each
+from sltrain.methods.base import (
+    METHODS,
+    Method,
+    check_above_zero,
+    check_at_least,
+    check_one_of,
+    pattern_fits,
+    replace_each,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from sltrain.engine.actions import Action, Moment, Phase, Running
     from sltrain.methods.base import Chosen
 
+# As in layers/blocks.py, which cannot be read from here: it imports torch.
 STRUCTURES = ("low_rank", "block_dense", "block_shuffle")
 
 
@@ -40,8 +49,7 @@ class StructuredFFN(Method):
     gain: float = 1.0  # the start of W is this many times the paper's
 
     def check(self) -> None:
-        if self.structure not in STRUCTURES:
-            raise ValueError(f"method.structure={self.structure}: choose one of {', '.join(STRUCTURES)}")
+        check_one_of(STRUCTURES, structure=self.structure)
         check_at_least(1, rank=self.rank, blocks=self.blocks)
         check_at_least(0, dense_layers=self.dense_layers)
         check_above_zero(gain=self.gain)

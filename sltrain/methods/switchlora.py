@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_ranks, replace_each, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,11 +44,7 @@ class SwitchLoRA(Method):
         check_at_least(0, switch_every=self.switch_every, freeze=self.freeze)
         check_at_least(1, candidates=self.candidates)
         check_above_zero(alpha=self.alpha, switch_decay=self.switch_decay)
-        for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
-            if rank < 2:
-                raise ValueError(
-                    f"method=switchlora needs rank above 1, and {name} is {rank}: a pair would be exchanged"
-                )
+        check_ranks("switchlora", self.rank, self.rank_overrides, least=2, why=": a pair would be exchanged")
         if 0 < self.switch_every < max(2 * self.freeze, 1):
             raise ValueError(
                 f"method.switch_every={self.switch_every:g} is less than twice method.freeze={self.freeze}: more than"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltrain.layers import CoLALinear, LowRankLinear
 from sltrain.layers.activated import ACTIVATIONS, NONE
-from sltrain.methods import cola
+from sltrain.methods import base
 from sltrain.methods.cola import CoLA
 
 
@@ -87,4 +87,4 @@ def test_a_layer_refuses_what_it_cannot_be() -> None:
     for arguments, words in (((8, 8, 0), "rank of at least 1"), ((8, 8, 2, "tanh"), "choose one of silu")):
         with pytest.raises(ValueError, match=words):
             CoLALinear(*arguments)
-    assert cola.ACTIVATIONS == (*ACTIVATIONS, NONE)
+    assert base.ACTIVATIONS == (*ACTIVATIONS, NONE)

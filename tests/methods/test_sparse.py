@@ -12,7 +12,9 @@ from torch import nn
 
 from sltrain.building.model import build_model
 from sltrain.compose import TRAIN, compose_config
+from sltrain.layers import masked_linear
 from sltrain.layers.masked import unpack
+from sltrain.methods.sparse import CHOICES
 from sltrain.planning.accounting import count_parameters, stored_bytes
 
 Train = Callable[..., tuple[int, str, str]]
@@ -125,3 +127,7 @@ def test_a_pattern_wider_than_a_row_names_the_layer(tiny: list[str]) -> None:
     config = compose_config([*tiny, "method=sparse", "method.pattern=2:64"], TRAIN)
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: cannot keep 2 of every 64 entries of a row of 32"):
         build_model(config, 512, torch.float32)
+
+
+def test_the_method_knows_the_choices_of_the_layer() -> None:
+    assert CHOICES == masked_linear.CHOICES

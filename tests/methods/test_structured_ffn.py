@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sltrain.building.model import build_model
 from sltrain.building.phases import structures
 from sltrain.compose import TRAIN, compose_config
+from sltrain.layers import blocks
+from sltrain.methods.structured_ffn import STRUCTURES
 from sltrain.planning.accounting import count_parameters
-
-STRUCTURES = ("low_rank", "block_dense", "block_shuffle")
 
 
 class Structured(nn.Module):
@@ -147,3 +147,7 @@ def test_shapes_that_do_not_fit_are_named(options: str, message: str, tiny: list
     config = compose_config([*tiny, "method=structured_ffn", *options.split()], TRAIN)
     with pytest.raises(ValueError, match=message):
         build_model(config, 512, torch.float32)
+
+
+def test_the_method_knows_the_structures_of_the_layer() -> None:
+    assert STRUCTURES == blocks.STRUCTURES
