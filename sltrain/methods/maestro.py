@@ -59,7 +59,7 @@ class Maestro(Method):
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
 
     def against_ema(self) -> str | None:
-        cuts = "cuts ranks: their averages would not be 0; method.shrink_every=0 cuts none"
+        cuts = "cuts ranks, whose averages would not be 0, unless method.shrink_every=0"
         return cuts if self.shrink_every > 0 else None
 
     def acts_before_step(self) -> bool:
