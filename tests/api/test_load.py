@@ -331,7 +331,7 @@ CHANGES = {
     "another rank": (f"{LAYER}/rank", 4, ["model.layers.0.self_attn.q_proj"]),
     "rank above the matrix": (f"{LAYER}/rank", 99, ["model.layers.0.self_attn.q_proj", "99"]),
     "unknown support": (f"{LAYER}/support", "diagonal", ["model.layers.0.self_attn.q_proj", "diagonal"]),
-    "unknown kind": (f"{LAYER}/kind", "unheard", ["model.layers.0.self_attn.q_proj", "kind unheard", "install the package"]),
+    "unknown kind": (f"{LAYER}/kind", "moon", ["model.layers.0.self_attn.q_proj", "kind moon", "install the package"]),
     "unknown setting": (f"{LAYER}/colour", 1, ["model.layers.0.self_attn.q_proj", "colour"]),
     "no heads": ("num_attention_heads", 0, ["damaged"]),
     "negative size": ("hidden_size", -32, ["damaged"]),
