@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Slow to import (seconds each), or needed by few runs: only inside the function that uses them.
-LATE = set("datasets bitsandbytes torchao wandb tensorboard trackio transformers lm_eval matplotlib jinja2".split())
+LATE = set("datasets bitsandbytes wandb tensorboard trackio transformers lm_eval matplotlib jinja2".split())
 
 # Not modules of the package but files that exports copy, for transformers to run. They must import nothing of ours.
 COPIED = {

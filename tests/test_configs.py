@@ -13,9 +13,11 @@ from hydra import compose, initialize_config_dir
 import sltrain
 from sltrain.building.model import build_model
 from sltrain.compose import PLUGINS, TRAIN, compose_config, conf_dir, read_config, register_schema, to_train_config
+from sltrain.compose.earlier import run_config
 from sltrain.config import RETIRED_KEYS, ModelConfig, TrackerConfig, TrainConfig, num_steps, validate
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.planning.accounting import count_parameters
+from sltrain.runs.run_folder import RunFolder
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -173,6 +175,26 @@ def test_a_retired_key_of_a_saved_configuration_is_left_out(value: str, tmp_path
     """What was trained with it can be opened, whatever its value; whether it can be continued, the run folder says."""
     config = composed("model=llama_60m")
     assert read_config(saved(config, tmp_path, accumulation=value)) == config
+
+
+def test_what_a_removed_optimizer_trained_is_opened_and_not_continued(tmp_path: Path) -> None:
+    config = composed("model=llama_60m", "optimizer=adamw")
+    removed = {"name": "adam4bit", "betas": [0.9, 0.95], "eps": 1e-8}  # as its runs have it
+    file = saved(config, tmp_path, optimizer=removed)
+    found = read_config(file)
+    assert asdict(found) == {**asdict(config), "optimizer": {**removed, "moments_dtype": "auto"}}
+    gone = "optimizer=adam4bit does not exist any more; take optimizer=scale, or .*both need less memory"
+    for texts in (["model=llama_60m", "optimizer=adam4bit"], [f"run_dir={tmp_path}", "optimizer=adam4bit"]):
+        with pytest.raises(ValueError, match=f"^{gone}$"):
+            run_config(texts)
+    for key in ("run_dir", "init_from"):
+        with pytest.raises(ValueError, match=f"^{tmp_path} cannot continue, .*init_from={tmp_path}.*{gone}$"):
+            run_config([f"{key}={tmp_path}"])
+    assert run_config([f"init_from={tmp_path}", "optimizer=scale"]).optimizer.name == "scale"
+    folder = RunFolder(tmp_path, read_effective=lambda path: asdict(read_config(path)))
+    folder.summary_file.write_text("{}")
+    with pytest.raises(ValueError, match="holds another run: optimizer.name was 'adam4bit', is now 'adamw'"):
+        folder.check(asdict(config), "auto", ["run_dir", "optimizer.betas"])
 
 
 def test_a_retired_key_cannot_be_typed() -> None:

@@ -58,10 +58,8 @@ def _check_updates(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _check_compiler(config: TrainConfig, ranks: Ranks) -> None:
-    candidates = {"compile=true": config.compile, f"optimizer={config.optimizer.name}": config.optimizer.compiles}
-    for text in (text for text, does in candidates.items() if does):
-        _check_compiler_of(text, ranks.device.type)
-        return
+    if config.compile:
+        _check_compiler_of("compile=true", ranks.device.type)
 
 
 def _check_model(config: TrainConfig, ranks: Ranks) -> None:

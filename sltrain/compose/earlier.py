@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sltrain.compose.saved import read_config, read_saved
 from sltrain.compose.schema import PLUGINS, TRAIN, conf_dir, groups_of, plugin_defaults, train_schema
 from sltrain.compose.typed import check_form, compose_config, implied, parse_overrides, to_train_config
-from sltrain.compose.wording import composition_error, refuse_unknown_key
+from sltrain.compose.wording import composition_error, refuse_unknown_key, removed_option
 from sltrain.config import TrainConfig, folder_of, validate
 
 CONFIG_FILE = "config.yaml"
@@ -55,10 +55,12 @@ def earlier_run_config(texts: list[str]) -> TrainConfig | None:
 def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, Any]) -> TrainConfig:
     """The checked configuration in a run's config.yaml with `forgotten` and then what is typed over it. What was
     settled for the corpus of that run, such as its commit, stays only if the corpus does."""
-    earlier = read_config(path).data  # first: what is wrong there is not what was typed
+    before = read_config(path)  # first: what is wrong there is not what was typed
+    earlier = before.data
     check_form(overrides, is_sweep=False, schema=TRAIN)
     for override in overrides:
         refuse_unknown_key(override, TRAIN)
+    _refuse_removed(path.parent, before, overrides)
     groups, config = groups_of(TRAIN), read_saved(path)
     config.update(forgotten)
     config.data.update(dict.fromkeys(earlier.SETTLED))
@@ -81,8 +83,19 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     return result
 
 
+def _refuse_removed(run: Path, config: TrainConfig, overrides: list[Override]) -> None:
+    """Raise ValueError for a run with a plug-in that does not exist any more, unless another one is typed: its weights
+    can be opened, but it cannot continue."""
+    for group in PLUGINS:
+        gone = removed_option(group, getattr(config, group).name)
+        if gone and _typed(overrides, group) is None:
+            raise ValueError(f"{run} cannot continue, its weights can start a new run (init_from={run}): {gone}")
+
+
 def _chosen_option(group: str, name: str, names: list[str]) -> Any:
     """What GROUP=NAME puts in the place of the group. Raises ValueError."""
+    if gone := removed_option(group, name):
+        raise ValueError(gone)
     if name not in names:
         raise ValueError(f"{group}={name} does not exist; there are: {', '.join(names)}")
     if group in PLUGINS:

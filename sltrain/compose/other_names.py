@@ -1,7 +1,7 @@
 """What other trainers call the keys of a run, so that a name typed by habit is answered with ours.
 
 The names are those of the Hugging Face Trainer, the published code of GaLore and SLTrain, torchtitan, litgpt, nanoGPT
-and PyTorch Lightning. A name that is a key here is never looked up.
+and PyTorch Lightning. A name that is a key here is never looked up. Options of earlier versions that are gone follow.
 """
 
 # Our key, or words that name our keys -> names that others have for it.
@@ -97,3 +97,11 @@ OTHERS = {
     "per_layer_update": "layerwise layer_wise per_layer per_layer_weight_update galore_adamw8bit_per_layer",
 }
 OTHER_NAMES = {name: ours for ours, names in OTHERS.items() for name in names.split()}  # the other way round
+
+# GROUP=NAME of an earlier version -> what to take instead.
+REMOVED = {
+    "optimizer=adam4bit": "take optimizer=scale, or optimizer=muon optimizer.momentum_dtype=int8"
+    " optimizer.others=scale: both need less memory"
+}
+# The plug-in that reads the options of a removed one from the config.yaml of a run, whose weights can still be opened.
+READ_AS = {"optimizer=adam4bit": "adamw"}

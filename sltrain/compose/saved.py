@@ -9,6 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sltrain.compose.other_names import READ_AS
 from sltrain.compose.schema import PLUGINS, conf_dir, option_names, plugin_defaults, train_schema
 from sltrain.compose.typed import to_train_config
 from sltrain.compose.wording import composition_error
@@ -30,7 +31,8 @@ def read_config(path: Path) -> TrainConfig:
 
 def read_saved(path: Path) -> DictConfig:
     """config.yaml over the defaults, unchecked. An option of a plug-in that follows a key of the run (data.path the key
-    path), and was not set apart from it, follows it still."""
+    path), and was not set apart from it, follows it still. A plug-in that was removed keeps its name, with the options
+    of the one that reads it."""
     schema = train_schema()
     names = {key.name for key in fields(TrainConfig)}
     defaults = {key: value for key, value in OmegaConf.load(conf_dir() / "train.yaml").items() if key in names}
@@ -40,7 +42,7 @@ def read_saved(path: Path) -> DictConfig:
     saved = {key: value for key, value in saved.items() if key not in RETIRED_KEYS}
     own = {group: _saved_options(group, saved) for group in PLUGINS}
     for group, options in own.items():
-        schema[group] = plugin_defaults(group, options["name"])
+        schema[group] = plugin_defaults(group, _reader(group, options["name"]))
     config = OmegaConf.merge(schema, defaults, {key: value for key, value in saved.items() if key not in PLUGINS})
     assert isinstance(config, DictConfig)
     for group, options in own.items():
@@ -63,8 +65,13 @@ def _saved_options(group: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     options = saved.get(group)
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"{group} should have a name and options")
-    known = ["name", *option_names(group, options["name"])]
+    known = ["name", *option_names(group, _reader(group, options["name"]))]
     return {key: value for key, value in options.items() if key in known or value}
+
+
+def _reader(group: str, name: str) -> str:
+    """The plug-in that reads the options of this one: itself, unless it was removed."""
+    return READ_AS.get(f"{group}={name}", name)
 
 
 def read_plain(kind: type[Any], content: Mapping[str, Any]) -> Any:

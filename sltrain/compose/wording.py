@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from sltrain.compose.other_names import OTHER_NAMES
+from sltrain.compose.other_names import OTHER_NAMES, REMOVED
 from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, groups_of, known_keys, option_names, plugin_defaults
 from sltrain.log import first_line
 
@@ -65,9 +65,17 @@ def _hint(key: str, schema: Schema) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"sltrain-{schema.name} --help lists the keys"
 
 
+def removed_option(group: str, option: str) -> str | None:
+    """One line for an option of an earlier version that is gone; None for any other."""
+    instead = REMOVED.get(f"{group}={option}")
+    return None if instead is None else f"{group}={option} does not exist any more; {instead}"
+
+
 def missing_option(error: MissingConfigException) -> str:
     """One line for a group's option, such as model=NAME, that has no file or whose plug-in cannot be used."""
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if gone := removed_option(group, option):
+        return gone
     if option.startswith("submitit_"):
         return "hydra/launcher=slurm needs hydra-submitit-launcher: pip install '.[sweep]'"
     if group in PLUGINS and option in PLUGINS[group].names():

@@ -132,9 +132,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory of these tensors; what they share counts once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()  # of a quantized one
-        for plain in [getattr(tensor, name) for name in names] or [tensor]:
-            sizes[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(sizes.values())
 
 

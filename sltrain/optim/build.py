@@ -3,7 +3,7 @@
     which parameters   those that are trained, each once; in groups that share weight decay and learning-rate scale
     which optimizer    the chosen one for what it takes, its `rest()` for the others, and so on (composite.py)
     rounding           an optimizer that does not round stochastically itself is wrapped (rounding.py)
-    pieces             an element-wise optimizer that makes several copies of a parameter gets it in pieces
+    pieces             an element-wise optimizer so wrapped, which works on copies, gets a parameter in pieces
                        (in_pieces.py)
 
 kinds/base.py defines what an optimizer declares. The bytes of state and step, rounding and pieces included, are counted
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sltrain.optim.composite import Composite
@@ -117,11 +117,7 @@ def parameter_groups(
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr`, times the group's "lr_scale" if it has one."""
     for group in optimizer.param_groups:
-        scaled = lr * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(scaled)  # torchao's compiled step reads a tensor
-        else:
-            group["lr"] = scaled
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def check_updates(
@@ -171,10 +167,9 @@ def member_for(options: OptimizerConfig, info: ParamInfo) -> OptimizerConfig:
 
 
 def works_in_pieces(options: OptimizerConfig, stochastic_rounding: bool) -> bool:
-    """Whether the optimizer gets its parameters in pieces: it is element-wise, and it, or the wrapper that rounds for
-    it, would make several float32 copies of them."""
-    rounded_outside = stochastic_rounding and not options.rounds
-    return options.locality == "element" and (options.in_pieces or rounded_outside)
+    """Whether the optimizer gets its parameters in pieces: it is element-wise, and the wrapper that rounds for it would
+    make float32 copies of them."""
+    return options.locality == "element" and stochastic_rounding and not options.rounds
 
 
 def state_bytes(options: OptimizerConfig, infos: Iterable[ParamInfo], stochastic_rounding: bool = False) -> int:

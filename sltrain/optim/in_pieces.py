@@ -1,12 +1,12 @@
 """An optimizer that sees a large parameter as several small ones.
 
-Optimizers that compute a quantized update with ordinary tensor operations need several float32 copies of a parameter:
-seven for torchao's 4-bit AdamW, 3.7 GB for the embedding of a 7B model whose whole 4-bit state is 3.3 GB. Given pieces
-of at most PIECE elements, one after the other, they need those of one piece, 0.1 GB. The result is the same, because
-they work element by element and quantize by blocks that lie inside a piece.
+Stochastic rounding from outside (rounding.py) updates float32 copies of a parameter and of its gradient: 1 GB for the
+embedding of a 7B model, and on a CPU bitsandbytes makes five more. Given pieces of at most PIECE elements, one after
+the other, they need those of one piece, 0.1 GB. The result is the same, because the optimizers that get pieces work
+element by element and quantize by blocks that lie inside a piece.
 
-The last piece holds the few elements that BLOCK does not divide; their moments are not quantized. So nearly all moments
-of any parameter are quantized, even by an optimizer that requires sizes which its blocks divide.
+The last piece holds the few elements that BLOCK does not divide. bitsandbytes keeps float32 moments of it, as of every
+tensor under 4,096 elements.
 
 State and checkpoints are those of the pieces, called layer.weight#0, layer.weight#1, ...; `param_groups` are of the
 whole parameters.
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from sltrain.numeric import PIECE
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
 
-BLOCK = 256  # the block sizes of the quantized optimizers, 128 and 256, divide it
+BLOCK = 256  # of the 8-bit moments
 
 
 def piece_sizes(numel: int) -> list[int]:
@@ -47,7 +47,7 @@ class InPieces(WrappedOptimizer):
             for parameter in group["params"]
         }
         super().__init__(make([self._of_pieces(group) for group in groups]))
-        # With the settings that the inner optimizer completed; a learning rate that is a tensor is shared.
+        # With the settings that the inner optimizer completed.
         self._groups = [
             {**inner, "params": group["params"], "param_names": group["param_names"]}
             for group, inner in zip(groups, self.inner.param_groups, strict=True)

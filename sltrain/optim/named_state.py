@@ -119,7 +119,7 @@ def change_moments(
             if (name := _whole_name(piece)) in names:
                 held = [v for k, v in leaf.state.get(parameter, {}).items() if isinstance(v, Tensor) and k != "step"]
                 moments.setdefault(name, []).append(held)
-                if not all(v.is_floating_point() and v.shape == parameter.shape and type(v) is Tensor for v in held):
+                if not all(v.is_floating_point() and v.shape == parameter.shape for v in held):
                     quantized[name] = None
     reset_state(optimizer, [*quantized, *(set(names) - moments.keys())])
     for name, of_pieces in moments.items():

@@ -52,9 +52,7 @@ class StochasticRounding(WrappedOptimizer):
 
     The inner optimizer updates a float32 copy of one parameter, from a float32 copy of its gradient, and the result is
     rounded back: two float32 copies of the largest parameter more than without. bitsandbytes' 8-bit moments come out
-    the same (they are computed in float32 from a gradient of any dtype). The moments that torchao's 4-bit AdamW keeps
-    in the parameter's dtype are float32 here. torchao's own stochastic rounding draws from the global generator: ranks
-    could differ, and a resumed run would.
+    the same (they are computed in float32 from a gradient of any dtype).
     """
 
     def __init__(self, inner: Optimizer, seed: int) -> None:

@@ -12,7 +12,7 @@ Run = Callable[..., tuple[int, str, str]]
     ("line", "words"),
     [
         ("mo", "model="),
-        ("optimizer=adam", "optimizer=adam4bit optimizer=adam8bit optimizer=adamw"),  # and not the schemas
+        ("optimizer=adam", "optimizer=adam8bit optimizer=adamw"),  # and not the schemas
         ("model=llama_60m spars", "sparsity= sparsity_overrides."),
         ("model=llama_60m lr=", "lr=0.003"),
         ("model=nothing ra", ""),

@@ -159,20 +159,17 @@ def build(name: str, model: nn.Module, **how: Any) -> torch.optim.Optimizer:
 
 
 def update_sized(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    with torch.compiler.set_stance("force_eager"):  # torchao would compile for each shape
-        for step in range(first, last + 1):
-            generator = torch.Generator().manual_seed(step)
-            for parameter in model.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            optimizer.step()
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The plain tensors in a state, those inside torchao's tensors too."""
+    """The values of a state as tensors."""
     if isinstance(value, dict):
         return [tensor for each in value.values() for tensor in tensors_of(each)]
-    if hasattr(value, "__tensor_flatten__"):
-        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     return [value] if isinstance(value, torch.Tensor) else [torch.tensor(value)]
 
 
@@ -503,7 +500,7 @@ def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("how", [{}, {"stochastic_rounding": True, "seed": 4}], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", ["adamw", "adam8bit", "adam4bit"])
+@pytest.mark.parametrize("name", ["adamw", "adam8bit"])
 def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
     """Files of the first format hold torch's state_dict; its groups are weights that decay, and the others."""
     straight, first, second = (Net(width=1100, dtype=torch.bfloat16, seed=seed) for seed in (0, 0, 1))

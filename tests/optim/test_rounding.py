@@ -66,23 +66,22 @@ def test_random_numbers_depend_on_seed_parameter_and_update_alone() -> None:
 
 
 def build(name: str, parameter: nn.Parameter, lr: float, stochastic_rounding: bool = True) -> torch.optim.Optimizer:
-    pytest.importorskip({"adam8bit": "bitsandbytes", "adam4bit": "torchao"}.get(name, "torch"))
+    pytest.importorskip({"adam8bit": "bitsandbytes"}.get(name, "torch"))
     return make_optimizer(
         [("weight", parameter)], name=name, lr=lr, seed=3, stochastic_rounding=stochastic_rounding, **SETTINGS
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam8bit", "adam4bit"])
+@pytest.mark.parametrize("name", ["adamw", "adam8bit"])
 def test_small_updates_are_not_lost(name: str) -> None:
     """20 updates of 2^-12 each, near 1, where bfloat16 numbers are 2^-7 apart (2^-8 below 1)."""
     moved = {}
     for stochastic_rounding in (False, True):
         parameter = nn.Parameter(torch.ones(64, 128).bfloat16())
         optimizer = build(name, parameter, 2.0**-12, stochastic_rounding)
-        with torch.compiler.set_stance("force_eager"):
-            for _ in range(20):
-                parameter.grad = torch.ones_like(parameter)
-                optimizer.step()
+        for _ in range(20):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
         moved[stochastic_rounding] = (1 - parameter.detach().double()).mean().item()
     assert moved[False] == 0.0
     # 8192 numbers, each off by at most a gap of 2^-8

@@ -450,7 +450,7 @@ def test_the_page_on_optimizers_has_its_section(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if name != "adam4bit"])
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_a_step_takes_no_more_memory_than_declared(name: str, dtype: torch.dtype) -> None:
     """Measured, of a square matrix, where Gram matrices are as large as the weight."""
     kind = OPTIMIZERS.load(name)

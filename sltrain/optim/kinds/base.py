@@ -38,12 +38,10 @@ class OptimizerConfig:
     Class attributes:
         locality: "element", if each element's update depends only on the gradients of that element (or of a block of
             256 around it): it can then be given any piece of a parameter. "matrix": it gets whole parameters.
-        in_pieces: whether to give it large parameters in pieces, because it makes several copies of one.
         copies_on_cpu, copies_on_cuda: float32 copies of a parameter that `step` makes; on a CPU one more if the
             parameter is narrower than float32.
         shared_bytes: state that all parameters share.
         package, install: the package that `make` imports, and the command that installs it.
-        compiles: whether its step is compiled on first use, which needs a compiler.
         whole_moments: whether its state are moments of the parameter's shape, whose rows can be changed one by one.
         rounds: whether `make_rounding` rounds bfloat16 weights stochastically itself.
         whole_update: whether it needs several parameters' gradients at once.
@@ -53,13 +51,11 @@ class OptimizerConfig:
     name: str = MISSING
 
     locality: ClassVar[str] = "matrix"
-    in_pieces: ClassVar[bool] = False
     copies_on_cpu: ClassVar[int] = 0
     copies_on_cuda: ClassVar[int] = 0
     shared_bytes: ClassVar[int] = 0
     package: ClassVar[str | None] = None
     install: ClassVar[str] = ""
-    compiles: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     whole_update: ClassVar[bool] = False
     whole_moments: ClassVar[bool] = True
