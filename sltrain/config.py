@@ -7,12 +7,9 @@ every run (the protocol) live in conf/train.yaml; values that belong to a model 
 The method, the optimizer and the source of text are plug-ins (registry.py): each is a dataclass of its own, with the
 keys under `method.`, `optimizer.` and `data.` as fields and what it does as methods. `config.method` is that object.
 
-Checks that need only these numbers are in `validate` and in each plug-in's `check`; checks that need the model, the
-corpus or the machine are in building/. Nothing here imports torch.
+Checks that need only these values are in config_checks.py and in each plug-in's `check`. Nothing here imports torch.
 """
 
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ from omegaconf import MISSING
 
 from sltrain.data.sources.base import SourceConfig
 from sltrain.methods.base import Method
-from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.kinds.base import OptimizerConfig
-from sltrain.optim.schedule import SCHEDULES, RateSchedule, default_decay, effective_warmup
-from sltrain.parameters import ROLES
+from sltrain.optim.schedule import RateSchedule, default_decay, effective_warmup
 
 ROPE_TYPES = ("default", "llama3")
 
@@ -154,52 +149,6 @@ class TrainConfig:
     resume: str = MISSING  # auto: continue what run_dir holds; never: refuse a folder that holds a run
 
 
-CHOICES = {
-    "tracker.name": ("none", "wandb", "tensorboard", "trackio"),
-    "model.rope_scaling.rope_type": ROPE_TYPES,
-    "support": SUPPORTS,
-    "layer_path": ("auto", "composed", "factored"),
-    "padding": ("truncate_pad", "pack", "best_fit"),
-    "schedule": SCHEDULES,
-    "attention": ("full", "document"),
-    "on_bad_data": ("skip", "stop"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "precision": ("pure", "mixed"),
-    "moments_dtype": ("auto", "float32"),
-    "device": ("auto", "cpu", "cuda"),
-    "resume": ("auto", "never"),
-}
-CHOICE_HINTS = {"precision": "bfloat16 weights are dtype=bfloat16, float32 throughout is dtype=float32"}
-AT_LEAST = {
-    "model.hidden_size": 2,
-    "model.intermediate_size": 1,
-    "model.num_hidden_layers": 1,
-    "model.num_attention_heads": 1,
-    "model.num_key_value_heads": 1,
-    "model.vocab_size": 3,
-    "model.rope_scaling.factor": 1,
-    "model.rope_scaling.original_max_position_embeddings": 1,
-    "rank": 0,
-    "block_size": 1,
-    "seq_len": 2,
-    "global_batch_size": 1,
-    "micro_batch_size": 1,
-    "warmup_steps": 0,
-    "decay_steps": 1,
-    "extend": 0,
-    "weight_decay": 0,
-    "log_every": 0,
-    "eval_every": 0,
-    "eval_tokens": 1,
-    "eval_task_limit": 1,
-    "checkpoint_every": 0,
-    "keep_last": 1,
-    "seed": 0,
-}
-ABOVE_ZERO = (
-    "lr alpha max_steps max_tokens grad_clip grad_clip_per_parameter peak_tflops model.rms_norm_eps model.rope_theta"
-    " model.initializer_range model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
-).split()
 # Keys that a resumed run may change: they concern the machine, the folder and the log, not what is computed. The corpus
 # that `path` or `repo` names is compared by its fingerprint, the tokenizer by content; building/folder.py checks
 # `extend`, and sources/mix.py what of data.mix may change.
@@ -213,173 +162,6 @@ CHANGEABLE_ON_RESUME = (
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with
 # another value cannot be continued.
 RETIRED_KEYS: dict[str, Any] = {"accumulation": "hold"}
-
-
-def get_key(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def validate(config: TrainConfig) -> None:
-    """Check everything that the numbers alone decide. Raises ValueError naming the key, its value and what to
-    change."""
-    for key, choices in CHOICES.items():
-        if get_key(config, key) not in choices:
-            hint = f" ({CHOICE_HINTS[key]})" if key in CHOICE_HINTS else ""
-            raise ValueError(f"{key}={get_key(config, key)}: choose one of {', '.join(choices)}{hint}")
-    for key, least in AT_LEAST.items():
-        number = get_key(config, key)
-        if number is not None and not number >= least:
-            raise ValueError(f"{key}={number}: must be at least {least}")
-    for key in ABOVE_ZERO:
-        value = get_key(config, key)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{key}={value}: must be a number above 0")
-    for role, scale in config.lr_scale.items():
-        if role not in ROLES:
-            raise ValueError(
-                f"lr_scale={{{role}: {scale:g}}}: no parameter has this role; choose of {', '.join(ROLES)}"
-            )
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"lr_scale={{{role}: {scale:g}}}: must be a number above 0")
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise ValueError(f"ema={config.ema}: must be above 0 and below 1 (0.999 averages some 1,000 updates), or null")
-    if config.per_layer_update and config.method.acts_before_step():
-        raise ValueError(
-            f"per_layer_update=true updates each weight inside backward, and method={config.method.name} acts between"
-            " backward and the optimizer's step; set per_layer_update=false"
-        )
-    if not 0 <= config.z_loss < float("inf"):
-        raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
-    if config.seed >= 2**63:
-        raise ValueError(f"seed={config.seed}: must be below 2^63")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
-    config.optimizer.check()
-    config.method.check()
-    if config.ema is not None and (reason := config.method.against_ema()) is not None:
-        raise ValueError(
-            f"ema={config.ema} averages B and A each by itself, and method={config.method.name} {reason}; set ema=null"
-        )
-    if config.optimizer.whole_update and not config.method.multiplies_factors():
-        raise ValueError(
-            f"optimizer={config.optimizer.name} is for factors whose product B A is W, and those of"
-            f" method={config.method.name} are blocks; set optimizer=muon or adamw"
-        )
-    if config.method.changes_vectors() and not config.optimizer.keeps_whole_moments(config.stochastic_rounding):
-        raise ValueError(
-            f"method={config.method.name} changes the moments of single rows and columns, which"
-            f" optimizer={config.optimizer.name} holds in another form; set optimizer=adamw"
-        )
-    longest = config.model.max_position_embeddings
-    if config.seq_len > longest:
-        raise ValueError(
-            f"seq_len={config.seq_len} is above model.max_position_embeddings={longest};"
-            " lower the one or raise the other"
-        )
-    if config.attention == "document" and config.padding == "truncate_pad":
-        raise ValueError(
-            "attention=document is for padding=pack or best_fit;"
-            f" with padding={config.padding} a row holds one document anyway"
-        )
-    _validate_rope(config.model.rope_scaling)
-    _validate_update(config)
-    _validate_precision(config)
-    rate_schedule(config)
-    _validate_profile(config)
-    for key in ("path", "validation_path"):
-        globs = get_key(config, key)
-        if globs is not None and not all(
-            isinstance(glob, str) for glob in (globs if isinstance(globs, list) else [globs])
-        ):
-            raise ValueError(
-                f"{key}={globs}: must be a glob, or a list of them as in {key}=[/a/*.json.gz,/b/*.json.gz]"
-            )
-    _validate_names_of_files(config)
-    if config.path and not hasattr(config.data, "path"):
-        raise ValueError(f"path is set, but data={config.data.name} does not read it; add data=local, or drop path")
-    for key in ("repo", "config", "split"):
-        if get_key(config, key) is not None and getattr(config.data, key, None) != get_key(config, key):
-            raise ValueError(
-                f"{key}={get_key(config, key)} is set, but data={config.data.name} does not read it; add data=hf, or"
-                f" drop {key}"
-            )
-    if config.validation_path and hasattr(config.data, "mix"):
-        raise ValueError(
-            f"validation_path={config.validation_path} is for one corpus; with data=mix each source has its own, as in"
-            " data.mix.wiki.validation_path=GLOB (and `sltrain-eval RUN --path GLOB` measures on any other text)"
-        )
-    config.data.check()
-
-
-def _validate_names_of_files(config: TrainConfig) -> None:
-    """Refuse what a shell was meant to replace."""
-    for key in ("run_dir", "tokenizer", "path", "validation_path"):
-        value = get_key(config, key)
-        for name in value if isinstance(value, list) else [value]:
-            if name == "":
-                raise ValueError(f"{key} is empty: is the variable set that it was typed with? Give a name, or drop it")
-            if name is not None and re.search(r"(^|/)\$[{\w]", name) and not os.path.exists(name):
-                raise ValueError(
-                    f"{key}={name}: $ is not replaced here; let the shell do it, without single quotes, or write ~ for"
-                    " your home"
-                )
-
-
-def _validate_update(config: TrainConfig) -> None:
-    if config.grad_clip is not None and config.grad_clip_per_parameter is not None:
-        raise ValueError(
-            f"grad_clip={config.grad_clip:g} and grad_clip_per_parameter={config.grad_clip_per_parameter:g} are both"
-            " set; keep one (a model's recipe may set grad_clip: type grad_clip=null)"
-        )
-    for key in ("per_layer_update", "stochastic_rounding"):
-        if config.optimizer.whole_update and get_key(config, key):
-            raise ValueError(
-                f"{key}=true works on one tensor at a time, and optimizer={config.optimizer.name} needs A and B"
-                " together; drop one of the two (muon, scale, apollo_mini and adamw go with both)"
-            )
-    if config.per_layer_update and config.compile:
-        raise ValueError(
-            "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
-            " before it returns; drop one of the two"
-        )
-
-
-def _validate_profile(config: TrainConfig) -> None:
-    steps, max_steps = config.profile_steps, num_steps(config)
-    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= max_steps):
-        raise ValueError(
-            f"profile_steps=[{','.join(map(str, steps))}]: give the first and the last update to record, as in [10,12],"
-            f" from 1 to the {max_steps:,} of the run"
-        )
-
-
-def _validate_rope(scaling: RopeScaling) -> None:
-    if not scaling.low_freq_factor < scaling.high_freq_factor:
-        raise ValueError(
-            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor:g} must be below"
-            f" high_freq_factor={scaling.high_freq_factor:g} (1 and 4 are usual)"
-        )
-
-
-def _validate_precision(config: TrainConfig) -> None:
-    if config.precision == "mixed" and config.dtype == "bfloat16":
-        raise ValueError(
-            "precision=mixed computes in bfloat16 on float32 weights, and dtype=bfloat16 asks for bfloat16 weights;"
-            " drop one of the two"
-        )
-    if config.precision == "mixed" and config.stochastic_rounding:
-        raise ValueError(
-            "stochastic_rounding=true rounds bfloat16 weights, and precision=mixed keeps them in float32, where nothing"
-            " is rounded; drop one of the two"
-        )
-    if config.moments_dtype != "auto" and not hasattr(config.optimizer, "moments_dtype"):
-        raise ValueError(
-            f"moments_dtype={config.moments_dtype} is for optimizer=adamw, and optimizer={config.optimizer.name} has"
-            " moments of its own kind; drop one of the two"
-        )
 
 
 def folder_of(path: str) -> Path:
@@ -429,18 +211,3 @@ def rate_schedule(config: TrainConfig) -> RateSchedule:
         )
     decay = default_decay(warmup, max_steps) if decay is None else decay
     return RateSchedule(config.schedule, max_steps, warmup, config.min_lr_ratio, decay)
-
-
-def check_batch(config: TrainConfig, world_size: int) -> None:
-    """Check that the global batch divides into the ranks' micro-batches. Raises ValueError."""
-    per_pass = config.micro_batch_size * world_size
-    if config.global_batch_size % per_pass:
-        fits = [m for m in range(1, config.micro_batch_size + 1) if config.global_batch_size % (m * world_size) == 0]
-        hint = (
-            f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
-        )
-        raise ValueError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of"
-            f" micro_batch_size={config.micro_batch_size}"
-            f" x {world_size} process{'es' * (world_size > 1)}; {hint}"
-        )

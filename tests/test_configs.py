@@ -14,7 +14,8 @@ import sltrain
 from sltrain.building.model import build_model
 from sltrain.compose import PLUGINS, TRAIN, compose_config, conf_dir, read_config, register_schema, to_train_config
 from sltrain.compose.earlier import run_config
-from sltrain.config import RETIRED_KEYS, ModelConfig, TrackerConfig, TrainConfig, num_steps, validate
+from sltrain.config import RETIRED_KEYS, ModelConfig, TrackerConfig, TrainConfig, num_steps
+from sltrain.config_checks import validate
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.planning.accounting import count_parameters
 from sltrain.runs.run_folder import RunFolder

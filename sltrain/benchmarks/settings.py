@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from sltrain.compose import Schema, compose_config, parse_overrides
-from sltrain.config import CHOICES as RUN_CHOICES
+from sltrain.config_checks import CHOICES as RUN_CHOICES
 from sltrain.methods.sltrain import SUPPORTS
 
 

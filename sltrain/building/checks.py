@@ -1,7 +1,7 @@
 """What is checked before any text is read: a mistake costs the seconds until torch is there, and no tokenizer is
 trained in vain.
 
-The numbers alone were checked before torch was imported (`validate` in config.py, and each plug-in's `check`); this is
+The numbers alone were checked before torch was imported (config_checks.py, and each plug-in's `check`); this is
 what needs torch, the model's shape, the machine or the number of processes. Globs are expanded right after it, when the
 corpus is opened.
 """
@@ -17,7 +17,7 @@ from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
 from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
-from sltrain.config import TrainConfig, check_batch
+from sltrain.config import TrainConfig
 from sltrain.data.order import num_shared_streams
 from sltrain.engine.distributed import Ranks
 from sltrain.optim.build import members
@@ -41,6 +41,21 @@ def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
 def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
     check_batch(config, ranks.world_size)
     num_shared_streams(config.global_batch_size, config.data.num_streams, ranks.world_size)
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Check that the global batch divides into the ranks' micro-batches. Raises ValueError."""
+    per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % per_pass:
+        fits = [m for m in range(1, config.micro_batch_size + 1) if config.global_batch_size % (m * world_size) == 0]
+        hint = (
+            f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
+        )
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of"
+            f" micro_batch_size={config.micro_batch_size}"
+            f" x {world_size} process{'es' * (world_size > 1)}; {hint}"
+        )
 
 
 def _check_packages(config: TrainConfig, ranks: Ranks) -> None:

@@ -20,7 +20,8 @@ from sltrain.compose.saved import read_config, read_saved
 from sltrain.compose.schema import PLUGINS, TRAIN, conf_dir, groups_of, plugin_defaults, train_schema
 from sltrain.compose.typed import check_form, compose_config, implied, parse_overrides, to_train_config
 from sltrain.compose.wording import composition_error, refuse_unknown_key, removed_option
-from sltrain.config import TrainConfig, folder_of, validate
+from sltrain.config import TrainConfig, folder_of
+from sltrain.config_checks import validate
 
 CONFIG_FILE = "config.yaml"
 # What a new run does not take over from the run whose weights it starts from.

@@ -13,7 +13,8 @@ from sltrain.compose.other_names import READ_AS
 from sltrain.compose.schema import PLUGINS, conf_dir, option_names, plugin_defaults, train_schema
 from sltrain.compose.typed import to_train_config
 from sltrain.compose.wording import composition_error
-from sltrain.config import RETIRED_KEYS, TrainConfig, validate
+from sltrain.config import RETIRED_KEYS, TrainConfig
+from sltrain.config_checks import validate
 from sltrain.log import first_line
 
 

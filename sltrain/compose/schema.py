@@ -10,7 +10,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from sltrain.config import TrainConfig, validate
+from sltrain.config import TrainConfig
+from sltrain.config_checks import validate
 from sltrain.data.sources.base import SOURCES
 from sltrain.methods.base import METHODS
 from sltrain.optim.kinds.base import OPTIMIZERS

@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.compose.schema import TRAIN, Schema, conf_dir, plugin_defaults, register_schema
 from sltrain.compose.wording import composition_error, missing_option, refuse_unknown_key
-from sltrain.config import TrainConfig, default_tokenizer, validate
+from sltrain.config import TrainConfig, default_tokenizer
+from sltrain.config_checks import validate
 
 
 def compose_config(texts: list[str], schema: Schema) -> Any:

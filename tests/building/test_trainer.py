@@ -21,7 +21,7 @@ from sltrain.building import trainer
 from sltrain.building.model import build_model
 from sltrain.building.phases import Live
 from sltrain.compose import TRAIN, compose_config
-from sltrain.config import validate
+from sltrain.config_checks import validate
 from sltrain.engine.actions import Phase
 from sltrain.engine.distributed import Ranks
 from sltrain.layers import SLTrainLinear, replace_linears

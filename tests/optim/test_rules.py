@@ -12,7 +12,7 @@ from optimizers import make_optimizer, make_options
 from torch import Tensor, nn
 
 from sltrain.compose import TRAIN, compose_config
-from sltrain.config import validate
+from sltrain.config_checks import validate
 from sltrain.engine.memory import tensor_peak
 from sltrain.optim import build
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
