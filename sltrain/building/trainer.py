@@ -31,6 +31,7 @@ from sltrain.engine.stop import StopRequest
 from sltrain.engine.tensorboard import TensorBoardSink
 from sltrain.engine.trackio import TrackioSink
 from sltrain.engine.trainer import Progress, Trainer
+from sltrain.events import Event
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM
@@ -66,12 +67,7 @@ def build_trainer(
     change_until(config, model, step)
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
-        model.init_weights(config.seed)
-        for phase in begun(phases_of(config), 0):
-            phase.start(model, generator_for(config.seed, phase.name, 0))
-        if start is not None:
-            start.fill(model, ranks)
-        ranks.send_from_main(model)
+        begin(config, model, start, ranks)
     live = Live(build_updates(config, model, ranks))
     schedule = Schedule(
         live_actions(config, model, live), phases_of(config), config.seed, agree=lambda: ranks.send_from_main(model)
@@ -81,15 +77,10 @@ def build_trainer(
     if checkpoint is not None:
         saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
-        logger.info(f"resume     from step {step:,} ({checkpoint})")
-        if stream.old_weights is not None:
-            logger.info(f"note       {_reweighted(step, stream.old_weights, stream.weights)}")
+        _tell_resumed(step, checkpoint, stream)
     progress = Progress(**saved.get("progress", {}))
     arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)
-
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    sinks: list[Sink] = []
-    ranks.on_main(lambda: sinks.extend(build_sinks(config, folder, progress.step)))
     trainer = Trainer(
         model=compiled,
         update_step=build_step(config, compiled, live.optimizer, ranks),
@@ -99,24 +90,40 @@ def build_trainer(
         eval_set=eval_set,
         ranks=ranks,
         checkpointer=checkpointer,
-        sinks=sinks,
+        sinks=ranks.everywhere(lambda: build_sinks(config, folder, progress.step) if ranks.is_main else []),
         memory=memory,
         set_learning_rate=learning_rate_setter(config, live),
         model_metrics=lambda: weight_norms(model),
         speed_metrics=build_utilisation(config, model, ranks).numbers,
-        final_metrics=lambda: {
-            "dtype": precision_name(model.lm_head.weight.dtype, model.compute_dtype),
-            "peak_memory_measure": memory.process.measure,
-            "num_parameters": count_parameters(model),
-            "index_bytes": stored_bytes(model)["indices"],
-            **({} if config.init_from is None else {"init_from": config.init_from}),
-        },
+        final_metrics=partial(final_numbers, config, model, memory),
         progress=progress,
         built_with={"arithmetic": arithmetic},
         profile=build_profile(config, folder, progress.step, ranks),
     )
     schedule.enter = partial(enter_phase, config, model, trainer, live)
     return trainer
+
+
+def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, ranks: Ranks) -> None:
+    """Give a new run its first values, the same on all ranks: random ones by the seed, those of phases that begin at
+    once, and over them the weights that were trained before."""
+    model.init_weights(config.seed)
+    for phase in begun(phases_of(config), 0):
+        phase.start(model, generator_for(config.seed, phase.name, 0))
+    if start is not None:
+        start.fill(model, ranks)
+    ranks.send_from_main(model)
+
+
+def final_numbers(config: TrainConfig, model: LlamaForCausalLM, memory: RunMemory) -> Event:
+    """What the final line says of the run besides its evaluation."""
+    return {
+        "dtype": precision_name(model.lm_head.weight.dtype, model.compute_dtype),
+        "peak_memory_measure": memory.process.measure,
+        "num_parameters": count_parameters(model),
+        "index_bytes": stored_bytes(model)["indices"],
+        **({} if config.init_from is None else {"init_from": config.init_from}),
+    }
 
 
 def enter_phase(
@@ -147,12 +154,16 @@ def enter_phase(
     )
 
 
-def _reweighted(step: int, old: Mapping[str, float], new: Mapping[str, float]) -> str:
-    """What the log says of a mixture that goes on with other weights."""
+def _tell_resumed(step: int, checkpoint: Path, stream: TrainStream) -> None:
+    """Log where the run goes on, and with which mixture if its weights were changed."""
+    logger.info(f"resume     from step {step:,} ({checkpoint})")
+    if stream.old_weights is None:
+        return
+    old, new = stream.old_weights, stream.weights
     changes = [f"{name} {old[name]:g} -> {new[name]:g}" for name in new if old[name] != new[name]]
-    return (
-        f"the weights of data.mix change after update {step:,}: {', '.join(changes)}; evaluations follow where no"
-        " eval_weight is set"
+    logger.info(
+        f"note       the weights of data.mix change after update {step:,}: {', '.join(changes)}; evaluations follow"
+        " where no eval_weight is set"
     )
 
 

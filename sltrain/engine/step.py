@@ -39,8 +39,13 @@ class StepResult:
 
     loss: float  # mean token loss of the update, natural log, over all ranks
     grad_norm: float  # global L2 norm before clipping; PerLayerStep: of the finite gradients
-    skipped: bool = False  # nothing was updated
     num_skipped_tensors: int | None = None  # whose gradients were not finite; None for OrdinaryStep
+    not_finite: str | None = None  # what made it skip the whole update; None: weights were updated
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was updated."""
+        return self.not_finite is not None
 
 
 class UpdateStep(ABC):
@@ -49,7 +54,6 @@ class UpdateStep(ABC):
     optimizer: torch.optim.Optimizer
     bucket_bytes = 0  # held between updates besides weights and optimizer state
 
-    @abstractmethod
     def run(
         self,
         micro_batches: Inputs,
@@ -66,6 +70,14 @@ class UpdateStep(ABC):
             on_skip: called when the update is skipped, with the name of what was not finite.
             before_step: called by OrdinaryStep with the gradients in place, clipped, right before the optimizer's step.
         """
+        result = self._update(micro_batches, max(num_targets, 1), before_step)
+        if result.not_finite is not None:
+            on_skip(result.not_finite)
+        return result
+
+    @abstractmethod
+    def _update(self, micro_batches: Inputs, num_targets: int, before_step: Callable[[], None]) -> StepResult:
+        """`run` for at least one predicted token."""
 
     @property
     @abstractmethod
@@ -107,41 +119,42 @@ class OrdinaryStep(UpdateStep):
         del self.model
         gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives
 
-    def run(
-        self,
-        micro_batches: Inputs,
-        num_targets: int,
-        on_skip: OnSkip = lambda name: None,
-        before_step: Callable[[], None] = lambda: None,
-    ) -> StepResult:
+    def _update(self, micro_batches: Inputs, num_targets: int, before_step: Callable[[], None]) -> StepResult:
         if not self._has_ordered_buckets:
             self._order_buckets(micro_batches[0])
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, dtype = self._backward(micro_batches, num_targets)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # In float32: the norm of bfloat16 gradients would itself be rounded to three digits.
-        exact = torch.promote_types(dtype, parameters[0].dtype)
-        if self.ranks.device.type == "cuda" or gradients[0].dtype == exact:
-            norms = torch._foreach_norm(gradients, dtype=exact)  # one launch for many
-        else:
-            norms = tuple(norm_in_pieces(gradient, exact) for gradient in gradients)
+        norms = self._norms(parameters, dtype)
         norm = torch.linalg.vector_norm(torch.stack(norms)).float()
         loss_value, norm_value = torch.stack([self.ranks.sum_(loss_sum), norm]).tolist()
-        result = StepResult(loss_value / max(num_targets, 1), norm_value)
+        result = StepResult(loss_value / num_targets, norm_value)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            result.skipped = True
-            on_skip(_first_non_finite(self.model))
+            result.not_finite = _first_non_finite(self.model)
             return result
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        if self.grad_clip_per_parameter is not None:
-            torch._foreach_mul_(gradients, [clip_factor(norm, self.grad_clip_per_parameter) for norm in norms])
+        self._clip(parameters, norms, norm)
         self.is_whole = False
         before_step()
         self.optimizer.step()
         self.is_whole = True
         return result
+
+    def _norms(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
+        """The norm of each parameter's gradient, of a loss of `dtype`. In float32: that of bfloat16 gradients would
+        itself be rounded to three digits."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        exact = torch.promote_types(dtype, parameters[0].dtype)
+        if self.ranks.device.type == "cuda" or gradients[0].dtype == exact:
+            return list(torch._foreach_norm(gradients, dtype=exact))  # one launch for many
+        return [norm_in_pieces(gradient, exact) for gradient in gradients]
+
+    def _clip(self, parameters: list[nn.Parameter], norms: list[Tensor], norm: Tensor) -> None:
+        """Scale the gradients down to `grad_clip` or `grad_clip_per_parameter`, given the norm of each and of all."""
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        if self.grad_clip_per_parameter is not None:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, [clip_factor(norm, self.grad_clip_per_parameter) for norm in norms])
 
     def _order_buckets(self, micro_batch: tuple[Tensor | None, ...]) -> None:
         """Let DDP order its buckets, which it does by the first backward, before the first update. The place of a
@@ -153,7 +166,7 @@ class OrdinaryStep(UpdateStep):
     def _backward(self, micro_batches: Inputs, num_targets: int) -> tuple[Tensor, torch.dtype]:
         """Fill the gradients. Returns this rank's sum of losses, 0-d float32, and the dtype of the model's losses."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        scale = self.ranks.world_size / max(num_targets, 1)
+        scale = self.ranks.world_size / num_targets
         for i, micro_batch in enumerate(micro_batches):
             is_last = i + 1 == len(micro_batches)
             with nullcontext() if is_last else self.ranks.no_sync(self.model):  # one all-reduce an update
@@ -190,15 +203,8 @@ class PerLayerStep(UpdateStep):
     def is_whole(self) -> bool:
         return not self._per_layer.has_begun
 
-    def run(
-        self,
-        micro_batches: Inputs,
-        num_targets: int,
-        on_skip: OnSkip = lambda name: None,
-        before_step: Callable[[], None] = lambda: None,
-    ) -> StepResult:
+    def _update(self, micro_batches: Inputs, num_targets: int, before_step: Callable[[], None]) -> StepResult:
         self._per_layer.zero_grad()
-        num_targets = max(num_targets, 1)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, micro_batch in enumerate(micro_batches):
             is_last = i + 1 == len(micro_batches)
@@ -206,15 +212,13 @@ class PerLayerStep(UpdateStep):
             loss_sum += loss.detach()
             if is_last and not math.isfinite(self.ranks.sum_(loss_sum).item()):  # from here on the sum of all ranks
                 self._per_layer.zero_grad()
-                on_skip("loss")
-                return StepResult(loss_sum.item() / num_targets, math.nan, skipped=True, num_skipped_tensors=0)
+                return StepResult(loss_sum.item() / num_targets, math.nan, num_skipped_tensors=0, not_finite="loss")
             self._per_layer.before_backward(is_last)
             (loss * (1 / num_targets)).backward()
 
         squared_norm, num_updated, num_skipped = self._per_layer.finish()
-        if num_updated == 0:
-            on_skip("every gradient")
-        return StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_updated == 0, num_skipped)
+        not_finite = "every gradient" if num_updated == 0 else None
+        return StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_skipped, not_finite)
 
 
 def _first_non_finite(model: nn.Module) -> str:
