@@ -12,7 +12,7 @@ from sltrain.config import TrainConfig, num_steps
 from sltrain.engine import ema
 from sltrain.engine.actions import Action, Phase, Running, begun, every
 from sltrain.engine.ema import Average
-from sltrain.optim.build import check_takes
+from sltrain.optim.build import check_takes, member_for, takes_some
 from sltrain.optim.named_state import change_moments, reset_state
 from sltrain.parameters import PIECE
 from sltrain.planning.roles import parameters_of
@@ -48,9 +48,26 @@ def structures(config: TrainConfig, model: nn.Module) -> Iterable[tuple[str, nn.
 
 
 def check_structures(config: TrainConfig, model: nn.Module) -> None:
-    """Raise ValueError if the optimizer takes nothing of the model in some phase of the run."""
-    for _, structure in structures(config, model):
-        check_takes(config.optimizer, parameters_of(structure).values())
+    """Raise ValueError if the optimizer takes nothing of the model as the last phase has it. What it takes may join
+    late, as the adapters of method=slope."""
+    *_, (_, last) = structures(config, model)
+    check_takes(config.optimizer, parameters_of(last).values())
+
+
+def waiting_notes(config: TrainConfig, model: nn.Module) -> list[str]:
+    """A line if the optimizer takes nothing of the model before one of the phases; else nothing."""
+    options, note = config.optimizer, []
+    coming = [phase for phase in phases_of(config) if phase.after > 0]
+    for phase, (_, before) in zip(coming, structures(config, model), strict=False):
+        infos = parameters_of(before).values()
+        if takes_some(options, infos):
+            break
+        others = " and ".join(sorted({member_for(options, info).name for info in infos}))
+        note = [
+            f"optimizer={options.name} takes no parameter of method={config.method.name} before its phase"
+            f" {phase.name}, after update {phase.after:,}: until then {others} trains all of them"
+        ]
+    return note
 
 
 def actions_of(config: TrainConfig, model: nn.Module) -> list[Action]:

@@ -6,6 +6,7 @@ import torch
 
 from sltrain.building.memory import update_notes
 from sltrain.building.model import precision_name
+from sltrain.building.phases import waiting_notes
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
@@ -49,6 +50,7 @@ def describe(
         of = f"; all there is of {', '.join(short)}" if (short := eval_set.short_sources) else ", all there is"
         lines.append(f"validation {eval_set.num_targets:,} tokens{of} (eval_tokens={c.eval_tokens:,})")
     notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
+    notes += waiting_notes(config, model)
     if c.ema is not None:
         notes.append(f"ema={c.ema:g}: evaluations and exports are of the averaged weights, train lines of the others")
     lines += [f"note       {note}" for note in notes]

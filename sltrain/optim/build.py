@@ -49,11 +49,10 @@ def build_optimizer(
         group_options: settings of single parameters: "lr_scale" multiplies the learning rate, "weight_decay" replaces
             the run's.
 
-    Raises ValueError for a missing package, when nothing is trainable, and for an optimizer that takes none of the
-    parameters.
+    Raises ValueError for a missing package, and when nothing is trainable. An optimizer may take none of the
+    parameters, in a phase that has none for it (`check_takes` is for the whole run).
     """
     trainable = trained_parameters(named_parameters, infos or {})
-    check_takes(options, trainable.values())
     members: list[Optimizer] = []
     left, member = trainable, options
     while left:
@@ -140,10 +139,15 @@ def check_updates(
         )
 
 
+def takes_some(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> bool:
+    """Whether the optimizer takes any of the parameters itself."""
+    own = [member for member in members(options) if member.name.startswith(options.name)]  # scale has several
+    return any(member.takes(info) for info in infos for member in own)
+
+
 def check_takes(options: OptimizerConfig, infos: Iterable[ParamInfo]) -> None:
     """Raise ValueError for an optimizer that takes none of the parameters."""
-    own = [member for member in members(options) if member.name.startswith(options.name)]  # scale has several
-    if not any(member.takes(info) for info in infos for member in own):
+    if not takes_some(options, infos):
         rank = getattr(options, "rank", None)
         lower = "" if rank is None else f" set optimizer.rank below {rank} (below that of A and B), or"
         raise ValueError(

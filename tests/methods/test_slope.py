@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from planned import is_as_planned
+from resuming import resumes_bit_for_bit
 from rewritten import Weights, record, rewrite
 from torch import Tensor, nn
 
 from sltrain.building.model import build_model
-from sltrain.building.phases import structures
+from sltrain.building.phases import check_structures, structures, waiting_notes
 from sltrain.compose import TRAIN, compose_config
 from sltrain.planning.accounting import count_parameters, stored_bytes
 
@@ -113,3 +114,49 @@ def test_memory_without_adapters_is_as_planned(
     tiny: list[str], sltrain_train: Callable, metrics_of: Callable, tmp_path: Path
 ) -> None:
     is_as_planned([*tiny, "method=slope", "method.adapter_share=0"], sltrain_train, metrics_of, tmp_path / "run")
+
+
+MUON = ["method=slope", "optimizer=muon", "method.adapter_share=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "note"),
+    [
+        (MUON, "optimizer=muon takes no parameter of method=slope before its phase adapters, after update 3: until"),
+        (["method=slope", "optimizer=muon", "method.adapter_share=1"], None),  # adapters from the first update on
+        (["method=relora", "optimizer=muon", "method.merge_warmup=0"], None),  # its warm start has matrices
+    ],
+)
+def test_an_optimizer_may_wait_for_a_phase_with_matrices(typed: list[str], note: str | None, tiny: list[str]) -> None:
+    config = compose_config([*tiny, *typed], TRAIN)
+    model = build_model(config, 512, torch.float32)
+    check_structures(config, model)
+    assert [line[: len(note or "")] for line in waiting_notes(config, model)] == ([] if note is None else [note])
+
+
+@pytest.mark.slow
+def test_muon_trains_the_adapters_and_resumes_bit_for_bit(
+    tiny: list[str], sltrain_train: Callable, tmp_path: Path
+) -> None:
+    """Stopped before, at and after the update from which they are there."""
+    resumes_bit_for_bit([*tiny, *MUON], sltrain_train, tmp_path, [2, 3, 4])
+    steps = sorted((tmp_path / "straight" / "checkpoints").glob("step_*"))
+    before, after = (torch.load(step / "optimizer.pt", weights_only=True) for step in (steps[1], steps[-1]))
+    assert before["class"] == "AdamW" and after["class"] == "Muon + AdamW"
+    (muon,) = [group for group in after["groups"] if any(name.endswith("_proj.A") for name in group["names"])]
+    assert len(muon["names"]) == 28 and all("momentum" in after["state"][name] for name in muon["names"])
+    values = "model.layers.0.mlp.up_proj.values"
+    assert after["state"][values]["step"] == before["state"][values]["step"] + 4  # its moments went on
+
+
+@pytest.mark.slow
+def test_memory_with_muon_is_as_planned(
+    tiny: list[str], sltrain_train: Callable, metrics_of: Callable, tmp_path: Path
+) -> None:
+    """In the third update, with adapters."""
+    is_as_planned([*tiny, *MUON[:2], "method.adapter_share=0.75"], sltrain_train, metrics_of, tmp_path / "run")
+
+
+def test_an_optimizer_that_never_takes_anything_is_refused_in_a_line(tiny: list[str], sltrain_train: Callable) -> None:
+    code, _, err = sltrain_train(*tiny, "method=slope", "optimizer=muon", "method.adapter_share=0")
+    assert code == 2 and "optimizer=muon takes none of the model's parameters" in err and len(err.splitlines()) == 1

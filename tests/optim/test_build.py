@@ -12,6 +12,7 @@ from torch import nn
 
 from sltrain.optim.build import (
     build_optimizer,
+    check_takes,
     check_updates,
     parameter_groups,
     set_learning_rate,
@@ -406,15 +407,15 @@ def test_the_state_of_several_optimizers_is_kept_by_name() -> None:
     assert all(torch.equal(p, q) for p, q in zip(second.parameters(), straight.parameters(), strict=True))
 
 
-def test_an_optimizer_that_takes_nothing_is_refused() -> None:
+def test_an_optimizer_that_takes_nothing_leaves_all_to_the_next() -> None:
+    """As in a phase before its matrices join; a run whose last phase has none is refused by `check_takes`."""
+    options = MatrixOptions(name="matrix")
+    optimizer = build_optimizer(
+        [("norm.weight", nn.Parameter(torch.ones(3)))], options, lr=1, weight_decay=0, device=CPU
+    )
+    assert named_state(optimizer)["class"] == "AdamW"
     with pytest.raises(ValueError, match="optimizer=matrix takes none of the model's parameters"):
-        build_optimizer(
-            [("norm.weight", nn.Parameter(torch.ones(3)))],
-            MatrixOptions(name="matrix"),
-            lr=1,
-            weight_decay=0,
-            device=CPU,
-        )
+        check_takes(options, [ParamInfo("norm.weight", (3,), 4, "gain")])
 
 
 def test_single_parameters_may_have_a_learning_rate_and_a_decay_of_their_own() -> None:
@@ -442,11 +443,11 @@ def test_a_phase_may_leave_one_of_several_optimizers_without_parameters(frozen: 
         is_matrix = parameter.ndim == 2 and parameter.numel() > 0
         parameter.grad = None
         parameter.requires_grad_(parameter.requires_grad and is_matrix == (frozen == "rest"))
-    if frozen == "matrices":
-        with pytest.raises(ValueError, match="optimizer=matrix takes none"):
-            rebuild_optimizer(optimizer, lambda: build_matrix(block))
-        return
     rebuilt = rebuild_optimizer(optimizer, lambda: build_matrix(block))
+    if frozen == "matrices":
+        assert named_state(rebuilt)["class"] == "AdamW"
+        assert {state["step"].item() for state in named_state(rebuilt)["state"].values()} == {1}
+        return
     assert named_state(rebuilt)["class"] == "ColumnNormalised"
     assert named_state(rebuilt)["state"] == {"q_proj.weight": {"step": 1}}
     set_gradients([block.q_proj.weight], 1)
