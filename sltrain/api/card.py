@@ -5,6 +5,7 @@ the validation perplexity as a result.
 """
 
 import re
+from collections.abc import Sequence
 
 from sltrain.building.saved import Saved
 from sltrain.config import TrainConfig
@@ -25,19 +26,22 @@ def check_license(license: str | None) -> None:
         )
 
 
-def card(saved: Saved, config: TrainConfig, format: str, dtype: str, opens_by_code: bool, license: str | None) -> str:
-    """The card of an export of `saved`, a run, in this format and dtype. `opens_by_code`: whether transformers opens
-    a compressed one."""
+def card(
+    saved: Saved, config: TrainConfig, format: str, dtype: str, without_code: Sequence[str], license: str | None
+) -> str:
+    """The card of an export of `saved`, a run, in this format and dtype. `without_code`: the kinds of its layers that
+    bring no code for transformers, which then cannot open a compressed one."""
     layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
     parts = dict.fromkeys(name for layer in layers if layer.is_mergeable for name in layer.parts())
     counts = count_parameters(saved.model)
     evaluation = _evaluation(saved)
     return model_card(
-        metadata=_metadata(config, format, opens_by_code, license, evaluation),
+        metadata=_metadata(config, format, not without_code, license, evaluation),
         config=config,
         format=format,
         code=[f"layer_{kind}.py" for kind in sorted({layer.kind for layer in layers if layer.CODE is not None})],
-        has_code=opens_by_code,
+        without_code=without_code,
+        can_merge=all(layer.is_mergeable for layer in layers),
         dtype=dtype,
         step=saved.step,
         progress=saved.progress,

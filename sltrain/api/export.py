@@ -64,11 +64,13 @@ def export(
     partial.mkdir(parents=True)
     try:
         _write_texts(saved, saved.config, partial, format, dtype)
-        facts = card(saved, saved.config, format, dtype_name(dtype), opens_by_code(saved), license)
+        facts = card(saved, saved.config, format, dtype_name(dtype), kinds_without_code(saved), license)
         (partial / "README.md").write_text(facts, encoding="utf-8")
         num_bytes = _write_weights(saved, partial, format, dtype, max_shard_bytes)
         logger.info(f"written    {num_bytes / 1e6:,.1f} MB of weights, {format}, {dtype_name(dtype)}")
         logger.info(f"verified   {verify(saved, partial, dtype)}")
+        if format == "compressed" and (kinds := kinds_without_code(saved)):
+            logger.info(f"note       {_opened_here_only(saved, kinds)}")
         _check_free(output)  # another one may have been faster
         output.mkdir(exist_ok=True)
         os.replace(partial, output)
@@ -120,7 +122,19 @@ def _write_texts(saved: Saved, config: TrainConfig, folder: Path, format: str, d
 
 def opens_by_code(saved: Saved) -> bool:
     """Whether transformers opens a compressed export of it, by modeling_sltrain.py."""
-    return None not in _code_files(saved).values()
+    return not kinds_without_code(saved)
+
+
+def kinds_without_code(saved: Saved) -> list[str]:
+    """The kinds of its layers for which there is no code for transformers."""
+    return sorted(kind for kind, file in _code_files(saved).items() if file is None)
+
+
+def _opened_here_only(saved: Saved, kinds: list[str]) -> str:
+    """What a compressed export with layers of such kinds is not, and what to do instead."""
+    layers = [module for module in saved.model.modules() if isinstance(module, ReplacedLinear)]
+    instead = "; --format dense makes one for transformers" if all(layer.is_mergeable for layer in layers) else ""
+    return f"layers of kind {', '.join(kinds)} have no code for transformers: only sltrain.load opens it{instead}"
 
 
 def _code_files(saved: Saved) -> dict[str, Path | None]:

@@ -199,10 +199,14 @@ def test_nothing_is_said_of_a_layer_that_is_not_known(
 
 
 def test_what_is_not_one_matrix_is_not_exported_dense(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     monkeypatch.setattr("sltrain.layers.LowRankLinear", instead_of_low_rank(TwoMatrices))
     with pytest.raises(ValueError, match="layers of kind toy_two_matrices are not one matrix each; use --format comp"):
         export(open_saved(run), tmp_path / "model", "dense", torch.float32)
     export(open_saved(run), tmp_path / "small", "compressed", torch.float32)
     assert isinstance(sltrain.load(tmp_path / "small").get_submodule(NAME), TwoMatrices)
+    (note,) = [line for line in lines if line.startswith("note")]
+    assert note.endswith("kind toy_two_matrices have no code for transformers: only sltrain.load opens it")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "kind toy_two_matrices have no code for transformers" in card and "--format dense" not in card

@@ -55,6 +55,7 @@ RUNS = {
     "lost": ["method=lost", "sparsity=0.1", "rank_overrides={down_proj:3}"],
     "lost_silu": ["method=lost", "sparsity=0.1", "method.activation=silu"],
     "full": ["method=full"],
+    "sparse": ["method=sparse"],
     "llama3": [
         "model.tie_word_embeddings=true",
         "model.rope_scaling={rope_type:llama3,factor:8,original_max_position_embeddings:64}",
@@ -636,6 +637,24 @@ def test_a_kind_with_code_of_its_own_brings_it_and_is_not_merged(
     assert "in `modeling_sltrain.py`, its projections in `layer_cola.py`" in (folder / "README.md").read_text()
     code, _, err = sltrain_export(run, "--output", tmp_path / "dense")
     assert code == 2 and "layers of kind cola are not one matrix each; use --format compressed" in err
+
+
+def test_a_kind_without_code_says_so_and_names_the_way_to_transformers(
+    trained: Callable[[str], Path], tmp_path: Path, sltrain_export: Run
+) -> None:
+    code, out, err = sltrain_export(trained("sparse"), "--output", tmp_path / "small", "--format", "compressed")
+    assert code == 0 and not err
+    (note,) = [line for line in out.splitlines() if line.startswith("note")]
+    assert note == (
+        "note       layers of kind sparse have no code for transformers: only sltrain.load opens it; --format dense"
+        " makes one for transformers"
+    )
+    assert {path.name for path in (tmp_path / "small").iterdir()} == FILES
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "Only sltrain opens this folder: layers of kind sparse have no code for transformers." in card
+    assert "--format dense`, of the run" in card and "trust_remote_code" not in card
+    code, out, _ = sltrain_export(trained("sparse"), "--output", tmp_path / "dense", "--format", "dense")
+    assert code == 0 and "no code" not in out and "Only sltrain" not in (tmp_path / "dense/README.md").read_text()
 
 
 def test_the_code_of_a_compressed_folder_is_not_run_unasked(
