@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 Wanted = Callable[[int], bool]  # record index -> whether the reader asks for that record
 
-WARNINGS_PER_FILE = 3  # bad records of one file that are reported; the others are skipped silently
+WARNINGS_PER_FILE = 3  # bad records of one file that are reported one by one
+COUNTS_TOLD = (100, 1_000, 10_000, 100_000)  # after so many bad records of one file, their number is
 
 
 class DataError(ValueError):
@@ -73,7 +74,8 @@ def is_held_out(text: str, every: int) -> bool:
 
 
 class BadData:
-    """What happens to damaged data: `skip` skips it and warns once, however often it is read; `stop` raises DataError.
+    """What happens to damaged data: `skip` skips it and warns once, however often it is read; `stop` raises
+    DataError.
 
     Raises ValueError for another mode.
     """
@@ -83,7 +85,7 @@ class BadData:
             raise ValueError(f"on_bad_data is {mode!r}; it must be skip or stop")
         self.mode = mode
         self.first: str | None = None  # what was wrong first, and where
-        self._reported: dict[str, list[int]] = {}  # file -> lines
+        self._lines: dict[str, set[int]] = {}  # file -> those of its bad records, at most so many as are told
         self._damaged_files: set[str] = set()
 
     def record(self, file: str, line: int, why: str) -> None:
@@ -91,11 +93,15 @@ class BadData:
         self.first = self.first or f"{file}:{line}: {why}"
         if self.mode == "stop":
             raise DataError(f"{file}:{line}: {why}; fix it, or set on_bad_data=skip to skip bad records")
-        reported = self._reported.setdefault(file, [])
-        if len(reported) < WARNINGS_PER_FILE and line not in reported:
-            reported.append(line)
-            more = "; no further warnings for this file" if len(reported) == WARNINGS_PER_FILE else ""
+        lines = self._lines.setdefault(file, set())
+        if line in lines or len(lines) == COUNTS_TOLD[-1]:
+            return
+        lines.add(line)
+        if len(lines) <= WARNINGS_PER_FILE:
+            more = "; of further ones in this file only their number is told" * (len(lines) == WARNINGS_PER_FILE)
             logger.warning(f"{file}:{line}: {why}; record skipped{more}", extra=ANY_RANK)
+        elif len(lines) in COUNTS_TOLD:
+            logger.warning(f"{file}: {len(lines):,} records skipped so far", extra=ANY_RANK)
 
     def rest_of_file(self, file: str, last_good: int, why: str) -> None:
         """Handle a `file` that cannot be read past its first `last_good` records."""

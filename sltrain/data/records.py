@@ -4,26 +4,26 @@
 |----------------|------------------------------------------------------------------------------------------------|
 | .jsonl .json   | a line holding a JSON object with a string under the text key (C4: `text`)                     |
 | .txt           | a paragraph: lines up to a blank one, or up to 64 kB                                           |
-| .csv           | a row, after a first row with the names of the columns                                         |
+| .csv           | a row, after a first row with the names of the columns, between commas, semicolons or tabs     |
 | .parquet       | a row with a string column of that name                                                        |
 
-All but .parquet may be compressed: .gz .bz2 .xz .zst after the ending (compression.py). Record indices count lines,
-paragraphs or rows from the beginning of the file, unusable ones included. Lines that are not requested are decompressed
-but not parsed: that runs at about 80,000 documents of 2 kB a second. The rest of a file after damaged compression is
-lost; gzip notices damage either by its structure or by the checksum at the end.
+All but .parquet may be compressed: .gz .bz2 .xz .zst after the ending (compression.py). Capital letters in endings do
+not matter. Record indices count lines, paragraphs or rows from the beginning of the file, unusable ones included. Lines
+that are not requested are decompressed but not parsed: that runs at about 80,000 documents of 2 kB a second. The rest
+of a file after damaged compression is lost; gzip notices damage by its structure or by the checksum at the end.
 
-A file of another kind than its ending says is no damage but a mistake, which `wrong_kind` puts into words.
+A file of another kind than its ending says is no damage but a mistake, see wrong_kind.py.
 """
 
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import BinaryIO
 
-from sltrain.data.compression import DAMAGE, MAGIC, OPENERS, decompressed, split_ending
+from sltrain.data.compression import DAMAGE, OPENERS, decompressed, split_ending
 from sltrain.data.documents import BadData, DataError, Document, NetworkError, Wanted
 from sltrain.log import one_line
 
@@ -31,10 +31,16 @@ FORMATS = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 PLAIN_FORMATS = FORMATS[:-1]  # those that may be compressed; parquet has its own compression
 MAX_PARAGRAPH_BYTES = 1 << 16
 ROWS_PER_READ = 512
-HEAD_BYTES = 256  # enough to see what kind of file it is
+SEPARATORS = ",;\t"  # of the columns of a .csv file; the names of the columns decide
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # how some editors begin a file in UTF-8
 MAX_KEYS = 8  # keys of a record that a message names
 
 Record = tuple[int, Callable[[], str | None]]  # 1-based line or row, and a function that returns its text
+
+
+class WrongKey(ValueError):
+    """A record, or a whole table, that holds no text where it is looked for."""
+
 
 csv.field_size_limit((1 << 31) - 1)  # a document may be longer than the module's limit of 128 kB
 
@@ -47,40 +53,6 @@ def check_ending(path: str) -> None:
             f"{path}: unknown ending; a text corpus is read from {' '.join(FORMATS)}, and from all but .parquet with "
             f"{' '.join(OPENERS)} after that"
         )
-
-
-def wrong_kind(opener: Callable[[], BinaryIO], file: str) -> str | None:
-    """What is wrong with a whole file and how to cure it, from its first bytes; None: nothing that they show."""
-    stem, compression = split_ending(file)
-    with opener() as raw:
-        head = raw.read(HEAD_BYTES)
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS and not the data; run `git lfs pull` where it comes from"
-    if not compression:
-        for ending, magic in MAGIC.items():
-            if head.startswith(magic):
-                return f"it is compressed, but its name does not end with {ending}; rename it to {file}{ending}"
-        if head.startswith(b"PAR1") and not stem.endswith(".parquet"):
-            return "it is a parquet file; give it the ending .parquet"
-    if stem.endswith(".parquet"):
-        return None
-    if compression:
-        try:
-            with opener() as raw, decompressed(raw, compression) as inside:
-                head = inside.read(HEAD_BYTES)
-        except DAMAGE:
-            return None  # reading reports where it is damaged
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-        return "it is not UTF-8 but UTF-16 or binary; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
-    if stem.endswith((".json", ".jsonl")):
-        head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-        if head.startswith(b"["):
-            return (
-                "it is a JSON array, where each line must be an object; convert it: jq -c '.[]' FILE > NEW_FILE.jsonl"
-            )
-        if re.match(rb"\{\s*?\n", head):
-            return "its JSON objects go over several lines; write each on one line: jq -c . FILE > NEW_FILE.jsonl"
-    return None
 
 
 def read_documents(
@@ -100,7 +72,7 @@ def read_documents(
     last_good = 0  # 1-based, of the records requested
     try:
         with opener() as raw:
-            for index, (line, parse) in enumerate(_records(raw, file, text_key)):
+            for index, (line, parse) in enumerate(records_of(raw, file, text_key)):
                 if index >= start and (wanted is None or wanted(index)):
                     try:
                         text = parse()
@@ -120,7 +92,9 @@ def read_documents(
         bad.rest_of_file(file, last_good, one_line(error))
 
 
-def _records(raw: BinaryIO, file: str, text_key: str) -> Iterator[Record]:
+def records_of(raw: BinaryIO, file: str, text_key: str) -> Iterator[Record]:
+    """The records of an open file by the rules of its ending. Damage raises what `read_documents` handles, when a
+    record or its text is asked for; WrongKey: there is no text under `text_key`."""
     stem, compression = split_ending(file)
     if stem.endswith(".parquet"):
         yield from _rows(raw, text_key)
@@ -144,11 +118,19 @@ def _text_of_json(line: bytes, text_key: str) -> str | None:
     except (ValueError, RecursionError) as error:  # brackets can be nested deeper than Python's stack
         raise ValueError(f"not valid JSON ({one_line(error)})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object with the key {text_key!r}")
+        raise WrongKey(f"not a JSON object with the key {text_key!r}")
     text = record.get(text_key)
-    if not isinstance(text, str):
-        raise ValueError(f"no string under the key {text_key!r}{_strings_of(record)}")
-    return _valid_text(text)
+    if isinstance(text, str):
+        return _valid_text(text)
+    if text_key in record:
+        raise (ValueError if text is None else WrongKey)(f"no string but {_in_words(text)} under the key {text_key!r}")
+    raise WrongKey(f"no string under the key {text_key!r}{_strings_of(record)}")
+
+
+def _in_words(value: object) -> str:
+    """What kind of JSON value it is."""
+    kinds = {list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _strings_of(record: Mapping[str, object]) -> str:
@@ -172,14 +154,29 @@ def _valid_text(text: object) -> str:
 
 
 def _csv_rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
-    """The rows after the header. Bytes that are no UTF-8 spoil their own row only."""
+    """The rows after the header. Bytes that are no UTF-8, and quotation marks that do not pair, spoil their own row."""
     text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text)
+    header = text.readline()
+    columns = {separator: next(csv.reader([header], delimiter=separator), []) for separator in SEPARATORS}
+    separator = next((separator for separator in SEPARATORS if text_key in columns[separator]), ",")
+    rows = csv.reader(chain([header], text), delimiter=separator, strict=True)
     names = next(rows, [])
     if names and text_key not in names:
-        raise ValueError(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
-    for row in rows:
-        yield rows.line_num, partial(_text_of_row, row, len(names), names.index(text_key))
+        raise WrongKey(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
+    while True:
+        begin = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield begin, partial(_refuse_row, f"{error}; a quotation mark in the text is written twice")
+        else:
+            yield rows.line_num, partial(_text_of_row, row, len(names), names.index(text_key))
+
+
+def _refuse_row(why: str) -> str | None:
+    raise ValueError(why)
 
 
 def _text_of_row(row: list[str], num_columns: int, column: int) -> str | None:
@@ -195,6 +192,8 @@ def _paragraphs(lines: BinaryIO) -> Iterator[Record]:
     """Paragraphs, each with the number of its first line; long ones are cut at line ends."""
     first, size, parts = 1, 0, list[bytes]()
     for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         is_blank = not line.strip()
         if parts and (is_blank or size + len(line) > MAX_PARAGRAPH_BYTES):
             yield first, b"".join(parts).decode
@@ -208,12 +207,15 @@ def _paragraphs(lines: BinaryIO) -> Iterator[Record]:
 
 
 def _rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
-    from pyarrow import parquet  # costs 0.1 s and is needed for this format only
+    from pyarrow import parquet, types  # costs 0.1 s and is needed for this format only
 
     table = parquet.ParquetFile(raw)
     names = table.schema_arrow.names
     if text_key not in names:
-        raise ValueError(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
+        raise WrongKey(f"it has no column {text_key!r} but {', '.join(names[:MAX_KEYS])}")
+    kind = table.schema_arrow.types[names.index(text_key)]
+    if types.is_nested(kind) or types.is_primitive(kind):
+        raise WrongKey(f"its column {text_key!r} holds {kind} and not strings")
     batches = table.iter_batches(batch_size=ROWS_PER_READ, columns=[text_key])
     texts = (text for batch in batches for text in batch.column(0).to_pylist())
     for number, text in enumerate(texts, 1):

@@ -7,16 +7,22 @@ UTF-8, no text under the key) is found by `check`, before anything is trained on
 import glob
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, BinaryIO
 
+from sltrain.data.compression import split_ending
 from sltrain.data.documents import BadData, DataError, Document, Source, Wanted
-from sltrain.data.records import check_ending, read_documents, wrong_kind
+from sltrain.data.records import FORMATS, check_ending, read_documents
 from sltrain.data.sources.base import SOURCES, SourceConfig
+from sltrain.data.wrong_kind import wrong_kind
 
 logger = logging.getLogger(__name__)
+
+COMPARED_BYTES = 1 << 16  # at both ends of two files of one size
 
 
 @SOURCES.register("local")
@@ -87,8 +93,10 @@ class LocalFiles:
         for path in self.paths:
             if not os.access(path, os.R_OK):
                 raise DataError(f"{path} cannot be read: it is gone or its permissions forbid it")
-            if why := wrong_kind(_opener(path), path):
+            if why := wrong_kind(_opener(path), path, self.text_key):
                 raise DataError(f"{path}: {why}")
+        for path, copy, shown_by in _copies(self.paths):
+            logger.warning(f"{path} and {copy} hold the same text, by their {shown_by}; it is read twice")
         documents = (document for shard in range(self.num_shards) for document in self.documents(shard))
         if not any(document.text.strip() for document in documents):
             raise DataError(f"{self.name} holds no text: {self._why_no_text()}")
@@ -97,8 +105,7 @@ class LocalFiles:
         first = self.bad.first
         if first is None:
             return "every record is blank; supply other files"
-        cure = "; set data.text_key to the one that holds the text" if repr(self.text_key) in first else ""
-        return f"no record can be used. The first: {first}{cure}"
+        return f"no record can be used. The first: {first}"
 
     def documents(self, shard: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Document]:
         path = self.paths[shard]
@@ -117,10 +124,35 @@ def _expand(pattern: str, key: str) -> list[str]:
         raise ValueError(
             f"{key}={pattern} is a folder; name the files in it, for example {key}={pattern.rstrip('/')}/*.json.gz"
         )
-    files = [match for match in _matches(path) if os.path.isfile(match)]
+    if re.match(r"[a-z][a-z0-9+.-]*://", path):
+        raise ValueError(
+            f"{key}={pattern} is an address, where files of this machine are named; download it, or read a data set of "
+            "the Hub with data=hf repo=OWNER/NAME"
+        )
+    # Brackets are those of a folder's name if nothing fits them as a class of characters.
+    matches = list(_matches(path)) or list(_matches(path.replace("[", "[[]")))
+    files = [match for match in matches if os.path.isfile(match)]
+    _refuse_lost(set(matches).difference(files), pattern, key)
     if not files:
         raise ValueError(f"{key}={pattern} matches no file (searched from {os.getcwd()})")
     return files
+
+
+def _refuse_lost(others: set[str], pattern: str, key: str) -> None:
+    """Raise ValueError for what a glob matches and is no file, but should be or holds some."""
+    folders = sorted(filter(os.path.isdir, others))
+    for path in sorted(others.difference(folders)):
+        if os.path.islink(path):
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; restore it, or remove the link"
+            )
+    if "**" in pattern.split(os.sep):
+        return
+    for path in folders:
+        if split_ending(path)[0].endswith(FORMATS):
+            raise ValueError(f"{path} is a folder; name the files in it, for example {key}={path}/*")
+    if folders:
+        logger.info(f"{key}={pattern}: folders are not entered, such as {folders[0]}; ** instead of * enters them")
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -134,7 +166,7 @@ def _matches(pattern: str) -> Iterator[str]:
     roots = glob.glob(os.sep.join(parts[:place]) or os.sep) if place else ["."]
     entered = set[str]()
     for root in roots:
-        for folder, folders, _ in os.walk(root, followlinks=True):
+        for folder, folders, _ in os.walk(root, onerror=_refuse_folder, followlinks=True):
             folders[:] = [name for name in sorted(folders) if not name.startswith(".")]  # as glob does
             real = os.path.realpath(folder)
             if real in entered:
@@ -143,6 +175,32 @@ def _matches(pattern: str) -> Iterator[str]:
                 continue
             entered.add(real)
             yield from _matches(os.path.join(glob.escape(os.path.normpath(folder)), *(parts[place + 1 :] or ["*"])))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}")
+
+
+def _copies(paths: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Pairs of files with the same text, and by what it shows: a name with and without compression, or sizes,
+    beginnings and ends."""
+    names, contents = dict[str, str](), dict[tuple[int, bytes], str]()
+    num_of_size = Counter(map(os.path.getsize, paths))
+    for path in paths:
+        size, name = os.path.getsize(path), path[: len(path) - len(split_ending(path)[1])]
+        if (first := names.setdefault(name, path)) != path:
+            yield first, path, "names"
+        elif size and num_of_size[size] > 1:
+            if (first := contents.setdefault((size, _ends_of(path, size)), path)) != path:
+                yield first, path, "sizes, beginnings and ends"
+
+
+def _ends_of(path: str, size: int) -> bytes:
+    """A hash of the beginning and the end of a file."""
+    with open(path, "rb") as file:
+        content = file.read(COMPARED_BYTES)
+        file.seek(max(size - COMPARED_BYTES, 0))
+        return sha256(content + file.read(COMPARED_BYTES)).digest()
 
 
 def _once_each(paths: set[str]) -> list[str]:
