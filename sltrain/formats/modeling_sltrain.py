@@ -27,7 +27,8 @@ class SLTrainLinear(nn.Module):
     """y = x W^T + bias, W = (alpha / rank) B A + S; x (..., in_features) -> (..., out_features).
 
     Few rows of x go through A, B and the entries of S; for many, W is composed for the time of the call. `layer` is the
-    entry of `layers` in config.json, `tensors` that of `tensors` (None: no S).
+    entry of `layers` in config.json, `tensors` that of `tensors` (None: no S). With a residual in `layer` y has
+    residual / sqrt(K) times the numbers of x A^T besides, each of them K = ceil(out / rank) times (arXiv 2606.28932).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, layer: dict, tensors: dict | None) -> None:
@@ -35,6 +36,8 @@ class SLTrainLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         rank = layer["rank"]
         self.scale = layer["alpha"] / rank if rank else 0.0
+        self.times = -(-out_features // rank) if rank else 1
+        self.residual = layer.get("residual", 0.0) / self.times**0.5 if rank else 0.0
         self.support, self.block_size = layer.get("support"), layer.get("block_size")
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(out_features, rank))
@@ -50,7 +53,10 @@ class SLTrainLinear(nn.Module):
         num_rows = x.numel() // self.in_features
         if num_rows * self.num_values > self.in_features * self.out_features:
             return F.linear(x, self.dense_weight(), self.bias)
-        y = F.linear(self.scale * F.linear(x, self.A), self.B, self.bias)
+        z = F.linear(x, self.A)
+        y = F.linear(self.scale * z, self.B, self.bias)
+        if self.residual:
+            y = y + self.residual * z.repeat_interleave(self.times, -1)[..., : self.out_features]
         if self.num_values:
             positions = self.positions()
             exact = torch.promote_types(y.dtype, torch.float32)  # of sums over a row of S
@@ -61,6 +67,8 @@ class SLTrainLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """W, (out_features, in_features)."""
         weight = (self.scale * self.B) @ self.A
+        if self.residual:
+            weight += self.residual * self.A.repeat_interleave(self.times, 0)[: self.out_features]
         if self.num_values:
             weight.view(-1).index_add_(0, self.positions(), self.values.to(weight.dtype))
         return weight

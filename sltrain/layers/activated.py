@@ -2,8 +2,7 @@
 or a fixed residual, or both, which keeps h alone for backward.
 
 Autograd would keep h for the activation and z for the product. Here z, (N, r), is computed again in backward, which
-costs no product. Expand repeats each of the r numbers K = ceil(out / r) times, one after the other, and cuts the row at
-out (DLR, arXiv 2606.28932): it adds to y in place, so that no second y exists. Differentiable once.
+costs no product. Expand (residual.py) adds to y in place, so that no second y exists. Differentiable once.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain.layers.aligned import aligned, aligned_linear
+from sltrain.layers.residual import add_expanded, add_gathered
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 NONE = "none"
@@ -46,29 +46,6 @@ def activated_linear(
     return _ActivatedLinear.apply(hidden, weight, bias, act, residual)
 
 
-def expand_index(out_features: int, rank: int) -> Tensor:
-    """Which of the r numbers each output is a copy of: (out,) int64."""
-    return torch.arange(out_features) // -(-out_features // rank)
-
-
-def _add_expanded(y: Tensor, z: Tensor, factor: float) -> None:
-    """y (N, out) += factor Expand(z), z (N, r)."""
-    times = -(-y.shape[1] // z.shape[1])
-    full, left = divmod(y.shape[1], times)
-    y[:, : full * times].unflatten(1, (full, times)).add_(z[:, :full, None], alpha=factor)
-    if left:
-        y[:, full * times :].add_(z[:, full, None], alpha=factor)
-
-
-def _add_folded(grad_z: Tensor, grad_y: Tensor, factor: float) -> None:
-    """grad_z (N, r) += factor Expand^T(grad_y), grad_y (N, out)."""
-    times = -(-grad_y.shape[1] // grad_z.shape[1])
-    full, left = divmod(grad_y.shape[1], times)
-    grad_z[:, :full].add_(grad_y[:, : full * times].unflatten(1, (full, times)).sum(2), alpha=factor)
-    if left:
-        grad_z[:, full].add_(grad_y[:, full * times :].sum(1), alpha=factor)
-
-
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,7 +56,7 @@ class _ActivatedLinear(torch.autograd.Function):
         z = act(hidden).reshape(-1, hidden.shape[-1])
         y = aligned_linear(z, weight, bias)
         if residual:
-            _add_expanded(y, z, residual)
+            add_expanded(y, z, residual)
         return y.view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
@@ -96,7 +73,7 @@ class _ActivatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_z = (rows @ aligned(weight.to(grad.dtype)))[:, :rank]
             if ctx.residual:
-                _add_folded(grad_z, grad, ctx.residual)
+                add_gathered(grad_z, grad, ctx.residual)
             (grad_hidden,) = torch.autograd.grad(z, leaf, grad_z.to(hidden.dtype))
             grad_hidden = grad_hidden.view(hidden.shape)
         if ctx.needs_input_grad[1]:

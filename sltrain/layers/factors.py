@@ -7,7 +7,7 @@
     values   uniform in +-1/sqrt(in)                           the paper
     bias     uniform in +-1/sqrt(in)                           nn.Linear
 
-(`start=uniform` and `start=xavier` are others for A and B without S.)
+(`start=uniform` and `start=xavier` are others for A and B without S.) A residual (residual.py) changes no start.
 
 Without S a zero B makes W zero. Zero query, key, value and output projections pass no gradient to each other, so a
 model made of them never starts to learn. The spectral start makes scale * B A what is nearest, at this rank, to a dense
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sltrain.layers.base import ReplacedLinear, fill_uniform
 from sltrain.layers.parts import LowRankPart, Part
+from sltrain.layers.residual import folded, residual_factor
 
 
 class FactoredLinear(ReplacedLinear):
@@ -49,12 +50,25 @@ class FactoredLinear(ReplacedLinear):
             raise ValueError(f"alpha must be above 0 (the low-rank product is scaled by alpha / rank), got {alpha}")
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / rank if rank else 0.0
+        self.residual = self.factor = 0.0
         self.A = nn.Parameter(torch.empty(rank, in_features, **like))
         self.B = nn.Parameter(torch.empty(out_features, rank, **like))
         self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
 
+    def set_residual(self, residual: float) -> None:
+        """Let a subclass compute y + residual / sqrt(K) Expand(A x); 0: y. Raises ValueError for what is no number."""
+        self.residual, self.factor = residual, residual_factor(residual, self.out_features, self.rank)
+
+    def folded(self) -> Tensor:
+        """The B, (out, rank), of the layer without a residual that computes the same."""
+        return self._fold(self.B.detach())
+
+    def _fold(self, B: Tensor, sign: float = 1.0) -> Tensor:
+        """B with the residual added, or with the sign -1 taken away; B itself if there is none."""
+        return folded(B, sign * self.factor / self.scale) if self.factor else B
+
     def parts(self) -> dict[str, Part]:
-        return {"BA": LowRankPart(self.B.detach(), self.A.detach(), self.scale)} if self.rank else {}
+        return {"BA": LowRankPart(self.folded(), self.A.detach(), self.scale)} if self.rank else {}
 
     def settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha}
@@ -92,8 +106,8 @@ class FactoredLinear(ReplacedLinear):
 
     @torch.no_grad()
     def set_factors(self, weight: Tensor) -> None:
-        """Make scale * B A the nearest matrix of its rank to `weight` (out, in), up to the rounding of A and B, whose
-        columns and rows share the singular values evenly.
+        """Make scale * B A, residual included, the nearest matrix of its rank to `weight` (out, in), up to the rounding
+        of A and B, whose columns and rows share the singular values evenly.
 
         The decomposition is exact, in float32 (`torch.linalg.svd`): `svd_lowrank` is four times faster, but leaves more
         of a flat spectrum out (0.64 instead of 0.61 of a random 2048 x 2048 matrix at rank 512, in 1.0 instead of 3.6 s
@@ -107,7 +121,7 @@ class FactoredLinear(ReplacedLinear):
         columns, rows = (right.t(), left.t()) if is_wide else (left, right)
         roots = (values[: self.rank] / self.scale).sqrt()
         drawn = self.A.clone()
-        self.B.copy_(columns[:, : self.rank] * roots)
+        self.B.copy_(self._fold(columns[:, : self.rank] * roots, -1))
         self.A.copy_(roots[:, None] * rows[: self.rank])
         self._revive(drawn)
 
@@ -120,26 +134,26 @@ class FactoredLinear(ReplacedLinear):
     def _revive(self, drawn: Tensor) -> None:
         """Give A its drawn rows where it is zero and B is too, as in ranks that maestro has cut: there neither would
         ever get a gradient. B A stays."""
-        is_dead = ~self.A.any(1) & ~self.B.any(0)
+        is_dead = ~self.A.any(1) & ~self.folded().any(0)
         self.A[is_dead] = drawn[is_dead]
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Share the singular values of B A evenly between B and A, whose columns and rows become orthogonal. B A stays,
-        up to the rounding of its factors.
+        """Share the singular values of B A, residual included, evenly between B and A, whose columns and rows become
+        orthogonal. B A stays, up to the rounding of its factors.
 
         From two QR decompositions and the singular values of an (r, r) matrix, in float64: no matrix (out, in) is made.
         A product without full rank is left alone: where both factors are zero nothing would ever be learned again.
         """
         if self.rank == 0:
             return
-        left, left_corner = torch.linalg.qr(self.B.double())
+        left, left_corner = torch.linalg.qr(self._fold(self.B.double()))
         right, right_corner = torch.linalg.qr(self.A.double().t())
         columns, values, rows = torch.linalg.svd(left_corner @ right_corner.t())
         if values[-1] <= 1e-12 * values[0]:  # the rounding of float64
             return
         roots = values.sqrt()
-        self.B.copy_(left @ (columns * roots))
+        self.B.copy_(self._fold(left @ (columns * roots), -1))
         self.A.copy_((roots[:, None] * rows) @ right.t())
 
     @property

@@ -10,6 +10,7 @@
 functions, so that a mistyped key is reported before torch is loaded.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -117,6 +118,12 @@ def check_above_zero(**options: float) -> None:
     for name, value in options.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"method.{name}={value}: must be a number above 0")
+
+
+def check_residual(residual: float) -> None:
+    """Raise ValueError for a strength of DLR's residual that is no number."""
+    if not math.isfinite(residual):
+        raise ValueError(f"method.residual={residual}: must be a number, such as 1 (the paper's)")
 
 
 def check_one_of(choices: Iterable[str], **options: str) -> None:

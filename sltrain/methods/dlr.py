@@ -1,13 +1,21 @@
 """DLR: every projection is a low-rank product and a fixed residual of its inner numbers, which folds into B
 (arXiv 2606.28932)."""
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import ACTIVATIONS, METHODS, Method, check_one_of, check_ranks, replace_each, resolve
+from sltrain.methods.base import (
+    ACTIVATIONS,
+    METHODS,
+    Method,
+    check_one_of,
+    check_ranks,
+    check_residual,
+    replace_each,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +36,7 @@ class DLR(Method):
     def check(self) -> None:
         check_ranks("dlr", self.rank, self.rank_overrides)
         check_one_of(ACTIVATIONS, activation=self.activation)
-        if not math.isfinite(self.residual):
-            raise ValueError(f"method.residual={self.residual}: must be a number, such as 1 (the paper's)")
+        check_residual(self.residual)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers.kinds.dlr import DLRLinear

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, check_above_zero, check_at_least, replace_each, resolve
+from sltrain.methods.base import METHODS, check_above_zero, check_at_least, check_residual, replace_each, resolve
 from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class SLTrain(Restarts):
     block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
+    residual: float = 0.0  # strength of the residual of method=dlr, 1 in its paper, beside B A and S; 0: none
 
     def check(self) -> None:
         super().check()
@@ -37,6 +38,12 @@ class SLTrain(Restarts):
         check_at_least(0, rank=self.rank)
         check_at_least(1, block_size=self.block_size)
         check_above_zero(alpha=self.alpha)
+        check_residual(self.residual)
+        if self.residual and self.rank == 0 and not self.rank_overrides:
+            raise ValueError(
+                f"method.residual={self.residual:g} repeats the numbers of A x, and with rank=0 there are none;"
+                " set rank above 0, or drop it"
+            )
         for pattern, rank in self.rank_overrides.items():
             if rank < 0:
                 raise ValueError(f"rank_overrides: {pattern} has rank {rank}; it must be at least 0")
@@ -68,7 +75,8 @@ class SLTrain(Restarts):
             rank = resolve(self.rank, self.rank_overrides, name)
             sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
             shape = (linear.in_features, linear.out_features, rank, sparsity, self.alpha)
-            return SLTrainLinear(*shape, support=self.support, block_size=self.block_size, **like)
+            own = {"support": self.support, "block_size": self.block_size, "residual": self.residual}
+            return SLTrainLinear(*shape, **own, **like)
 
         patterns = {"rank_overrides": [*self.rank_overrides], "sparsity_overrides": [*self.sparsity_overrides]}
         return replace_each(model, chosen, make, patterns)

@@ -48,6 +48,7 @@ RUNS = {
     "stratified": ["support=stratified", "sparsity_overrides={up_proj:0.002}"],
     "block": ["support=block", "block_size=5", "sparsity=0.2"],  # 5 does not divide 32
     "column": ["support=column", "sparsity=0.1", "rank_overrides={v_proj:2}"],
+    "residual": ["method.residual=1.5", "rank_overrides={q_proj:5,*.layers.1.*.o_proj:0}"],  # 5 does not divide 32
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "cola": ["method=cola", "rank_overrides={down_proj:3}"],
     "sst": ["method=sst", "method.select_every=2", "method.iterations=2", "method.restart_warmup=0"],
@@ -65,7 +66,7 @@ RUNS = {
     "cutting": ["tokenizer={cutting}"],
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
-COMPRESSIBLE = ["uniform", "stratified", "block", "column", "low_rank", "llama3"]
+COMPRESSIBLE = ["uniform", "stratified", "block", "column", "residual", "low_rank", "llama3"]
 OWN_CODE = ["cola", "sst"]  # kinds that bring a file for transformers
 OWN_CODE = ["cola", "dlr", "lost", "lost_silu"]  # kinds that bring a file for transformers
 FILES = {
@@ -458,6 +459,9 @@ def rebuilt(tensors: dict[str, np.ndarray], settings: dict) -> np.ndarray:
     W = np.zeros((num_rows, num_columns))
     if settings["rank"]:
         W += settings["alpha"] / settings["rank"] * (B.astype(np.float64) @ A.astype(np.float64))
+    if settings["rank"] and "residual" in settings:
+        times = -(-num_rows // settings["rank"])
+        W += settings["residual"] / times**0.5 * A[[row // times for row in range(num_rows)]]
     if "support" not in settings:
         return W
     values, indices = tensors["values"], tensors["indices"]

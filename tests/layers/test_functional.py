@@ -1,6 +1,7 @@
 """Both ways to compute y = x W^T, with every support, against plain autograd over the dense formula."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -64,6 +65,10 @@ def dense_linear(x, w):
     positions = w.support.positions(w.indices).long()
     flat = torch.zeros(w.support.num_entries, dtype=w.values.dtype).index_put((positions,), w.values)
     product = torch.einsum("or,ri->oi", w.B, w.A)
+    if w.residual:
+        out_features, rank = w.B.shape
+        R = torch.kron(torch.eye(rank), torch.ones(math.ceil(out_features / rank), 1))[:out_features].double()
+        product = product + w.residual / w.scale * torch.einsum("or,ri->oi", R, w.A)
     return F.linear(x, w.scale * product + flat.view(product.shape), w.bias)
 
 
@@ -95,6 +100,17 @@ def test_equals_the_dense_formula(case, bias, path, kind):
     upstream = torch.randn(*case[0][:-1], case[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found, expected = run(by(path), x, weight, upstream), run(dense_linear, x, weight, upstream)
     assert_same(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@every_path
+@pytest.mark.parametrize("case", [((5, 12), 8, 3, 0.3), ((2, 4, 12), 20, 5, 0.1), ((3, 9), 10, 9, 0.0)], ids=str)
+def test_a_residual_is_part_of_the_dense_formula(case, path, kind):
+    x, weight = make(*case, kind=kind)
+    weight = dataclasses.replace(weight, residual=1.3)
+    upstream = torch.randn(*case[0][:-1], case[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = run(by(path), x, weight, upstream), run(dense_linear, x, weight, upstream)
+    assert_same(found, expected, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(found[0], by(path)(x, dataclasses.replace(weight, residual=0.0)))
 
 
 @every_path

@@ -24,13 +24,14 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     `sparsity` is the paper's delta, the fraction of the entries of S that are trained. rank = 0 trains S alone,
     sparsity = 0 trains B A alone. `support` and `block_size` choose where the entries lie (support/), `path` how the
     product is computed (functional.py): composed, factored, or auto, the cheaper of the two for the first x. It
-    changes rounding, not the function, and may be set at any time. The layer is ready after construction; on the meta
-    device only shapes exist, and `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a CPU
-    generator (None: torch's default one).
+    changes rounding, not the function, and may be set at any time. `residual` adds residual / sqrt(K) Expand(x A^T),
+    K = ceil(out / rank), to y, and R A to W accordingly (residual.py). The layer is ready after construction; on the
+    meta device only shapes exist, and `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a
+    CPU generator (None: torch's default one).
 
     Parameters A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; buffer indices, as the support draws
     them. Raises ValueError for a rank outside [0, min(in, out)], a sparsity or block size that the support cannot have,
-    and where nothing is left to train.
+    a residual that is no number, and where nothing is left to train.
     """
 
     GROUPS = FactoredLinear.GROUPS | {"values": "sparse", "indices": "indices"}
@@ -53,8 +54,10 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         support: str = "uniform",
         block_size: int | None = None,
         path: str = "auto",
+        residual: float = 0.0,
     ) -> None:
         super().__init__(in_features, out_features, rank, alpha, bias, path, device=device, dtype=dtype)
+        self.set_residual(residual)
         self.support = make_support(out_features, in_features, sparsity, support, block_size)
         nnz = self.support.num_nonzero
         if rank == 0 and nnz == 0:
@@ -81,7 +84,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         self.set_factors(weight)
         left = weight.detach().float().contiguous()
         if self.rank:
-            left = left - self.B.float() @ (self.scale * self.A.float())
+            left = left - self._fold(self.B.float()) @ (self.scale * self.A.float())
         for entries, positions in self.support.pieces(self.indices):
             self.values[entries] = left.view(-1)[positions].to(self.values.dtype)
 
@@ -99,7 +102,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     @property
     def _weight(self) -> Weight:
-        return Weight(self.A, self.B, self.values, self.indices, self.support, self.scale, self.bias)
+        return Weight(self.A, self.B, self.values, self.indices, self.support, self.scale, self.bias, self.factor)
 
     def parts(self) -> dict[str, Part]:
         sparse = SparsePart(self.values.detach(), self.indices, self.support)
@@ -111,7 +114,8 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     def settings(self) -> dict[str, Any]:
         s = self.support
-        return super().settings() | {"sparsity": s.sparsity, "support": s.kind, "block_size": s.block}
+        own = {"sparsity": s.sparsity, "support": s.kind, "block_size": s.block}
+        return super().settings() | own | ({"residual": self.residual} if self.residual else {})
 
     def multiply_adds(self) -> int:
         return super().multiply_adds() + self.support.num_nonzero
