@@ -75,8 +75,9 @@ class SLTrain(Restarts):
             rank = resolve(self.rank, self.rank_overrides, name)
             sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
             shape = (linear.in_features, linear.out_features, rank, sparsity, self.alpha)
-            own = {"support": self.support, "block_size": self.block_size, "residual": self.residual}
-            return SLTrainLinear(*shape, **own, **like)
+            return SLTrainLinear(
+                *shape, support=self.support, block_size=self.block_size, residual=self.residual, **like
+            )
 
         patterns = {"rank_overrides": [*self.rank_overrides], "sparsity_overrides": [*self.sparsity_overrides]}
         return replace_each(model, chosen, make, patterns)
