@@ -1,11 +1,11 @@
-"""The torch optimizer of a rule of kinds/rule.py, which says for one tensor what to subtract:
+"""The torch optimizer of a rule, which says for one tensor what to subtract; kinds/rule.py is the base of rules.
 
 step, state    kept for the tensor; `new_state` makes the state before its first update
 direction      by the rule, from gradient and state, in float32
 weight         weight - lr (weight_decay weight + direction)
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,26 @@ from torch.optim import Optimizer
 
 from sltrain.optim.wrapper import with_gradients
 
-if TYPE_CHECKING:
-    from sltrain.optim.kinds.rule import PairRule, Rule
+Factor = tuple[Tensor, Tensor, dict[str, Any]]  # weight, gradient, state
+
+
+class TensorRule(Protocol):
+    """A rule for one tensor; kinds/rule.py says what the functions do."""
+
+    def new_state(self, weight: Tensor) -> dict[str, Any]: ...
+    def direction(self, grad: Tensor, state: dict[str, Any]) -> Tensor: ...
+
+
+class FactorsRule(TensorRule, Protocol):
+    """A rule for the factors A and B of a layer together."""
+
+    def directions(self, A: Factor, B: Factor) -> tuple[Tensor, Tensor]: ...
 
 
 class ByRule(Optimizer):
     """Updates each parameter that has a gradient by `rule`; groups as for any torch optimizer, with "weight_decay"."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, rule: "Rule") -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, rule: TensorRule) -> None:
         super().__init__(groups, {"lr": lr})
         self.rule = rule
 
@@ -49,7 +61,7 @@ class ByPair(ByRule):
     """The same for a rule that needs the factors A and B of a layer together: both directions are known before either
     factor moves. Parameters are paired by name, X.A with X.B."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, rule: "PairRule") -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, rule: FactorsRule) -> None:
         super().__init__(groups, lr, rule)
         self.pair_rule = rule
         named = {
@@ -72,6 +84,6 @@ class ByPair(ByRule):
                 self._move(parameter, group, direction)
 
 
-def named_after(rule: "Rule", base: type[ByRule]) -> type[ByRule]:
+def named_after(rule: TensorRule, base: type[ByRule]) -> type[ByRule]:
     """A class of the rule's name, by which checkpoints know the optimizer."""
     return type(type(rule).__name__, (base,), {})

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.rule import MatrixRule, check_betas
+from sltrain.optim.moments import averages, bias_correction, new_averages
 from sltrain.parameters import ParamInfo
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ class DCTAdamW(CosineRule):
 
         rows, columns = weight.shape
         shape = (rows, self.rank) if rows >= columns else (self.rank, columns)
-        moments = {key: weight.new_zeros(shape) for key in ("exp_avg", "exp_avg_sq")}
         left_out = new_codes(weight) if self.error_feedback else {}
-        return {"numbers": weight.new_zeros(self.rank, dtype=torch.int32), **moments, **left_out}
+        return {"numbers": weight.new_zeros(self.rank, dtype=torch.int32), **new_averages(weight, shape), **left_out}
 
     def direction(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
         from sltrain.optim.blockwise import decode, encode
@@ -85,7 +85,8 @@ class DCTAdamW(CosineRule):
         basis = vectors(min(grad.shape), numbers)
         if self.error_feedback:
             encode(grad - (projected @ basis.t() if is_tall else basis @ projected), state)
-        adapted = self._adam(projected, state)
+        mean, squares = averages(projected, state, self.betas)
+        adapted = bias_correction(state["step"], self.betas) * mean / (squares.sqrt() + self.eps)
         return adapted @ basis.t() if is_tall else basis @ adapted
 
     def _choose(self, numbers: "Tensor", state: dict[str, Any], is_tall: bool) -> None:
@@ -99,10 +100,3 @@ class DCTAdamW(CosineRule):
             moved = state[key].index_select(dim, places)
             state[key].copy_(moved * (stays if is_tall else stays[:, None]))
         state["numbers"].copy_(numbers)
-
-    def _adam(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
-        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        mean = first.lerp_(projected.to(first.dtype), 1 - self.betas[0]).float()
-        squares = second.lerp_(projected.square().to(second.dtype), 1 - self.betas[1]).float()
-        correction = (1 - self.betas[1] ** step) ** 0.5 / (1 - self.betas[0] ** step)
-        return correction * mean / (squares.sqrt() + self.eps)

@@ -34,8 +34,7 @@ class Muon(MatrixRule):
     def check(self) -> None:
         super().check()
         check_share(momentum=self.momentum)
-        if self.scale not in ("match_rms", "original"):
-            raise ValueError(f"optimizer.scale={self.scale}: choose one of match_rms, original")
+        check_scale(self.scale)
         if self.momentum_dtype not in ("auto", "int8"):
             raise ValueError(f"optimizer.momentum_dtype={self.momentum_dtype}: choose one of auto, int8")
 
@@ -60,6 +59,15 @@ class Muon(MatrixRule):
         else:
             momentum = state["momentum"].mul_(self.momentum).add_(grad)
             mixed = torch.add(grad, momentum, alpha=self.momentum) if self.nesterov else momentum.float()
-        rows, columns = grad.shape
-        scale = 0.2 * math.sqrt(max(rows, columns)) if self.scale == "match_rms" else math.sqrt(max(1, rows / columns))
-        return newton_schulz(mixed).mul_(scale)
+        return newton_schulz(mixed).mul_(size_of_update(self.scale, *grad.shape))
+
+
+def check_scale(scale: str) -> None:
+    """Raise ValueError for an unknown `optimizer.scale`."""
+    if scale not in ("match_rms", "original"):
+        raise ValueError(f"optimizer.scale={scale}: choose one of match_rms, original")
+
+
+def size_of_update(scale: str, rows: int, columns: int) -> float:
+    """What an orthogonal matrix is multiplied by, see above."""
+    return 0.2 * math.sqrt(max(rows, columns)) if scale == "match_rms" else math.sqrt(max(1, rows / columns))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from omegaconf import MISSING
 
 from sltrain.optim.kinds.rule import MatrixRule, check_betas
+from sltrain.optim.moments import averages, bias_correction, new_averages
 from sltrain.parameters import ParamInfo
 
 if TYPE_CHECKING:
@@ -47,13 +48,8 @@ class Projected(MatrixRule):
         return super().takes(parameter) and min(parameter.shape) > self.rank
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
-        shape = self.projected_shape(weight)
-        return {
-            "basis": weight.new_zeros(min(weight.shape), self.rank),
-            "is_chosen": 0,
-            "exp_avg": weight.new_zeros(shape),
-            "exp_avg_sq": weight.new_zeros(shape),
-        }
+        basis = weight.new_zeros(min(weight.shape), self.rank)
+        return {"basis": basis, "is_chosen": 0, **new_averages(weight, self.projected_shape(weight))}
 
     def projected_shape(self, weight: "Tensor") -> tuple[int, int]:
         rows, columns = weight.shape
@@ -80,14 +76,12 @@ class Projected(MatrixRule):
 
     def adam(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
         """N, once the moments have taken R in."""
-        first, second = state["exp_avg"], state["exp_avg_sq"]
-        mean = first.lerp_(projected.to(first.dtype), 1 - self.betas[0]).float()
-        squares = second.lerp_(projected.square().to(second.dtype), 1 - self.betas[1]).float()
+        mean, squares = averages(projected, state, self.betas)
         return mean / (squares.sqrt() + self.eps)
 
     def correction(self, step: int) -> float:
         """c of the table at the top."""
-        return (1 - self.betas[1] ** step) ** 0.5 / (1 - self.betas[0] ** step)
+        return bias_correction(step, self.betas)
 
 
 def channel_norms(projected: "Tensor", rank: int) -> "Tensor":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Factor = tuple[Tensor, Tensor, dict[str, Any]]
+    from sltrain.optim.rule import Factor
 
 OTHERS = ("adamw", "adam8bit", "scale")
 

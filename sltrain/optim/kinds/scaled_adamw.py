@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.rule import PairRule, check_betas
+from sltrain.optim.moments import averages, new_averages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sltrain.optim.kinds.rule import Factor
+    from sltrain.optim.rule import Factor
 
 
 @OPTIMIZERS.register("scaled_adamw")
@@ -39,7 +40,7 @@ class ScaledAdamW(PairRule):
             raise ValueError(f"optimizer.damping={self.damping}: must be above 0 (1e-6 is usual)")
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
-        return {"exp_avg": weight.new_zeros(weight.shape), "exp_avg_sq": weight.new_zeros(weight.shape)}
+        return {**new_averages(weight, weight.shape)}
 
     def directions(self, A: "Factor", B: "Factor") -> "tuple[Tensor, Tensor]":
         of_A = self._solve(B[0].t() @ B[0], A[1])
@@ -57,7 +58,6 @@ class ScaledAdamW(PairRule):
         return (torch.linalg.inv(damped).float()) @ grad
 
     def _adam(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
-        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        mean = first.lerp_(grad.to(first.dtype), 1 - self.betas[0]).float() / (1 - self.betas[0] ** step)
-        squares = second.lerp_(grad.square().to(second.dtype), 1 - self.betas[1]).float() / (1 - self.betas[1] ** step)
+        mean, squares = averages(grad, state, self.betas)
+        mean, squares = (m / (1 - b ** state["step"]) for m, b in zip((mean, squares), self.betas, strict=True))
         return mean / (squares.sqrt() + self.eps)

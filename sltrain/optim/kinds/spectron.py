@@ -17,7 +17,7 @@ from sltrain.optim.kinds.rule import PairRule, check_share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sltrain.optim.kinds.rule import Factor
+    from sltrain.optim.rule import Factor
 
 
 @OPTIMIZERS.register("spectron")

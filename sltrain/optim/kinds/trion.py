@@ -8,12 +8,12 @@ arXiv 2505.17967, algorithm Trion); AdamW for the rest.
 Newton-Schulz runs on R, of `rank` columns. One moment of the size of the weight is kept.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.dct_adamw import CosineRule
+from sltrain.optim.kinds.muon import check_scale, size_of_update
 from sltrain.optim.kinds.rule import check_share
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class Trion(CosineRule):
     def check(self) -> None:
         super().check()
         check_share(momentum=self.momentum)
-        if self.scale not in ("match_rms", "original"):
-            raise ValueError(f"optimizer.scale={self.scale}: choose one of match_rms, original")
+        check_scale(self.scale)
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         return {"momentum": weight.new_zeros(weight.shape)}
@@ -41,7 +40,7 @@ class Trion(CosineRule):
         from sltrain.optim.cosine import strongest, transform, vectors
         from sltrain.optim.orthogonal import newton_schulz
 
-        (rows, columns), is_tall = grad.shape, grad.shape[0] >= grad.shape[1]
+        is_tall = grad.shape[0] >= grad.shape[1]
         momentum = state["momentum"].add_(grad)
         products = transform(momentum.float())
         numbers = strongest(products, is_tall, self.rank)
@@ -50,5 +49,4 @@ class Trion(CosineRule):
         used = projected @ basis.t() if is_tall else basis @ projected
         momentum.sub_(used, alpha=1 - self.momentum)
         orthogonal = newton_schulz(projected)
-        scale = 0.2 * math.sqrt(max(rows, columns)) if self.scale == "match_rms" else math.sqrt(max(1, rows / columns))
-        return scale * (orthogonal @ basis.t() if is_tall else basis @ orthogonal)
+        return size_of_update(self.scale, *grad.shape) * (orthogonal @ basis.t() if is_tall else basis @ orthogonal)
