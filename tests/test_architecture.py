@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": set(),
     "reporting": {"events"},  # rows, curves and notes come as plain data
     "building": {*ROOMS, "formats", "compose", "config", "events", "log"},
-    "benchmarks": {"building", *ROOMS, "formats", "compose", "config", "config_checks"},
+    "benchmarks": {"building", *ROOMS, "formats", "compose", "config", "config_checks", "registry"},
     "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
     "commands": {
         "api",

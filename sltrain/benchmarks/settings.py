@@ -9,7 +9,10 @@ from omegaconf import MISSING
 
 from sltrain.compose import Schema, compose_config, parse_overrides
 from sltrain.config_checks import CHOICES as RUN_CHOICES
+from sltrain.methods.base import METHODS
 from sltrain.methods.sltrain import SUPPORTS
+from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.registry import Registry
 
 
 @dataclass
@@ -23,6 +26,9 @@ class BenchConfig:
     time_limit_s: float = MISSING  # layer, step: seconds for the whole command
     repeats: int | None = None  # how often each candidate is timed; None: as often as time allows, at least twice
     candidates: list[str] | None = None  # layer, step: what to compare, see below; None: the usual, if time allows
+    methods: Any = None  # step: a list of methods to compare with method=full, or all
+    optimizers: Any = None  # step: a list of optimizers to compare with optimizer=adamw on one method, or all
+    method: str = MISSING  # step: what the optimizers train
 
     # what=layer
     tokens: int = MISSING  # layer: rows of x
@@ -64,6 +70,9 @@ USUAL = {  # the default candidates, the most important first
     "step": "full uniform block transformers_published transformers checkpointing".split(),
 }
 
+BASES = {"methods": "full", "optimizers": "adamw"}  # what all of a list is compared with
+BY_NAME: dict[str, Registry[Any]] = {"methods": METHODS, "optimizers": OPTIMIZERS}
+
 CHOICES = {
     "what": ("layer", "step", "data"),
     "format": ("table", "json"),
@@ -73,7 +82,8 @@ AT_LEAST = {"tokens": 1, "batch": 1, "seq_len": 2, "repeats": 1, "rank": 1, "blo
 COMMON = "what format repeats".split()
 KEYS = {  # what a benchmark reads besides COMMON
     "layer": "device dtype time_limit_s candidates tokens shapes calibrate sparsity block_size".split(),
-    "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split(),
+    "step": "device dtype time_limit_s candidates model seq_len batch layer_path rank sparsity block_size".split()
+    + "methods optimizers method".split(),
     "data": "model seq_len path prepared tokenizer".split(),
 }
 
@@ -107,8 +117,25 @@ def validate(config: BenchConfig) -> None:
     globs = config.path if isinstance(config.path, list) else [config.path or "the standard library"]
     if not globs or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"path={config.path}: must be a glob, or a list of them: path=[/a/*.json.gz,/b/*.json.gz]")
+    compared(config)
     if config.what == "step" and config.model is None:
         raise ValueError("what=step needs a model: add model=llama_60m (sltrain-train --help lists them)")
+
+
+def compared(config: BenchConfig) -> dict[str, tuple[str, ...]]:
+    """The candidates of `methods` or `optimizers`: name -> overrides of sltrain-train, the base first; none without
+    such a list. Raises ValueError."""
+    given = [key for key in ("methods", "optimizers", "candidates") if getattr(config, key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} each say what to compare; keep one")
+    if given in ([], ["candidates"]):
+        return {}
+    key, names = given[0], getattr(config, given[0])
+    names = BY_NAME[key].names() if names == "all" else names
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{key}={names}: give all, or a list: {key}=[{','.join(BY_NAME[key].names()[:3])}]")
+    fixed = (f"method={config.method}",) if key == "optimizers" else ()
+    return {name: (*fixed, f"{key[:-1]}={name}") for name in [BASES[key], *names]}
 
 
 def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
@@ -117,6 +144,8 @@ def check_scope(config: BenchConfig, typed: Collection[str]) -> None:
         if key not in COMMON and key not in KEYS[config.what]:
             readers = " and ".join(f"what={what}" for what, keys in KEYS.items() if key in keys)
             raise ValueError(f"{key} is for {readers}, not what={config.what}")
+    if "method" in typed and config.optimizers is None:
+        raise ValueError(f"method={config.method} is what optimizers=[...] train; to compare methods=[{config.method}]")
     if config.calibrate and "candidates" in typed:
         raise ValueError("calibrate=true compares no candidates; drop one of the two")
 

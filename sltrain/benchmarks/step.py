@@ -1,13 +1,16 @@
 """One update of a whole model: forward, backward and optimizer on full rows of random ids.
 
-Each candidate first runs in a process of its own, which gives its peak memory and a first time. Then all are timed in
-turns in this process. If their weights, gradients and optimizer states do not fit side by side, each model is built for
-its turn and released after it.
+Each candidate first runs in a process of its own, which gives its peak memory, a first time, and the time of what
+only some updates have (update.py). Then all are timed in turns in this process. If their weights, gradients
+and optimizer states do not fit side by side, each model is built for its turn and released after it.
 
     floor           the multiply-adds of all products (projections, head, causal attention; 3 times forward, and a
                     fourth time what activation checkpointing recomputes) over the rate of the machine's dense product
     limit           floor of full over floor of the candidate: the speed-up if only products took time
     share_of_limit  measured speed-up over limit
+    ratio           time over that of the first of `methods` or `optimizers`: of the medians, and its spread over rounds
+
+Times, except `seconds`, count what only some updates have: the seconds of each time times the share of updates.
 """
 
 import gc
@@ -20,39 +23,42 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement
+from torch.utils.benchmark import Measurement, TaskSpec
 
-from sltrain.benchmarks.base import SEED, Bench, Column, Result, Row, format_table, start_bench, vocab_size
-from sltrain.benchmarks.published import PublishedLinear
-from sltrain.benchmarks.settings import STEP_CANDIDATES, USUAL, BenchConfig
-from sltrain.benchmarks.timing import MIN_REPEATS, Task, compare, fill_zeros, in_turns, product_task
-from sltrain.building.model import allocate, build_model, dtype_name
-from sltrain.building.trainer import build_step, build_updates
-from sltrain.config import TrainConfig
-from sltrain.engine.distributed import Ranks
+from sltrain.benchmarks.base import SEED, Bench, Column, Result, Row, format_table, start_bench, vocab_size, write
+from sltrain.benchmarks.settings import BASES, STEP_CANDIDATES, USUAL, BenchConfig, compared
+from sltrain.benchmarks.timing import MIN_REPEATS, Task, compare, in_turns, product_task
+from sltrain.benchmarks.update import (
+    PUBLISHED,
+    TRANSFORMERS,
+    Extra,
+    Update,
+    build_update,
+    longest_phase,
+    measure_update,
+)
+from sltrain.building.model import build_model
+from sltrain.building.phases import change_until, check_structures
+from sltrain.config import TrainConfig, num_steps
 from sltrain.engine.memory import PeakMemory, free_bytes
-from sltrain.formats.folder import llama_config
-from sltrain.layers.convert import replace_linears
 from sltrain.layers.cost import set_paths
 from sltrain.methods.base import METHODS
-from sltrain.models.llama import is_projection
+from sltrain.optim.build import members
 from sltrain.planning.accounting import count_parameters
 from sltrain.planning.flops import attention_multiply_adds, linear_multiply_adds
 
 logger = logging.getLogger(__name__)
 
-DENSE, PUBLISHED = "full", "transformers_published"
-TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
+DENSE = BASES["methods"]
+NO_SPEC = TaskSpec("", "")
 LEAST_CANDIDATES = 3  # measured even after time_limit_s
 NUM_PRODUCTS = 8  # timed as one, because an update takes so much longer
-
-Update = Callable[[Tensor], float]  # trains a model on ids (rows, tokens) and returns the loss
 
 
 @dataclass
@@ -64,16 +70,23 @@ class Candidate:
     path: str | None  # how W x is computed, where there is a choice
     multiply_adds: int  # of the products of an update
     num_parameters: int
+    phase: str = ""  # the phase of the run that is timed, if there are several
     peak_bytes: int = 0  # in a process of its own
     step_seconds: float = 0.0  # there
+    extras: list[Extra] = field(default_factory=list)  # there
+
+    @property
+    def extra_seconds(self) -> float:
+        """The share of each update in what only some have."""
+        return sum(extra.seconds * extra.share for extra in self.extras)
 
 
 def measure_step(bench: Bench) -> Result:
     """A row for each candidate's update of the same model. Raises ValueError for an unknown candidate, and for settings
     that the model does not allow."""
     usual = [name for name in USUAL["step"] if name not in TRANSFORMERS or importlib.util.find_spec("transformers")]
-    names = bench.config.candidates or usual
-    candidates = measure_each_alone(bench, [describe(bench, name) for name in names])
+    names = list(compared(bench.config)) or bench.config.candidates or usual
+    candidates = measure_each_alone(bench, describe_all(bench, names))
     state_bytes = 4 * sum(c.num_parameters for c in candidates) * bench.dtype.itemsize  # with gradients, two moments
     stays = state_bytes <= (free_bytes(bench.device) or math.inf) / 2  # the rest is for activations
     if not stays:
@@ -86,23 +99,37 @@ def measure_step(bench: Bench) -> Result:
     sides = (train.model.intermediate_size, train.model.hidden_size)
     tasks["product"] = product_task(ids.numel(), sides, times=NUM_PRODUCTS, **bench.like)
     timings = in_turns(tasks, repeats=bench.config.repeats, deadline=bench.deadline)
-    rows = step_rows(candidates, timings, ids.numel())
-    return rows, format_table(rows, COLUMNS)
+    rows = step_rows(candidates, timings, ids.numel(), names[0] if compared(bench.config) else None)
+    return rows, "\n".join([format_table(rows, COLUMNS), *notes(candidates)])
 
 
 def train_config(bench: Bench, name: str) -> TrainConfig:
     """The configuration that a candidate trains with. Raises ValueError."""
     config = bench.config
-    if name not in STEP_CANDIDATES and name not in METHODS.names():
+    named = {**STEP_CANDIDATES, **compared(config)}
+    if name not in named and name not in METHODS.names():
         known = ", ".join(dict.fromkeys([*STEP_CANDIDATES, *METHODS.names()]))
         raise ValueError(f"candidates: {name} is unknown to what=step; choose from {known}")
     block_size = "null" if config.block_size is None else config.block_size
-    overrides = [text.format(block_size=block_size) for text in STEP_CANDIDATES.get(name, (f"method={name}",))]
+    overrides = [text.format(block_size=block_size) for text in named.get(name, (f"method={name}",))]
     overrides += [f"global_batch_size={config.batch}", f"micro_batch_size={config.batch}"]
     overrides += ["lr=1e-4"]  # small: after a non-finite loss the update would be skipped
     typed = {"layer_path": config.layer_path, "rank": config.rank, "sparsity": config.sparsity}
     overrides += [f"{key}={value}" for key, value in typed.items() if value is not None]
     return bench.train_config(*overrides)
+
+
+def describe_all(bench: Bench, names: list[str]) -> list[Candidate]:
+    """The candidates. Of `all` methods or optimizers those that do not go with the model are left out, with a line."""
+    found = []
+    for name in names:
+        try:
+            found.append(describe(bench, name))
+        except ValueError as error:
+            if "all" not in (bench.config.methods, bench.config.optimizers) or not found:
+                raise
+            logger.info(f"left out: {name}; {error}")
+    return found
 
 
 def describe(bench: Bench, name: str) -> Candidate:
@@ -111,10 +138,17 @@ def describe(bench: Bench, name: str) -> Candidate:
     if name in TRANSFORMERS and importlib.util.find_spec("transformers") is None:
         raise ValueError(f"candidates: {name} needs transformers: run `pip install transformers`, or omit it")
     train = train_config(bench, name)
+    for member in members(train.optimizer):
+        member.check_package()
     model = build_model(train, vocab_size(train), bench.dtype)
+    check_structures(train, model)
+    phase, updates = longest_phase(train)
+    change_until(train, model, updates[0] - 1)
     paths = set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
     path = None if name in TRANSFORMERS else " ".join(sorted(set(paths.values()))) or None
-    return Candidate(name, train, path, update_multiply_adds(model, train), count_parameters(model)["total"])
+    share = len(updates) / num_steps(train)
+    text = f"the {f'phase {phase}' if phase else 'first phase'}, {share:.0%} of the updates" if share < 1 else ""
+    return Candidate(name, train, path, update_multiply_adds(model, train), count_parameters(model)["total"], text)
 
 
 def update_multiply_adds(model: nn.Module, train: TrainConfig) -> int:
@@ -133,57 +167,6 @@ def random_ids(bench: Bench, train: TrainConfig) -> Tensor:
     return torch.randint(vocab_size(train), (bench.config.batch, train.seq_len), generator=generator).to(bench.device)
 
 
-# ---- the update
-
-
-def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
-    """The update of `sltrain-train` on a new model; for a model of transformers, a plain training loop with the same
-    optimizer."""
-    ranks = Ranks(rank=0, world_size=1, device=bench.device)
-    model = transformers_model(bench, name, train) if name in TRANSFORMERS else our_model(bench, train)
-    fill_zeros(model)
-    optimizer = build_updates(train, model, ranks)
-    step = build_step(train, model, optimizer, ranks)
-
-    def update(ids: Tensor) -> float:
-        loss = step.run([(ids, ids, None)], ids[:, 1:].numel()).loss
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def plain_update(ids: Tensor) -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return plain_update if name in TRANSFORMERS else update
-
-
-def our_model(bench: Bench, train: TrainConfig) -> nn.Module:
-    """The initialized model of `sltrain-train`."""
-    model = build_model(train, vocab_size(train), bench.dtype)
-    allocate(model, bench.device)
-    model.init_weights(SEED)
-    set_paths(model, train.layer_path, bench.config.batch * train.seq_len, bench.device)
-    return model
-
-
-def transformers_model(bench: Bench, name: str, train: TrainConfig) -> nn.Module:
-    """transformers' LLaMA of the same shape, its projections dense or as published."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = llama_config(asdict(train.model), vocab_size(train), dtype_name(bench.dtype), {})
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape))
-
-    def make(name: str, linear: nn.Linear) -> nn.Module:
-        return PublishedLinear(linear.in_features, linear.out_features, train.rank, train.sparsity, train.alpha)
-
-    if name == PUBLISHED:
-        replace_linears(model, is_projection, make)
-    return model.to(**bench.like)
-
-
 # ---- measuring
 
 
@@ -192,13 +175,15 @@ def measure_each_alone(bench: Bench, candidates: list[Candidate]) -> list[Candid
     default candidates stop when only enough time remains for the rounds. Raises ValueError if a process was killed."""
     for number, candidate in enumerate(candidates):
         rounds = (1 + MIN_REPEATS) * sum(other.step_seconds for other in candidates)
-        is_optional = bench.config.candidates is None and number >= LEAST_CANDIDATES
+        is_usual = bench.config.candidates is None and not compared(bench.config)
+        is_optional = is_usual and number >= LEAST_CANDIDATES
         if is_optional and time.monotonic() + rounds > bench.deadline:
             names = ", ".join(other.name for other in candidates[number:])
             logger.info(f"skipped: {names}; time_limit_s leaves no time for it (candidates=[...] measures it anyway)")
             return candidates[:number]
         try:
-            candidate.peak_bytes, candidate.step_seconds = run_alone(_alone_here, bench.config, candidate.name)
+            alone = run_alone(_alone_here, bench.config, candidate.name)
+            candidate.peak_bytes, candidate.step_seconds, candidate.extras = alone
         except BrokenProcessPool as error:
             advice = "probably for lack of memory; lower batch or seq_len, or omit it"
             raise ValueError(f"the process of {candidate.name} was killed, {advice}") from error
@@ -220,17 +205,11 @@ def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
             raise
 
 
-def _alone_here(config: BenchConfig, name: str) -> tuple[int, float]:
-    """Peak bytes, and seconds of the second update, of a candidate in this process."""
+def _alone_here(config: BenchConfig, name: str) -> tuple[int, float, list[Extra]]:
+    """What `measure_update` finds out about a candidate in this process."""
     bench = start_bench(config)
-    train = train_config(bench, name)
-    memory = PeakMemory(bench.device)
-    ids = random_ids(bench, train)
-    update = build_update(bench, name, train)
-    update(ids[:1, :8])
-    start = time.perf_counter()
-    update(ids)
-    return memory.peak_bytes(), time.perf_counter() - start
+    train, memory = train_config(bench, name), PeakMemory(bench.device)
+    return measure_update(bench, name, train, random_ids(bench, train), memory.peak_bytes)
 
 
 def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
@@ -254,30 +233,48 @@ def step_task(build: Callable[[], Update], ids: Tensor, stays: bool) -> Task:
     return Task(run, before, after)
 
 
-def step_rows(candidates: list[Candidate], timings: dict[str, Measurement], num_tokens: int) -> list[Row]:
-    """A row for each candidate, compared with `full` and with the published layer if those were measured."""
+def step_rows(
+    candidates: list[Candidate], timings: dict[str, Measurement], num_tokens: int, base: str | None = None
+) -> list[Row]:
+    """A row for each candidate, compared with `base`, or else with `full` and the published layer if those were
+    measured."""
     by_name = {candidate.name: candidate for candidate in candidates}
+    whole = {c.name: Measurement(1, [t + c.extra_seconds for t in timings[c.name].times], NO_SPEC) for c in candidates}
     full, published = by_name.get(DENSE), by_name.get(PUBLISHED)
     rows = []
     for name, candidate in by_name.items():
-        seconds = timings[name].median
+        seconds = whole[name].median
         row: Row = {
             "measured": name,
             "path": candidate.path,
             **compare(timings[name], timings.get(DENSE)),
+            "extra_seconds": candidate.extra_seconds or None,
             "tokens_per_second": num_tokens / seconds,
             "peak_memory_bytes": candidate.peak_bytes,
             "parameters": candidate.num_parameters,
             "floor_seconds": candidate.multiply_adds * timings["product"].median,
         }
-        if full is not None:
-            speedup, limit = timings[DENSE].median / seconds, full.multiply_adds / candidate.multiply_adds
+        if base is not None:
+            ratios = [a / b for a, b in zip(whole[name].times, whole[base].times, strict=True)]
+            row |= {"ratio": seconds / whole[base].median, "ratio_spread": Measurement(1, ratios, NO_SPEC).iqr / 2}
+        elif full is not None:
+            speedup, limit = whole[DENSE].median / seconds, full.multiply_adds / candidate.multiply_adds
             row |= {"speedup_over_dense": speedup, "limit": limit, "share_of_limit": speedup / limit}
         if published is not None:
-            row["speedup_over_published"] = timings[PUBLISHED].median / seconds
+            row["speedup_over_published"] = whole[PUBLISHED].median / seconds
             row["memory_over_published"] = candidate.peak_bytes / published.peak_bytes
         rows.append(row)
     return rows
+
+
+def notes(candidates: list[Candidate]) -> list[str]:
+    """What the table must say of phases, and of what only some updates have."""
+    lines = [""]
+    for each in candidates:
+        more = (f"{e.name} {write(e.seconds, 'time')} every {1 / e.share:,.0f} updates" for e in each.extras)
+        parts = [part for part in (each.phase, *more) if part]
+        lines += [f"{each.name}: {', '.join(parts)}."] if parts else []
+    return lines if len(lines) > 1 else []
 
 
 COLUMNS: list[Column] = [
@@ -285,6 +282,9 @@ COLUMNS: list[Column] = [
     ("path", "path", ""),
     ("seconds", "time", "time"),
     ("spread", "+-", ".0%"),
+    ("extra_seconds", "and between", "time"),
+    ("ratio", "ratio", ".2f"),
+    ("ratio_spread", "+-", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("speedup_over_dense", "speed-up over full", ".2f"),
     ("limit", "all products", ".2f"),

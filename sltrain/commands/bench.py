@@ -2,6 +2,8 @@
 
     sltrain-bench what=layer                              one projection, forward and backward, in every way
     sltrain-bench what=step model=llama_60m               one update of a model: time, tokens a second, peak memory
+    sltrain-bench what=step model=llama_60m methods=all   every method's update over that of method=full
+    sltrain-bench what=step model=llama_60m optimizers=[scale,muon,galore]   and every optimizer's over adamw's
     sltrain-bench what=data path='data/*.json.gz'         text to rows of ids, and whether a GPU would wait for them
     sltrain-bench what=layer calibrate=true               the prices that layer_path=auto uses
 

@@ -70,6 +70,15 @@ def test_step_as_json(sltrain_bench: Run) -> None:
     assert "uniform" in err and "alone" in err
 
 
+def test_optimizers_side_by_side(sltrain_bench: Run) -> None:
+    code, out, err = sltrain_bench(*STEP, "optimizers=[scale,sgd]")
+    assert code == 0, err
+    lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["adamw", "scale", "sgd"]
+    head = next(line for line in out.splitlines() if line.startswith("|"))
+    assert "ratio" in head and "+-" in head and "speed-up" not in head
+
+
 def test_data_as_json(sltrain_bench: Run, corpus: Path, tokenizer_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "an 'odd' name, ümlaut=1"
     folder.symlink_to(corpus)
@@ -136,6 +145,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "path is a number": (["what=data", "path=5"], ["path=5", "glob"]),
     "no tokenizer": (["what=data", "tokenizer=/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
     "candidates of data": (["what=data", "candidates=[dense]"], ["candidates", "what=layer and what=step"]),
+    "two lists": ([*STEP, "methods=all", "candidates=[full]"], ["methods and candidates", "keep one"]),
+    "a list of none": ([*STEP, "optimizers=[]"], ["optimizers=[]", "adafactor"]),
+    "a list is one name": ([*STEP, "methods=sltrain"], ["methods=sltrain", "methods=["]),
+    "a method of no list": ([*STEP, "method=sltrain"], ["method=sltrain", "methods=[sltrain]"]),
+    "unknown optimizer": ([*STEP, "optimizers=[adamx]"], ["adamx", "adamw"]),
+    "unknown method of the list": ([*STEP, "methods=[ful]"], ["method=ful", "full"]),
     "no model": (["what=step"], ["model=llama_60m"]),
     "unknown model": (["what=step", "model=llama_6m"], ["llama_6m", "llama_60m"]),
     "row too long": (["what=step", "model=llama_tiny", "seq_len=2048"], ["seq_len=2048", "max_position"]),
