@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sltrain.api.report import count_parameters_of, read_rows
 from sltrain.building import memory_guard
 from sltrain.models.llama import LlamaForCausalLM
 
@@ -57,6 +58,24 @@ def test_measured_is_what_was_planned(
     assert len(later) == 2
     for line in later:
         assert line["peak_tensor_bytes"] == pytest.approx(line["planned_memory_bytes"], rel=0.05)
+
+
+def test_each_phase_is_measured_and_the_report_has_its_highest_memory_and_last_parameters(
+    large: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics
+) -> None:
+    """Adapters join slope's sparse weights for the second half."""
+    how = ["method=slope", "method.adapter_share=0.5", "max_steps=8", f"run_dir={tmp_path}/run"]
+    code, out, err = sltrain_train(*large, *how)
+    assert code == 0, err
+    assert out.count("measured for tensors") == 2
+    peaks = {line["step"]: line["peak_tensor_bytes"] for line in train_lines(metrics_of(tmp_path / "run"))[2:]}
+    assert peaks[3] == peaks[6] < peaks[7] == peaks[8]
+    final = metrics_of(tmp_path / "run")[-1]
+    assert peaks[8] == final["peak_tensor_bytes"] == pytest.approx(final["planned_memory_bytes"], rel=0.05)
+    (row,), _ = read_rows([tmp_path / "run"])
+    assert (row.peak_tensor_bytes, row.num_parameters) == (peaks[8], final["num_parameters"]["total"])
+    assert row.peak_memory_bytes == final["peak_memory_bytes"]
+    assert count_parameters_of(tmp_path / "run", 3) < count_parameters_of(tmp_path / "run", 4) == row.num_parameters
 
 
 def test_updates_inside_backward_make_the_ordinary_run(

@@ -2,6 +2,7 @@
 
     rows, notes = read_rows([Path("outputs")])
     print(text_table(rows))                                   # sltrain.reporting.table
+    rows, sentence = best_of(rows, ["method"])                # sltrain.reporting.comparison
 
     report = read_report([Path("outputs")])
     write_report(report, Path("outputs/report"), command)     # report.html, table.md, table.csv, *.png
@@ -97,7 +98,7 @@ def _row(name: str, record: RunRecord) -> Row:
     if not isinstance(num_parameters, int):
         num_parameters = None
         try:
-            num_parameters = count_parameters_of(record.path)
+            num_parameters = count_parameters_of(record.path, (record.last or {}).get("step", 0))
         except (OSError, ValueError) as error:
             record.notes.append(f"its parameters cannot be counted: {first_line(error)}")
     return make_row(
@@ -127,9 +128,9 @@ def _computed(config: dict[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in settings.items() if "." not in key or (value and not repeats(key, value))}
 
 
-def count_parameters_of(run: Path) -> int:
-    """How many values the run in this folder trains, counted on its model, built without memory. Raises OSError or
-    ValueError if its configuration cannot be read or is of another version."""
+def count_parameters_of(run: Path, step: int = 0) -> int:
+    """How many values the run in this folder trains after update `step`, counted on its model, built without memory.
+    Raises OSError or ValueError if its configuration cannot be read or is of another version."""
     from sltrain.compose import read_config  # seconds, with torch; a finished run has its number in its last line
 
     config = read_config(run / "config.yaml")
@@ -145,9 +146,12 @@ def count_parameters_of(run: Path) -> int:
     import torch
 
     from sltrain.building.model import build_model
+    from sltrain.building.phases import change_until
     from sltrain.planning.accounting import count_parameters
 
-    return count_parameters(build_model(config, vocab_size, torch.float32))["total"]
+    model = build_model(config, vocab_size, torch.float32)
+    change_until(config, model, step)
+    return count_parameters(model)["total"]
 
 
 def write_report(report: Report, output: Path, command: str = "", more: Section | None = None) -> Path:

@@ -4,11 +4,15 @@
     sltrain-report outputs/a /mnt/cluster/b     from several places; the page is in the first
     sltrain-report outputs --output /tmp/look   page, figures, table.md and table.csv go there
     sltrain-report outputs --json               the rows on stdout, as one JSON list
+    sltrain-report outputs --best method        of each method its best run alone, in table, figures and page
     sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
 
 Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
 What is missing or damaged is named, and the rest reported. Where there is no run, the page cannot
 be written, or the spectrum cannot be had, the answer is 2, and an earlier report stays as it is.
+
+Parameters are those at the end of a run, or after its newest update. Memory is the highest of the whole run, in all its
+phases: of the process with all that happens between updates, of tensors in an update.
 """
 
 import argparse
@@ -43,6 +47,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--output", metavar="DIR", type=Path, help="where to write; by default report, in the first PATH"
     )
     parser.add_argument("--json", action="store_true", help="print the rows as a JSON list instead of the table")
+    parser.add_argument(
+        "--best", metavar="KEYS", help="one run for each value of a key, or of several: method,lr_scale.factor"
+    )
     parser.add_argument("--spectrum", action="store_true", help="of one run: look inside its layers")
     parser.add_argument(
         "--layers",
@@ -77,6 +84,11 @@ def run_command(arguments: list[str]) -> ExitCode:
         report = read_report([path.expanduser() for path in typed.paths])
         if not report.rows:
             raise ValueError("; ".join(report.notes))
+        if typed.best is not None:
+            from sltrain.reporting.comparison import best_of
+
+            report.rows, sentence = best_of(report.rows, [key.strip() for key in typed.best.split(",")])
+            report.notes.append(sentence)
         for note in report.notes:
             logger.info(f"note: {note}")
         write_line(as_json(report.rows) if typed.json else text_table(report.rows))

@@ -5,7 +5,7 @@ device. CPU: the most physical memory the process held (VmHWM of /proc/self/stat
 Linux can reset that mark; elsewhere the peak of the whole process so far is reported.
 
 The tensors. This is the number a memory plan predicts. On CUDA it is the allocator's. A CPU's allocator has no such
-mark, so torch's profiler records what is allocated and freed during one update.
+mark, so torch's profiler records what is allocated and freed during one update of each phase.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ T = TypeVar("T")
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
-MEASURED_UPDATE = 3  # of a process: the first creates the optimizer's state, the second DDP's final buckets
+MEASURED_UPDATE = 3  # of a process, or phase: the first creates the optimizer's state, the second DDP's final buckets
 MAX_PROFILED_MICRO_BATCHES = 4  # of the measured update: each produces tens of thousands of records
 
 
@@ -96,19 +96,20 @@ class RunMemory:
 
     process: PeakMemory
     planned_bytes: int | None  # peak of its tensors; None if unknown
-    tensor_bytes: int | None = None  # that peak, once one update is measured
-    num_updates: int = 0  # of this process
+    tensor_bytes: int | None = None  # the highest peak of those that were measured
+    num_updates: int = 0  # of this process, or since a phase began
 
     def measure(self, update: Callable[[], T], held_bytes: Callable[[], int], num_micro_batches: int) -> T:
-        """The result of `update`. On a CPU one update of the process is measured, see `tensor_peak`; on CUDA the
-        allocator's peak is always available."""
+        """The result of `update`. On a CPU one update of the process, and one of each phase, is measured, see
+        `tensor_peak`; on CUDA the allocator's peak is always available."""
         self.num_updates += 1
         is_due = self.num_updates == MEASURED_UPDATE and num_micro_batches <= MAX_PROFILED_MICRO_BATCHES
         if not is_due or self.process.device.type == "cuda":
             return update()
-        result, self.tensor_bytes = tensor_peak(update, held_bytes(), self.process.device)
+        result, peak = tensor_peak(update, held_bytes(), self.process.device)
+        self.tensor_bytes = max(peak, self.tensor_bytes or 0)
         planned = "" if self.planned_bytes is None else f", {self.planned_bytes / 1e9:,.2f} planned"
-        logger.info(f"memory     {self.tensor_bytes / 1e9:,.2f} GB measured for tensors{planned}")
+        logger.info(f"memory     {peak / 1e9:,.2f} GB measured for tensors{planned}")
         return result
 
     def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> Event:

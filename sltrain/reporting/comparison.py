@@ -30,6 +30,10 @@ NAMED = (
     " padding seq_len experiment init_from"
 ).split()
 MAX_NAMED = 6  # settings in a sentence
+MAX_SWEPT, MAX_VALUE = 4, 16  # settings that become columns, and the longest value of one, in characters
+
+# Keys that a row has as fields.
+FIELDS = {"model": "size"} | {key: key for key in "method optimizer rank sparsity alpha lr support dtype seed".split()}
 
 
 def arrange(rows: list[Row]) -> list[Row]:
@@ -77,23 +81,70 @@ def batches(rows: list[Row]) -> str:
     return f"The published convention depends on the batches, and {what} here: it does not compare."
 
 
-def other_differences(rows: list[Row]) -> str:
-    """The sentence on settings without a column in which runs of one model differ; empty if there are none."""
+def differing(rows: list[Row]) -> list[str]:
+    """The settings without a column of their own in which runs of one model differ, dotted keys, those with most values
+    first; of those that always go together the first. Where runs chose another optimizer or source of text, that this
+    one has no such option is no difference."""
     models: dict[str | None, list[dict[str, str]]] = {}
     for row in rows:
         if row.settings:  # otherwise unknown
             models.setdefault(row.size, []).append(row.settings)
     known = {*NAMED, *(f"method.{key}" for row in rows for key in row.options)}
-    keys = {
-        key
-        for several in models.values()
-        for key in {*itertools.chain(*several)} - known
-        if len({settings.get(key) for settings in several}) > 1
+    counts = {
+        key: max(counts)
+        for key in {key for row in rows for key in row.settings} - known
+        if max(counts := [_num_different(key, several) for several in models.values()]) > 1
     }
+    keys: dict[tuple[str | None, ...], str] = {}
+    for key in sorted(counts, key=lambda key: (-counts[key], key)):
+        keys.setdefault(tuple(row.settings.get(key) for row in rows), key)
+    return list(keys.values())
+
+
+def _num_different(key: str, several: list[dict[str, str]]) -> int:
+    chosen = f"{key.partition('.')[0]}.name"
+    values = {settings.get(key) for settings in several}
+    return len(values - {None} if len({settings.get(chosen) for settings in several}) > 1 else values)
+
+
+def swept(rows: list[Row]) -> list[str]:
+    """Those of `differing` that become columns: the first few with short values."""
+    short = [key for key in differing(rows) if all(len(row.settings.get(key, "")) <= MAX_VALUE for row in rows)]
+    return short[:MAX_SWEPT]
+
+
+def other_differences(rows: list[Row]) -> str:
+    """The sentence on settings without a column in which runs of one model differ; empty if there are none."""
+    keys = sorted(set(differing(rows)) - set(swept(rows)))
     if not keys:
         return ""
     more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return f"Runs of one model also differ in {', '.join(sorted(keys)[:MAX_NAMED])}{more}."
+    return f"Runs of one model also differ in {', '.join(keys[:MAX_NAMED])}{more}."
+
+
+def best_of(rows: list[Row], keys: list[str]) -> tuple[list[Row], str]:
+    """Of arranged rows the best for each value of `keys`, arranged anew, and the sentence on it. Finished runs come
+    before others: the loss of a run falls until its end. Raises ValueError for a key that no run has."""
+    for key in keys:
+        if all(_value_of(row, key) is None for row in rows):
+            some = ", ".join([*FIELDS, *differing(rows)])
+            raise ValueError(f"--best {key}: no run has this key; name one or more of these, by commas: {some}")
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: not (row.is_complete and row.is_evaluated)):
+        values = [_value_of(row, key) for key in keys]
+        best.setdefault(", ".join("-" if value is None else f"{value}" for value in values), row)
+    number = "bits per byte" if any(row.group for row in rows) else "perplexity"
+    for label, row in best.items():
+        row.best_of, row.group = label, ""
+    sentence = f"Of {len(rows)} runs these are the best for each {' and '.join(keys)}, by {number}."
+    return arrange(list(best.values())), sentence
+
+
+def _value_of(row: Row, key: str) -> Any:
+    """What a run was typed with: `method`, `lr`, `lr_scale.factor`, `method.merge_every`."""
+    if key in FIELDS:
+        return getattr(row, FIELDS[key])
+    return row.settings.get(key, row.options.get(key.removeprefix("method.")))
 
 
 def _protocol(row: Row) -> tuple[Any, ...]:

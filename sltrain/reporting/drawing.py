@@ -6,6 +6,7 @@ others are grey.
 """
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sltrain.reporting.rows import Row
+from sltrain.reporting.table import elide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +34,7 @@ COLOURS = (BLUE, VERMILLION, GREEN, BLACK, ORANGE, PURPLE, SKY_BLUE)
 GREY = "#9a9a9a"
 MARKERS = ("^", "s", "o", "D", "v", "<", ">", "P", "X")
 LINES: tuple[Any, ...] = ("-.", "--", "-", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
+BEST_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # part of matplotlib
@@ -72,20 +75,33 @@ def our_style() -> Iterator[None]:
 
 
 def colours_of(rows: list[Row]) -> dict[str, str]:
-    """The colour of each named run, the same in all figures. The other runs are grey."""
-    num_named = len(rows) if len(rows) <= FEW else NUM_BEST
-    return {row.name: colour for row, colour in zip(rows[:num_named], COLOURS, strict=False)}
+    """The colour of each named run, the same in all figures. The other runs are grey. Rows that are each the best of
+    something are all named."""
+    num_named = len(rows) if len(rows) <= FEW or are_best(rows) else NUM_BEST
+    return {row.name: colour for row, colour in zip(rows[:num_named], itertools.cycle(COLOURS), strict=False)}
+
+
+def are_best(rows: list[Row]) -> bool:
+    """Whether the rows were chosen by --best."""
+    return any(row.best_of for row in rows)
 
 
 def method_styles(rows: list[Row]) -> dict[str, tuple[Any, str]]:
-    """Line style and marker of each method among the rows, in alphabetical order."""
-    methods = sorted({method_of(row) for row in rows})
-    return {m: (LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+    """Line style and marker of each method among the rows, in alphabetical order; of rows that are each the best of
+    something, of each row, so that colour and style together tell all apart."""
+    methods = [method_of(row) for row in rows] if are_best(rows) else sorted({method_of(row) for row in rows})
+    lines, times = (BEST_LINES, len(COLOURS)) if are_best(rows) else (LINES, 1)
+    return {m: (lines[i // times % len(lines)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
 
 
 def method_of(row: Row) -> str:
-    """The method's name in legends."""
-    return row.method or "unknown"
+    """What line styles and markers tell apart, in legends: the method, or what the row is the best of."""
+    return row.best_of or row.method or "unknown"
+
+
+def label_of(row: Row) -> str:
+    """The name of a run in figures."""
+    return elide(row.best_of or row.name, MAX_LABEL)
 
 
 def tick_labels(write: Callable[[float], str]) -> Any:
@@ -102,9 +118,10 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, figure.add_subplot()
 
 
-def legend_below(axes: "Axes", handles: "list[Line2D]", labels: list[str], **style: Any) -> None:
+def legend_below(axes: "Axes", handles: "list[Line2D]", labels: list[str], ncols: int) -> None:
     """A legend below the plot, where it covers nothing."""
-    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0, **style)
+    style: Any = {"columnspacing": 2, "handlelength": 3.2, "borderaxespad": 0}
+    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=ncols, **style)
 
 
 def to_picture(figure: "Figure", file_name: str, title: str, caption: str, alt: str) -> Picture:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sltrain.reporting.drawing import (
     GREY,
     MARKERS,
-    MAX_LABEL,
     WIDTH,
     Picture,
+    are_best,
     colours_of,
+    label_of,
     legend_below,
     method_of,
     method_styles,
@@ -26,7 +27,7 @@ from sltrain.reporting.drawing import (
 )
 from sltrain.reporting.memory_figure import draw_memory
 from sltrain.reporting.rows import Curve, Point, Row
-from sltrain.reporting.table import elide, perplexity, plain, short
+from sltrain.reporting.table import perplexity, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,12 +73,12 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
         if row.name in colours:
             if evals:
                 axes.plot(*zip(*evals, strict=True), **points)
-            named.insert(0, (Line2D([], [], **{**points, **line}), elide(row.name, MAX_LABEL)))
+            named.insert(0, (Line2D([], [], **{**points, **line}), label_of(row)))
     others = [method_of(row) for row, _, _ in lines if row.name not in colours]
     for method in sorted(set(others)):
         handle = Line2D([], [], color=GREY, linestyle=styles[method][0], linewidth=1)
         named.append((handle, f"{others.count(method)} more of {method}"))
-    legend_below(axes, *map(list, zip(*named, strict=True)), ncols=2, columnspacing=2, handlelength=3.2)
+    legend_below(axes, *map(list, zip(*named, strict=True)), ncols=4 if are_best(rows) else 2)
     beyond = _cut_loss_axis(axes, [smooth(train) for _, train, _ in lines])
     axes.set_ylabel("loss, nats per token")
     axes.set_xlabel(label)

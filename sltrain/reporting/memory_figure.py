@@ -1,14 +1,16 @@
 """Memory against perplexity as in figure 1 of arXiv 2406.02214: a bubble a run, its area the number of parameters."""
 
+import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sltrain.reporting.drawing import (
     GREY,
-    MAX_LABEL,
     WIDTH,
     Picture,
+    are_best,
     colours_of,
+    label_of,
     legend_below,
     method_of,
     method_styles,
@@ -17,10 +19,14 @@ from sltrain.reporting.drawing import (
     to_picture,
 )
 from sltrain.reporting.rows import Row
-from sltrain.reporting.table import elide, gigabytes, perplexity, plain, short
+from sltrain.reporting.table import gigabytes, perplexity, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+AREA = 620  # of the largest bubble, square points
+DOT = 14  # pixels around a point that no name may cover
+LINE = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6}  # from a point to a name that is not beside it
 
 
 def draw_memory(rows: list[Row]) -> Picture | None:
@@ -38,7 +44,8 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     x = [((row.peak_tensor_bytes if is_of_tensors else row.peak_memory_bytes) or 0) / 1e9 for row in rows]
     y = [float(getattr(row, key)) for row in rows]
     largest = max(row.num_parameters or 0 for row in rows)
-    area = [_area(row.num_parameters, largest) for row in rows]
+    whole = AREA / 4 if are_best(rows) else AREA  # names stand beside the points
+    area = [whole * row.num_parameters / largest if row.num_parameters else 30 for row in rows]
     for i in sorted(range(len(rows)), key=lambda i: (rows[i].name in colours, -area[i])):  # named and small ones on top
         colour, marker = colours.get(rows[i].name, GREY), styles[method_of(rows[i])][1]
         face = colour if rows[i].is_complete else "none"
@@ -49,7 +56,10 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     words = {"process": "of the process (CPU)", "tensors": "of tensors"}
     axes.set_xlabel("peak memory, GB, " + ", ".join(words[name] for name in words if name in measures))
     axes.set_ylabel(quality)
-    _bubble_legend(axes, rows, colours)
+    if are_best(rows):
+        _name_points(axes, [(x[i], y[i], label_of(row), colours[row.name]) for i, row in enumerate(rows)])
+    else:
+        _bubble_legend(axes, rows, colours)
     sizes = sorted({row.num_parameters for row in rows if row.num_parameters})
     ends = " to ".join(map(short, dict.fromkeys([*sizes[:1], *sizes[-1:]])))
     num_grey = sum(row.name not in colours for row in rows)
@@ -68,11 +78,6 @@ def draw_memory(rows: list[Row]) -> Picture | None:
     return to_picture(figure, "memory.png", f"Memory and {quality}", caption, alt)
 
 
-def _area(num_parameters: int | None, largest: int) -> float:
-    """The area of a bubble, square points."""
-    return 620 * num_parameters / largest if num_parameters else 30
-
-
 def _scale_memory_axes(axes: "Axes", is_log: bool) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -88,13 +93,39 @@ def _scale_memory_axes(axes: "Axes", is_log: bool) -> None:
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
 
 
+def _name_points(axes: "Axes", points: list[tuple[float, float, str, str]]) -> None:
+    """The name of each point (x, y, name, colour) beside it, at the nearest place inside the frame that covers no other
+    name or point, with a line to the point; at the farthest if there is none."""
+    from matplotlib.transforms import Bbox
+
+    figure: Any = axes.get_figure()
+    figure.draw_without_rendering()  # fixes where points are
+    frame = axes.get_window_extent()
+    dots = [axes.transData.transform(point[:2]) for point in points]
+    taken = [Bbox.from_extents(px - DOT, py - DOT, px + DOT, py + DOT) for px, py in dots]
+    for x, y, name, colour in points:
+        text: Any = axes.annotate(name, (x, y), textcoords="offset points", va="center", fontsize=9, color=colour)
+        text.set_in_layout(False)
+        for distance, angle in itertools.product((10, 18, 30, 45, 60), range(0, 360, 30)):
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            text.xyann = (dx, dy)
+            text.set_ha("left" if dx > 1 else "right" if dx < -1 else "center")
+            box = text.get_window_extent()
+            is_inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        if distance > 18:
+            axes.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=LINE).set_in_layout(False)
+
+
 def _bubble_legend(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None:
     """Runs by colour, then methods by marker."""
     from matplotlib.lines import Line2D
 
     styles = method_styles(rows)
     named = [row for row in rows if row.name in colours]
-    entries = [(elide(row.name, MAX_LABEL), styles[method_of(row)][1], colours[row.name]) for row in named]
+    entries = [(label_of(row), styles[method_of(row)][1], colours[row.name]) for row in named]
     entries += [(method, marker, "#777777") for method, (_, marker) in styles.items()]
     handles = [Line2D([], [], linestyle="none", marker=m, markersize=8, color=colour) for _, m, colour in entries]
-    legend_below(axes, handles, [label for label, *_ in entries], ncols=2, columnspacing=2, handlelength=3.2)
+    legend_below(axes, handles, [label for label, *_ in entries], ncols=2)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sltrain.reporting.comparison import batches, comparison, other_differences
+from sltrain.reporting.comparison import batches, comparison, differing, other_differences, swept
 from sltrain.reporting.rows import Row
 
 MAX_NAME = 44  # characters of a name on a terminal
@@ -33,7 +33,7 @@ class Column:
     is_text: bool = False  # aligned left
     is_setting: bool = False  # a value that all runs share moves to a sentence
     is_detail: bool = False  # shown only where it differs
-    within: str = ""  # the field that is a mapping with `key`: options of the method, or tasks
+    within: str = ""  # the field that is a mapping with `key`: options of the method, settings, or tasks
     add: Callable[[Row], str] = lambda row: ""  # appended to the value
 
     def cell(self, row: Row) -> str:
@@ -55,6 +55,11 @@ whole, four_digits, plain = "{:,.0f}".format, "{:.4f}".format, "{:g}".format
 
 def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def of_tensors(num_bytes: float) -> str:
+    """12.34 GB, 86.1 MB: small models differ in the latter."""
+    return gigabytes(num_bytes) if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -81,7 +86,7 @@ def at_step(row: Row) -> str:
 COLUMNS = (
     Column("name", "run", str, is_text=True),
     Column("status", "status", str, is_text=True),
-    Column("method", "method", str, drop=5, is_text=True, is_setting=True),
+    Column("method", "method", str, drop=2, is_text=True, is_setting=True),
     Column("size", "model", str, drop=9, is_text=True, is_setting=True),
     Column("rank", "rank", plain, drop=6, is_setting=True),
     Column("sparsity", "sparsity", plain, drop=6, is_setting=True),
@@ -97,6 +102,7 @@ COLUMNS = (
     Column("perplexity", "perplexity", perplexity, add=at_step),
     Column("perplexity_galore_protocol", "published convention", perplexity, drop=7),
     Column("bits_per_byte", "bits/byte", four_digits, drop=2),
+    Column("peak_tensor_bytes", "peak of tensors", of_tensors, drop=1),
     Column("peak_memory_bytes", "peak memory", gigabytes, drop=1),
     Column("peak_memory_measure", "peak memory of", str, drop=1, is_text=True, is_setting=True),
     Column("tokens_per_second", "tokens/s", short, drop=3),
@@ -105,19 +111,19 @@ COLUMNS = (
     Column("wall_seconds", "time", duration, drop=11),
     Column("tokens", "tokens", short, drop=12),
     Column("loss", "loss", four_digits, drop=14),
-    Column("peak_tensor_bytes", "peak of tensors", gigabytes, drop=13),
 )
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """COLUMNS, after `support` a column for each further option of a method, and after the bits per byte one for each
-    of the first MAX_TASKS numbers of tasks."""
+    """COLUMNS, after `support` a column for each further option of a method and for the settings that were swept, and
+    after the bits per byte one for each of the first MAX_TASKS numbers of tasks."""
     options = dict.fromkeys(key for row in rows for key in row.options)
     place = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "support")
     more = [
         Column(key, key.replace("_", " "), str, drop=6, is_text=True, is_detail=True, within="options")
         for key in options
     ]
+    more += [Column(key, key, str, drop=2, is_text=True, within="settings") for key in swept(rows)]
     tasks = list(dict.fromkeys(key for row in rows for key in row.tasks))[:MAX_TASKS]
     numbers = [Column(key, key, task_number, drop=2, within="tasks", add=at_step) for key in tasks]
     after = 1 + next(i for i, column in enumerate(COLUMNS) if column.key == "bits_per_byte")
@@ -229,9 +235,14 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
 
 
 def csv_table(rows: list[Row]) -> str:
-    """Every field of every row except its settings, raw."""
-    names = [item.name for item in fields(Row) if item.name not in ("settings", "options", "tasks")]
-    options, tasks = (dict.fromkeys(key for r in rows for key in getattr(r, field)) for field in ("options", "tasks"))
-    head = [*names, *(f"method.{key}" for key in options), *(f"tasks.{key}" for key in tasks)]
-    lines = [[*(getattr(r, n) for n in names), *map(r.options.get, options), *map(r.tasks.get, tasks)] for r in rows]
+    """Every field of every row, raw; of its settings those in which the runs differ, by their dotted keys."""
+    mappings = {"options": "method.", "tasks": "tasks.", "settings": ""}
+    names = [item.name for item in fields(Row) if item.name not in mappings]
+    keys = {field: dict.fromkeys(key for r in rows for key in getattr(r, field)) for field in ("options", "tasks")}
+    keys["settings"] = dict.fromkeys(key for key in differing(rows) if key not in names)
+    head = [*names, *(f"{mappings[field]}{key}" for field in keys for key in keys[field])]
+    lines = [
+        [*(getattr(r, n) for n in names), *(getattr(r, field).get(key) for field in keys for key in keys[field])]
+        for r in rows
+    ]
     return csv_text([head, *lines])

@@ -124,6 +124,25 @@ def test_names_that_two_places_share_are_told_apart(tmp_path: Path) -> None:
     assert {row.name for row in read_rows(roots)[0]} == {str(root / "a") for root in roots}
 
 
+def test_the_best_run_of_each_value(tmp_path: Path, report: Report) -> None:
+    for method, factor, perplexity in (("a", 1, 30.0), ("a", 2, 20.0), ("b", 1, 25.0), ("b", 2, 40.0)):
+        run = make_run(tmp_path / f"{method}{factor}", {**FINAL, "perplexity": perplexity})
+        with open(run / "config.yaml", "a") as file:
+            file.write(f"lr_scale: {{factor: {factor}}}\n")
+        (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("name: sltrain", f"name: {method}"))
+    code, out, err = report(tmp_path, "--best", "method")
+    assert code == 0 and "note: Of 4 runs these are the best for each method, by perplexity." in err
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["a2", "b1"] and "b2" not in out
+    assert "lr_scale.factor" in out.splitlines()[0]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "the best for each method" in page and "b2" not in page and "memory" in page
+    code, out, _ = report(tmp_path, "--best", "method, lr_scale.factor", "--json")
+    assert code == 0 and [row["best_of"] for row in json.loads(out)] == ["a, 2", "b, 1", "a, 1", "b, 2"]
+    code, out, err = report(tmp_path, "--best", "colour")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert "--best colour" in err and "lr_scale.factor" in err
+
+
 def test_a_run_called_report_is_no_place_for_a_report(tmp_path: Path, report: Report) -> None:
     make_run(tmp_path / "report")
     code, out, _ = report(tmp_path)
@@ -171,7 +190,7 @@ def test_help_shows_examples_and_every_argument(capfd: pytest.CaptureFixture[str
         run_command(["--help"])
     out = capfd.readouterr().out
     assert ended.value.code == 0 and "sltrain-report outputs/a /mnt/cluster/b" in out
-    assert all(flag in out for flag in ("--output DIR", "--json", "--spectrum", "--layers", "--steps"))
+    assert all(flag in out for flag in ("--output DIR", "--json", "--best KEYS", "--spectrum", "--layers", "--steps"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sltrain.reporting.comparison import arrange, batches, comparison, other_differences
+from sltrain.reporting.comparison import arrange, batches, best_of, comparison, differing, other_differences, swept
 from sltrain.reporting.rows import Row
 
 
@@ -89,20 +89,83 @@ def test_a_run_without_numbers_makes_no_group() -> None:
     assert {row.group for row in arrange(rows)} == {""} and comparison(arrange(rows)) == ""
 
 
-def test_settings_that_no_column_shows_are_named_where_they_differ() -> None:
+def test_settings_in_which_runs_of_one_model_differ() -> None:
     rows = rows_of(a=10.0, b=20.0, c=30.0)
     for row, heads in zip(rows, ("4", "2", "4"), strict=True):
         row.size, row.settings = "llama_tiny", {"rank": heads, "model.num_key_value_heads": heads, "path": "wiki.gz"}
-    assert other_differences(rows) == "Runs of one model also differ in model.num_key_value_heads."
+    assert differing(rows) == ["model.num_key_value_heads"], "rank has a column"
     del rows[1].settings["model.num_key_value_heads"]
-    rows[1].settings["rank_overrides.k_proj"] = "4"
-    assert "model.num_key_value_heads, rank_overrides.k_proj." in other_differences(rows), "only one run has it"
+    rows[2].settings["rank_overrides.k_proj"] = "4"
+    assert differing(rows) == ["model.num_key_value_heads", "rank_overrides.k_proj"], "only some have it"
     rows[1].settings = {}
-    assert other_differences(rows) == "", "unknown"
+    rows[0].settings["rank_overrides.k_proj"] = "4"
+    assert differing(rows) == [], "unknown"
     rows[1].settings = {"model.num_key_value_heads": "2"}
     rows[1].size = "llama_60m"  # a model of its own has a shape of its own
-    assert other_differences(rows) == ""
-    for i in range(9):
-        rows[2].settings[f"key_{i}"] = "1"
-        rows[0].settings[f"key_{i}"] = "2"
-    assert "key_0, key_1, key_2, key_3, key_4, key_5 and 3 more" in other_differences(rows)
+    assert differing(rows) == []
+
+
+def test_settings_with_most_values_come_first_and_those_that_go_together_once() -> None:
+    rows = rows_of(a=10.0, b=20.0, c=30.0)
+    for row, factor in zip(rows, ("1.0", "0.5", "0.25"), strict=True):
+        row.settings = {"lr_scale.factor": factor, "lr_scale.values": factor, "ema": str(factor == "1.0")}
+    assert differing(rows) == ["lr_scale.factor", "ema"]
+
+
+def test_an_option_that_another_optimizer_does_not_have_is_no_difference() -> None:
+    rows = rows_of(a=10.0, b=20.0, c=30.0)
+    for row, name, scale in zip(rows, ("galore", "adamw", "galore"), ("0.25", "", "0.25"), strict=True):
+        row.settings = {"optimizer.name": name, **({"optimizer.scale": scale} if scale else {})}
+    assert differing(rows) == []
+    rows[2].settings["optimizer.scale"] = "1.0"
+    assert differing(rows) == ["optimizer.scale"]
+
+
+def test_a_few_settings_become_columns_and_the_others_are_named() -> None:
+    rows = rows_of(a=10.0, b=20.0)
+    for i in range(13):
+        rows[0].settings[f"key_{i:02}"], rows[1].settings[f"key_{i:02}"] = str(i), str(2 * i + 1)
+    rows[0].settings["key_01"] = "a value that is too long for a column"
+    assert swept(rows) == ["key_00", "key_02", "key_03", "key_04"]
+    sentence = other_differences(rows)
+    assert sentence == "Runs of one model also differ in key_01, key_05, key_06, key_07, key_08, key_09 and 3 more."
+    assert other_differences(rows[:1]) == ""
+
+
+# ---- the best of each
+
+
+def grid() -> list[Row]:
+    """Two methods at three rates: the best run of b is not finished, another diverged."""
+    rows = rows_of(a1=30.0, a2=20.0, a3=math.nan, b1=15.0, b2=10.0, b3=40.0)
+    for row in rows:
+        row.method, row.settings = row.name[0], {"method.name": row.name[0], "lr_scale.factor": row.name[1]}
+    rows[4].status = "running"
+    return arrange(rows)
+
+
+def test_the_best_finished_run_of_each() -> None:
+    best, sentence = best_of(grid(), ["method"])
+    assert [(row.name, row.best_of) for row in best] == [("b1", "b"), ("a2", "a")]
+    assert sentence == "Of 6 runs these are the best for each method, by perplexity."
+    best, _ = best_of(grid(), ["lr_scale.factor"])
+    assert [(row.name, row.best_of) for row in best] == [("b1", "1"), ("a2", "2"), ("b3", "3")]
+    best, _ = best_of(grid(), ["method", "lr_scale.factor"])
+    assert [row.name for row in best] == ["b2", "b1", "a2", "a1", "b3", "a3"], "even one that diverged, if alone"
+    assert best[0].best_of == "b, 2"
+
+
+def test_the_best_where_perplexities_do_not_compare() -> None:
+    rows = grid()
+    for row in rows:
+        row.seq_len = 64 if row.method == "a" else 128
+    rows[0].bits_per_byte = 99.0
+    best, sentence = best_of(arrange(rows), ["method"])
+    assert "by bits per byte" in sentence and {row.group for row in best} == {"a", "b"}
+    best, _ = best_of(arrange([row for row in rows if row.method == "a"]), ["method"])
+    assert [row.group for row in best] == [""], "what is left compares"
+
+
+def test_the_best_of_a_key_that_nobody_has() -> None:
+    with pytest.raises(ValueError, match="--best colour: no run has this key.*method.*lr_scale.factor"):
+        best_of(grid(), ["method", "colour"])

@@ -228,6 +228,29 @@ def test_long_names_are_shortened(drawn: list[Any], seen_texts: dict[Any, dict[A
     assert_no_overlap(seen_texts[drawn[0][0]])
 
 
+# ---- the best of each
+
+
+def test_the_best_of_each_are_all_named_and_told_apart(
+    drawn: list[Any], seen_texts: dict[Any, dict[Any, tuple[str, Any]]]
+) -> None:
+    rows = arrange(make_rows(15, status="finished"))
+    for i, row in enumerate(rows):
+        row.best_of = f"method_{i}"
+    draw_loss(rows, {row.name: curve(20) for row in rows}, "tokens")
+    axes = drawn[0][1]
+    assert legend_of(axes) == [row.best_of for row in rows]
+    handles = axes.get_legend().legend_handles
+    assert len({(handle.get_color(), handle.get_linestyle()) for handle in handles}) == len(rows)
+    assert draw_memory(rows) is not None
+    axes = drawn[1][1]
+    said = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
+    assert said == {row.best_of: ((row.peak_memory_bytes or 0) / 1e9, row.perplexity) for row in rows}
+    assert axes.get_legend() is None
+    for figure, _ in drawn:
+        assert_no_overlap(seen_texts[figure])
+
+
 # ---- heat map
 
 

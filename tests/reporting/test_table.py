@@ -68,6 +68,24 @@ def test_another_option_of_a_method_has_a_column_where_it_differs() -> None:
     assert "merge" not in text_table(rows[:1], 200) + text_table([rows[0], rows[0]], 200)
 
 
+def test_swept_settings_have_columns_in_the_table_and_in_csv() -> None:
+    rows = [
+        Row(name, "finished", method=name, settings={"lr_scale.factor": factor, "grad_clip": "1.0"})
+        for name, factor in (("a", "1.0"), ("b", "0.5"))
+    ]
+    head, *lines = text_table(rows, 80).splitlines()
+    assert head.split() == ["run", "status", "method", "lr_scale.factor"]
+    assert [line.split()[-1] for line in lines] == ["1.0", "0.5"]
+    read = list(csv.DictReader(io.StringIO(csv_table(rows))))
+    assert [line["lr_scale.factor"] for line in read] == ["1.0", "0.5"] and "grad_clip" not in read[0]
+
+
+def test_tensors_of_small_models_are_told_apart() -> None:
+    rows = [Row(name, "finished", peak_tensor_bytes=size) for name, size in (("a", 86_140_000), ("b", 87_900_000))]
+    text = text_table([*rows, Row("c", "finished", peak_tensor_bytes=2_340_000_000)], 80)
+    assert all(cell in text for cell in ("86.1 MB", "87.9 MB", "2.34 GB"))
+
+
 def test_every_column_shows_a_field() -> None:
     assert {column.key for column in COLUMNS} <= {item.name for item in fields(Row)}
 
