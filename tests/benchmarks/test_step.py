@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.kinds.relora import ReLoRALinear
 from sltrain.methods.base import METHODS, Method
+from sltrain.optim.kinds.galore import GaLore
 
 STEP = ["what=step", "model=llama_tiny", "batch=2", "seq_len=16", "repeats=2", "device=cpu", "time_limit_s=600"]
 IDS = torch.zeros(2, 16, dtype=torch.int64)
@@ -127,8 +127,8 @@ class Acts:
 
 @pytest.fixture
 def acting() -> Iterator[Acts]:
-    """A dense method with an action after every update and one of 0.2 s, half of it before the optimizer's step, after
-    every 100; phases begin at 40 and 390 of 400 updates."""
+    """A dense method with an action after every update and one after every 100, half of it before the optimizer's step;
+    phases begin at 40 and 390 of 400 updates."""
     acts = Acts([], [])
 
     @METHODS.register("acting")
@@ -142,7 +142,6 @@ def acting() -> Iterator[Acts]:
 
         def actions(self, running: Running) -> list[Action]:
             def rest(moment: Moment | None = None) -> None:
-                time.sleep(0.1)
                 acts.before.append(0) if moment is None else acts.after.append(moment.step)
 
             often = Action("often", every(1), lambda moment: acts.after.append(-moment.step))
@@ -152,12 +151,17 @@ def acting() -> Iterator[Acts]:
     METHODS._classes.pop("acting")
 
 
-def test_what_some_updates_have_is_timed_apart_in_the_longest_phase(bench: Callable[..., Bench], acting: Acts) -> None:
+def test_what_some_updates_have_is_timed_apart_in_the_longest_phase(
+    bench: Callable[..., Bench], acting: Acts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only `seldom` moves, a second before and one after the optimizer's step."""
+    clock = lambda: len(acting.before) + sum(number > 0 for number in acting.after)  # noqa: E731
+    monkeypatch.setattr(update.benchmark, "timer", clock)
     subject = bench(*STEP, "methods=[acting]")
     train = train_config(subject, "acting")
     assert update.longest_phase(train) == ("middle", range(41, 391))
     peak, seconds, (seldom,) = update.measure_update(subject, "acting", train, IDS, lambda: len(acting.after))
-    assert (seldom.name, seldom.share) == ("seldom", 3 / 350) and 0.15 < seldom.seconds < 0.5
+    assert (seldom.name, seldom.seconds, seldom.share, seconds) == ("seldom", 2, 3 / 350, 0)
     assert len(acting.before) == 3 and [n for n in acting.after if n > 0].count(400) == 0
     assert {n for n in acting.after if n > 0} <= {100, 200, 300}
     often = [-n for n in acting.after if n < 0]
@@ -166,17 +170,24 @@ def test_what_some_updates_have_is_timed_apart_in_the_longest_phase(bench: Calla
     described = describe(subject, "acting")
     assert described.phase == "the phase middle, 88% of the updates"
     described.extras = [seldom]
-    assert step.notes([described])[1].startswith(f"acting: {described.phase}, seldom ")
-    assert step.notes([described])[1].endswith(" ms every 117 updates.")
+    assert step.notes([described])[1] == f"acting: {described.phase}, seldom 2.00 s every 117 updates."
 
 
-def test_a_renewal_of_directions_is_timed_apart(bench: Callable[..., Bench]) -> None:
+def test_a_renewal_of_directions_is_timed_apart(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves with each matrix whose directions are renewed."""
+    renewed, choose = list[int](), GaLore.new_basis
+
+    def counted(self: GaLore, grad: torch.Tensor, number: int) -> torch.Tensor:
+        renewed.append(number)
+        return choose(self, grad, number)
+
+    monkeypatch.setattr(GaLore, "new_basis", counted)
+    monkeypatch.setattr(update.benchmark, "timer", lambda: len(renewed))
     subject = bench(*STEP, "rank=8", "optimizers=[galore,apollo_mini]", "method=full")
     train = train_config(subject, "galore")
     assert (train.optimizer.name, train.method.name) == ("galore", "full")
     extras = update.measure_update(subject, "galore", train, IDS, lambda: 0)[2]
-    assert [(extra.name, extra.share) for extra in extras] == [("renewal", 1 / 200)]
-    assert extras[0].seconds > 0.02  # 28 singular value decompositions
+    assert extras == [update.Extra("renewal", seconds=4 * 7, share=1 / 200)]
     assert update.measure_update(subject, "adamw", train_config(subject, "adamw"), IDS, lambda: 0)[2] == []
 
 
