@@ -78,7 +78,8 @@ def draw_loss(rows: list[Row], curves: dict[str, Curve], against: str) -> Pictur
     for method in sorted(set(others)):
         handle = Line2D([], [], color=GREY, linestyle=styles[method][0], linewidth=1)
         named.append((handle, f"{others.count(method)} more of {method}"))
-    legend_below(axes, *map(list, zip(*named, strict=True)), ncols=4 if are_best(rows) else 2)
+    handles, labels = zip(*named, strict=True)
+    legend_below(axes, list(handles), list(labels), ncols=4 if are_best(rows) else 2)
     beyond = _cut_loss_axis(axes, [smooth(train) for _, train, _ in lines])
     axes.set_ylabel("loss, nats per token")
     axes.set_xlabel(label)
