@@ -104,7 +104,8 @@ def _name_points(axes: "Axes", points: list[tuple[float, float, str, str]]) -> N
     dots = [axes.transData.transform(point[:2]) for point in points]
     taken = [Bbox.from_extents(px - DOT, py - DOT, px + DOT, py + DOT) for px, py in dots]
     for x, y, name, colour in points:
-        text: Any = axes.annotate(name, (x, y), textcoords="offset points", va="center", fontsize=9, color=colour)
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": colour}
+        text: Any = axes.annotate(name, (x, y), (0, 0), **style)
         text.set_in_layout(False)
         for distance, angle in itertools.product((10, 18, 30, 45, 60), range(0, 360, 30)):
             dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))

@@ -135,7 +135,7 @@ def test_the_best_run_of_each_value(tmp_path: Path, report: Report) -> None:
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["a2", "b1"] and "b2" not in out
     assert "lr_scale.factor" in out.splitlines()[0]
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "the best for each method" in page and "b2" not in page and "memory" in page
+    assert "the best for each method" in page and ">b1<" in page and ">b2<" not in page and "Memory and" in page
     code, out, _ = report(tmp_path, "--best", "method, lr_scale.factor", "--json")
     assert code == 0 and [row["best_of"] for row in json.loads(out)] == ["a, 2", "b, 1", "a, 1", "b, 2"]
     code, out, err = report(tmp_path, "--best", "colour")
