@@ -109,13 +109,14 @@ RECIPES |= {
     "switchlora": ["method=switchlora", "rank=16", "method.switch_every=8", "method.freeze=2", "method.candidates=16"],
 }
 RATES = {"lion": 0.003, "sgd": 1.0, "adafactor": 0.1, "polargrad": 0.03, "spectron": 0.1}
-PROJECTING = ("apollo", "dct_adamw", "fira", "galore", "trion")  # below the rank of A and B
+PROJECTING = ("apollo", "dct_adamw", "fira", "galore", "q_galore", "trion")  # below the rank of A and B
 RECIPES |= {
     name: [*FACTORED, f"optimizer={name}", f"lr={RATES.get(name, 0.01)}"]
     + (["optimizer.rank=4"] if name in PROJECTING else [])
     for name in OPTIMIZERS.names()
     if not name.startswith("adam")
 }
+RECIPES["q_galore"] += ["optimizer.update_every=2", "optimizer.queue=2"]  # renewed, and doubled, within the run
 # Plain torch in place of the compiled kernel: that is decided once a process.
 WITHOUT_KERNEL = {f"{support} without kernel": [*FACTORED, f"support={support}"] for support in SUPPORTS}
 ALL = RECIPES | WITHOUT_KERNEL

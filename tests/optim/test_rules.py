@@ -15,6 +15,8 @@ from sltrain.compose import TRAIN, compose_config
 from sltrain.config_checks import validate
 from sltrain.engine.memory import tensor_peak
 from sltrain.optim import build
+from sltrain.optim.affine import decode as decode_few
+from sltrain.optim.affine import encode as encode_few
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
 from sltrain.optim.blockwise import decode, encode, new_codes
 from sltrain.optim.build import build_optimizer, state_bytes
@@ -107,6 +109,59 @@ def galore(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
     return 0.25 * c * (n @ p.T if tall else p @ n)
 
 
+def in_groups(x: Tensor, of_group: Callable[[list[float]], list[float]]) -> Tensor:
+    """Each 256 entries in row-major order, changed by `of_group`."""
+    flat = x.flatten().tolist()
+    changed = [value for i in range(0, len(flat), 256) for value in of_group(flat[i : i + 256])]
+    return torch.tensor(changed, dtype=torch.float64).view(x.shape)
+
+
+def four_bits(group: list[float]) -> list[float]:
+    """The nearest multiples of a step, of 16 that begin with the least."""
+    step = (max(*group, 0) - min(*group, 0)) / 15
+    zero = round(-min(*group, 0) / step)
+    return [step * (min(max(round(x / step) + zero, 0), 15) - zero) for x in group]
+
+
+def dynamic_values(signed: bool) -> list[float]:
+    """0, 1 and the middles of equal parts of [0.1, 1] x 10^-e, twice as many with each power of ten (Dettmers, arXiv
+    1511.04561), of both signs if `signed`."""
+    found = [0.0, 1.0]
+    for e in range(7):
+        parts = 2 ** (6 - e) * (1 if signed else 2)
+        middles = [10.0**-e * (0.1 + 0.9 * (k + 0.5) / parts) for k in range(parts)]
+        found += middles + ([-x for x in middles] if signed else [])
+    assert len(found) == 256
+    return sorted(found)
+
+
+def eight_bits(x: Tensor, signed: bool) -> Tensor:
+    values = dynamic_values(signed)
+
+    def of_block(block: list[float]) -> list[float]:
+        largest = max(map(abs, block))
+        return [largest * min(values, key=lambda value: abs(value - x / largest)) for x in block]
+
+    return in_groups(x, of_block)
+
+
+def q_galore(g: Tensor, step: int, state: dict[str, Any]) -> Tensor:
+    """Renewed at first every second update, similarities over two renewals."""
+    tall = g.shape[0] >= g.shape[1]
+    interval, alike = state.setdefault("interval", 2), state.setdefault("alike", [])
+    if (step - 1) % interval == 0:
+        p = leading_directions(g.float(), 4).double()
+        if "P" in state:
+            alike.append(abs(torch.nn.functional.cosine_similarity(p[:, 0], state["P"][:, 0], dim=0).item()))
+            state["interval"] = interval * (1 + (len(alike) > 1 and sum(alike[-2:]) / 2 >= 0.4))
+        state["P"] = in_groups(p.T, four_bits).T
+    low = g @ state["P"] if tall else state["P"].T @ g
+    m, v = 0.9 * state.get("m", 0) + 0.1 * low, 0.999 * state.get("v", 0) + 0.001 * low**2
+    n = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    state["m"], state["v"] = eight_bits(m, signed=True), eight_bits(v, signed=False)
+    return 0.25 * (n @ state["P"].T if tall else state["P"] @ n)
+
+
 def limited(x: Tensor, state: dict[str, Any]) -> Tensor:
     if "norm" in state and x.norm() > 1.01 * state["norm"]:
         x = x * 1.01 * state["norm"] / x.norm()
@@ -182,6 +237,7 @@ RULES: dict[str, tuple[Callable, dict[str, Any]]] = {
     "muon": (muon, {}),
     "polargrad": (polargrad, {}),
     "galore": (galore, PROJECTED),
+    "q_galore": (q_galore, {"rank": 4, "update_every": 2, "queue": 2}),
     "fira": (fira, PROJECTED),
     "apollo": (apollo, PROJECTED),
     "dct_adamw": (dct_adamw, {"rank": 4, "error_feedback": False}),
@@ -338,6 +394,8 @@ def test_inside_backward_it_is_the_ordinary_update(name: str) -> None:
         ("muon", {"others": "lion"}, "optimizer.others=lion: choose one of adamw, adam8bit, scale"),
         ("galore", {"rank": 0}, "optimizer.rank=0: must be at least 1"),
         ("galore", {"svd": "fast"}, "choose one of exact, randomized"),
+        ("q_galore", {"queue": 0}, "optimizer.queue=0: must be at least 1"),
+        ("q_galore", {"threshold": 0.0}, "optimizer.threshold=0.0: must be a number above 0"),
         ("apollo", {"per": "row"}, "choose one of channel, tensor"),
         ("adafactor", {"beta2_decay": 0.8}, "must be from -1 to below 0"),
     ],
@@ -469,16 +527,85 @@ def test_a_step_takes_no_more_memory_than_declared(name: str, dtype: torch.dtype
     assert peak <= 1.02 * build.step_bytes(options, infos.values(), "cpu") + 4096
 
 
-def test_a_basis_waits_for_a_gradient() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_codes_take_the_declared_memory(dtype: torch.dtype) -> None:
+    """At a rank at which they, and not the decomposition, need most."""
+    options = make_options("q_galore", rank=190, update_every=1)
+    weight = nn.Parameter(torch.ones(512, 200, dtype=dtype))
+    info = ParamInfo("up.weight", (512, 200), weight.element_size(), "factor")
+    optimizer = build_optimizer([("up.weight", weight)], options, lr=0.01, weight_decay=0.0, device=CPU)
+    for _ in range(2):
+        weight.grad = torch.randn(512, 200, generator=torch.Generator().manual_seed(10)).to(dtype)
+        _, peak = tensor_peak(optimizer.step, 0, CPU)
+    assert peak == pytest.approx(options.step_bytes(info, "cpu", rounding=False), rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "error"), [("galore", 1e-4), ("q_galore", 0.1)])
+def test_a_basis_waits_for_a_gradient(name: str, error: float) -> None:
     """That of A is zero while B is zero."""
-    options = make_options("galore", rank=4)
+    options: Any = make_options(name, rank=4)
     weight = torch.zeros(20, 12)
     state: dict[str, Any] = {"step": 0, **options.new_state(weight)}
     for step, gradient in enumerate([torch.zeros(20, 12), *list(gradients((20, 12)))[:2]], start=1):
         state["step"] = step
         options.direction(gradient, state)
     expected = leading_directions(next(gradients((20, 12))), 4)
-    torch.testing.assert_close(state["basis"] @ state["basis"].T, expected @ expected.T, rtol=1e-4, atol=1e-4)
+    basis = state["basis"] if name == "galore" else options._basis(state, 12)
+    torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=error, atol=error)
+
+
+def test_a_basis_that_hardly_moves_is_renewed_ever_more_seldom() -> None:
+    """Every gradient leads in one direction, or each in a new one. 5 renewals after the first fill the queue."""
+    source = torch.Generator().manual_seed(9)
+    one = torch.outer(torch.randn(20, generator=source), torch.randn(12, generator=source))
+    chosen: dict[str, list[int]] = {}
+    for name in ("one", "new"):
+        options, weight = make_options("q_galore", rank=1, update_every=3), torch.zeros(20, 12)
+        state: dict[str, Any] = {"step": 0, **options.new_state(weight)}
+        chosen[name] = []
+        for step in range(1, 61):
+            state["step"], before = step, state["basis_codes"].clone()
+            noise = torch.randn(20, 12, generator=source)
+            options.direction(10 * one * (-1) ** step + noise if name == "one" else noise, state)
+            chosen[name] += [] if torch.equal(before, state["basis_codes"]) else [step]
+    assert chosen["one"] == [1, 4, 7, 10, 13, 16, 19, 25, 49]  # multiples of 3, 6, 12 and 24, from 0, from 16 on
+    assert chosen["new"] == list(range(1, 61, 3))
+
+
+def test_a_basis_of_few_bits_continues_across_its_renewal_and_has_the_stated_bytes() -> None:
+    options = make_options("q_galore", rank=4, update_every=2, queue=2)
+
+    def trained(stops: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:
+        weight, grads = nn.Parameter(torch.ones(20, 12)), list(gradients((20, 12)))
+        saved: Any = None
+        for first, last in zip((0, *stops), (*stops, UPDATES), strict=True):
+            optimizer = build_optimizer([("q_proj.weight", weight)], options, lr=LR, weight_decay=DECAY, device=CPU)
+            if saved is not None:
+                load_named_state(optimizer, saved)
+            for weight.grad in grads[first:last]:
+                optimizer.step()
+            saved = named_state(optimizer)
+        return weight.detach(), saved["state"]["q_proj.weight"]
+
+    (straight, state), (stopped, again) = trained(()), trained((5, 8))
+    assert torch.equal(straight, stopped) and state["interval"] == again["interval"] > 2
+    kept = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    basis, moments = 4 * 12 // 2 + (4 + 1), 2 * 20 * 4 + 2 * 4
+    assert kept == basis + moments + 4 * 2 == options.state_bytes(ParamInfo("q_proj.weight", (20, 12), 4, "projection"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("numel", [1, 255, 256, 300, 1001])
+def test_codes_are_the_nearest_of_a_group(bits: int, numel: int) -> None:
+    """Groups of one sign too; what is all zero stays so."""
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel)) + 5
+    values[256:512] = 0
+    stored = encode_few(values, bits)
+    assert len(stored.codes) == math.ceil(numel * bits / 8) and len(stored.steps) == math.ceil(numel / 256)
+    error = (decode_few(stored, numel, bits) - values).abs()
+    for i, step in enumerate(stored.steps.tolist()):
+        assert error[256 * i : 256 * (i + 1)].max() <= 0.501 * step
+        assert step == pytest.approx(values[256 * i : 256 * (i + 1)].max().item() / (2**bits - 1), rel=1e-6)
 
 
 def test_scale_takes_a_model_that_has_no_matrices() -> None:
