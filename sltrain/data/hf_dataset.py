@@ -6,17 +6,25 @@ repository to a commit, files on this machine to their names and sizes, so that 
 every restart.
 """
 
+import glob
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sltrain.data.compression import split_ending
 from sltrain.data.documents import DataError, NetworkError
 from sltrain.data.download import hub_error, is_of_network
+from sltrain.data.hf_json import forget_features, keep_column
+from sltrain.data.records import FORMATS
 
+logger = logging.getLogger(__name__)
+
+DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "state.json"}  # written by datasets beside data files
 MANY_FILES = 100  # Parquet files are not cut into row groups from here on: that would take a request a file
 
 
@@ -78,12 +86,15 @@ def commit_of(repo: str, revision: str | None) -> str | None:
 
 def _open_files(choice: Choice, repo: str, commit: str | None) -> Opened:
     """Data files of a repository at a commit, or of a folder."""
-    from datasets import Features, load_dataset_builder
+    from datasets import Features, Value, load_dataset_builder
+    from datasets.packaged_modules.json.json import Json
 
     builder = load_dataset_builder(repo, choice.config, data_files=choice.files, revision=commit)
     if choice.config is not None and choice.config not in builder.builder_configs:
         raise DataError(f"{repo} has no configurations to choose from; leave data.config out")
     files = {str(name): list(map(str, paths)) for name, paths in (builder.config.data_files or {}).items()}
+    if commit is None:
+        _check_folder(choice, repo, files)
     _check_split(choice, files)
     name = f"{builder.config.name}, {choice.split}"
     if commit is None:
@@ -97,8 +108,14 @@ def _open_files(choice: Choice, repo: str, commit: str | None) -> Opened:
         builder.download_and_prepare()
         return _opened_table(choice, builder.as_dataset(choice.split), name, commit)
     dataset = builder.as_streaming_dataset(choice.split)
-    _check_column(choice, dataset)
-    if hasattr(builder.config, "columns"):  # Parquet: the other columns need not be fetched
+    is_json = isinstance(builder, Json)
+    _check_column(choice, dataset, may_be_mixed=is_json)
+    if is_json:
+        keep_column(builder, choice.column)
+        builder.info.features = Features({choice.column: Value("string")})
+        dataset = builder.as_streaming_dataset(choice.split)
+        forget_features(builder)
+    elif hasattr(builder.config, "columns"):  # Parquet: the other columns need not be fetched
         builder.config.columns = [choice.column]
         builder.info.features = Features({choice.column: dataset.features[choice.column]})
         dataset = builder.as_streaming_dataset(choice.split)
@@ -136,8 +153,37 @@ def _check_split(choice: Choice, splits: Iterable[str]) -> None:
         raise DataError(f"{choice.repo} has no split {choice.split!r} but {', '.join(splits)}; choose one of them")
 
 
-def _check_column(choice: Choice, dataset: Any) -> None:
-    """Raise DataError unless the column is there and holds strings."""
+def _check_folder(choice: Choice, folder: str, files: dict[str, list[str]]) -> None:
+    """Raise DataError for a link to nothing; tell which data files are in none of the splits `files`, unless files are
+    named: `datasets` takes the commonest format alone, and of files called `train...` or `test...` no others."""
+    read, left_out = {os.path.realpath(path) for paths in files.values() for path in paths}, []
+    for path in _data_files(folder):
+        if not os.path.exists(path):
+            raise DataError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; restore it, or remove the link"
+            )
+        if os.path.realpath(path) not in read and os.path.getsize(path):
+            left_out.append(os.path.relpath(path, folder))
+    if left_out and choice.files is None:
+        logger.warning(
+            f"{folder}: datasets leaves out {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}: it "
+            f"takes one format, and splits ({', '.join(files)}) by names; name what to read with data.files=GLOB"
+        )
+
+
+def _data_files(folder: str) -> Iterator[str]:
+    """The files of a folder whose names say that they hold text, and links; hidden ones not, as in datasets."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            is_data = split_ending(name)[0].endswith((*FORMATS, ".tsv", ".ndjson", ".arrow"))
+            if not name.startswith((".", "__")) and is_data and name not in DESCRIPTIONS:
+                yield path
+
+
+def _check_column(choice: Choice, dataset: Any, may_be_mixed: bool = False) -> None:
+    """Raise DataError unless the column is there and holds strings; `may_be_mixed`: among other JSON values."""
     columns = dataset.features
     if columns is None:  # datasets knows them only when it has read
         columns = next(iter(dataset), {})
@@ -146,7 +192,8 @@ def _check_column(choice: Choice, dataset: Any) -> None:
             f"{choice.repo} has no column {choice.column!r} but {', '.join(columns)}; set data.text_key to one of them"
         )
     kind = columns[choice.column]
-    if not (kind is None or isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")):
+    is_text = kind is None or isinstance(kind, str) or getattr(kind, "dtype", None) in ("string", "large_string")
+    if not (is_text or (may_be_mixed and type(kind).__name__ == "Json")):
         raise DataError(
             f"{choice.repo}: column {choice.column!r} holds {kind}, not strings; set data.text_key to one of"
             f" {', '.join(columns)}"
@@ -159,8 +206,10 @@ def _digest(content: object) -> str:
 
 def _opening_error(error: Exception, repo: str, is_local: bool) -> DataError | NetworkError:
     """What an exception of `datasets` means, in one line."""
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+    if isinstance(error, DatasetGenerationError) and error.__cause__:  # which says only that there was an error
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     text = " ".join(str(error).split())
     names = re.search(r"\[(.*?)\]", text)
     if names and ("Config name is missing" in text or text.startswith("BuilderConfig")):
@@ -168,6 +217,10 @@ def _opening_error(error: Exception, repo: str, is_local: bool) -> DataError | N
     if "scripts are no longer supported" in text:
         return DataError(f"{repo} is a script, which datasets no longer runs; use a copy with data files")
     is_of_datasets = isinstance(error, ValueError | RuntimeError | NotImplementedError | DatasetsError)
+    if is_local and glob.has_magic(repo):
+        return DataError(
+            f"{repo} cannot be opened: datasets takes [ ] * ? for a pattern; rename the folder ({text[:200]})"
+        )
     if is_local or (is_of_datasets and not is_of_network(error)):
         return DataError(f"{repo} cannot be opened: {text[:300]}")
     if isinstance(error, FileNotFoundError) and not is_of_network(error):

@@ -225,6 +225,67 @@ def test_damaged_records_and_files_follow_the_rule(tmp_path, lines):
         read("stop")
 
 
+def read_folder(folder, lines=None, **options):
+    """The texts of every shard of a folder, and what was said, without the folder's name."""
+    source = HuggingFace(name="hf", repo=str(folder), **options).open_training()
+    texts = [[d.text for d in source.documents(shard)] for shard in range(source.num_shards)]
+    return texts, [line.replace(f"{folder}", "F") for line in lines or []]
+
+
+def test_only_the_column_that_is_read_must_be_the_same_in_all_json_files(tmp_path, lines):
+    """datasets compares all columns of a file with those of the first, and gives up what differs."""
+    for name, columns in {"a": {"n": 1}, "b": {"n": "one", "new": [1]}, "c": {}, "d": {"n": {"m": None}}}.items():
+        rows = [{"text": f"{name} {i}", **columns} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "e.jsonl").write_bytes(jsonl(["no text"]).replace(b"text", b"body"))
+    texts, said = read_folder(tmp_path, lines)
+    assert texts == [[f"{name} {i}" for i in range(3)] for name in "abcd"] + [[]]
+    assert said == ["F train, shard 4:1: no string in column 'text'; record skipped"]
+
+
+def small_parts(config):
+    """The defaults of a JsonConfig that reads files in parts of 1 kB instead of 10 MB."""
+    return tuple(1000 if default == 10 << 20 else default for default in config.__init__.__defaults__)
+
+
+@pytest.mark.parametrize("first", [0, 60])
+def test_a_value_of_another_kind_among_the_texts_is_one_bad_record(tmp_path, first, lines, monkeypatch):
+    """datasets encodes all values of its part of the file as JSON then: \"a\" becomes "\\"a\\""."""
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    monkeypatch.setattr(JsonConfig.__init__, "__defaults__", small_parts(JsonConfig))
+    values = [*TEXTS[:first], *TEXTS[first : first + 20], 7, ["a"], None, *TEXTS[first + 20 :]]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(values))
+    texts, said = read_folder(tmp_path, lines)
+    assert texts == [TEXTS]
+    assert [line.split(":")[1] for line in said] == [str(first + 20 + number) for number in (1, 2, 3)]
+
+
+def test_data_files_that_datasets_leaves_out_are_named(tmp_path, lines):
+    (tmp_path / "train-a.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "books.jsonl").write_bytes(jsonl(["b"]))
+    (tmp_path / "c.parquet").write_bytes(parquet_file(["c"]))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("# Texts")
+    texts, said = read_folder(tmp_path, lines)
+    assert texts == [["a"]] and len(said) == 1
+    assert said[0].startswith("F: datasets leaves out books.jsonl, c.parquet: it takes one format, and splits (train)")
+    lines.clear()
+    assert read_folder(tmp_path, lines, files="*.jsonl") == ([["b"], ["a"]], [])
+
+
+def test_folders_that_cannot_be_read_whole_are_one_line(tmp_path):
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "a.jsonl").write_bytes(jsonl(["a"]))
+    with pytest.raises(DataError, match=r"datasets takes \[ \] \* \? for a pattern; rename the folder"):
+        read_folder(tmp_path / "[x]")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "linked" / "b.jsonl").symlink_to("../blobs/0123")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to \.\./blobs/0123, which does not exist"):
+        read_folder(tmp_path / "linked")
+
+
 def test_the_validation_split_is_its_own_corpus(tmp_path):
     parts = {"train": TEXTS[:3], "dev": TEXTS[3:5]}
     datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(tmp_path)
