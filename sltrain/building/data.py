@@ -1,5 +1,6 @@
 """Configuration -> where text comes from, its tokenizer, the stream of training rows and the rows of evaluations."""
 
+import logging
 import os
 import tempfile
 from contextlib import nullcontext
@@ -20,6 +21,10 @@ from sltrain.data.token_folder import TokenFiles
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
 from sltrain.runs.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+MAX_UNKNOWN = 0.02  # of the tokens of validation text
 
 
 def build_sources(config: TrainConfig) -> tuple[Source, Source | None]:
@@ -105,7 +110,22 @@ def build_data(
     )
     eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)
     eval_set.read()
+    _warn_of_unknown(eval_set, tokenizer)
     return stream, eval_set
+
+
+def _warn_of_unknown(eval_set: EvalSet | MixedEvalSet, tokenizer: Tokenizer) -> None:
+    """Say if the tokenizer cannot write much of the text: the model would learn to predict its unknown token, at a
+    perplexity that looks good."""
+    if tokenizer.unk_id is None:
+        return
+    share = eval_set.share_of(tokenizer.unk_id)
+    if share > MAX_UNKNOWN:
+        logger.warning(
+            f"{share:.1%} of the tokens of the validation text are {tokenizer.special_tokens()['unk_token']}, which "
+            f"stands for what tokenizer {tokenizer.name} cannot write; another writes all of it, such as "
+            "tokenizer=bpe:8192"
+        )
 
 
 def build_eval_set(

@@ -78,6 +78,11 @@ class EvalSet:
         """Predicted tokens on all ranks."""
         return self._contents[1]
 
+    def share_of(self, token: int) -> float:
+        """The share of this token among all ids of this rank's rows; 0 without rows."""
+        ids = [row.ids for batch in self._contents[0] for row, _ in batch]
+        return float(np.mean(np.concatenate(ids) == token)) if ids else 0.0
+
     @property
     def exhausted(self) -> bool:
         """Whether the text ended before `eval_tokens` predicted tokens were found."""

@@ -39,6 +39,10 @@ class MixedEvalSet:
             with errors_of(name):
                 rows.read()
 
+    def share_of(self, token: int) -> float:
+        """The largest share of this token among the ids of a source on this rank."""
+        return max(rows.share_of(token) for rows in self._sets.values())
+
     @property
     def num_targets(self) -> int:
         """Predicted tokens of all sources on all ranks."""

@@ -133,6 +133,15 @@ def test_it_can_be_read_again_and_reads_the_files_once(source, tokenizer, monkey
     assert first[0].input_ids.dtype == first[0].labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("padding", ["pack", "truncate_pad"])
+def test_the_share_of_a_token_is_that_of_all_rows(source, tokenizer, texts, padding):
+    rows = [ids for batch in make(source, tokenizer, padding=padding) for ids in kept([batch])]
+    ids = [i for row in rows for i in row]
+    token = max(set(ids), key=ids.count)
+    assert make(source, tokenizer, padding=padding).share_of(token) == ids.count(token) / len(ids) > 0
+    assert make(source, tokenizer, padding=padding).share_of(tokenizer.unk_id) == 0
+
+
 def test_only_held_out_documents_when_asked(source, tokenizer, texts):
     found = kept(make(source, tokenizer, padding="truncate_pad", seq_len=500, holdout_every=4))
     assert found == plain(tokenizer, [text for text in texts if is_held_out(text, 4)])
