@@ -93,8 +93,8 @@ def _open_files(choice: Choice, repo: str, commit: str | None) -> Opened:
     if choice.config is not None and choice.config not in builder.builder_configs:
         raise DataError(f"{repo} has no configurations to choose from; leave data.config out")
     files = {str(name): list(map(str, paths)) for name, paths in (builder.config.data_files or {}).items()}
-    if commit is None:
-        _check_folder(choice, repo, files)
+    if commit is None and choice.files is None:
+        _check_folder(repo, files)
     _check_split(choice, files)
     name = f"{builder.config.name}, {choice.split}"
     if commit is None:
@@ -153,18 +153,19 @@ def _check_split(choice: Choice, splits: Iterable[str]) -> None:
         raise DataError(f"{choice.repo} has no split {choice.split!r} but {', '.join(splits)}; choose one of them")
 
 
-def _check_folder(choice: Choice, folder: str, files: dict[str, list[str]]) -> None:
-    """Raise DataError for a link to nothing; tell which data files are in none of the splits `files`, unless files are
-    named: `datasets` takes the commonest format alone, and of files called `train...` or `test...` no others."""
+def _check_folder(folder: str, files: dict[str, list[str]]) -> None:
+    """Raise DataError for a link to nothing; tell which data files are in none of the splits `files`: `datasets` takes
+    the commonest format alone, and beside files called `train...` or `test...` no others."""
     read, left_out = {os.path.realpath(path) for paths in files.values() for path in paths}, []
     for path in _data_files(folder):
         if not os.path.exists(path):
             raise DataError(
-                f"{path} is a link to {os.readlink(path)}, which does not exist; restore it, or remove the link"
+                f"{path} is a link to {os.readlink(path)}, which does not exist; restore it, remove the link, or name "
+                "what to read with data.files=GLOB"
             )
         if os.path.realpath(path) not in read and os.path.getsize(path):
             left_out.append(os.path.relpath(path, folder))
-    if left_out and choice.files is None:
+    if left_out:
         logger.warning(
             f"{folder}: datasets leaves out {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}: it "
             f"takes one format, and splits ({', '.join(files)}) by names; name what to read with data.files=GLOB"
