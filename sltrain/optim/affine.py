@@ -1,5 +1,5 @@
 """A tensor as unsigned codes of 4 or 8 bits: groups of 256 entries share a step s and a zero point z (Q-GaLore, Zhang
-et al., arXiv 2407.08296, section 3.1).
+et al., arXiv 2407.08296).
 
     s = (max - min) / (2^bits - 1),   z = round(-min / s),   code = round(w / s) + z,   w is nearly s (code - z)
 

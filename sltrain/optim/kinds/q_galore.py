@@ -1,5 +1,5 @@
 """optimizer=q_galore: GaLore in few bits, with a basis that is renewed ever more seldom where it hardly moves (Zhang et
-al., arXiv 2407.08296, sections 3.2 and 3.3). projected.py and galore.py have the notation.
+al., arXiv 2407.08296). projected.py and galore.py have the notation.
 
     P       in 4-bit codes, groups of 256 share a step and a zero point      optim/affine.py
     m, v    of R in 8-bit codes, blocks of 256 share a scale                 optim/dynamic.py
