@@ -16,10 +16,11 @@ own keys and flags need that program; it would compose a single run twice more.
 import logging
 import sys
 from argparse import ArgumentError, Namespace
+from dataclasses import asdict
 
 import hydra
 from hydra._internal.utils import get_args_parser  # Hydra's own flags, --cfg and the like
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sltrain.commands.completion import complete
 from sltrain.commands.help_text import help_text
@@ -56,10 +57,10 @@ def run_command(arguments: list[str]) -> ExitCode:
         return ExitCode.OK
     try:
         typed, arguments = read_flags(arguments)
-        runs = not (typed.shell_completion or typed.info or typed.cfg)
-        earlier = earlier_run_config(typed.overrides) if runs and not typed.multirun else None
+        about_hydra = typed.shell_completion or typed.info == "plugins"
+        earlier = None if about_hydra or typed.multirun else earlier_run_config(typed.overrides)
         if earlier is not None:
-            return train(earlier)
+            return show(earlier, typed) if typed.cfg or typed.info else train(earlier)
         if typed.multirun:
             arguments, typed.overrides = with_swept_before(arguments, typed.overrides)
         if is_plain(typed):
@@ -67,7 +68,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         register_schema()
         more = implied(typed.overrides)
         arguments, typed.overrides = [*more, *arguments], [*more, *typed.overrides]
-        if not (typed.shell_completion or typed.info == "plugins"):
+        if not about_hydra:
             check_overrides(typed.overrides, typed.multirun)
         sweep = Sweep.plan(typed.overrides) if typed.multirun else None
     except ValueError as error:
@@ -108,6 +109,20 @@ def is_plain(typed: Namespace) -> bool:
     if any(value for flag, value in vars(typed).items() if flag not in ("overrides", "run")):
         return False
     return not any(override.key_or_group.startswith("hydra") for override in parse_overrides(typed.overrides))
+
+
+def show(config: TrainConfig, typed: Namespace) -> ExitCode:
+    """Print what --cfg asks for, of a configuration over an earlier run's, which Hydra does not compose. Raises
+    ValueError for what only Hydra's composition has."""
+    if typed.cfg != "job":
+        flag = f"--cfg {typed.cfg}" if typed.cfg else f"--info {typed.info}"
+        raise ValueError(f"{flag} shows how conf/ is composed, add model=NAME; of an earlier run --cfg job shows the keys")
+    tree = OmegaConf.create(asdict(config))
+    shown = OmegaConf.select(tree, typed.package) if typed.package else tree
+    if shown is None:
+        raise ValueError(f"--package {typed.package}: the configuration has no such part")
+    print(OmegaConf.to_yaml(shown) if OmegaConf.is_config(shown) else shown)
+    return ExitCode.OK
 
 
 def read_flags(arguments: list[str]) -> tuple[Namespace, list[str]]:

@@ -123,6 +123,23 @@ def test_mistakes_cost_one_line(typed: list[str], words: list[str], run: Path) -
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["run_dir", "init_from"])
+def test_what_it_means_is_shown_without_running_it(run: Path, key: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import asdict
+
+    from sltrain.commands.train import run_command
+
+    typed = [f"{key}={run}", "lr=0.5"]
+    assert run_command([*typed, "--cfg", "job"]) == 0
+    assert yaml.safe_load(capfd.readouterr().out) == asdict(run_config(typed))
+    assert run_command([*typed, "--cfg", "job", "--package", "method.rank"]) == 0
+    assert capfd.readouterr().out == "8\n"
+    for flags in (["--cfg", "hydra"], ["--info", "defaults"], ["--cfg", "job", "--package", "nothing"]):
+        assert run_command([*typed, *flags]) == 2
+        assert flags[-1] in capfd.readouterr().err
+    assert list(run.iterdir()) == [run / "config.yaml"]
+
+
 def test_a_damaged_folder_and_the_folder_of_a_sweep_are_named(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text("model: {name: ")
     with pytest.raises(ValueError, match="config.yaml is damaged"):
