@@ -36,6 +36,8 @@ def straight(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_alone_continues_bit_for_bit(straight: Path, sltrain_train: Run, tmp_path: Path) -> None:
     stopped = stopped_at(straight, 3, tmp_path / "stopped")
+    code, _, err = sltrain_train(f"run_dir={stopped}", "max_steps=4")
+    assert code == 2 and err.endswith("max_steps was 6, is now 4. Use the old values, or choose another run_dir\n")
     code, _, err = sltrain_train(f"run_dir={stopped}", "lr=1", "seed=4")
     assert code == 2 and "lr was 0.006, is now 1.0; seed was 42, is now 4" in err
     run = sltrain.train(run_dir=str(stopped), keep_last=3)
@@ -59,6 +61,9 @@ def test_an_extended_run_is_one_that_had_the_longer_budget(
         assert code == 2 and "other learning rates (schedule=wsd)" in err and f"init_from={run} max_steps=3" in err
         assert (run / "summary.json").exists()
         run = stopped_at(run, stop, tmp_path / "stopped")
+    code, _, err = sltrain_train(f"run_dir={run}", "max_steps=9")
+    assert code == 2 and "max_steps was 6, is now 9." in err
+    assert err.endswith(f"For more updates: sltrain-train run_dir={run} extend=3\n"), err
     for _ in range(2):  # the same command again adds nothing
         code, out, err = sltrain_train(f"run_dir={run}", "extend=3")
         assert code == 0, err
@@ -73,6 +78,9 @@ def test_a_cosine_is_not_extended_but_for_its_warmup(straight: Path, sltrain_tra
     run, warm = stopped_at(straight, 6, tmp_path / "run"), stopped_at(straight, 2, tmp_path / "warm")
     code, _, err = sltrain_train(f"run_dir={run}", "extend=4")
     assert code == 2 and "(schedule=cosine); a new run from its weights: sltrain-train init_from=" in err
+    code, _, other = sltrain_train(f"run_dir={run}", "max_steps=10", "lr=1")
+    assert code == 2 and "lr was 0.006, is now 1.0; max_steps was 6, is now 10" in other
+    assert other.rpartition("extend=4 cannot add updates: ")[2] == err.rpartition("extend=4: ")[2]
     code, out, err = sltrain_train(*err.rpartition("sltrain-train ")[2].split())  # the line that it names
     assert code == 0 and f"init from  {run}, step 6: all weights copied" in out, err
     code, _, err = sltrain_train(f"run_dir={warm}", "extend=4")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from sltrain.building.phases import phases_of
 from sltrain.compose import read_config
-from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, rate_schedule
+from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, num_steps, rate_schedule
 from sltrain.data.special_tokens import CONFIG_FILE
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.actions import begun
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.sealed_folder import write_atomically
-from sltrain.runs.run_folder import RunFolder
+from sltrain.runs.run_folder import AnotherRun, RunFolder
 
 
 def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
@@ -28,7 +28,10 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
     )
 
     def check() -> bool:
-        folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
+        try:
+            folder.check(dataclasses.asdict(config), config.resume, CHANGEABLE_ON_RESUME)
+        except AnotherRun as error:
+            raise ValueError(f"{error}{_how_to_have_more(config, folder)}") from None
         if folder.has_progress:
             config.data.check_continues(read_config(folder.config_file).data)
             _check_budget(config, folder)
@@ -41,6 +44,20 @@ def find_folder(config: TrainConfig, ranks: Ranks) -> tuple[RunFolder, bool]:
     is_finished = ranks.on_main(check)
     ranks.everywhere(adopt)
     return folder, is_finished
+
+
+def _how_to_have_more(config: TrainConfig, folder: RunFolder) -> str:
+    """If `config` asks for more updates than the run in the folder has: how to have them, to follow a sentence."""
+    before = read_config(folder.config_file)
+    first, wanted = (num_steps(dataclasses.replace(c, extend=0)) for c in (before, config))
+    if wanted <= num_steps(before):
+        return ""
+    longer = dataclasses.replace(before, extend=wanted - first)
+    try:
+        _check_budget(longer, folder)
+    except ValueError as error:
+        return f". extend={longer.extend} cannot add updates: {str(error).removeprefix(f'extend={longer.extend}: ')}"
+    return f". For more updates: sltrain-train run_dir={folder.path} extend={longer.extend}"
 
 
 def _check_budget(config: TrainConfig, folder: RunFolder) -> None:

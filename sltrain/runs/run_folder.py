@@ -29,6 +29,10 @@ OURS = {"model", "method", "rank", "sparsity"}  # keys of every config.yaml of t
 LEFTOVERS = (".lock", "config.yaml.tmp")  # of a start that was killed
 
 
+class AnotherRun(ValueError):
+    """The folder holds a run that was begun with other keys."""
+
+
 class RunFolder:
     """The folder of one run; `claim` is the first to write to it.
 
@@ -77,8 +81,8 @@ class RunFolder:
         return self.metrics_file.exists() and b'"event": "train"' in self.metrics_file.read_bytes()
 
     def check(self, config: dict[str, Any], resume: str, changeable: Collection[str]) -> None:
-        """Raise ValueError for a folder with other content, and for a run that `config` and `resume` cannot continue;
-        `changeable` are the keys that may differ."""
+        """Raise ValueError for a folder with other content, and for a run that `config` and `resume` cannot continue
+        (AnotherRun, because of its keys); `changeable` are the keys that may differ."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -95,7 +99,7 @@ class RunFolder:
             )
         if changed := self._changes(config, changeable):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-            raise ValueError(
+            raise AnotherRun(
                 f"run_dir={self.path} holds another run: {'; '.join(changed[:3])}{more}."
                 " Use the old values, or choose another run_dir"
             )
