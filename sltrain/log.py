@@ -3,6 +3,7 @@
     logger = logging.getLogger(__name__)
     logger.info("...")                      # known to all ranks: rank 0 prints it
     logger.warning("...", extra=ANY_RANK)   # known to this rank alone, such as a damaged file: "[rank 2] ..."
+    Pace("read", "tokens").at(count)        # how far something is, now and then
 
 What another library's error says goes into a line by `first_line` or `one_line`.
 
@@ -13,7 +14,8 @@ sltrain sees warnings only, unless it configures logging.
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ANY_RANK = {"any_rank": True}  # `extra=` of a message that only this rank can give
@@ -56,6 +58,43 @@ def lines_on(stream: str) -> Iterator[None]:
         PACKAGE.removeHandler(handler)
         PACKAGE.setLevel(level)
         PACKAGE.propagate = propagate
+
+
+class Pace:
+    """How far something is that takes minutes: a line every ten seconds, none for what takes less.
+
+        pace = Pace("evaluated", "tokens", total=9_000_000)
+        pace.at(1_200_000)  # evaluated 1,200,000 of 9,000,000 tokens, 40,000 a second, 03:15 left
+
+    `total` None: nobody knows it. `tell` shows a line; the package's log by default.
+    """
+
+    SECONDS = 10.0  # between two lines, as of a run without a terminal
+
+    def __init__(
+        self,
+        done: str,
+        unit: str,
+        total: int | None = None,
+        tell: Callable[[str], None] = PACKAGE.info,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._done, self._unit, self._total, self._tell, self._clock = done, unit, total, tell, clock
+        self._begin = self._last = clock()
+
+    def at(self, count: int) -> None:
+        """`count` of the units are done."""
+        now = self._clock()
+        if now - self._last < self.SECONDS:
+            return
+        from tqdm import tqdm
+
+        self._last, rate = now, count / (now - self._begin)
+        of_total = left = ""
+        if self._total is not None:
+            of_total = f" of {self._total:,}"
+            left = f", {tqdm.format_interval(max(self._total - count, 0) / rate)} left" if rate else ""
+        self._tell(f"{self._done} {count:,}{of_total} {self._unit}, {rate:,.{0 if rate >= 10 else 1}f} a second{left}")
 
 
 def first_line(error: BaseException) -> str:

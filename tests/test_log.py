@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain.log import ANY_RANK, first_line, lines_on, one_line, write_line
+from sltrain.log import ANY_RANK, Pace, first_line, lines_on, one_line, write_line
 
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("sltrain.somewhere")
@@ -52,6 +52,21 @@ def test_rank_0_speaks_for_all_and_each_rank_for_itself(
             logger.info("all know")
             logger.warning("a damaged file", extra=ANY_RANK)
     assert capsys.readouterr().out.splitlines() == ["all know", "a damaged file", "[rank 2] a damaged file"]
+
+
+def test_what_takes_long_says_how_far_it_is_every_ten_seconds() -> None:
+    said, now = list[str](), 0.0
+    pace = Pace("read", "tokens", 4000, said.append, clock=lambda: now)
+    unknown = Pace("read", "files", tell=said.append, clock=lambda: now)
+    for second in range(0, 32, 2):
+        now = float(second)
+        pace.at(100 * second)
+    assert said == [
+        f"read {count:,} of 4,000 tokens, 100 a second, {left} left"
+        for count, left in ((1000, "00:30"), (2000, "00:20"), (3000, "00:10"))
+    ]
+    unknown.at(15)
+    assert said[3:] == ["read 15 files, 0.5 a second"]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

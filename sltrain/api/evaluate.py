@@ -7,7 +7,8 @@ its validation text, and the numbers are those of its own evaluation at that ste
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -18,12 +19,12 @@ from sltrain.building.data import build_eval_set, build_validation_source
 from sltrain.building.saved import Saved, open_saved
 from sltrain.building.task_model import TaskModel
 from sltrain.building.tasks import Tasks, evaluate_tasks
-from sltrain.data.evaluation import EvalSet
+from sltrain.data.evaluation import EvalBatch, EvalSet
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.rows import check_row_shape, is_per_document
 from sltrain.data.sources.local import LocalFiles
 from sltrain.engine.distributed import Ranks, pick_device
-from sltrain.engine.evaluate import evaluate
+from sltrain.engine.evaluate import counted, evaluate
 from sltrain.events import TaskNumbers, published_perplexity
 from sltrain.log import in_notebook
 
@@ -61,14 +62,26 @@ def evaluate_saved(
         f"evaluating {path}, step {saved.step:,}, on {eval_set.num_targets:,} tokens of {eval_set.source.name} ({rows})"
     )
     model = saved.load(ranks.device, num_rows=eval_set.batch_size * saved.seq_len)
-    is_hidden = False if in_notebook() else None  # None: where standard error is no terminal
-    batches = tqdm(eval_set, disable=is_hidden, file=sys.stderr, unit="batch")
-    numbers = evaluate(model, batches, ranks, sources=eval_set.sources)
+    with closing(_shown(eval_set)) as batches:  # a bar that is interrupted ends too
+        numbers = evaluate(model, batches, ranks, sources=eval_set.sources)
     assert numbers is not None
     del numbers["eval_processes"]  # one
     if published_perplexity(numbers) is None:
         del numbers["perplexity_galore_protocol"]
     return {**numbers, "step": saved.step}
+
+
+def _shown(eval_set: EvalSet | MixedEvalSet) -> Generator[EvalBatch]:
+    """The batches, while a bar or, without a terminal, a line now and then says how far they are."""
+    is_hidden = False if in_notebook() else None  # None: where standard error is no terminal
+    form = {"file": sys.stderr, "unit": " tok", "unit_scale": True, "disable": is_hidden, "leave": False}
+    with tqdm(total=eval_set.num_targets, **form) as bar:
+        if bar.disable:
+            yield from counted(eval_set)
+            return
+        for number, batch in enumerate(eval_set, 1):
+            yield batch
+            bar.update(round(eval_set.num_targets * number / len(eval_set)) - bar.n)
 
 
 def evaluate_saved_tasks(

@@ -10,6 +10,7 @@ Each batch knows how many UTF-8 bytes of text its predicted tokens cover, so tha
 byte, which does not depend on the tokenizer. The first token of a row is not predicted, and </s> covers no text.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Row
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_with_bytes_of
 from sltrain.data.tokenizer import Tokenizer
+from sltrain.log import Pace
 
 SizedRow = tuple[Row, int]  # ids, bytes that the predicted ones cover
 Sized = tuple[list[int], list[int]]  # ids, and the bytes that each covers
@@ -53,7 +55,7 @@ class EvalSet:
     _: KW_ONLY
     seq_len: int
     padding: str  # truncate_pad, pack or best_fit
-    eval_tokens: int
+    eval_tokens: int  # sys.maxsize: all of the text
     batch_size: int
     rank: int = 0
     world_size: int = 1
@@ -101,10 +103,13 @@ class EvalSet:
     def _contents(self) -> tuple[list[list[SizedRow]], int]:
         """The rows of this rank's batches, and the number of predicted tokens on all ranks."""
         rows, batches, num_targets = self._enough_rows(), list[list[SizedRow]](), 0
+        total = None if self.eval_tokens == sys.maxsize else self.eval_tokens
+        pace = Pace("read", f"tokens of {self.source.name}", total)
         for number, batch in enumerate(iter(lambda: list(islice(rows, self.batch_size)), [])):
             num_targets += sum(map(self._num_targets, (row for row, _ in batch)))
             if number % self.world_size == self.rank:
                 batches.append(batch)
+            pace.at(num_targets)
         if num_targets == 0:
             part = "held-out " if self.holdout_every else ""
             raise DataError(

@@ -10,7 +10,7 @@ not depend on the tokenizer: the same sum of losses, in bits, over the UTF-8 byt
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.metrics import safe_exp
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.events import Event
+from sltrain.log import Pace
 from sltrain.numeric import IGNORED_LABEL
 
 
@@ -75,6 +76,16 @@ def evaluate(
         "eval_processes": int(num_ranks),
         **_of_sources(sources, by_source.tolist()),
     }
+
+
+def counted(eval_set: Any) -> Iterator[Any]:
+    """The batches of this rank, while a line now and then says how many of all ranks' tokens are predicted, as if every
+    rank had as many and were as fast."""
+    total, num_batches = eval_set.num_targets, len(eval_set)
+    pace = Pace("evaluated", "tokens", total)
+    for number, batch in enumerate(eval_set, 1):
+        yield batch
+        pace.at(round(total * number / num_batches))
 
 
 def _of_sources(sources: Sequence[str], sums: list[list[float]]) -> Event:

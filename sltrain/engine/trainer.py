@@ -20,7 +20,7 @@ from sltrain.engine.actions import Schedule, Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.ema import Average
-from sltrain.engine.evaluate import evaluate
+from sltrain.engine.evaluate import counted, evaluate
 from sltrain.engine.memory import RunMemory, averages_bytes, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
@@ -66,7 +66,7 @@ class Trainer:
     schedule: Schedule  # what the method does between updates
     objects: dict[str, Stateful]  # what a checkpoint saves besides the model: the optimizer, what actions keep
     feed: Feed
-    eval_set: Any  # iterable of batches, with `exhausted` and `sources`
+    eval_set: Any  # see data/evaluation.py
     ranks: Ranks
     checkpointer: Checkpointer
     sinks: list[Sink]
@@ -189,8 +189,8 @@ class Trainer:
             if event == "final":
                 logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             with self._averaged():
-                sources = self.eval_set.sources
-                numbers = evaluate(self.model, self.eval_set, self.ranks, lambda: self.feed.stop.is_set, sources)
+                batches, sources = counted(self.eval_set), self.eval_set.sources
+                numbers = evaluate(self.model, batches, self.ranks, lambda: self.feed.stop.is_set, sources)
                 if numbers is not None and self.tasks is not None:
                     of_tasks = self.tasks(lambda: self.feed.stop.is_set)
                     numbers = None if of_tasks is None else {**numbers, **({"tasks": of_tasks} if of_tasks else {})}

@@ -3,9 +3,13 @@
 import gzip
 import json
 import math
+import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 import yaml
 
+from sltrain.api import evaluate as evaluation
 from sltrain.commands import evaluate as command
 from sltrain.commands import export
 from sltrain.commands.train import run_command as train
@@ -222,6 +227,51 @@ def test_for_a_person(model: Callable[..., Path], sltrain_eval: Run) -> None:
     assert set(found) == {*NUMBERS, "eval_tokens", "step"}
     assert float(found["loss"].replace(",", "")) == pytest.approx(summary["loss"], abs=6e-5)
     assert found["eval_tokens"] == f"{summary['eval_tokens']:,}" and found["step"] == "2"
+
+
+def test_a_long_text_says_how_far_it_is(
+    model: Callable[..., Path], texts: Path, sltrain_eval: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sltrain.log.Pace.SECONDS", 0.0)
+    code, out, err = sltrain_eval(model("packed"), "--path", texts, "--batch-size", 1)
+    total = re.search(r"^eval_tokens +(\S+)$", out, re.MULTILINE)[1]
+    lines = err.splitlines()
+    assert re.fullmatch(rf"read {total} tokens of \S+/validation.jsonl, [0-9,.]+ a second", lines[-2 - len(lines) // 2])
+    assert re.fullmatch(rf"evaluated {total} of {total} tokens, [0-9,.]+ a second, 00:00 left", lines[-1])
+    assert code == 0 and len(lines) > 20
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_it_says_so_and_gives_no_number(
+    name: str, model: Callable[..., Path], texts: Path, in_child: Callable, tmp_path: Path
+) -> None:
+    """The exit code that conf/README.md gives a command with nothing to save."""
+    run, written = model("packed"), tmp_path / "written"
+
+    def evaluate() -> None:
+        def stop_after_two(batches: Any) -> Any:
+            for number, batch in enumerate(batches):
+                if number == 2:
+                    os.kill(os.getpid(), getattr(signal, name))
+                yield batch
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked pool of that library would never answer
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have made it ignored
+        original = evaluation.counted
+        evaluation.counted = lambda rows: stop_after_two(original(rows))
+        sys.argv = ["sltrain-eval", str(run), "--path", str(texts), "--batch-size", "1"]
+        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        try:
+            command.main()
+        except SystemExit as ended:
+            (tmp_path / "code").write_text(str(int(ended.code)))
+
+    os.waitpid(in_child(evaluate), 0)
+    lines = written.read_text().splitlines()
+    assert lines[-1] == "interrupted" and len(lines) == 2 and lines[0].startswith("evaluating"), lines
+    assert (tmp_path / "code").read_text() == "3"
 
 
 def test_weights_that_diverged_are_strict_json(
