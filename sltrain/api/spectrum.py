@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from sltrain.building.saved import Saved, open_saved
-from sltrain.layers.base import ReplacedLinear, check_known, parts_of
+from sltrain.layers.base import ReplacedLinear, check_known, check_one_matrix, parts_of
 from sltrain.layers.parts import LowRankPart, Part, singular_values
+from sltrain.log import Pace
 from sltrain.methods.base import pattern_fits
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.page import Section
@@ -43,6 +44,8 @@ def look_inside(
     for name in names:
         check_known(name, opened[0].model.get_submodule(name))
     chosen = choose_layers(names, layers)
+    for name in _needed(opened[0], names, chosen):  # before any is read, which takes time
+        check_one_matrix(name, opened[0].model.get_submodule(name))
     found = []
     for saved in opened:
         logger.info(f"step {saved.step}: singular values of {len(chosen)} of {len(names)} layers")
@@ -89,16 +92,25 @@ def choose_layers(names: Sequence[str], patterns: Sequence[str] | None) -> list[
     return [name for name in names if any(pattern_fits(pattern, name) for pattern in patterns)]
 
 
+def _has_sparse(saved: Saved, name: str) -> bool:
+    module = saved.model.get_submodule(name)
+    return isinstance(module, ReplacedLinear) and "sparse" in module.GROUPS.values()
+
+
+def _needed(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The layers to read: the chosen ones, and those with an S, for its energy."""
+    return [name for name in names if name in chosen or _has_sparse(saved, name)]
+
+
 def _examine(saved: Saved, names: Sequence[str], chosen: Sequence[str]) -> Found:
     """Read each layer of `names` that is needed, once."""
     found = Found(saved.step, {}, {})
-    for name in names:
-        module = saved.model.get_submodule(name)
-        has_sparse = isinstance(module, ReplacedLinear) and "sparse" in module.GROUPS.values()
-        if name not in chosen and not has_sparse:
-            continue
+    needed = _needed(saved, names, chosen)
+    pace = Pace("read", "layers", len(needed))
+    for number, name in enumerate(needed):
+        pace.at(number)
         layer = _read_layer(saved, name)
-        if has_sparse:
+        if _has_sparse(saved, name):
             found.energies[name] = _energies(parts_of(name, layer))
         if name in chosen:
             found.spectra[name] = _spectrum(name, layer)

@@ -79,7 +79,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
         from sltrain.api.report import as_json, check_output, default_output, read_report, write_report
-        from sltrain.reporting.table import text_table
+        from sltrain.reporting.table import aligned, text_table
 
         report = read_report([path.expanduser() for path in typed.paths])
         if not report.rows:
@@ -91,10 +91,12 @@ def run_command(arguments: list[str]) -> ExitCode:
             report.notes.append(sentence)
         for note in report.notes:
             logger.info(f"note: {note}")
-        write_line(as_json(report.rows) if typed.json else text_table(report.rows))
         output = typed.output.expanduser() if typed.output else default_output(report.first or typed.paths[0])
         check_output(output)
-        spectrum = spectrum_of(typed) if typed.spectrum else None
+        spectrum = spectrum_of(typed) if typed.spectrum else None  # first: what is refused prints no table
+        write_line(as_json(report.rows) if typed.json else text_table(report.rows))
+        if spectrum is not None:
+            write_line(f"\n{aligned(spectrum.tables[0])}\n", "stderr" if typed.json else "stdout")
         command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([PROG, *arguments])}"
         page = write_report(report, output, command, spectrum)
         write_line(f"page: {page}", "stderr" if typed.json else "stdout")
@@ -104,13 +106,10 @@ def run_command(arguments: list[str]) -> ExitCode:
 
 
 def spectrum_of(typed: argparse.Namespace) -> "Section":
-    """Look inside the one run, and print what there is by kind of projection."""
+    """Look inside the one run."""
     from sltrain.api.spectrum import look_inside
-    from sltrain.reporting.spectrum import aligned
 
-    spectrum = look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps)
-    write_line(f"\n{aligned(spectrum.tables[0])}\n", "stderr" if typed.json else "stdout")
-    return spectrum
+    return look_inside(typed.paths[0], layers=typed.layers, steps=typed.steps)
 
 
 if __name__ == "__main__":

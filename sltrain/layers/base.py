@@ -228,11 +228,17 @@ def check_known(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name}: {module._undefined('parts')}")
 
 
-def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
-    """The summands of a module's W; an nn.Linear has one, W. Raises ValueError as `check_known`."""
+def check_one_matrix(name: str, module: nn.Module) -> None:
+    """Raise ValueError as `check_known`, and for a module that is not one matrix."""
     check_known(name, module)
     if isinstance(module, ReplacedLinear):
         module.check_mergeable(f"{name}: ")
+
+
+def parts_of(name: str, module: nn.Module) -> dict[str, Part]:
+    """The summands of a module's W; an nn.Linear has one, W. Raises ValueError as `check_one_matrix`."""
+    check_one_matrix(name, module)
+    if isinstance(module, ReplacedLinear):
         return module.parts()
     assert isinstance(module, nn.Linear)
     return {"W": DensePart(module.weight)}

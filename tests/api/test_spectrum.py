@@ -205,6 +205,27 @@ def test_what_cannot_be_had_is_refused(sltrain_train: Train, tiny: list[str], tm
         look_inside(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("method", ["cola", "lost method.activation=silu"])
+def test_layers_that_are_not_one_matrix_are_refused_before_any_work(
+    method: str,
+    sltrain_train: Train,
+    tiny: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sltrain.commands.report import run_command
+
+    monkeypatch.setattr(build_spectrum, "_read_layer", lambda *arguments: pytest.fail("a layer was read"))
+    run = train(sltrain_train, tiny, tmp_path / "run", *f"max_steps=1 warmup_steps=0 method={method}".split())
+    capfd.readouterr()
+    assert run_command([str(run), "--spectrum"]) == 2
+    out, err = capfd.readouterr()
+    name = method.partition(" ")[0]
+    line = f"error: model.layers.0.self_attn.q_proj: a layer of kind {name} is not one matrix, so there is no one W\n"
+    assert (out, err) == ("", line) and not (run / "report").exists()
+
+
 def test_a_step_that_cannot_be_had_costs_only_itself(
     sltrain_train: Train, tiny: list[str], tmp_path: Path, lines: list[str]
 ) -> None:
