@@ -97,7 +97,7 @@ def run_columns(
     own = plan_model(config, model, device, num_processes)
     dense = build_model(as_dense(config), config.model.vocab_size, dtype)
     of_dense = plan_model(as_dense(config), dense, device, num_processes)
-    shape = update_shape(config, device, model.compute_dtype, num_processes)
+    shape = update_shape(config, device, model, num_processes)
 
     columns = [_column("this run", model, own)]
     if has_replaced_linears(model):

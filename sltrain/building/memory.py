@@ -37,7 +37,7 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
         set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
         plan = plan_memory(
             structure,
-            update_shape(config, device, structure.compute_dtype, num_processes),
+            update_shape(config, device, structure, num_processes),
             optimizer_state_bytes(config, structure),
             {**stored_bytes(structure), **average_bytes(config, structure)},
             update_temporaries=update_temporaries(config, structure, device) + sum(a.before_bytes for a in actions),
@@ -64,8 +64,9 @@ def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.devi
     return step_bytes(config.optimizer, parameters_of(model).values(), device.type, config.stochastic_rounding)
 
 
-def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int) -> UpdateShape:
-    """An update of this configuration on one of `num_processes` processes; `dtype` is that of the arithmetic."""
+def update_shape(config: TrainConfig, device: torch.device, model: LlamaForCausalLM, num_processes: int) -> UpdateShape:
+    """An update of this configuration and its model on one of `num_processes` processes."""
+    task_rows = max(model.config.max_position_embeddings, config.micro_batch_size * config.seq_len)
     return UpdateShape(
         batch_size=config.micro_batch_size,
         seq_len=config.seq_len,
@@ -74,7 +75,8 @@ def update_shape(config: TrainConfig, device: torch.device, dtype: torch.dtype, 
         uses_ddp=num_processes > 1 and not config.per_layer_update,
         device_type=device.type,
         per_document=config.attention == "document",
-        has_kernel=device.type == "cpu" and has_kernel(device, dtype),
+        has_kernel=device.type == "cpu" and has_kernel(device, model.compute_dtype),
+        task_rows=task_rows if config.eval_tasks else 0,
     )
 
 

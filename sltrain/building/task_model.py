@@ -11,25 +11,34 @@ documents, or else the one that ends them, which is what stands before a documen
 the LM Evaluation Harness (github.com/EleutherAI/lm-evaluation-harness), so its numbers for an export are the same.
 
 Rank 0 holds the questions and asks; the other ranks `serve`. What is asked is dealt to all ranks in batches that do not
-depend on their number, so neither do the answers.
+depend on their number, so neither do the answers. An error of one rank is told to all, who stay in step.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
+from sltrain.log import Pace, first_line
 from sltrain.models.generation import Sampling, generate
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.scoring import Likelihood, Passage, batches, passage, score, windows
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Stopped(Exception):
     """A signal asked some rank to stop."""
+
+
+class Unanswered(Exception):
+    """Some rank could not answer; the message says which and why. All ranks are still in step."""
 
 
 class Prompt(NamedTuple):
@@ -41,16 +50,23 @@ class Prompt(NamedTuple):
     sampling: Sampling
 
 
+class _Failure(NamedTuple):
+    """What a rank gives instead of answers."""
+
+    reason: str
+
+
 @dataclass
 class TaskModel:
     """A model and its tokenizer on every rank; the methods that ask are for rank 0, and raise Stopped once
-    `should_stop` is true on some rank."""
+    `should_stop` is true on some rank, Unanswered if an error kept some rank from answering."""
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     ranks: Ranks
     max_positions: int  # of a batch, pads included
     should_stop: Callable[[], bool] = lambda: False
+    tell: Callable[[str], None] = logger.info  # shows how far the answers are
 
     @property
     def longest(self) -> int:
@@ -101,19 +117,38 @@ class TaskModel:
         if not jobs:
             return []
         shares = self._share(self.ranks.on_main(lambda: jobs) if self.ranks.world_size > 1 else jobs)
-        parts = [part for part in shares if part is not None]
+        if failed := [share for share in shares if isinstance(share, _Failure)]:
+            raise Unanswered(failed[0].reason)
+        parts = [share for share in shares if isinstance(share, list)]
         if len(parts) < len(shares):
             raise Stopped
         return [parts[number % len(parts)][number // len(parts)] for number in range(len(jobs))]
 
-    def _share(self, jobs: list[Any]) -> list[list[Any] | None]:
-        """Every rank's answers to its own jobs, None if it was asked to stop."""
-        own = []
-        for job in jobs[self.ranks.rank :: self.ranks.world_size]:
-            if self.should_stop():
-                return self.ranks.gather(None)
-            own.append(score(self.model, job) if isinstance(job[0], Passage) else [self._continue(*job)])
+    def _share(self, jobs: list[Any]) -> list["list[Any] | _Failure | None"]:
+        """Every rank's answers to its own jobs; None if it was asked to stop. An error must not take a rank away from
+        the others, which wait for its answers: it is told like an answer."""
+        own: list[Any] | _Failure | None
+        try:
+            own = self._answers(jobs)
+        except Exception as error:
+            where = f"rank {self.ranks.rank}: " if self.ranks.world_size > 1 else ""
+            own = _Failure(f"{where}{type(error).__name__}: {first_line(error)[:300]}")
+        if isinstance(own, _Failure) and self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # outside `except`: the error keeps the tensors of its frames
         return self.ranks.gather(own)
+
+    def _answers(self, jobs: list[Any]) -> list[Any] | None:
+        """This rank's answers to its share of the jobs; None once it is asked to stop."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        own, num_done, total = list[Any](), 0, sum(map(len, jobs))
+        pace = Pace("answered", "requests", total, self.tell)
+        for job in jobs[rank::world_size]:
+            if self.should_stop():
+                return None
+            own.append(score(self.model, job) if isinstance(job[0], Passage) else [self._continue(*job)])
+            num_done += len(job)
+            pace.at(min(num_done * world_size, total))  # as if all ranks were as fast
+        return own
 
     def _continue(self, prompt: Prompt) -> str:
         num_new = min(prompt.max_new_tokens, self.longest - 1)

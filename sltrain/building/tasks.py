@@ -7,8 +7,9 @@ The harness makes the questions and counts the answers; the model answers throug
 run's own tokenizer, no export, no second copy. Its numbers for a task are `{metric: value, metric_stderr: ...}`.
 
 Whatever can be wrong with a task is found when it is opened, before any text is read: each is asked one document, which
-a stand-in answers. A task that fails later, as a metric may for answers of another kind, costs its numbers and a
-warning, not the run. The harness draws random numbers and prints; neither reaches the run.
+a stand-in answers. A task that fails later, as a metric may for answers of another kind, or the model on some rank
+for lack of memory, costs its numbers and a warning, not the run. The harness draws random numbers and prints; neither
+reaches the run.
 """
 
 import contextlib
@@ -21,18 +22,18 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sltrain.building.task_model import Prompt, Stopped, TaskModel
+from sltrain.building.task_model import Prompt, Stopped, TaskModel, Unanswered
 from sltrain.config import TrainConfig
 from sltrain.data.download import is_of_network
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
-from sltrain.engine.memory import is_out_of_memory
 from sltrain.events import TaskNumbers
 from sltrain.log import first_line
 from sltrain.models.generation import Sampling
@@ -76,18 +77,19 @@ class Tasks:
 
     def evaluate(self, model: TaskModel) -> TaskNumbers:
         """The numbers of every task and group, without those that failed. Raises Stopped as the model does."""
-        found: dict[str, dict[str, Any]] = {}
+        found: TaskNumbers = {}
         for name, loaded in self._loaded.items():
             try:
-                with _undisturbed():
-                    found.update(_evaluate(_answering(model), loaded, self.limit, BOOTSTRAP))
+                with _undisturbed() as aloud:
+                    asked = replace(model, tell=aloud(lambda text, name=name: logger.info(f"task {name}: {text}")))
+                    raw = _evaluate(_answering(asked), loaded, self.limit, BOOTSTRAP)
+                found.update({task: numbers for task, own in raw.items() if (numbers := _numbers(own))})
             except Stopped:
                 raise
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                logger.warning(f"task {name} could not be evaluated ({_reason(error)}); its numbers are left out")
-        return {name: numbers for name, raw in found.items() if (numbers := _numbers(raw))}
+            except Exception as error:  # of the harness, the task's own code, or the model on some rank
+                reason = str(error) if isinstance(error, Unanswered) else _reason(error)
+                logger.warning(f"task {name} could not be evaluated ({reason}); its numbers are left out")
+        return found
 
 
 def open_tasks(config: TrainConfig, ranks: Ranks) -> Tasks | None:
@@ -251,19 +253,29 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Inside this context this thread prints nothing and lm-eval starts no processes; afterwards Python, numpy and
-    torch draw the random numbers that they would have drawn."""
+def _undisturbed() -> Iterator[Callable[[Callable[[str], None]], Callable[[str], None]]]:
+    """Inside this context this thread prints nothing, except by what the yielded function makes of one that prints, and
+    lm-eval starts no processes; afterwards Python, numpy and torch draw the random numbers that they would have
+    drawn."""
+    out, err = sys.stdout, sys.stderr
+
+    def aloud(say: Callable[[str], None]) -> Callable[[str], None]:
+        def said(text: str) -> None:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                say(text)
+
+        return said
+
     before = os.environ.get("DISABLE_MULTIPROC")
     states = random.getstate(), np.random.get_state()
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork for standard errors
     try:
         with (
             torch.random.fork_rng(),
-            contextlib.redirect_stdout(_OtherThreads(sys.stdout)),
-            contextlib.redirect_stderr(_OtherThreads(sys.stderr)),
+            contextlib.redirect_stdout(_OtherThreads(out)),
+            contextlib.redirect_stderr(_OtherThreads(err)),
         ):
-            yield
+            yield aloud
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -17,6 +17,9 @@
     mixed precision  weights, gradients and moments of 4 bytes, e = 2; weights and their gradients exist as bfloat16
                      too, inside one call (the layers' `footprint`s, the loss)
                      The former are not in the buckets: DDP moves them there in the last backward.
+    task answers     with eval_tasks, without gradients: N = the longest row that the model reads, however small a
+                     micro-batch is; e N max(12 D, 3 D + 4 I) for one layer, and where the model writes text the keys
+                     and values of all layers, 2 e L N G d
 
 Memory rises and falls within an update; `STAGES` are the moments at which it can be highest, and the plan is the
 highest of them. Not included: memory of the driver and the libraries, and what an allocator loses by rounding. Rows are
@@ -46,7 +49,9 @@ STAGES = (
     "embedding backward",
     "update",
     "action",  # between updates, without gradients
+    "task answers",  # of eval_tasks, between updates
 )
+BETWEEN_UPDATES = STAGES[-2:]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class UpdateShape:
     device_type: str = "cuda"
     has_kernel: bool = False  # whether products with S run through the CPU kernel
     per_document: bool = False  # attention=document
+    task_rows: int = 0  # positions of the largest pass of eval_tasks; 0: there are none
 
     @property
     def num_rows(self) -> int:
@@ -131,9 +137,11 @@ class _Parts:
         self.is_tied = not isinstance(head, nn.Linear)
         self.head_gradient = gradient_bytes(embedding if self.is_tied else head)
         self.embedding_gradient = gradient_bytes(embedding)
-        layers = [self._of_layer(layer) for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+        self.decoders = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+        layers = [self._of_layer(layer) for layer in self.decoders]
         self.layer_kept = max(kept for kept, _ in layers)
         self.all_kept = sum(kept for kept, _ in layers)
+        self.projected = max(map(self._projections, self.decoders)) if shape.task_rows else 0
         self.layer_temporaries, self.layer_gradient = max((peak for _, peak in layers), key=sum)
 
     def _of_layer(self, layer: DecoderLayer) -> tuple[int, tuple[int, int]]:
@@ -161,6 +169,24 @@ class _Parts:
         temporary, gradients = max(moments, key=sum)
         return kept, (self.hidden + temporary, gradients)
 
+    def _projections(self, layer: DecoderLayer) -> int:
+        """The most that the projections of a layer take in a pass of eval_tasks besides their results."""
+        rows = Rows(self.shape.task_rows, self.element, self.shape.has_kernel)
+        attention, mlp = layer.self_attn, layer.mlp
+        together = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+        found = [footprint(group, rows) for group in [*together, [attention.o_proj], [mlp.down_proj]]]
+        return max(part.kept + part.temporary for part in found)
+
+    def _task_answers(self) -> int:
+        """Bytes of a pass of eval_tasks: one layer's, beside the cache of all."""
+        shape, c = self.shape, self.config
+        if not shape.task_rows:
+            return 0
+        one_number = self.element * shape.task_rows
+        kv_size = c.hidden_size * (c.num_key_value_heads or c.num_attention_heads) // c.num_attention_heads
+        layer = max(12 * c.hidden_size, 3 * c.hidden_size + 4 * c.intermediate_size)
+        return one_number * (layer + 2 * self.num_layers * kv_size) + self.projected
+
     def stage(self, name: str) -> dict[str, int]:
         """Bytes by group in one of STAGES, besides what is always there."""
         shape, every, head, embedding = self.shape, self.all_gradients, self.head_gradient, self.embedding_gradient
@@ -183,9 +209,10 @@ class _Parts:
             "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding + waiting),
             "update": (0, 0, 0, 0, every),
             "action": (0, 0, 0, 0, 0),
+            "task answers": (self._task_answers(), 0, 0, 0, 0),
         }[name]
         in_backward = waiting if name.endswith(("layer backward", "embedding backward")) else 0
-        if shape.num_micro_batches > 1 and name != "action":
+        if shape.num_micro_batches > 1 and name not in BETWEEN_UPDATES:
             finished = every + in_backward  # of the micro-batches before
         elif shape.per_layer_update or shape.uses_ddp:
             finished = in_backward  # the others are applied, or in DDP's buckets

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import sltrain
+from sltrain.building import task_model
 from sltrain.building import tasks as tasks_module
 from sltrain.building.task_model import Prompt, Stopped, TaskModel
 from sltrain.building.tasks import Tasks, _numbers, _prompt
@@ -141,6 +142,59 @@ def test_a_stop_of_any_rank_ends_the_questions_on_all(
     assert on_two_ranks(stopped) == [None, None]
     with pytest.raises(Stopped):
         TaskModel(model, tokenizer, ONE, 30, should_stop=lambda: True).likelihoods(PAIRS)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_of_one_rank_keeps_all_in_step(
+    broken: int,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    on_two_ranks: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It costs that task its numbers and one line; the next one has those of a single process."""
+
+    class Two(Tasks):
+        limit = None
+
+        def __init__(self) -> None:
+            self._loaded = {"first": {}, "second": {}}
+
+    def evaluate_one(lm: TaskModel, *_: Any) -> Any:
+        found = [one.log_probability for one in lm.likelihoods(PAIRS)]
+        return {f"task_{len(asked)}": {"sum,none": sum(found)}}
+
+    asked = list[int]()
+    monkeypatch.setattr(tasks_module, "_answering", lambda model: model)
+    monkeypatch.setattr(tasks_module, "_evaluate", evaluate_one)
+
+    def evaluated(ranks: Ranks) -> Any:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        said = list[str]()
+        tasks_module.logger.warning = said.append  # type: ignore[method-assign]
+        original = task_model.score
+
+        def score(*arguments: Any) -> Any:
+            asked.append(0)
+            if len(asked) == 1 and ranks.rank == broken and ranks.world_size > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+            return original(*arguments)
+
+        task_model.score = score
+        found = tasks_module.evaluate_tasks(
+            Two() if ranks.is_main else None, TaskModel(model, tokenizer, ranks, max_positions=30)
+        )
+        task_model.score = original
+        return found, said
+
+    ranks = on_two_ranks(evaluated)
+    (numbers, said), (same, silent) = ranks
+    alone = sum(one.log_probability for one in TaskModel(model, tokenizer, ONE, 30).likelihoods(PAIRS))
+    assert numbers == same and list(numbers.values()) == [{"sum": alone}]
+    assert silent == [] and said == [
+        f"task first could not be evaluated (rank {broken}: OutOfMemoryError: CUDA out of memory. Tried);"
+        " its numbers are left out"
+    ]
 
 
 def test_what_lm_eval_asks_and_counts_is_read() -> None:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -20,7 +21,7 @@ from toy_layers import ReLoRALinear, instead_of_low_rank
 from sltrain.api import plan as build_plan_module
 from sltrain.api.plan import Plan, build_plan
 from sltrain.api.plan_config import PLAN
-from sltrain.building.memory import plan_model
+from sltrain.building.memory import plan_model, update_shape
 from sltrain.building.model import allocate, build_model, weight_dtype
 from sltrain.building.trainer import build_step, build_updates
 from sltrain.compose import TRAIN, compose_config
@@ -29,9 +30,11 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import tensor_peak
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
 from sltrain.layers.cost import set_paths
+from sltrain.models.generation import Sampling, generate
 from sltrain.models.llama import LlamaForCausalLM
+from sltrain.models.scoring import Passage, score
 from sltrain.planning import memory_plan
-from sltrain.planning.accounting import count_parameters
+from sltrain.planning.accounting import count_parameters, stored_bytes
 from sltrain.planning.memory_plan import GROUPS, STAGES, MemoryPlan, UpdateShape, plan_memory
 
 T = TypeVar("T")
@@ -334,6 +337,34 @@ def test_what_is_always_there_has_its_real_bytes(method: str, optimizer: str) ->
         "optimizer_state": bytes_of({tensor.data_ptr(): tensor for tensor in state}.values()),  # codes are shared
     }
     assert {name: groups[name] for name in found} == found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "layer_path=factored",
+        "layer_path=composed activation_checkpointing=true",
+        "method=full model.intermediate_size=200 model.num_hidden_layers=4",
+        "method=full model.num_attention_heads=4 model.num_key_value_heads=2 dtype=bfloat16",
+    ],
+)
+def test_the_longest_text_of_a_task_takes_no_more_than_is_planned(overrides: str) -> None:
+    """Of one row, however small a micro-batch is; and not much less."""
+    config = config_of(f"{overrides} seq_len=16 micro_batch_size=1 model.max_position_embeddings=512 eval_tasks=[piqa]")
+    model = real_model_of(config).requires_grad_(False)
+    shape = update_shape(config, CPU, model, 1)
+    assert shape.task_rows == 512
+    planned = memory_plan._Parts(model, shape).stage("task answers")["activations"]
+    ids = torch.arange(513).remainder(model.lm_head.out_features).tolist()
+    found = [
+        tensor_peak(lambda: score(model, [Passage(ids, 2)]), 0, CPU)[1],
+        tensor_peak(lambda: list(generate(model, ids[:510], 2, -1, Sampling())), 0, CPU)[1],
+    ]
+    assert planned / 3 < max(found) <= planned
+    without = plan_memory(model, replace(shape, task_rows=0), 0)
+    assert plan_memory(model, shape, 0).total_bytes == max(
+        without.total_bytes, planned + sum(stored_bytes(model).values())
+    )
 
 
 SHAPES = [
