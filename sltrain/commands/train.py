@@ -116,7 +116,9 @@ def show(config: TrainConfig, typed: Namespace) -> ExitCode:
     ValueError for what only Hydra's composition has."""
     if typed.cfg != "job":
         flag = f"--cfg {typed.cfg}" if typed.cfg else f"--info {typed.info}"
-        raise ValueError(f"{flag} shows how conf/ is composed, add model=NAME; of an earlier run --cfg job shows the keys")
+        raise ValueError(
+            f"{flag} shows how conf/ is composed, add model=NAME; of an earlier run --cfg job shows the keys"
+        )
     tree = OmegaConf.create(asdict(config))
     shown = OmegaConf.select(tree, typed.package) if typed.package else tree
     if shown is None:

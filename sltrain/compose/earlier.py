@@ -46,9 +46,9 @@ def earlier_run_config(texts: list[str]) -> TrainConfig | None:
         return _config_over(file, overrides, {})
     if init_from is not None and (file := folder_of(init_from) / CONFIG_FILE).is_file():
         return _config_over(file, overrides, FORGOTTEN)
-    if init_from is not None and not folder_of(init_from).exists():
-        raise ValueError(f"init_from={init_from}: there is no such folder here")
-    if run_dir is not None and init_from is None:
+    if init_from is not None:
+        raise ValueError(_no_weights_of_a_run(init_from))
+    if run_dir is not None:
         raise ValueError(_no_run(Path(run_dir).expanduser()))
     return None
 
@@ -109,9 +109,24 @@ def _typed(overrides: list[Override], key: str) -> str | None:
     return str(values[-1]) if values and values[-1] else None
 
 
+def _no_weights_of_a_run(init_from: str) -> str:
+    """Why init_from without a model brings no keys."""
+    folder = folder_of(init_from)
+    if not folder.exists():
+        return f"init_from={init_from}: there is no such folder here"
+    if not folder.is_dir():
+        return f"init_from={init_from} is a file; name the folder of a run, of an export or of transformers"
+    return (
+        f"init_from={init_from} holds no run, whose keys a new one could take; if these are weights, add model=NAME of"
+        f" their shape ({', '.join(groups_of(TRAIN)['model'])})"
+    )
+
+
 def _no_run(folder: Path) -> str:
     if (folder / "multirun.yaml").is_file():
         return f"run_dir={folder} holds a sweep; continue it with -m: sltrain-train -m run_dir={folder}"
+    if folder.is_file():
+        return f"run_dir={folder} is a file; choose a folder"
     models = ", ".join(groups_of(TRAIN)["model"])
     return (
         f"run_dir={folder} holds no run to continue; to begin one there, choose a model: add model=NAME ({models}),"

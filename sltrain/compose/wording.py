@@ -124,5 +124,5 @@ def _foreign_option(group: str, option: str, overrides: list[str]) -> str:
         return composition_error(error, rest)
     own = option_names(group, name)
     others = [other for other in PLUGINS[group].names() if option in option_names(group, other)]
-    belongs = f"it belongs to {' and '.join(f'{group}={other}' for other in others)}; " if others else ""
-    return f"{group}.{option}: {group}={name} has no such option; {belongs}it has {', '.join(own) or 'none'}"
+    belongs = f"it belongs to {group}={', '.join(others)}; " if others else ""
+    return f"{group}.{option}: {group}={name} has no such option; {belongs}{name} has {', '.join(own) or 'none'}"

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "decay of another schedule": (["decay_steps=2"], ["decay_steps=2", "schedule=wsd", "cosine"]),
     "decay too long": (["schedule=wsd", "decay_steps=5"], ["decay_steps=5", "6 updates", "4 or less"]),
     "peak": (["peak_tflops=0"], ["peak_tflops=0", "above 0"]),
+    "option of others": (["method=full", "method.activation=silu"], ["belongs to method=cola, ", "; full has gain"]),
     "padding": (["padding=left"], ["padding=left", "truncate_pad"]),
     "dtype": (["dtype=float16"], ["float16", "bfloat16"]),
     "row too long": (["seq_len=2048"], ["seq_len=2048", "max_position_embeddings"]),

@@ -113,6 +113,10 @@ def test_a_model_or_an_experiment_means_conf(run: Path) -> None:
         (["run_dir=RUN", "keep_last=1,2"], ["-m"]),
         (["run_dir=RUN", "extend=-1"], ["extend=-1", "at least 0"]),
         (["run_dir=RUN", "data.repo=x"], ["data.repo"]),
+        (["run_dir=RUN/config.yaml"], ["run_dir=RUN/config.yaml is a file"]),
+        (["init_from=RUN/config.yaml"], ["RUN/config.yaml is a file", "folder of a run"]),
+        (["init_from=RUN/.."], ["RUN/.. holds no run", "add model=NAME", "llama_60m"]),
+        (["init_from=RUN/nothing", "run_dir=/nowhere"], ["RUN/nothing: there is no such folder"]),
     ],
 )
 def test_mistakes_cost_one_line(typed: list[str], words: list[str], run: Path) -> None:
@@ -120,7 +124,7 @@ def test_mistakes_cost_one_line(typed: list[str], words: list[str], run: Path) -
         run_config([text.replace("RUN", str(run)) for text in typed])
     assert "\n" not in str(caught.value)
     for word in words:
-        assert word in str(caught.value)
+        assert word.replace("RUN", str(run)) in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["run_dir", "init_from"])
