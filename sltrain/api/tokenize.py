@@ -78,9 +78,10 @@ def tokenize(settings: TokenizeConfig, config: TrainConfig) -> Path:
             for shard in range(corpus.num_shards if corpus else 0)
             for number in range(plan.num_slices[part])
         ]
+        at_once = min(processes, len(slices))
         logger.info(
-            f"tokenizing {source.name}: {source.num_shards} shards, processes: {min(processes, len(slices))}, "
-            f"tokenizer {config.tokenizer}, {tokenizer.vocab_size:,} ids"
+            f"tokenizing {source.name}, {source.num_shards} shard{'s' * (source.num_shards != 1)}, in {at_once}"
+            f" process{'es' * (at_once != 1)}; tokenizer {config.tokenizer}, vocabulary {tokenizer.vocab_size:,}"
         )
         _run(job, slices, processes)
         meta = _meta(folder, plan, source, validation, tokenizer, slices)

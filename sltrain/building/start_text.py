@@ -6,7 +6,7 @@ import torch
 
 from sltrain.building.memory import update_notes
 from sltrain.building.model import precision_name
-from sltrain.building.phases import waiting_notes
+from sltrain.building.phases import structures, waiting_notes
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.documents import Source
 from sltrain.data.evaluation import EvalSet
@@ -16,6 +16,7 @@ from sltrain.engine.distributed import Ranks
 from sltrain.methods.advice import warnings
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.accounting import count_parameters, sum_of_groups
+from sltrain.planning.roles import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +33,19 @@ def describe(
     c, counts, max_steps = config, count_parameters(model), num_steps(config)
     positions = c.global_batch_size * c.seq_len
     passes = c.global_batch_size // (c.micro_batch_size * ranks.world_size)
-    processes = f"{ranks.world_size} process{'es' * (ranks.world_size > 1)}"
+    processes = f"{ranks.world_size} processes, each" if ranks.world_size > 1 else "1 process,"
+    micro_batches = f"{passes} micro-batch{'es' * (passes > 1)} of {c.micro_batch_size}"
     dtype = precision_name(model.lm_head.weight.dtype, model.compute_dtype)
     dtype = "float32 weights, bfloat16 arithmetic" if dtype == "mixed" else dtype
     threads = torch.get_num_threads()
     lines = [
         f"model      {c.model.name}, method {c.method.name}: {_short(counts['total'])} parameters"
         f" = {sum_of_groups(counts, _short)}",
-        f"update     {c.global_batch_size} sequences x {c.seq_len} = {positions:,} positions"
-        f" ({passes} x {c.micro_batch_size} sequences on each of {processes})",
+        f"update     {c.global_batch_size} sequences x {c.seq_len} tokens = {positions:,} positions"
+        f" ({processes} {micro_batches})",
         f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}{_shape(c)},"
         f" {c.optimizer.name}",
-        f"data       {source.name}, {c.padding}; tokenizer {c.tokenizer}, {tokenizer.vocab_size:,} ids",
+        f"data       {source.name}, padding={c.padding}; tokenizer {c.tokenizer}, vocabulary {tokenizer.vocab_size:,}",
         f"machine    {ranks.device}, {dtype}, {threads} CPU thread{'s' if threads > 1 else ''}",
     ]
     if eval_set.exhausted:
@@ -51,11 +53,24 @@ def describe(
         lines.append(f"validation {eval_set.num_targets:,} tokens{of} (eval_tokens={c.eval_tokens:,})")
     notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
     notes += waiting_notes(config, model)
+    notes += _unused_scales(c, model)
     if c.ema is not None:
         notes.append(f"ema={c.ema:g}: evaluations and exports are of the averaged weights, train lines of the others")
     lines += [f"note       {note}" for note in notes]
     for line in lines:
         logger.info(line)
+
+
+def _unused_scales(config: TrainConfig, model: LlamaForCausalLM) -> list[str]:
+    """A line for each role in lr_scale that no parameter has in the course of the run."""
+    if not config.lr_scale:
+        return []
+    roles = {info.role for _, structure in structures(config, model) for info in parameters_of(structure).values()}
+    return [
+        f"lr_scale={{{role}: {scale:g}}} changes nothing: with method={config.method.name} no parameter has this role"
+        for role, scale in config.lr_scale.items()
+        if role not in roles
+    ]
 
 
 def _shape(config: TrainConfig) -> str:

@@ -188,7 +188,7 @@ class ProgressBar:
         mfu = f"{100 * event['mfu']:.1f} % MFU, " if "mfu" in event else ""
         numbers = (
             f"loss {event['loss']:.3f}, perplexity {safe_exp(event['loss']):,.2f}, "
-            f"{event['tokens_per_second']:,.0f} tok/s, {mfu}peak {event['peak_memory_bytes'] / 1e9:.2f} GB"
+            f"{event['tokens_per_second']:,.0f} tok/s, {mfu}peak memory {event['peak_memory_bytes'] / 1e9:.2f} GB"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(numbers, refresh=False)

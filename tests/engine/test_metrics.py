@@ -202,7 +202,7 @@ def test_plain_lines_now_and_then_where_there_is_no_terminal() -> None:
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
     assert 10 <= sum(line.startswith("step ") for line in printed) <= 13
     assert printed[0] == (
-        "step 101/1000: loss 2.000, perplexity 7.39, 12,346 tok/s, peak 1.61 GB, 01:29 left"
+        "step 101/1000: loss 2.000, perplexity 7.39, 12,346 tok/s, peak memory 1.61 GB, 01:29 left"
     )  # 899 steps of 0.1 s
     assert any(line.startswith("step 1000/1000: ") and line.endswith("00:00 left") for line in printed)
     assert any(line.startswith("evaluation at step 500: loss 1.5000, perplexity 4.48") for line in printed)
