@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Tasks:
         for name, loaded in self._loaded.items():
             try:
                 with _undisturbed() as aloud:
-                    asked = replace(model, tell=aloud(lambda text, name=name: logger.info(f"task {name}: {text}")))
+                    asked = replace(model, tell=aloud(partial(_tell, name)))
                     raw = _evaluate(_answering(asked), loaded, self.limit, BOOTSTRAP)
                 found.update({task: numbers for task, own in raw.items() if (numbers := _numbers(own))})
             except Stopped:
@@ -135,6 +136,10 @@ def evaluate_tasks(tasks: Tasks | None, model: TaskModel) -> TaskNumbers | None:
     finally:
         model.model.train(was_training)
     return model.ranks.on_main(lambda: found[0])
+
+
+def _tell(name: str, text: str) -> None:
+    logger.info(f"task {name}: {text}")
 
 
 # ---- the harness
