@@ -97,6 +97,13 @@ class Pace:
         self._tell(f"{self._done} {count:,}{of_total} {self._unit}, {rate:,.{0 if rate >= 10 else 1}f} a second{left}")
 
 
+def memory_size(num_bytes: int | None) -> str:
+    """Bytes for people, in units of 1e9, or of 1e6 below 0.1 GB; None is unknown."""
+    if num_bytes is None:
+        return "an unknown amount"
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the page that follows; its type if it says nothing."""
     lines = str(error).strip().splitlines()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain.log import ANY_RANK, Pace, first_line, lines_on, one_line, write_line
+from sltrain.log import ANY_RANK, Pace, first_line, lines_on, memory_size, one_line, write_line
 
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("sltrain.somewhere")
@@ -67,6 +67,17 @@ def test_what_takes_long_says_how_far_it_is_every_ten_seconds() -> None:
     ]
     unknown.at(15)
     assert said[3:] == ["read 15 files, 0.5 a second"]
+
+
+def test_small_memory_is_no_0_gb() -> None:
+    assert [memory_size(size) for size in (None, 0, 4_567_890, 99_900_000, 10**8, 1_234_567_890_123)] == [
+        "an unknown amount",
+        "0.0 MB",
+        "4.6 MB",
+        "99.9 MB",
+        "0.10 GB",
+        "1,234.57 GB",
+    ]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(memory_guard, "free_bytes", lambda device: 12_000_000)
     code, _, err = sltrain_train(*large, f"run_dir={tmp_path}/run")
     assert code == 2 and len(err.strip().splitlines()) == 1
-    assert "0.01 GB are free" in err and "what would fit: micro_batch_size=2" in err and "memory_guard=off" in err
+    assert "12.0 MB are free" in err and "what would fit: micro_batch_size=2" in err and "memory_guard=off" in err
     assert not (tmp_path / "run").exists()
     # and it does fit
     assert sltrain_train(*large, f"run_dir={tmp_path}/run", "micro_batch_size=2")[0] == 0

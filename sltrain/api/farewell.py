@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 from sltrain.api.overrides import as_overrides
-from sltrain.building.memory_guard import gigabytes
 from sltrain.config import TrainConfig
 from sltrain.engine.loop import Outcome
 from sltrain.engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from sltrain.log import memory_size
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -62,6 +62,6 @@ def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:
     smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"
     kept = f"step {t.saved_step:,} is saved" if t.saved_step > 0 else "nothing was saved yet"
     return (
-        f"out of memory after step {t.step:,}: {gigabytes(t.memory.planned_bytes)} were planned for tensors;"
+        f"out of memory after step {t.step:,}: {memory_size(t.memory.planned_bytes)} were planned for tensors;"
         f" {kept}; {again} with {smaller}"
     )

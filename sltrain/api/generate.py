@@ -32,6 +32,7 @@ def continue_text(
         raise ValueError(f"max-new-tokens {max_new_tokens}: must be at least 1")
     saved = open_saved(path, step)
     ids = saved.tokenizer.encode_prompt(prompt)
+    num_read = len(ids)
     room = saved.context - len(ids)
     if room < 1:
         raise ValueError(f"the prompt has {len(ids):,} tokens, the model reads at most {saved.context:,}; shorten it")
@@ -50,5 +51,9 @@ def continue_text(
         told += len(piece)
         yield piece
     yield saved.tokenizer.decode(ids)[told:]  # a character that never became whole
+    if len(ids) == num_read + 1 and ids[-1] == saved.tokenizer.eos_id:
+        logger.info(
+            "\nnote: the model ends the text here; another prompt, or a temperature above 0, may have it write on"
+        )
     if max_new_tokens > room and ids[-1] != saved.tokenizer.eos_id:
         logger.info(f"\nnote: the model's context of {saved.context:,} tokens is full")

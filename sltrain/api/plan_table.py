@@ -62,7 +62,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
         lines = [_line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(1, _line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]))
-        foot = [f"cards: their GiB less {self.reserve_gb:g} GB for the driver, its libraries and fragments"]
+        foot = [f"fits CARD: into its GiB less {self.reserve_gb:g} GB (reserve_gb) for driver, libraries and fragments"]
         return "\n".join([self.headline, "", *lines, "", *foot, *(f"note: {note}" for note in self.notes)])
 
     def as_object(self) -> dict[str, Any]:

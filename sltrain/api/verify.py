@@ -44,17 +44,18 @@ def verify(saved: Saved, folder: Path, dtype: torch.dtype) -> str:
     difference, largest = float((trained - found).abs().max()), float(trained.abs().max())
     num_same = int((trained.argmax(-1) == found.argmax(-1)).sum())
     said = (
-        f"logits differ by {difference:.1e} (up to {largest:.1f}; {num_same} of {ids.numel()} next tokens are the same)"
+        f"logits differ by {difference:.1e}, the largest is {largest:.1f}; {num_same} of {ids.numel()} next tokens are"
+        " the same"
     )
     limit = MAX_LOGIT_ERROR * max(1.0, largest)
     if dtype != torch.float32 and (error is not None or saved.dtype != dtype):
         merged = "" if error is None else f"; W x by {error:.1e} of its norm, {MAX_PRODUCT_ERROR[dtype]:.1e} is allowed"
         is_merged = not any(isinstance(module, ReplacedLinear) for module in exported.model.modules())
         difference = float((rounded_logits(saved, ids, dtype, is_merged) - found).abs().max())
-        said = f"{said} as W is rounded{merged}; from the rounded trained model's by {difference:.1e}"
+        said = f"{said}, as W is rounded{merged}; from the rounded trained model's by {difference:.1e}"
     if not difference <= limit:  # also where it is no number
         raise AssertionError(f"the exported model is another one: {said}; {limit:.1e} is allowed")
-    return f"{said}; {limit:.1e} is allowed"
+    return f"{said}; a difference of {limit:.1e} is allowed"
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from sltrain.building.model import build_model
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import free_bytes
+from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
@@ -32,18 +33,13 @@ def guard_memory(config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
         free //= ranks.num_on_this_machine  # they share it
-    logger.info(f"memory     {gigabytes(plan.total_bytes)} planned for tensors, {gigabytes(free)} free on {device}")
+    logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
     keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
     found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
-    advice = "a smaller model" if found is None else f"{found[0]} ({gigabytes(found[1].total_bytes)})"
+    advice = "a smaller model" if found is None else f"{found[0]} ({memory_size(found[1].total_bytes)})"
     raise ValueError(
-        f"the run needs {gigabytes(plan.total_bytes)} on {device}, where {gigabytes(free)} are free; what would fit:"
-        f" {advice}; memory_guard=off starts all the same, sltrain-plan shows where the memory goes"
+        f"the run needs {memory_size(plan.total_bytes)} on {device}, where {memory_size(free)} are free; what would"
+        f" fit: {advice}; memory_guard=off starts all the same, sltrain-plan shows where the memory goes"
     )
-
-
-def gigabytes(num_bytes: int | None) -> str:
-    """In 1e9 bytes, for people; None is unknown."""
-    return "an unknown amount" if num_bytes is None else f"{num_bytes / 1e9:,.2f} GB"

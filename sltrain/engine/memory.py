@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sltrain.engine.actions import Action
 from sltrain.engine.ema import Average
 from sltrain.events import Event
+from sltrain.log import memory_size
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -108,8 +109,8 @@ class RunMemory:
             return update()
         result, peak = tensor_peak(update, held_bytes(), self.process.device)
         self.tensor_bytes = max(peak, self.tensor_bytes or 0)
-        planned = "" if self.planned_bytes is None else f", {self.planned_bytes / 1e9:,.2f} planned"
-        logger.info(f"memory     {peak / 1e9:,.2f} GB measured for tensors{planned}")
+        planned = "" if self.planned_bytes is None else f", {memory_size(self.planned_bytes)} planned"
+        logger.info(f"memory     {memory_size(peak)} measured for tensors{planned}")
         return result
 
     def numbers(self, gather: Callable[[tuple[int, ...]], list[tuple[int, ...]]]) -> Event:

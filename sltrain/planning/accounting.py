@@ -56,8 +56,10 @@ def trained_groups(counts: dict[str, int]) -> dict[str, int]:
 
 
 def sum_of_groups(counts: dict[str, int], show: Callable[[int], str]) -> str:
-    """Counts as "A dense + B low-rank + C sparse, and D frozen", with numbers formatted by `show`."""
-    terms = [f"{show(number)} {group.replace('_', '-')}" for group, number in trained_groups(counts).items()]
+    """Counts as "A dense + B low-rank + C sparse, and D frozen", with numbers formatted by `show`; without those that
+    are 0."""
+    groups = {group.replace("_", "-"): number for group, number in trained_groups(counts).items() if number}
+    terms = [f"{show(number)} {group}" for group, number in groups.items()]
     frozen = f", and {show(counts['frozen'])} frozen" if "frozen" in counts else ""
     return " + ".join(terms) + frozen
 

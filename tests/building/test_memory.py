@@ -15,6 +15,7 @@ from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
+from sltrain.log import memory_size
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
 
@@ -120,6 +121,6 @@ def test_processes_of_one_machine_share_its_memory(
     if num_processes == 1:
         assert guard() == plan_model(config, model, CPU, 1)
     else:
-        with pytest.raises(ValueError, match=f"where {0.75 * planned / 1e9:,.2f} GB are free"):
+        with pytest.raises(ValueError, match=f"where {memory_size(int(0.75 * planned))} are free"):
             guard()
-    assert f"{1.5 * planned / num_processes / 1e9:,.2f} GB free on cpu" in lines[0]
+    assert f"{memory_size(int(1.5 * planned / num_processes))} free on cpu" in lines[0]
