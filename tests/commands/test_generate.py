@@ -111,6 +111,14 @@ def test_100_tokens_by_default_and_the_context_ends_it(
     assert len(err.splitlines()) == 1 and "rows of 32 tokens" in err
 
 
+def test_a_text_that_ends_at_once_is_told(
+    model: dict[str, Path], sltrain_generate: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sltrain.api.generate.generate", lambda model, ids, room, eos_id, sampling: iter([eos_id]))
+    code, out, err = sltrain_generate(model["run"], "--prompt", "import os", "--max-new-tokens", 5)
+    assert (code, out) == (0, "import os\n") and err.strip().startswith("note: the model ends the text here; another")
+
+
 def test_the_longest_prompt(model: dict[str, Path], theirs: tuple, sltrain_generate: Run) -> None:
     def count(text: str) -> int:
         return len(theirs[0](text, add_special_tokens=False).input_ids)
