@@ -170,7 +170,8 @@ def _csv_rows(raw: BinaryIO, text_key: str) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield begin, partial(_refuse_row, f"{error}; a quotation mark in the text is written twice")
+            where = f"{error}, in lines {begin} to {rows.line_num}, which are lost"
+            yield begin, partial(_refuse_row, f"{where}; a quotation mark in the text is written twice")
         else:
             yield rows.line_num, partial(_text_of_row, row, len(names), names.index(text_key))
 

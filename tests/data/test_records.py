@@ -141,7 +141,7 @@ def test_a_quotation_mark_without_a_second_spoils_no_other_row(tmp_path, lines):
     path = write(tmp_path / "a.csv", b'n,text\n1,one\n2,"two\n3,"three"\n4,four\n5,"fi""ve"\n6,"six\n7,seven\n')
     assert [text for _, text in read(LocalFiles(path))] == ["one", "four", 'fi"ve']
     assert [line.split(": ")[0] for line in lines] == [f"{path}:3", f"{path}:7"]
-    assert "quotation mark in the text is written twice" in lines[0]
+    assert "in lines 3 to 4, which are lost; a quotation mark in the text is written twice" in lines[0]
     with pytest.raises(DataError, match=r"a\.csv:3: "):
         read(LocalFiles(path, "stop"))
 
