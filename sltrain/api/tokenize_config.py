@@ -34,7 +34,7 @@ TOKENIZE = Schema(
     TokenizeConfig,
     validate,
     has_groups=False,
-    order="conf/tokenize.yaml sets the rest; of sltrain-train's keys, those of the text count: data, path, tokenizer, "
+    order="of sltrain-train's keys, those of the text count: data, path, tokenizer, "
     "validation_path, on_bad_data and the options of the source",
     advice="name the folder to make: output=DIR",
 )

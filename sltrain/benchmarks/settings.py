@@ -155,7 +155,7 @@ BENCH = Schema(
     BenchConfig,
     validate,
     has_groups=False,
-    order="conf/bench.yaml sets the rest; `layer:`, `step:` and `data:` name the benchmarks that read a key",
+    order="`layer:`, `step:` and `data:` name the benchmarks that read a key",
     advice="choose what=layer, what=step or what=data",
 )
 

@@ -2,7 +2,17 @@
 
 from sltrain.compose.earlier import earlier_run_config, run_config
 from sltrain.compose.saved import read_config, read_plain
-from sltrain.compose.schema import PLUGINS, SCHEMA, TRAIN, Schema, conf_dir, groups_of, option_names, register_schema
+from sltrain.compose.schema import (
+    PLUGINS,
+    SCHEMA,
+    TRAIN,
+    Schema,
+    conf_dir,
+    defaults_of,
+    groups_of,
+    option_defaults,
+    register_schema,
+)
 from sltrain.compose.typed import (
     check_overrides,
     compose_config,
@@ -23,10 +33,11 @@ __all__ = [
     "check_overrides",
     "compose_config",
     "conf_dir",
+    "defaults_of",
     "earlier_run_config",
     "groups_of",
     "implied",
-    "option_names",
+    "option_defaults",
     "parse_overrides",
     "read_config",
     "read_plain",

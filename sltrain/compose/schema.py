@@ -42,7 +42,7 @@ TRAIN = Schema(
     TrainConfig,
     validate,
     has_groups=True,
-    order="a model sets its recipe, conf/train.yaml the protocol, what you type comes last",
+    order="a model sets its recipe over them, what you type comes last",
     advice="choose a model (model=llama_60m), or an experiment (experiment=quickstart)",
     open_mappings=("lr_scale", "rank_overrides", "sparsity_overrides"),
 )
@@ -96,6 +96,27 @@ def plugin_defaults(group: str, name: str) -> DictConfig:
     defaults = OmegaConf.merge(schema, {"name": name}, own)
     assert isinstance(defaults, DictConfig)
     return defaults
+
+
+def defaults_of(schema: Schema) -> dict[str, Any]:
+    """Every key of a command at the top with its default, `???` where there is none; groups as they are in the schema,
+    and `${...}` as it is written."""
+    file = OmegaConf.load(conf_dir() / f"{schema.name}.yaml")
+    assert isinstance(file, DictConfig)
+    own = {key: value for key, value in file.items_ex(resolve=False) if key in _keys(schema.type)}
+    return _plain(OmegaConf.merge(OmegaConf.structured(schema.type), own))
+
+
+def option_defaults(group: str, name: str) -> dict[str, Any]:
+    """The options of a plug-in with their defaults, as `defaults_of`. Raises ValueError for one that cannot be
+    imported."""
+    return {key: value for key, value in _plain(plugin_defaults(group, name)).items() if key != "name"}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def option_names(group: str, name: str) -> list[str]:
