@@ -50,7 +50,19 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"events"},  # rows, curves and notes come as plain data
     "building": {*ROOMS, "formats", "compose", "config", "events", "log"},
     "benchmarks": {"building", *ROOMS, "formats", "compose", "config", "config_checks", "registry"},
-    "api": {"building", *ROOMS, "formats", "reporting", "benchmarks", "compose", "config", "errors", "events", "log"},
+    "api": {
+        "building",
+        *ROOMS,
+        "formats",
+        "reporting",
+        "benchmarks",
+        "compose",
+        "config",
+        "config_checks",
+        "errors",
+        "events",
+        "log",
+    },
     "commands": {
         "api",
         "benchmarks",

@@ -3,6 +3,7 @@ its method, layer, optimizer and source train, plan, resume, report, export and 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def trained(outsider: Path, sltrain_train: Run) -> Path:
 
 def test_help_and_typos_know_it(outsider: Path, sltrain_train: Run) -> None:
     _, out, _ = sltrain_train("--help")
-    assert "method=merged: rank, alpha" in out and "merge_every             updates between merges" in out
+    assert "method=merged: rank, alpha" in out and re.search(r"merge_every=\d+ +updates between merges", out)
     assert "optimizer=columns" in out and "num_documents" in out
     for typed, hint in {
         "method=mergd": "did you mean method=merged",
@@ -127,6 +128,11 @@ def test_the_plan_counts_each_phase(outsider: Path, trained: Path, capfd: pytest
     typed = [*BASE, "model.vocab_size=300", "device=cpu", "dtype=float32"]
     assert plan.run_command([*typed, "format=json"]) == 0
     warm = json.loads(capfd.readouterr().out.splitlines()[-1])
+    others = [text for text in typed if not text.startswith("optimizer=")]
+    assert plan.run_command([*others, "optimizer=columns,adamw", "format=json"]) == 0
+    listed = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert listed["name"] == "optimizer=columns" and listed["groups"] == warm["groups"]
+    assert listed["compared"]["optimizer=adamw"]["total_bytes"] != listed["total_bytes"]
     assert warm["groups"]["low_rank_weights"] == 0 and warm["groups"]["optimizer_state"] > 0
     assert plan.run_command([*typed, "method.warm_fraction=0", "format=json"]) == 0
     factored = json.loads(capfd.readouterr().out.splitlines()[-1])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from sltrain.api.plan import build_plan
-from sltrain.api.plan_config import PLAN, compose_run, split_arguments
+from sltrain.api.plan_config import read_arguments as read_plan_arguments
 from sltrain.benchmarks.settings import read_arguments
 from sltrain.commands import evaluate, export, generate, report
-from sltrain.compose import TRAIN, check_overrides, compose_config, register_schema
+from sltrain.compose import check_overrides, register_schema
 
 FLAGS = {
     "report": report.arguments_parser,
@@ -45,9 +45,7 @@ def test_commands_compose(line: str) -> None:
         read_arguments(line.partition(" #")[0].partition("sltrain-bench")[2].split())
         return
     if "sltrain-plan" in line:
-        own, others = split_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
-        compose_config(own, PLAN)
-        compose_run(others)
+        read_plan_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
         return
     if flags := re.search(r"sltrain-(report|export|eval|generate) (.*)", line.partition(" #")[0]):
         typed = FLAGS[flags[1]]().parse_args(shlex.split(flags[2]))
@@ -76,11 +74,10 @@ def test_the_memory_table_is_what_its_commands_print() -> None:
         typed = cell.strip("`")
         command = command + typed.removeprefix("...") if typed.startswith("...") else typed
         kind = [] if "optimizer=" in command else ["optimizer=adam8bit"]
-        config = compose_config([*command.split(), *kind, "per_layer_update=true"], TRAIN)
-        columns = {
-            column.name.partition(",")[0]: column for column in build_plan(compose_config([], PLAN), config).columns
-        }
-        for figure, name in ((planned.strip("*"), "this run"), (galore, "GaLore"), (dense, "method=full")):
+        plan = build_plan(*read_plan_arguments([*command.split(), *kind, "per_layer_update=true"]))
+        columns = {column.name: column for column in plan.columns}
+        names = ("this run", "method=full optimizer=galore", "method=full")
+        for figure, name in zip((planned.strip("*"), galore, dense), names, strict=True):
             assert figure == f"{columns[name].total_bytes / 1e9:.2f}", (command, name)
 
 

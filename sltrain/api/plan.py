@@ -1,66 +1,93 @@
-"""Configuration -> memory plan, beside dense training, GaLore and the published SLTrain layout.
+"""Configurations -> memory plan: a column for each run, and beside a single one dense training, GaLore and the
+published SLTrain (plan_columns.py).
 
-Nothing is allocated and no GPU is touched: models are built on the meta device. Only `measure=true` trains, three
-updates on random tokens, on the machine it runs on.
+Nothing is allocated and no GPU is touched. Only `measure=true` trains, three updates on random tokens
+(plan_measure.py).
 """
 
 import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.api.plan_config import PlanConfig, card_bytes, card_name, chosen_cards
-from sltrain.api.plan_table import Column, Groups, Plan
-from sltrain.building.memory import optimizer_state_bytes, plan_model, update_notes, update_shape, update_temporaries
-from sltrain.building.model import allocate, build_model, dtype_name, weight_dtype
-from sltrain.building.phases import Live, live_actions
-from sltrain.building.trainer import build_step, build_updates, check_updates_of
-from sltrain.compose import with_plugin
+from sltrain.api.plan_columns import Setting, compared_columns, plan_device, refusal, run_column
+from sltrain.api.plan_config import Asked, PlanConfig, card_bytes, card_name, chosen_cards
+from sltrain.api.plan_measure import NUM_UPDATES, check_free, measure
+from sltrain.api.plan_table import Column, Plan
+from sltrain.building.memory import update_notes
+from sltrain.building.model import dtype_name, weight_dtype
+from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
-from sltrain.engine.distributed import Ranks, pick_device
-from sltrain.engine.memory import averages_bytes, free_bytes, held_by, tensor_peak
-from sltrain.engine.micro_batch import make_micro_batch
-from sltrain.layers import ReplacedLinear, set_paths
-from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import member_for
-from sltrain.planning.accounting import count_parameters, stored_bytes
-from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
-from sltrain.planning.memory_plan import MemoryPlan, plan_memory
+from sltrain.config_checks import NotTogether
+from sltrain.engine.distributed import pick_device
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = "published SLTrain"  # the name of its column
-NUM_MEASURED_UPDATES = 3  # the first makes the optimizer's state, the last is measured
 
-
-def build_plan(plan: PlanConfig, config: TrainConfig) -> Plan:
-    """The plan. Raises ValueError for what cannot be planned."""
+def build_plan(plan: PlanConfig, runs: list[Asked]) -> Plan:
+    """The plan of these runs, at least one. Raises ValueError for what cannot be planned, and if no run can be
+    trained."""
     cards = {card_name(card): card_bytes(card) - int(plan.reserve_gb * 1e9) for card in chosen_cards(plan)}
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size(config)))
-    if plan.paper_convention:
-        return Plan(paper_columns(config), cards, plan.reserve_gb, _headline(config, "as the SLTrain paper counts"), [])
-    # A plan is for a card unless device=cpu is asked for; what is measured is measured here.
-    device = pick_device(config.device) if plan.measure else torch.device("cpu" if config.device == "cpu" else "cuda")
-    dtype = weight_dtype(config, device)
-    columns, highest = run_columns(config, device, dtype, plan.num_processes)
-    shown = "mixed precision" if config.precision == "mixed" else dtype_name(dtype)
-    if plan.measure:
-        check_free(columns[0].total_bytes, device)
-        logger.info(f"measuring {NUM_MEASURED_UPDATES} updates on random tokens on {device} ...")
-    where = f"{device.type}, {shown}, {config.micro_batch_size} x {config.seq_len} tokens"
-    headline = f"{_headline(config, where)}; highest during: {highest}"
-    measured = measure(config, device, dtype) if plan.measure else None
-    return Plan(
-        columns, cards, plan.reserve_gb, headline, notes(config, device, dtype, plan.num_processes, columns), measured
-    )
+    setting = Setting(plan.num_processes, plan.paper_convention)
+    columns, planned, refused, highest = [], [], [], ""
+    for run in runs:
+        try:
+            config = _as_planned(run, plan)
+            column, highest = run_column(run.names, config, setting)
+        except NotTogether as error:
+            if len(runs) == 1:
+                raise
+            refused.append((run.names, str(error)))
+            continue
+        columns.append(column)
+        planned.append(config)
+    if not planned:
+        names, reason = refused[0]
+        raise ValueError(f"{' '.join(names)}: {reason}")
+    headline = _headline(planned, plan)
+    if len(runs) == 1:
+        headline += f"; highest during: {highest}" if highest else ""
+    compared, remarks = compared_columns(planned[0], setting) if len(runs) == 1 else ([], [])
+    remarks = [*(refusal(*it) for it in refused), *remarks]
+    if not plan.paper_convention:
+        remarks = [*_notes_of(columns, planned, plan.num_processes), *remarks]
+    measured = _measured(columns[0], planned[0]) if plan.measure else None
+    return Plan([*columns, *compared], cards, plan.reserve_gb, headline, remarks, measured)
 
 
-def _headline(config: TrainConfig, how: str) -> str:
-    return f"{config.model.name}, {config.method.name}, {how}"
+def _as_planned(run: Asked, plan: PlanConfig) -> TrainConfig:
+    """The run's configuration with a known vocabulary and, where it is measured, the device that is here. Raises
+    NotTogether for one that cannot be."""
+    if run.config is None:
+        raise NotTogether(run.refusal)
+    config = replace(run.config, model=replace(run.config.model, vocab_size=vocab_size(run.config)))
+    return replace(config, device=pick_device(config.device).type) if plan.measure else config
+
+
+def _headline(configs: list[TrainConfig], plan: PlanConfig) -> str:
+    """What all columns have in common."""
+    told = [_told(config, plan.paper_convention) for config in configs]
+    return ", ".join(parts[0] for parts in zip(*told, strict=True) if len(set(parts)) == 1)
+
+
+def _told(config: TrainConfig, paper_convention: bool) -> tuple[str, ...]:
+    if paper_convention:
+        return config.model.name, config.method.name, "as the SLTrain paper counts"
+    device = plan_device(config)
+    dtype = "mixed precision" if config.precision == "mixed" else dtype_name(weight_dtype(config, device))
+    rows = f"{config.micro_batch_size} x {config.seq_len} tokens"
+    return config.model.name, config.method.name, device.type, dtype, rows
+
+
+def _measured(column: Column, config: TrainConfig) -> int:
+    """Bytes of tensors in an update here. Raises ValueError if those that are planned are not free."""
+    device = pick_device(config.device)
+    check_free(column.total_bytes, device)
+    logger.info(f"measuring {NUM_UPDATES} updates on random tokens on {device} ...")
+    return measure(config, device, weight_dtype(config, device))
 
 
 def vocab_size(config: TrainConfig) -> int:
@@ -84,76 +111,22 @@ def vocab_size(config: TrainConfig) -> int:
     )
 
 
-# ---- columns
-
-
-def run_columns(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int
-) -> tuple[list[Column], str]:
-    """This run; then with the same settings dense training, GaLore and, if the model stores positions of S, the
-    published layout; and the stage at which this run needs most."""
-    assert config.model.vocab_size is not None
-    model = build_model(config, config.model.vocab_size, dtype)
-    own = plan_model(config, model, device, num_processes)
-    dense = build_model(as_dense(config), config.model.vocab_size, dtype)
-    of_dense = plan_model(as_dense(config), dense, device, num_processes)
-    shape = update_shape(config, device, model, num_processes)
-
-    columns = [_column("this run", model, own)]
-    if has_replaced_linears(model):
-        columns.append(_column("method=full", dense, of_dense))
-    if config.rank > 0:
-        galore = galore_state_bytes(
-            dense, config.rank, lambda info: member_for(config.optimizer, info).state_bytes(info)
-        )
-        at_work = update_temporaries(config, dense, device)
-        columns.append(_column(f"GaLore, rank {config.rank}", dense, plan_memory(dense, shape, galore, None, at_work)))
-    if stored_bytes(model)["indices"]:
-        set_paths(model, "composed", shape.num_rows, device)
-        stored = published_stored_bytes(model)
-        at_work = update_temporaries(config, model, device)
-        published = plan_memory(model, shape, optimizer_state_bytes(config, model), stored, at_work)
-        columns.append(_column(PUBLISHED, model, published))
-    return columns, f"{own.stage}, in phase {own.phase}" if own.phase else own.stage
-
-
-def as_dense(config: TrainConfig) -> TrainConfig:
-    return with_plugin(config, "method", "full")
-
-
-def has_replaced_linears(model: LlamaForCausalLM) -> bool:
-    """Whether it is another model than the dense one."""
-    return any(isinstance(module, ReplacedLinear) for module in model.modules())
-
-
-def paper_columns(config: TrainConfig) -> list[Column]:
-    """Parameters, positions and moments as the paper's table 2 counts them."""
-    assert config.model.vocab_size is not None
-    model = build_model(config, config.model.vocab_size, torch.bfloat16)
-    dense = build_model(as_dense(config), config.model.vocab_size, torch.bfloat16)
-    columns = [_paper_column("this run", model, paper_groups(model))]
-    if has_replaced_linears(model):
-        columns.append(_paper_column("method=full", dense, paper_groups(dense)))
-    if config.rank > 0:
-        columns.append(_paper_column(f"GaLore, rank {config.rank}", dense, paper_groups(dense, config.rank)))
-    return columns
-
-
-def _column(name: str, model: LlamaForCausalLM, plan: MemoryPlan) -> Column:
-    return Column(name, plan.groups, count_parameters(model)["total"])
-
-
-def _paper_column(name: str, model: LlamaForCausalLM, groups: Groups) -> Column:
-    return Column(name, groups, count_parameters(model)["total"], str(paper_millions(model)))
-
-
 # ---- what a reader should know
 
 
-def notes(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype, num_processes: int, columns: list[Column]
-) -> list[str]:
-    """What the numbers do not say by themselves, and what `sltrain-train` would refuse."""
+def _notes_of(columns: list[Column], configs: list[TrainConfig], num_processes: int) -> list[str]:
+    """The notes on all runs, those that are not on each with the names of their columns."""
+    found: dict[str, list[str]] = {}
+    for column, config in zip(columns, configs, strict=True):
+        for note in notes(config, num_processes):
+            found.setdefault(note, []).append(column.name)
+    return [note if len(on) == len(columns) else f"{', '.join(on)}: {note}" for note, on in found.items()]
+
+
+def notes(config: TrainConfig, num_processes: int) -> list[str]:
+    """What the numbers of a run do not say by themselves, and what `sltrain-train` would refuse."""
+    device = plan_device(config)
+    dtype = weight_dtype(config, device)
     lines = []
     num_micro_batches = config.global_batch_size / (config.micro_batch_size * num_processes)
     if num_micro_batches != math.floor(num_micro_batches):
@@ -168,53 +141,4 @@ def notes(
         check_updates_of(config, dtype)
     except ValueError as error:
         lines.append(f"sltrain-train would refuse: {error}")
-    lines += [*config.optimizer.notes(device.type), *config.optimizer.warnings(torch.empty(0, dtype=dtype))]
-    if any(column.name == PUBLISHED for column in columns):
-        lines.append(f"GaLore and {PUBLISHED}: their weights, positions and moments, with our activations")
-    else:
-        lines.append("GaLore: its moments, with our activations")
-    return lines
-
-
-# ---- measuring
-
-
-def check_free(planned_bytes: int, device: torch.device) -> None:
-    """Raise ValueError if what is to be measured does not fit into the memory that is free."""
-    free = free_bytes(device)
-    if free is not None and planned_bytes > free:
-        raise ValueError(
-            f"measure=true would need {planned_bytes / 1e9:,.2f} GB on {device}, where {free / 1e9:,.2f} are free;"
-            " make micro_batch_size smaller, and global_batch_size with it"
-        )
-
-
-def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """The peak of tensor bytes in one update of the real model on random tokens."""
-    config.optimizer.check_package()
-    check_updates_of(config, dtype)
-    ranks = Ranks(0, 1, device)
-    assert config.model.vocab_size is not None
-    model = build_model(config, config.model.vocab_size, dtype)
-    set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
-    allocate(model, device)
-    model.init_weights(config.seed)
-    optimizer = build_updates(config, model, ranks)
-    step = build_step(config, model, optimizer, ranks)
-    vocab = model.lm_head.out_features
-    source = torch.Generator().manual_seed(config.seed)
-
-    def update() -> Any:
-        num_micro_batches = max(1, config.global_batch_size // config.micro_batch_size)
-        shape = (config.micro_batch_size, config.seq_len)
-        rows = [torch.randint(vocab, shape, generator=source) for _ in range(num_micro_batches)]
-        places = [torch.arange(config.seq_len).expand(shape)] if config.attention == "document" else []
-        micro_batches = [make_micro_batch(ids, ids, device, *places) for ids in rows]
-        return step.run(micro_batches, sum(ids.numel() for ids in rows))
-
-    for _ in range(NUM_MEASURED_UPDATES - 1):
-        update()
-    optimizer.zero_grad()
-    held = held_by(model, optimizer) + averages_bytes(live_actions(config, model, Live(optimizer)))
-    _, peak = tensor_peak(update, held, device)
-    return peak
+    return lines + [*config.optimizer.notes(device.type), *config.optimizer.warnings(torch.empty(0, dtype=dtype))]

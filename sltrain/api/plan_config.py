@@ -1,9 +1,14 @@
-"""The schema of `sltrain-plan`: the keys it has beside those of `sltrain-train`, and the cards it knows.
+"""What is asked of `sltrain-plan`: the keys it has beside those of `sltrain-train`, the cards it knows, and the runs to
+plan.
+
+    sltrain-plan model=llama_7b                                          one run, beside others that are of interest
+    sltrain-plan model=llama_7b optimizer=adamw,scale method=full,sltrain   one for each combination of listed values
 
 Values come from conf/plan.yaml and what is typed. This file imports no torch.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -11,8 +16,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sltrain.compose import Schema, compose_config, parse_overrides, run_config
+from sltrain.compose import Schema, compose_config, parse_overrides, run_config, sweep_values
 from sltrain.config import NoBudget, TrainConfig
+from sltrain.config_checks import NotTogether
 
 
 @dataclass
@@ -104,9 +110,10 @@ PLAN = Schema(
     PlanConfig,
     validate,
     has_groups=False,
-    order="conf/plan.yaml sets the rest; all keys of sltrain-train can be set too (sltrain-train --help)",
+    order="all keys of sltrain-train can be set too (sltrain-train --help)",
     advice="sltrain-plan --help lists the keys",
 )
+THIS_RUN = ("this run",)  # the name of a run without listed values
 ANY_BUDGET = 10_000  # updates; a plan asks for the phases of a run, if its method has any
 KEYS = {item.name for item in fields(PlanConfig)}
 
@@ -117,7 +124,7 @@ def split_arguments(
     """The overrides of a command's own keys, and those of `sltrain-train`. Raises ValueError."""
     for argument in arguments:
         if argument.startswith("-"):
-            raise ValueError(f"{argument}: {command} knows KEY=VALUE and --help, no other option, and no sweeps")
+            raise ValueError(f"{argument}: {command} knows KEY=VALUE and --help, and no other option")
     keys = [override.key_or_group for override in parse_overrides(arguments)]
     for key in keys:
         near = difflib.get_close_matches(key, own_keys, n=1, cutoff=0.8)
@@ -136,7 +143,38 @@ def compose_run(overrides: list[str]) -> TrainConfig:
         return run_config([*overrides, f"max_steps={ANY_BUDGET}"])
 
 
-def read_arguments(arguments: list[str]) -> tuple[PlanConfig, TrainConfig]:
-    """What is shown, and the run that is planned. Raises ValueError."""
+@dataclass(frozen=True)
+class Asked:
+    """A run to plan: its configuration, or why there can be none."""
+
+    config: TrainConfig | None
+    names: tuple[str, ...] = THIS_RUN  # of its column: the listed values, as they are typed alone
+    refusal: str = ""
+
+
+def asked_runs(overrides: list[str]) -> list[Asked]:
+    """The run that is asked for; of keys with lists of values, as in a sweep, each combination, whether it can be
+    trained or not. Raises ValueError for a mistake, and if none can be trained."""
+    choices = [sweep_values(override) for override in parse_overrides(overrides)]
+    if all(len(values) == 1 for values in choices):
+        return [Asked(compose_run(overrides))]
+    runs, error = [], None
+    for combination in itertools.product(*choices):
+        names = tuple(text for text, values in zip(combination, choices, strict=True) if len(values) > 1)
+        try:
+            runs.append(Asked(compose_run(list(combination)), names))
+        except NotTogether as refused:
+            error = error or refused
+            runs.append(Asked(None, names, str(refused)))
+    if error is not None and all(run.config is None for run in runs):
+        raise error
+    return runs
+
+
+def read_arguments(arguments: list[str]) -> tuple[PlanConfig, list[Asked]]:
+    """What is shown, and the runs that are planned. Raises ValueError."""
     own, others = split_arguments(arguments)
-    return compose_config(own, PLAN), compose_run(others)
+    settings, runs = compose_config(own, PLAN), asked_runs(others)
+    if settings.measure and len(runs) > 1:
+        raise ValueError(f"measure=true measures one run, and {len(runs)} are listed; drop it, or give single values")
+    return settings, runs

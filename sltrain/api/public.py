@@ -144,7 +144,8 @@ def plan(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[st
 
     Takes the arguments of `sltrain.train` and the keys of `sltrain-plan`: cards, reserve_gb, num_processes,
     paper_convention, measure. The result has `total_bytes`, `groups` (bytes by purpose), `table` (text), `columns`
-    (this run, dense training, GaLore, published SLTrain) and `fits(column)`. Raises sltrain.Error.
+    (this run, dense training, GaLore, published SLTrain) and `fits(column)`. Lists of values are typed, as in
+    overrides=["optimizer=adamw,galore,scale"]: a column for each combination. Raises sltrain.Error.
 
     >>> plan = sltrain.plan("llama_60m", optimizer="adam8bit", cards=[24])
     >>> round(plan.total_bytes / 1e9, 2), plan.fits(plan.columns[0])
@@ -152,10 +153,10 @@ def plan(model: str | Mapping[str, Any] | None = None, *, overrides: Sequence[st
     """
     from sltrain.api.plan_config import read_arguments
 
-    settings, config = read_arguments(as_overrides(_with_model(model, keys), overrides))
+    settings, runs = read_arguments(as_overrides(_with_model(model, keys), overrides))
     from sltrain.api.plan import build_plan
 
-    return build_plan(settings, config)
+    return build_plan(settings, runs)
 
 
 @raised_as_error()

@@ -98,7 +98,7 @@ def plan_memory(
 
     `optimizer_state` are the optimizer's bytes, `update_temporaries` what it allocates during an update, and
     `action_temporaries` what an action between updates does; `stored` are the stored bytes of another layout than the
-    model's own (layouts.py).
+    model's own (published.py).
     """
     parts = _Parts(model, shape)
     always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sltrain.api.plan import build_plan
-from sltrain.api.plan_config import PLAN
+from sltrain.api.plan_config import PLAN, Asked
 from sltrain.api.train import train_run
 from sltrain.building import trainer
 from sltrain.building.model import build_model
@@ -119,8 +119,8 @@ def test_nothing_changes_the_configuration_it_is_given(tiny: list[str], tmp_path
     overrides = [*tiny, "max_steps=1", "warmup_steps=0", "model.vocab_size=512", f"run_dir={tmp_path}/run"]
     config = compose_config(overrides, TRAIN)
     before = deepcopy(config)
-    build_plan(compose_config(["measure=true"], PLAN), config)
-    build_plan(compose_config(["paper_convention=true"], PLAN), config)
+    build_plan(compose_config(["measure=true"], PLAN), [Asked(config)])
+    build_plan(compose_config(["paper_convention=true"], PLAN), [Asked(config)])
     train_run(config)
     assert config == before
 

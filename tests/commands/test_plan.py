@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sltrain.api.plan import Plan, build_plan
-from sltrain.api.plan_config import CARDS, PLAN, PlanConfig, split_arguments
+from sltrain.api.plan_config import CARDS, PlanConfig, read_arguments, split_arguments
 from sltrain.commands.plan import run_command
-from sltrain.compose import TRAIN, compose_config
+from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.planning.memory_plan import GROUPS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -49,8 +49,7 @@ def planned_object(sltrain_plan: Run) -> Callable[..., dict[str, Any]]:
 
 
 def plan(arguments: str) -> Plan:
-    own, others = split_arguments(arguments.split())
-    return build_plan(compose_config(own, PLAN), compose_config(others, TRAIN))
+    return build_plan(*read_arguments(arguments.split()))
 
 
 def gigabytes(arguments: str) -> float:
@@ -117,7 +116,7 @@ def test_the_papers_own_count(size: str, sltrain: float, dense: float, galore: f
     assert round(total["this run"], 3) == sltrain
     assert total["method=full"] == pytest.approx(dense, abs=0.006)
     if galore is not None:
-        assert [round(value, 2) for name, value in total.items() if name.startswith("GaLore")] == [galore]
+        assert round(total["method=full optimizer=galore"], 2) == galore
     assert columns["this run"].paper_millions == millions
 
 
@@ -127,10 +126,10 @@ def test_the_papers_own_count(size: str, sltrain: float, dense: float, galore: f
 def test_a_table(sltrain_plan: Run) -> None:
     code, out, err = sltrain_plan("model=llama_1b", "cards=[24,h100,0.001]")
     assert (code, err) == (0, "")
-    head, empty, names, rule, *rest = out.splitlines()
-    assert head.startswith("llama_1b, sltrain, cuda, bfloat16, 32 x 256 tokens") and empty == ""
-    columns = cells(names)
-    assert columns[1:] == ["this run", "method=full", "GaLore, rank 512", "published SLTrain"]
+    head, empty, names, rule, more, *rest = out.splitlines()
+    assert head.startswith("llama_1b, sltrain, cuda, bfloat16, 32 x 256 tokens; highest during") and empty == ""
+    assert cells(names)[1:] == ["this run", "method=full", "method=full", "published SLTrain"]
+    assert cells(more) == ["", "", "", "optimizer=galore", ""]
     assert set(rule) <= set("|-: ")
     rows = {cells(line)[0]: cells(line)[1:] for line in rest if line.startswith("|")}
     numbers = {group.replace("_", " ") for group in GROUPS} & set(rows)
@@ -141,7 +140,7 @@ def test_a_table(sltrain_plan: Run) -> None:
     assert rows["parameters"][:2] == ["645.5M", "1339.1M"]
     assert rows["fits 0.001GB"] == ["no"] * 4 and rows["fits h100"] == ["yes"] * 4
     assert rows["fits 24GB"][0] == "yes"
-    assert any(line.startswith("note: GaLore") for line in rest)
+    assert any(line.startswith("note: published SLTrain") for line in rest)
 
 
 def test_json_is_the_last_line(sltrain_plan: Run) -> None:
@@ -152,7 +151,7 @@ def test_json_is_the_last_line(sltrain_plan: Run) -> None:
     assert sum(answer["groups"].values()) == answer["total_bytes"] > 1e9
     assert answer["num_parameters"] == NUM_PARAMETERS_60M
     assert answer["fits"] == {"24GB": True, "h100": True}
-    assert set(answer["compared"]) == {"method=full", "GaLore, rank 128", "published SLTrain"}
+    assert set(answer["compared"]) == {"method=full", "method=full optimizer=galore", "published SLTrain"}
     for other in answer["compared"].values():
         assert sum(other["groups"].values()) == other["total_bytes"] and set(other["fits"]) == {"24GB", "h100"}
     assert answer["compared"]["method=full"]["num_parameters"] == 58_073_600
@@ -184,8 +183,7 @@ def test_what_fits_is_what_is_left_of_the_card(planned_object: Callable[..., dic
 def test_columns_of_a_method(method: str, planned_object: Callable[..., dict[str, Any]]) -> None:
     answer = planned_object(*TINY, f"method={method}")
     names = {"sltrain": {"method=full", "published SLTrain"}, "low_rank": {"method=full"}, "full": set()}[method]
-    assert {name for name in answer["compared"] if not name.startswith("GaLore")} == names
-    assert len(answer["compared"]) == len(names) + 1
+    assert set(answer["compared"]) == names | {"method=full optimizer=galore"}
     if method != "full":
         dense = planned_object(*TINY, "method=full")
         assert answer["compared"]["method=full"]["total_bytes"] == dense["total_bytes"]
@@ -207,6 +205,88 @@ def test_a_card_is_meant_unless_the_cpu_is_asked_for(sltrain_plan: Run) -> None:
     assert ", cuda, float32, " in where("dtype=float32")
     assert ", cpu, float32, " in where("device=cpu")
     assert ", cpu, bfloat16, " in where("device=cpu", "dtype=bfloat16")
+
+
+# ---- lists of values
+
+
+def test_a_column_for_each_optimizer(planned_object: Callable[..., dict[str, Any]]) -> None:
+    """Each is what the run of that name alone is planned at, of every optimizer that there is and takes something."""
+    names = [name for name in OPTIMIZERS.names() if OPTIMIZERS.is_built_in(name)]
+    base = ["model=llama_60m", "method=full"]
+    answer = planned_object(*base, f"optimizer={','.join(names)}")
+    columns = {answer["name"]: answer, **answer["compared"]}
+    assert set(columns) == {f"optimizer={name}" for name in names} - {"optimizer=spectron", "optimizer=scaled_adamw"}
+    for name in ("galore", "scale", "muon", "adam8bit"):
+        alone = planned_object(*base, f"optimizer={name}")
+        assert alone["groups"] == columns[f"optimizer={name}"]["groups"]
+    state = {name: column["groups"]["optimizer_state"] for name, column in columns.items()}
+    assert (
+        state["optimizer=scale"] < state["optimizer=apollo_mini"] < state["optimizer=galore"] < state["optimizer=adamw"]
+    )
+
+
+def test_galores_state_from_the_shapes(planned_object: Callable[..., dict[str, Any]]) -> None:
+    """60M, bfloat16, rank 128: P and two moments of q, k, v, o (512 x 512) and gate, up, down (1376 x 512); AdamW's
+    moments of embedding, head and norms, and its step counts."""
+    answer = planned_object("model=llama_60m", "method=full", "optimizer=adamw,galore")
+    matrices = 8 * 128 * (4 * (512 + 2 * 512) + 3 * (512 + 2 * 1376))
+    others = (2 * 32_000 + 17) * 512
+    state = answer["compared"]["optimizer=galore"]["groups"]["optimizer_state"]
+    assert state == 2 * matrices + 4 * others + 4 * 19
+
+
+def test_every_combination_is_a_column(sltrain_plan: Run, planned_object: Callable[..., dict[str, Any]]) -> None:
+    """What could not be trained is none, and a note says why; more than six are shown below each other."""
+    lists = ["method=full,sltrain,low_rank", "optimizer=adamw,scale,spectron", "rank=16"]
+    expected = [
+        f"method={m} optimizer={o}" for m in ("full", "sltrain", "low_rank") for o in ("adamw", "scale", "spectron")
+    ]
+    expected.remove("method=full optimizer=spectron")
+    answer = planned_object(*TINY, *lists)
+    assert [answer["name"], *answer["compared"]] == expected
+    code, out, err = sltrain_plan(*TINY, *lists)
+    assert (code, err) == (0, "")
+    rows = [cells(line) for line in out.splitlines() if line.startswith("|")]
+    heads = [i for i, row in enumerate(rows) if row[0].startswith("GB")]
+    shown = [f"{m} {o}" for i in heads for m, o in zip(rows[i][1:], rows[i + 2][1:], strict=True)]
+    assert shown == expected and len(heads) == 2
+    totals = [float(cell) for row in rows if row[0] == "total" for cell in row[1:]]
+    assert totals == [round(each["total_bytes"] / 1e9, 3) for each in (answer, *answer["compared"].values())]
+    notes = [line for line in out.splitlines() if line.startswith("note: no column")]
+    assert len(notes) == 1
+    assert "method=full optimizer=spectron, sltrain-train would refuse: optimizer=spectron takes none" in notes[0]
+    assert out.splitlines()[0].startswith("llama_tiny, cuda, bfloat16, 4 x 32 tokens")  # without the method
+
+
+def test_a_note_names_the_columns_that_it_is_for(sltrain_plan: Run) -> None:
+    _, out, _ = sltrain_plan(*TINY, "optimizer=adamw,scale", "compile=true")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert any(note.startswith("note: optimizer=adamw: bfloat16 second moments") for note in notes)
+    assert any(note.startswith("note: compile=true") for note in notes) and len(notes) == 2
+
+
+def test_combinations_that_exclude_each_other(sltrain_plan: Run) -> None:
+    code, out, err = sltrain_plan(*TINY, "method=switchlora", "optimizer=adamw,adam8bit", "rank=8")
+    assert (code, err) == (
+        0,
+        "",
+    ) and "no column optimizer=adam8bit, sltrain-train would refuse: method=switchlora" in out
+
+
+def test_the_paper_counts_listed_optimizers(planned_object: Callable[..., dict[str, Any]]) -> None:
+    answer = planned_object("model=llama_60m", "paper_convention=true", "method=full", "optimizer=adamw,galore")
+    total = answer["compared"]["optimizer=galore"]["total_bytes"]
+    assert round(answer["total_bytes"] / 1e9, 2) == 0.35 and round(total / 1e9, 2) == 0.28
+
+
+def test_a_comparison_that_cannot_be_trained_is_named(sltrain_plan: Run) -> None:
+    """Dense weights hold no pairs of factors."""
+    code, out, _ = sltrain_plan(*TINY, "optimizer=spectron", "rank=8")
+    assert code == 0 and "note: no column method=full, sltrain-train would refuse: optimizer=spectron takes none" in out
+
+
+# ---- settings
 
 
 def test_several_processes(planned_object: Callable[..., dict[str, Any]]) -> None:
@@ -233,7 +313,7 @@ def test_notes(arguments: str, sltrain_plan: Run) -> None:
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     assert any(all(word in note for word in NOTES[arguments]) for note in notes), notes
     _, plain, _ = sltrain_plan(*TINY)
-    assert sum(line.startswith("note: ") for line in plain.splitlines()) == 2  # about bfloat16 moments and GaLore
+    assert sum(line.startswith("note: ") for line in plain.splitlines()) == 2  # bfloat16 moments; published SLTrain
 
 
 def test_no_gpu_is_touched(monkeypatch: pytest.MonkeyPatch, planned_object: Callable[..., dict[str, Any]]) -> None:
@@ -275,7 +355,9 @@ def test_the_papers_count_as_json(planned_object: Callable[..., dict[str, Any]])
     answer = planned_object("model=llama_60m", "paper_convention=true")
     assert answer["paper_millions"] == 43.5
     assert set(answer["groups"]) == {"parameters", "indices", "optimizer_state"}
-    assert sum(answer["groups"].values()) == answer["total_bytes"] == 6 * NUM_PARAMETERS_60M + 8 * NUM_SPARSE_60M
+    step_counts = 4 * (8 * (7 * 3 + 2) + 3)  # AdamW's of each tensor: A, B, values, norms; embedding, last norm, head
+    expected = 6 * NUM_PARAMETERS_60M + 8 * NUM_SPARSE_60M + step_counts
+    assert sum(answer["groups"].values()) == answer["total_bytes"] == expected
 
 
 def test_vocabulary_from_a_tokenizer(planned_object: Callable[..., dict[str, Any]], tokenizer_file: Path) -> None:
@@ -310,7 +392,17 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "bpe without a size": (["model.vocab_size=null", "tokenizer=bpe:x"], ["bpe:x", "model.vocab_size"]),
     "sweep": (["--multirun"], ["--multirun", "KEY=VALUE"]),
     "sweep, short": (["-m"], ["-m", "KEY=VALUE"]),
-    "several values": (["rank=8,16"], ["rank=8,16"]),
+    "measure several": (["measure=true", "rank=8,16"], ["measure=true", "2 are listed"]),
+    "several cards": (["cards=24,80"], ["cards=24,80"]),
+    "a name in a list": (["optimizer=adamw,galor"], ["optimizer=galor", "galore"]),
+    "one value of a list": (["rank=8,9999"], ["9999", "q_proj"]),
+    "takes nothing": (["optimizer=galore", "rank=16"], ["optimizer=galore takes none", "set optimizer.rank below 16"]),
+    "all take nothing": (["optimizer=galore,apollo", "rank=16"], ["optimizer=galore", "takes none"]),
+    "pairs in dense": (["method=full", "optimizer=spectron"], ["optimizer=spectron takes none"]),
+    "excluded": (
+        ["method=switchlora", "optimizer=adam8bit,galore", "rank=8"],
+        ["method=switchlora", "optimizer=adam8bit"],
+    ),
     "wrong type": (["num_processes=two"], ["num_processes=two", "Integer"]),
     "no truth value": (["measure=maybe"], ["measure=maybe"]),
     "format": (["format=yaml"], ["format=yaml", "table, json"]),
@@ -355,7 +447,7 @@ def test_help_explains_every_key(sltrain_plan: Run) -> None:
     code, out, _ = sltrain_plan("--help")
     assert code == 0
     for item in fields(PlanConfig):
-        line = next(line for line in out.splitlines() if line.split()[:1] == [item.name])
+        line = next(line for line in out.splitlines() if line.strip().startswith((f"{item.name}=", f"{item.name} ")))
         assert len(line.split()) > 2, line
 
 

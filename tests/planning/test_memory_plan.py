@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy_layers import ReLoRALinear, instead_of_low_rank
 
-from sltrain.api import plan as build_plan_module
+from sltrain.api import plan_measure
 from sltrain.api.plan import Plan, build_plan
-from sltrain.api.plan_config import PLAN
+from sltrain.api.plan_config import PLAN, Asked
 from sltrain.building.memory import plan_model, update_shape
 from sltrain.building.model import allocate, build_model, weight_dtype
 from sltrain.building.trainer import build_step, build_updates
@@ -240,7 +240,7 @@ MIXED_UPDATES = [
 
 
 def measured_plan(overrides: str) -> Plan:
-    return build_plan(compose_config(["measure=true"], PLAN), config_of(overrides))
+    return build_plan(compose_config(["measure=true"], PLAN), [Asked(config_of(overrides))])
 
 
 def check(plan: Plan, at_most: float = 1.05) -> None:
@@ -261,19 +261,19 @@ def test_an_update_takes_what_the_plan_says(overrides: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", BFLOAT16_UPDATES)
 def test_a_bfloat16_update_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    monkeypatch.setattr(plan_measure, "tensor_peak", live_peak)
     check(measured_plan(f"dtype=bfloat16 {overrides}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", MIXED_UPDATES)
 def test_an_update_in_mixed_precision_takes_what_the_plan_says(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    monkeypatch.setattr(plan_measure, "tensor_peak", live_peak)
     check(measured_plan(f"precision=mixed {overrides}"))
 
 
 def test_blocks_without_the_kernel_take_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    monkeypatch.setattr(plan_measure, "tensor_peak", live_peak)
     overrides = f"dtype=bfloat16 {FACTORED} {NARROW} support=block activation_checkpointing=true"
     check(measured_plan(overrides), at_most=1.1)  # a bound of what blocks gather
 
@@ -288,7 +288,7 @@ def test_two_ways_to_find_the_peak_agree(rest: str, monkeypatch: pytest.MonkeyPa
     """The profiler and the storages that are alive, in float32, where operations hide little."""
     overrides = f"method=full model.num_hidden_layers=1 {rest}"
     by_profiler = measured_plan(overrides).measured_bytes
-    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    monkeypatch.setattr(plan_measure, "tensor_peak", live_peak)
     assert measured_plan(overrides).measured_bytes == pytest.approx(by_profiler, rel=5e-3)
 
 
@@ -475,7 +475,7 @@ def test_processes_share_the_update() -> None:
 def test_a_method_with_frozen_parts_takes_what_the_plan_says(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """W0 is stored, but has no gradient and no moments."""
     monkeypatch.setattr("sltrain.layers.LowRankLinear", instead_of_low_rank(ReLoRALinear))
-    monkeypatch.setattr(build_plan_module, "tensor_peak", live_peak)
+    monkeypatch.setattr(plan_measure, "tensor_peak", live_peak)
     plan = measured_plan(f"method=low_rank {rest}")
     check(plan)
     own, full, *_ = plan.columns

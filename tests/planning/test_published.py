@@ -1,4 +1,4 @@
-"""What other programs store, against counts made by hand from shapes and the numbers in the papers."""
+"""What the published code stores and the paper counts, against counts by hand and the numbers in the papers."""
 
 from decimal import Decimal
 
@@ -10,9 +10,13 @@ from sltrain.config import ModelConfig
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
-from sltrain.parameters import ParamInfo
+from sltrain.optim.build import state_bytes
+from sltrain.optim.kinds.adamw import AdamWOptions
+from sltrain.optim.kinds.base import OptimizerConfig
+from sltrain.optim.kinds.galore import GaLore
 from sltrain.planning.accounting import count_parameters, stored_bytes
-from sltrain.planning.layouts import galore_state_bytes, paper_groups, paper_millions, published_stored_bytes
+from sltrain.planning.published import paper_groups, paper_millions, published_stored_bytes
+from sltrain.planning.roles import parameters_of
 
 # hidden, feed-forward, layers, heads, rank; then GB: SLTrain (exactly, 3 decimals), GaLore and Full-Rank (arXiv
 # 2406.02214, table 2, and arXiv 2403.03507, table 2, which rounds otherwise at 350M); millions of SLTrain
@@ -31,6 +35,13 @@ def dense_model(
         return LlamaForCausalLM(ModelConfig("test", hidden, feed_forward, layers, heads, kv_heads, vocabulary))
 
 
+def state(model: LlamaForCausalLM, optimizer: OptimizerConfig) -> int:
+    return state_bytes(optimizer, parameters_of(model).values())
+
+
+ADAM = AdamWOptions(name="adamw")
+
+
 def sltrain_model(rank: int, *shape: int, support: str = "uniform") -> LlamaForCausalLM:
     model = dense_model(*shape)
     replace_linears(
@@ -41,45 +52,6 @@ def sltrain_model(rank: int, *shape: int, support: str = "uniform") -> LlamaForC
         ),
     )
     return model
-
-
-# ---- GaLore
-
-
-def test_galore_state_by_hand() -> None:
-    """Hidden 8, feed-forward 12, vocabulary 10, one key/value head of two: rank 3, then one above every side."""
-    model = dense_model(8, 12, 1, 2, vocabulary=10, kv_heads=1)
-    # (moments of the projected gradient, projection) of q, o: 8 x 8; k, v: 4 x 8; gate, up: 12 x 8; down: 8 x 12
-    moments = 2 * (8 * 3) + 2 * (8 * 3) + 3 * (12 * 3)
-    projections = 2 * (8 * 3) + 2 * (4 * 3) + 3 * (8 * 3)
-    others = 2 * (10 * 8) + 3 * 8  # embedding, head, norms
-
-    def two_in_float32(info: ParamInfo) -> int:
-        assert info.element_size == 4
-        return 2 * 4 * info.numel
-
-    assert galore_state_bytes(model, 3, two_in_float32) == 2 * 4 * (moments + others) + 4 * projections
-    full_moments = 2 * (8 * 8) + 2 * (8 * 4) + 3 * (12 * 8)  # no rank is above min(out, in)
-    full_projections = 2 * (8 * 8) + 2 * (4 * 4) + 3 * (8 * 8)
-    expected = 2 * 4 * (full_moments + others) + 4 * full_projections
-    assert galore_state_bytes(model, 1000, two_in_float32) == galore_state_bytes(model, 8, two_in_float32) == expected
-
-
-def test_galore_asks_for_each_tensor_by_itself() -> None:
-    """A state whose size is no multiple of the number of values: one byte a tensor, and none for small ones."""
-    model = dense_model(8, 12, 2, 2, vocabulary=10).bfloat16()
-    asked: list[ParamInfo] = []
-
-    def state(info: ParamInfo) -> int:
-        asked.append(info)
-        return 1
-
-    assert galore_state_bytes(model, 2, state) == len(asked) + 2 * (2 * 7 * (8 * 2))  # projections in bfloat16
-    assert sorted(info.numel for info in asked) == sorted(
-        2 * [16, 16, 16, 16, 24, 24, 24] + 2 * [80] + 5 * [8]  # q k v o gate up down; embedding, head; norms
-    )
-    assert {info.element_size for info in asked} == {2}
-    assert {info.shape for info in asked if info.role == "projection"} == {(8, 2), (12, 2)}
 
 
 # ---- the published SLTrain code
@@ -105,31 +77,32 @@ def test_published_layout_of_a_model_without_sparse_values() -> None:
 @pytest.mark.parametrize("size", PAPER)
 def test_the_papers_numbers(size: str) -> None:
     *shape, rank, sltrain_gb, galore_gb, dense_gb, millions = PAPER[size]
-    model, dense = sltrain_model(rank, *shape), dense_model(*shape).bfloat16()
-    assert round(sum(paper_groups(model).values()) / 1e9, 3) == sltrain_gb
-    assert sum(paper_groups(dense).values()) / 1e9 == pytest.approx(dense_gb, abs=0.006)
+    model, dense = sltrain_model(rank, *shape).bfloat16(), dense_model(*shape).bfloat16()
+    assert round(sum(paper_groups(model, state(model, ADAM)).values()) / 1e9, 3) == sltrain_gb
+    assert sum(paper_groups(dense, state(dense, ADAM)).values()) / 1e9 == pytest.approx(dense_gb, abs=0.006)
     if galore_gb is not None:
-        assert round(sum(paper_groups(dense, rank).values()) / 1e9, 2) == galore_gb
+        galore = state(dense, GaLore(name="galore", rank=rank))
+        assert round(sum(paper_groups(dense, galore).values()) / 1e9, 2) == galore_gb
     assert paper_millions(model) == Decimal(millions)
 
 
 def test_the_papers_count_by_hand() -> None:
-    """bfloat16 whatever the model is in; 2 moments a value, 8 bytes a position; nothing else."""
+    """2 bytes a value whatever the model is in, 8 a position, and the state that is given; nothing else."""
     model = sltrain_model(4, 64, 96, 1, 2, 100).double()
     counts = count_parameters(model)
-    expected = {
-        "parameters": 2 * counts["total"],
-        "indices": 8 * counts["sparse"],
-        "optimizer_state": 4 * counts["total"],
-    }
-    assert paper_groups(model) == expected and counts["sparse"] > 0
+    expected = {"parameters": 2 * counts["total"], "indices": 8 * counts["sparse"], "optimizer_state": 5}
+    assert paper_groups(model, 5) == expected and counts["sparse"] > 0
+
+
+def test_galores_state_by_hand() -> None:
+    """Hidden 8, feed-forward 12, vocabulary 10, rank 3, bfloat16: the state is that of optimizer=galore."""
     dense = dense_model(8, 12, 1, 2, 10).bfloat16()
-    galore = paper_groups(dense, 3)
-    others = 2 * (10 * 8) + 3 * 8
-    assert galore["parameters"] == 2 * (4 * 64 + 3 * 96 + others)
+    galore = paper_groups(dense, state(dense, GaLore(name="galore", rank=3)))
+    others = 2 * (10 * 8) + 3 * 8  # embedding and head, norms
+    assert galore["parameters"] == 2 * (4 * 64 + 3 * 96 + others) and galore["indices"] == 0
     moments, projections = 4 * (8 * 3) + 3 * (12 * 3), 4 * (8 * 3) + 3 * (8 * 3)
-    assert galore["optimizer_state"] == 4 * (moments + others) + 2 * projections
-    assert galore["indices"] == 0
+    counts_of_steps = 4 * 5  # of AdamW, for embedding, head and norms
+    assert galore["optimizer_state"] == 4 * (moments + others) + 2 * projections + counts_of_steps
 
 
 def test_millions_are_rounded_by_group_first() -> None:
