@@ -129,9 +129,7 @@ class TrainConfig:
     eval_task_limit: int | None = None  # documents of each task that are asked; None: all
     checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
-    peak_tflops: float | None = (
-        None  # TFLOPS a device can do, of which mfu is a share; None: a known card's in bfloat16
-    )
+    peak_tflops: float | None = None  # TFLOPS a device can do, of which mfu is a share; None: by a table of cards
     profile_steps: list[int] | None = None  # [first,last] update that torch's profiler records, into the run folder
 
     # The machine
