@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import prod
 
 # projection: a dense attention or MLP matrix; factor: A or B; values: the trained entries of a sparse matrix, singular
-# values, norms of rows; embedding, head: a row for each id of the vocabulary; gain: of a norm.
+# values, norms of rows; embedding, head: a row for each id of the vocabulary; gain: of a norm, or a number
+# that multiplies a whole output.
 ROLES = ("projection", "factor", "values", "embedding", "head", "gain", "bias")
 # Elements of a tensor worked on at once: what is computed in float32 takes some 16 MiB a tensor, however large it is.
 PIECE = 2**22

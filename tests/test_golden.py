@@ -95,6 +95,7 @@ RECIPES: dict[str, list[str]] = {
 # Every other method and optimizer: its actions and phases within the 20 updates, at a rate at which it learns.
 RECIPES |= {
     "cola": ["method=cola", "rank=16"],
+    "cr_net": ["method=cr_net", "rank=16", "model.num_hidden_layers=4", "activation_checkpointing=true", "lr=0.003"],
     "dlr": ["method=dlr", "rank=16"],
     "gradnorm_lorp": ["method=gradnorm_lorp", "rank=16"],
     "loro": ["method=loro", "rank=16", "method.exact_every=6", "method.restart_warmup=2"],

@@ -70,6 +70,8 @@ def make_layer(bench: Bench, name: str, shape: list[int]) -> nn.Module:
     if base not in known:
         raise ValueError(f"candidates: {name} is unknown to what=layer; choose from {', '.join(known)}, NAME_PATH")
     kind, settings = known[base]
+    if kind not in REFERENCES and LAYERS.load(kind).takes_previous:
+        raise ValueError(f"candidates: {name} reads what the decoder layer before gives; time it by what=step")
     if settings.get("support") == "block":
         settings = {**settings, "block_size": bench.config.block_size}
     layer = build_layer(bench, kind, shape, settings)

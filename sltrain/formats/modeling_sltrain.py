@@ -125,3 +125,9 @@ class SLTrainLlamaForCausalLM(LlamaForCausalLM):
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
             trained = KINDS[layer["kind"]](*sizes, layer, config.sltrain["tensors"].get(name))
             setattr(self.get_submodule(parent), child, trained)
+        for name in config.sltrain["layers"]:
+            projection = self.get_submodule(name)
+            if hasattr(projection, "follow"):  # it reads what the same projection one decoder layer before gives
+                before = (str(int(part) - 1) if part.isdigit() else part for part in name.split("."))
+                projection.follow(self.get_submodule(".".join(before)))
+                self.supports_gradient_checkpointing = False

@@ -64,6 +64,9 @@ class ReplacedLinear(nn.Module):
     PATHS: ClassVar[tuple[str, ...]] = ()  # ways to compute x W^T that give the same function, if there are several
     CODE: ClassVar[str | None] = None  # a file beside this one that compressed exports bring, see formats/README.md
 
+    # forward(x, previous) also gets what the same projection one decoder layer before gave (models/projections.py)
+    takes_previous: ClassVar[bool] = False
+
     is_mergeable: bool = True  # False where W is not one matrix; then there are no parts and no dense weight
     path: str  # one of PATHS, or auto until the first forward chooses
     bias: nn.Parameter | None

@@ -37,6 +37,7 @@ from sltrain.config import ModelConfig, RopeScaling
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.fused import recomputed, rms_norm, swiglu
 from sltrain.models.loss import chunked_cross_entropy_sum
+from sltrain.models.projections import Outputs, Passing, taking_previous
 from sltrain.numeric import IGNORED_LABEL
 
 DRAWN_AT_ONCE = 2**22  # random numbers
@@ -130,14 +131,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def project(x: Tensor, *projections: nn.Module) -> list[Tensor]:
-    """The output of each projection of the same x, by `forward_together` (layers/base.py) where their class has it."""
-    kind = type(projections[0])
-    if hasattr(kind, "forward_together") and all(type(projection) is kind for projection in projections):
-        return kind.forward_together(x, projections)
-    return [projection(x) for projection in projections]
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -150,8 +143,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        q, k, v = (grid.spread(y, self.head_size) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, grid: Grid, passing: Passing) -> Tensor:
+        projected = passing.project(x, self, "q_proj", "k_proj", "v_proj")
+        q, k, v = (grid.spread(y, self.head_size) for y in projected)
         q, k = rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # q (B, H, T, d); k, v (B, G, T, d)
         if grid.cache is not None:
@@ -161,7 +155,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=grid.mask, is_causal=is_causal, enable_gqa=shares_kv
         )  # (B, H, T, d)
-        return self.o_proj(grid.collect(y.transpose(1, 2)))
+        return passing.project(grid.collect(y.transpose(1, 2)), self, "o_proj")[0]
 
 
 class MLP(nn.Module):
@@ -174,13 +168,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
+    def forward(self, x: Tensor, passing: Passing) -> Tensor:
+        gate, up = passing.project(x, self, "gate_proj", "up_proj")
         product = swiglu(gate, up)
         if self.keeps_product or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.down_proj(product)
+            return passing.project(product, self, "down_proj")[0]
         with recomputed(product, gate, up):
-            return self.down_proj(product)
+            return passing.project(product, self, "down_proj")[0]
 
 
 class DecoderLayer(nn.Module):
@@ -191,9 +185,28 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), grid)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, grid: Grid, passing: Passing | None = None) -> Tensor:
+        passing = passing or Passing()
+        x = x + self.self_attn(self.input_layernorm(x), grid, passing)
+        return x + self.mlp(self.post_attention_layernorm(x), passing)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The projections that take the output of the same one in the layer before (models/projections.py)."""
+        return taking_previous(self.self_attn, self.mlp)
+
+
+# Successive decoder layers, each with the projections whose outputs the next one takes.
+Segment = list[tuple[DecoderLayer, tuple[str, ...]]]
+
+
+def run_layers(segment: Segment, x: Tensor, grid: Grid, previous: Outputs) -> tuple[Tensor, Outputs]:
+    """The layers of a segment, as if they were one."""
+    for layer, wanted in segment:
+        passing = Passing(previous, wanted)
+        x = layer(x, grid, passing)
+        previous = passing.outputs
+    return x, previous
 
 
 class LlamaModel(nn.Module):
@@ -234,14 +247,27 @@ class LlamaModel(nn.Module):
         grid = Grid(B, T, rows, cos, sin, cache=cache)
         if positions is not None:
             grid.cos, grid.sin, grid.mask = cos[positions], sin[positions], document_mask(positions, x.dtype)
-        for layer in self.layers:
+        previous: Outputs = {}
+        for segment in self.segments():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, grid, use_reentrant=False, preserve_rng_state=False)
+                x, previous = checkpoint(
+                    run_layers, segment, x, grid, previous, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = layer(x, grid)
+                x, previous = run_layers(segment, x, grid, previous)
         if cache is not None:
             cache.num_positions += T
         return self.norm(x)
+
+    def segments(self) -> list[Segment]:
+        """The layers in order, those together that are recomputed together: one, or about the root of their number
+        where layers take outputs of the one before. These are kept between two segments beside x, (5 D + 2 I) numbers a
+        row, nearly all that a layer keeps without recomputation."""
+        layers: list[Any] = list(self.layers)
+        wanted = [layer.takes for layer in layers[1:]] + [()]
+        size = math.isqrt(len(layers)) if any(wanted) else 1
+        ends = range(len(layers) % size or size, len(layers) + 1, size)
+        return [list(zip(layers, wanted, strict=True))[max(end - size, 0) : end] for end in ends]
 
 
 class TiedHead(nn.Module):

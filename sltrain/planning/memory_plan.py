@@ -10,6 +10,9 @@
                      and the `footprint` of projections: N r e of each factored or low-rank one
                      with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
                      another e N I for the product of gate and up
+                     where a layer takes outputs of the one before (models/projections.py) e N (3 D + G d) more: of q,
+                     k, o and down; v, gate and up are there already. Such layers are recomputed several at a time, and
+                     all that goes from one segment to the next is kept
                      with attention=document e B T^2, the mask of all layers, and 8 B T d of rotary tables
     loss             what models/loss.py keeps, a chunk of logits, and the gradient of the head
     gradients        ordinary: all of them at the end of backward. Per-layer update: the largest that exist at once.
@@ -27,11 +30,12 @@ counted as if none were padded.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from sltrain.layers.base import Rows, footprint, gradient_bytes
-from sltrain.models.llama import DecoderLayer, LlamaForCausalLM
+from sltrain.layers.base import Footprint, Rows, footprint, gradient_bytes
+from sltrain.models.llama import PROJECTIONS, DecoderLayer, LlamaForCausalLM
 from sltrain.models.loss import default_chunk_rows, keeps_logit_gradients
 from sltrain.planning.accounting import stored_bytes
 
@@ -122,7 +126,6 @@ class _Parts:
         embedding, head = model.model.embed_tokens, model.lm_head
         self.element, self.weight_element = model.compute_dtype.itemsize, head.weight.element_size()
         self.is_mixed = self.element < self.weight_element
-        self.num_layers = len(model.model.layers)
         head_size = model.model.head_size
         self.document_bytes = (
             shape.per_document
@@ -137,45 +140,78 @@ class _Parts:
         self.is_tied = not isinstance(head, nn.Linear)
         self.head_gradient = gradient_bytes(embedding if self.is_tied else head)
         self.embedding_gradient = gradient_bytes(embedding)
-        self.decoders = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
-        layers = [self._of_layer(layer) for layer in self.decoders]
-        self.layer_kept = max(kept for kept, _ in layers)
-        self.all_kept = sum(kept for kept, _ in layers)
-        self.projected = max(map(self._projections, self.decoders)) if shape.task_rows else 0
-        self.layer_temporaries, self.layer_gradient = max((peak for _, peak in layers), key=sum)
+        self._of_layers([[layer for layer, _ in segment] for segment in model.model.segments()])
 
-    def _of_layer(self, layer: DecoderLayer) -> tuple[int, tuple[int, int]]:
-        """Bytes that one decoder layer keeps, and (temporaries, new gradients) at the peak of its backward."""
-        attention, mlp, num_rows = layer.self_attn, layer.mlp, self.shape.num_rows
-        qkv, o, gate_up, down = (
-            footprint(layers, Rows(num_rows, self.element, self.shape.has_kernel))
-            for layers in (
-                [attention.q_proj, attention.k_proj, attention.v_proj],
-                [attention.o_proj],
-                [mlp.gate_proj, mlp.up_proj],
-                [mlp.down_proj],
-            )
+    def _of_layers(self, segments: list[list[DecoderLayer]]) -> None:
+        """The terms of the decoder layers, of which those of a segment are recomputed together."""
+        layers = [layer for segment in segments for layer in segment]
+        self.num_layers = len(layers)
+        self.projected = max(map(self._projections, layers)) if self.shape.task_rows else 0
+        own = {layer: self._kept(layer) for layer in layers}
+        taken = {layer: self._taken(layer, *PROJECTIONS) for layer in layers}
+        more = {layer: self._taken(layer, "q_proj", "k_proj", "o_proj", "down_proj") for layer in layers}
+        self.all_kept = sum(own.values()) + sum(more.values())
+        self.inputs_kept = sum(self.hidden + taken[segment[0]] for segment in segments)
+        recomputed = [sum(own[layer] + more[layer] for layer in segment) - more[segment[0]] for segment in segments]
+        self.segment_kept = max(recomputed)
+        self.top_peak = max((self._peak(layer, None) for layer in layers), key=sum)
+        # While backward goes through the first segment, activations go and gradients come: most at one of its ends.
+        first = segments[0] if self.checkpointing else segments[0][:1]
+        ends = [(own[first[0]], 0), (recomputed[0], sum(map(gradient_bytes, first[1:])))]
+        self.bottom_kept, self.bottom_missing = max(ends[: len(first)], key=lambda end: end[0] - end[1])
+        after = [*layers[1:], None]
+        if after[0] is not None and after[0].takes:  # what it passes on makes the MLP's backward the peak: attention's
+            self.bottom_missing += gradient_bytes(first[0].self_attn)  # gradients come later
+        self.bottom_peak = max((self._peak(*pair) for pair in zip(first, after, strict=False)), key=sum)
+
+    def _taken(self, layer: DecoderLayer, *names: str) -> int:
+        """Bytes of the layer before's outputs of these projections that the layer takes."""
+        projections: dict[str, Any] = {**layer.self_attn._modules, **layer.mlp._modules}
+        sizes: list[int] = [projections[name].out_features for name in layer.takes if name in names]
+        return sum(sizes) * self.element * self.shape.num_rows
+
+    def _footprints(self, layer: DecoderLayer, num_rows: int | None = None) -> list[Footprint]:
+        """Of q, k, v together; o; gate and up together; down. None: for the rows of a micro-batch."""
+        attention, mlp = layer.self_attn, layer.mlp
+        together = (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
         )
+        rows = Rows(self.shape.num_rows if num_rows is None else num_rows, self.element, self.shape.has_kernel)
+        return [footprint(layers, rows) for layers in together]
+
+    def _kept(self, layer: DecoderLayer) -> int:
+        """Bytes that one decoder layer keeps, besides outputs of the layer before."""
+        attention, num_rows = layer.self_attn, self.shape.num_rows
         kv_size = attention.num_kv_heads * attention.head_size
-        kept = 6 * self.hidden + (2 + mlp.keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
-        kept += 4 * num_rows * (2 + attention.num_heads) + qkv.kept + o.kept + gate_up.kept + down.kept
+        kept = 6 * self.hidden + (2 + layer.mlp.keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
+        kept += 4 * num_rows * (2 + attention.num_heads)
+        return kept + sum(each.kept for each in self._footprints(layer))
+
+    def _peak(self, layer: DecoderLayer, after: DecoderLayer | None) -> tuple[int, int]:
+        """Temporaries and new gradients at the peak of one layer's backward. `after` is the layer after it, if that has
+        passed on gradients of the outputs that it took."""
+        _, _, gate_up, down = self._footprints(layer)
+        product = 0 if layer.mlp.keeps_product else self.wide  # recomputed
+        passed = [self._taken(layer, *names) for names in (["down_proj"], ["gate_proj", "up_proj"])]
+        waiting = [0 if after is None else self._taken(after, *PROJECTIONS[:number]) for number in (7, 6, 4)]
         # Beside the gradient of the residual stream:
-        product = 0 if mlp.keeps_product else self.wide  # recomputed
         moments = [
-            (product + self.wide + down.temporary, down.gradients),  # down_proj computes the gradient of the product
-            (product + 2 * self.wide, 0),  # the gradient of the gate and silu(gate) are allocated, the product is freed
-            (product + self.hidden - self.wide + gate_up.temporary, gate_up.gradients),  # gate and up are freed too
+            # down_proj computes the gradient of the product
+            (product + self.wide + down.temporary + passed[0] + waiting[0], down.gradients),
+            # the gradient of the gate and silu(gate) are allocated, the product is freed
+            (product + 2 * self.wide + passed[0] + waiting[1], 0),
+            # gate and up are freed too
+            (product + self.hidden - self.wide + gate_up.temporary + sum(passed) + waiting[2], gate_up.gradients),
         ]
         temporary, gradients = max(moments, key=sum)
-        return kept, (self.hidden + temporary, gradients)
+        return self.hidden + temporary, gradients
 
     def _projections(self, layer: DecoderLayer) -> int:
         """The most that the projections of a layer take in a pass of eval_tasks besides their results."""
-        rows = Rows(self.shape.task_rows, self.element, self.shape.has_kernel)
-        attention, mlp = layer.self_attn, layer.mlp
-        together = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
-        found = [footprint(group, rows) for group in [*together, [attention.o_proj], [mlp.down_proj]]]
-        return max(part.kept + part.temporary for part in found)
+        return max(part.kept + part.temporary for part in self._footprints(layer, self.shape.task_rows))
 
     def _task_answers(self) -> int:
         """Bytes of a pass of eval_tasks: one layer's, beside the cache of all."""
@@ -190,22 +226,23 @@ class _Parts:
     def stage(self, name: str) -> dict[str, int]:
         """Bytes by group in one of STAGES, besides what is always there."""
         shape, every, head, embedding = self.shape, self.all_gradients, self.head_gradient, self.embedding_gradient
-        layer, temporary = self.layer_gradient, self.layer_temporaries
-        kept = self.num_layers * self.hidden if self.checkpointing else self.all_kept
+        (top_temporary, top), (bottom_temporary, bottom) = self.top_peak, self.bottom_peak
+        kept = self.inputs_kept if self.checkpointing else self.all_kept
         kept += 32 * shape.num_rows * shape.num_micro_batches  # ids, labels, targets, places: int64
         kept += self.document_bytes
-        last_kept = kept + (self.layer_kept - self.hidden if self.checkpointing else 0)  # its input is in `kept`
-        one_kept = self.layer_kept + self.document_bytes
+        top_kept = kept + (self.segment_kept - self.hidden if self.checkpointing else 0)  # its input is in `kept`
+        bottom_kept = self.bottom_kept + self.document_bytes
         kept += 2 * self.hidden + 4 * shape.num_rows  # the last norm's input and output
         loss, loss_backward, loss_temporary = self._loss()
         waiting = head if self.is_tied else 0  # the head's part, until the embedding's is there
+        others = every - embedding - bottom - self.bottom_missing + waiting
         cast = self.hidden // self.element * self.weight_element if self.is_mixed else 0  # the embedding's (N, D)
         activations, logits, temporaries, new, finished = {  # the last two: gradients
             "loss": (kept, loss, 0, 0, 0),
             "head backward": (kept, loss_backward, loss_temporary, head, 0),
             "head update": (kept, self.hidden, 0, head, 0),
-            "first layer backward": (last_kept, 0, temporary, layer, head),
-            "last layer backward": (one_kept, 0, temporary, layer, every - embedding - layer + waiting),
+            "first layer backward": (top_kept, 0, top_temporary, top, head),
+            "last layer backward": (bottom_kept, 0, bottom_temporary, bottom, others),
             "embedding backward": (self.hidden + cast, 0, 0, embedding, every - embedding + waiting),
             "update": (0, 0, 0, 0, every),
             "action": (0, 0, 0, 0, 0),

@@ -5,7 +5,7 @@ from torch import nn
 from sltrain.parameters import ParamInfo, role_by_name
 
 # Of a layer's GROUPS.
-ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values", "singular": "values", "magnitude": "values"}
+ROLE_OF_GROUP = {"low_rank": "factor", "sparse": "values", "singular": "values", "magnitude": "values", "scale": "gain"}
 
 
 def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:

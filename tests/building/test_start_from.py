@@ -152,6 +152,7 @@ def test_factors_begin_near_a_dense_matrix_and_the_log_says_how_near(
 
 NO_MATRIX = {
     "cola": ["method=cola"],
+    "cr_net": ["method=cr_net"],
     "dlr": ["method=dlr", "method.activation=silu"],
     "lost": ["method=lost", "method.activation=silu", "sparsity=0.1"],
 }

@@ -52,6 +52,7 @@ RUNS = {
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "cola": ["method=cola", "rank_overrides={down_proj:3}"],
     "sst": ["method=sst", "method.select_every=2", "method.iterations=2", "method.restart_warmup=0"],
+    "cr_net": ["method=cr_net", "method.beta=0.5", "rank_overrides={down_proj:3}"],
     "dlr": ["method=dlr", "rank_overrides={down_proj:3}"],
     "lost": ["method=lost", "sparsity=0.1", "rank_overrides={down_proj:3}"],
     "lost_silu": ["method=lost", "sparsity=0.1", "method.activation=silu"],
@@ -68,7 +69,7 @@ RUNS = {
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "residual", "low_rank", "llama3"]
 OWN_CODE = ["cola", "sst"]  # kinds that bring a file for transformers
-OWN_CODE = ["cola", "dlr", "lost", "lost_silu"]  # kinds that bring a file for transformers
+OWN_CODE = ["cola", "cr_net", "dlr", "lost", "lost_silu"]  # kinds that bring a file for transformers
 FILES = {
     "README.md",
     "config.json",

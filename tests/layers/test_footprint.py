@@ -19,7 +19,7 @@ from sltrain.layers.kinds.slope import SLoPeLinear
 from sltrain.layers.kinds.sparse import SparseLinear
 from sltrain.layers.kinds.sst import SpectralLinear
 from sltrain.layers.kinds.structured_ffn import StructuredLinear
-from sltrain.models.llama import project
+from sltrain.models.projections import project
 
 RANK, IN, OUT = 16, 256, 384
 SUPPORTS = ("uniform", "stratified", "block", "column")

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sltrain.config import ModelConfig, RopeScaling
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
-from sltrain.models.llama import LlamaForCausalLM, is_projection, project
+from sltrain.models.llama import LlamaForCausalLM, is_projection
+from sltrain.models.projections import project
 
 VOCABULARY = 61
 

@@ -141,6 +141,9 @@ KEPT = [
     "layer_path=factored seq_len=512 model.vocab_size=500 precision=mixed",
     "method=full seq_len=512 padding=pack attention=document",
     "layer_path=factored dtype=bfloat16 activation_checkpointing=true padding=pack attention=document",
+    "method=cr_net",
+    f"method=cr_net {ODD} dtype=bfloat16 activation_checkpointing=true model.num_hidden_layers=5",
+    "method=cr_net precision=mixed model.num_hidden_layers=4",
 ]
 
 
@@ -209,6 +212,8 @@ UPDATES = [
     "method=low_rank",
     f"method=low_rank {NARROW} {ODD} seq_len=512",
     "method=full",
+    f"method=cr_net {NARROW} model.num_hidden_layers=4",
+    f"method=cr_net {NARROW} per_layer_update=true activation_checkpointing=true model.num_hidden_layers=4",
     "method=full optimizer=adam8bit",
     f"{FACTORED} ema=0.9",
     f"{FACTORED} {TIED}",
