@@ -329,10 +329,12 @@ def tokenize(
 
 
 @raised_as_error()
-def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None) -> "list[Row]":
+def report(
+    paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None, best: str | None = None
+) -> "list[Row]":
     """A row for each run at or below `paths`, finished or not, best first. With `output`, also writes the report page,
-    its table and figures into that folder. Unreadable parts of runs are logged as warnings. Raises sltrain.Error if
-    there is no run.
+    its table and figures into that folder. `best="method"` keeps of each method its best run.
+    Unreadable parts of runs are logged as warnings. Raises sltrain.Error if there is no run, or none has the key `best`.
 
     >>> [(row.name, row.status, row.step) for row in sltrain.report("outputs")]
     [('example', 'finished', 3)]
@@ -340,7 +342,7 @@ def report(paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] |
     from sltrain.api.report import check_output, read_report, write_report
 
     several = [paths] if isinstance(paths, str | PathLike) else paths
-    found = read_report([Path(path).expanduser() for path in several])
+    found = read_report([Path(path).expanduser() for path in several], best)
     if not found.rows:
         raise ValueError("; ".join(found.notes) or "no path is given; name a run folder, or one with runs below it")
     for note in found.notes:

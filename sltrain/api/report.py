@@ -2,9 +2,8 @@
 
     rows, notes = read_rows([Path("outputs")])
     print(text_table(rows))                                   # sltrain.reporting.table
-    rows, sentence = best_of(rows, ["method"])                # sltrain.reporting.comparison
 
-    report = read_report([Path("outputs")])
+    report = read_report([Path("outputs")], best="method")    # of each method its best run; without it all
     write_report(report, Path("outputs/report"), command)     # report.html, table.md, table.csv, *.png
 
 Only a run that is not finished needs torch: its parameters are counted on a model without memory.
@@ -21,7 +20,7 @@ from typing import Any
 from sltrain.config import CHANGEABLE_ON_RESUME
 from sltrain.engine.metrics import to_strict_json
 from sltrain.log import first_line
-from sltrain.reporting.comparison import arrange
+from sltrain.reporting.comparison import arrange, best_of
 from sltrain.reporting.page import FILES, Section, render_page
 from sltrain.reporting.rows import Curve, Row, make_curve, make_row, printable
 from sltrain.reporting.table import csv_table, markdown_table
@@ -52,8 +51,9 @@ def read_rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     return report.rows, report.notes
 
 
-def read_report(paths: Sequence[Path]) -> Report:
-    """Read every run at or below `paths`. A path that is not there or holds no run becomes a note."""
+def read_report(paths: Sequence[Path], best: str | None = None) -> Report:
+    """Read every run at or below `paths`. A path that is not there or holds no run becomes a note. With `best`, a key
+    or several by commas, only the best run for each of their values is kept; raises ValueError if no run has one."""
     roots: dict[str, tuple[Path, Path]] = {}  # real path of a run -> path it was found by, and its folder
     notes = []
     for path in paths:
@@ -70,7 +70,11 @@ def read_report(paths: Sequence[Path]) -> Report:
         curves[row.name] = make_curve(record.train, record.evals, record.final)
         notes += [f"{row.name}: {note}" for note in record.notes]
     first = next((root for root, _ in roots.values()), None)
-    return Report(arrange(rows), curves, [printable(note) for note in notes], first)
+    rows = arrange(rows)
+    if best is not None and rows:
+        rows, sentence = best_of(rows, [key.strip() for key in best.split(",")])
+        notes.append(sentence)
+    return Report(rows, curves, [printable(note) for note in notes], first)
 
 
 def nothing_at(path: Path) -> str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -249,6 +249,7 @@ def step_rows(
             "path": candidate.path,
             **compare(timings[name], timings.get(DENSE)),
             "extra_seconds": candidate.extra_seconds or None,
+            "extras": [asdict(extra) for extra in candidate.extras],
             "tokens_per_second": num_tokens / seconds,
             "peak_memory_bytes": candidate.peak_bytes,
             "parameters": candidate.num_parameters,

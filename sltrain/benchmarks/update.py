@@ -4,6 +4,7 @@ Actions that follow every update of the phase (engine/actions.py) are part of it
 actions and what an optimizer renews every `update_every` updates, is timed apart: an update with it less one without.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from sltrain.models.llama import is_projection
 
 PUBLISHED = "transformers_published"
 TRANSFORMERS = ("transformers", PUBLISHED)  # candidates that train a model of transformers
+COUNT = itertools.count(1)  # of all updates, as a model may be built anew for each
 SPREAD = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly over [0, 1)
 
 Update = Callable[[Tensor], float]  # trains a model on ids (rows, tokens) and returns the loss
@@ -74,7 +76,7 @@ class OurUpdate:
 
     def __init__(self, bench: Bench, train: TrainConfig) -> None:
         ranks = Ranks(rank=0, world_size=1, device=bench.device)
-        self.numbers, self.count = longest_phase(train)[1], 0
+        self.numbers = longest_phase(train)[1]
         model = our_model(bench, train)
         fill_zeros(model)
         optimizer = build_updates(train, model, ranks)
@@ -87,9 +89,8 @@ class OurUpdate:
     def __call__(self, ids: Tensor, rare: Action | None = None) -> float:
         """Make an update, one after which `rare` is due if it is given. Their numbers are spread over the phase, as
         what an action does may depend on when it is. Raises ValueError if the update was skipped."""
-        self.count += 1
         due = self.numbers if rare is None else list(filter(rare.is_due, self.numbers))
-        number = due[int(self.count * SPREAD % 1 * len(due))]
+        number = due[int(next(COUNT) * SPREAD % 1 * len(due))]
         schedule = self.usual if rare is None else Schedule([*self.usual.actions, rare], seed=SEED)
         before = partial(schedule.before_step, number)
         result = self.step.run([(ids, ids, None)], ids[:, 1:].numel(), before_step=before)

@@ -81,14 +81,9 @@ def run_command(arguments: list[str]) -> ExitCode:
         from sltrain.api.report import as_json, check_output, default_output, read_report, write_report
         from sltrain.reporting.table import aligned, text_table
 
-        report = read_report([path.expanduser() for path in typed.paths])
+        report = read_report([path.expanduser() for path in typed.paths], typed.best)
         if not report.rows:
             raise ValueError("; ".join(report.notes))
-        if typed.best is not None:
-            from sltrain.reporting.comparison import best_of
-
-            report.rows, sentence = best_of(report.rows, [key.strip() for key in typed.best.split(",")])
-            report.notes.append(sentence)
         for note in report.notes:
             logger.info(f"note: {note}")
         output = typed.output.expanduser() if typed.output else default_output(report.first or typed.paths[0])

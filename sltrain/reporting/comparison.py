@@ -128,7 +128,7 @@ def best_of(rows: list[Row], keys: list[str]) -> tuple[list[Row], str]:
     for key in keys:
         if all(_value_of(row, key) is None for row in rows):
             some = ", ".join([*FIELDS, *differing(rows)])
-            raise ValueError(f"--best {key}: no run has this key; name one or more of these, by commas: {some}")
+            raise ValueError(f"best of {key}: no run has this key; name one or more of these, by commas: {some}")
     best: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: not (row.is_complete and row.is_evaluated)):
         values = [_value_of(row, key) for key in keys]

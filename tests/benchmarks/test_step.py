@@ -231,6 +231,7 @@ def test_ratios_are_over_the_base_and_count_what_some_updates_have() -> None:
     galore.extras = [update.Extra("renewal", 200.0, 1 / 200)]
     first, second = step_rows([candidate("adamw"), galore], timings, 8, "adamw")
     assert (first["ratio"], first["ratio_spread"], first["extra_seconds"]) == (1, 0, None)
+    assert second["extras"] == [{"name": "renewal", "seconds": 200.0, "share": 1 / 200}]
     assert (second["ratio"], second["extra_seconds"], second["seconds"]) == (2, 1, 3)  # (3 + 1) / 2, 6 / 4
     assert second["ratio_spread"] == pytest.approx(0.125)  # quartiles of 2, 1.5, 2
     assert second["tokens_per_second"] == 2 and "speedup_over_dense" not in second

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import sltrain
 from sltrain.api.report import _computed, as_json, read_report, read_rows, write_report
 from sltrain.commands.flags import make_parser
 from sltrain.commands.report import run_command
@@ -138,9 +139,10 @@ def test_the_best_run_of_each_value(tmp_path: Path, report: Report) -> None:
     assert "the best for each method" in page and ">b1<" in page and ">b2<" not in page and "Memory and" in page
     code, out, _ = report(tmp_path, "--best", "method, lr_scale.factor", "--json")
     assert code == 0 and [row["best_of"] for row in json.loads(out)] == ["a, 2", "b, 1", "a, 1", "b, 2"]
+    assert [row.name for row in sltrain.report(tmp_path, best="lr_scale.factor")] == ["a2", "b1"]
     code, out, err = report(tmp_path, "--best", "colour")
     assert code == 2 and out == "" and len(err.splitlines()) == 1
-    assert "--best colour" in err and "lr_scale.factor" in err
+    assert "best of colour" in err and "lr_scale.factor" in err
 
 
 def test_a_run_called_report_is_no_place_for_a_report(tmp_path: Path, report: Report) -> None:

@@ -167,5 +167,5 @@ def test_the_best_where_perplexities_do_not_compare() -> None:
 
 
 def test_the_best_of_a_key_that_nobody_has() -> None:
-    with pytest.raises(ValueError, match="--best colour: no run has this key.*method.*lr_scale.factor"):
+    with pytest.raises(ValueError, match="best of colour: no run has this key.*method.*lr_scale.factor"):
         best_of(grid(), ["method", "colour"])
