@@ -333,8 +333,8 @@ def report(
     paths: PathOrRun | Sequence[PathOrRun], output: str | PathLike[str] | None = None, best: str | None = None
 ) -> "list[Row]":
     """A row for each run at or below `paths`, finished or not, best first. With `output`, also writes the report page,
-    its table and figures into that folder. `best="method"` keeps of each method its best run.
-    Unreadable parts of runs are logged as warnings. Raises sltrain.Error if there is no run, or none has the key `best`.
+    its table and figures into that folder. `best="method"` keeps of each method its best run. Unreadable parts of runs
+    are logged as warnings. Raises sltrain.Error if there is no run, or none has the key `best`.
 
     >>> [(row.name, row.status, row.step) for row in sltrain.report("outputs")]
     [('example', 'finished', 3)]
