@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, report: Report
     run = make_run(tmp_path / "a")
     run.chmod(0o555)
     code, out, err = report(run)
-    assert code == 2 and "148.40" in out and "--output" in err
+    assert code == 2 and out == "" and "--output" in err
 
 
 def test_an_output_that_is_a_file_is_named(tmp_path: Path, report: Report) -> None:
@@ -333,7 +333,7 @@ def test_files_of_others_are_not_written_over(tmp_path: Path, report: Report) ->
     for name in ("table.csv", "memory.png", "energy.csv", "spectrum_12_2.png", "heat_map_7.png", "report.html"):
         (mine / name).write_text("mine")
         code, out, err = report(run, "--output", mine)
-        assert code == 2 and "148.40" in out and str(mine / name) in err
+        assert code == 2 and out == "" and str(mine / name) in err
         assert [path.name for path in mine.iterdir()] == [name] and (mine / name).read_text() == "mine"
         (mine / name).unlink()
     before = sorted(path.name for path in run.iterdir())
