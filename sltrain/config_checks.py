@@ -82,6 +82,8 @@ def validate(config: TrainConfig) -> None:
     _check_rates(config)
     config.optimizer.check()
     config.method.check()
+    if config.init_from is None and (reason := config.method.against_random_start()) is not None:
+        raise ValueError(reason)
     check_together(config)
     _check_rows(config)
     _check_rope(config.model.rope_scaling)

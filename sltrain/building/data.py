@@ -6,6 +6,8 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from sltrain.compose import read_config
 from sltrain.config import TrainConfig
 from sltrain.data.documents import Source
@@ -13,7 +15,7 @@ from sltrain.data.evaluation import EvalSet
 from sltrain.data.load_tokenizer import load_tokenizer
 from sltrain.data.mixed_evaluation import MixedEvalSet
 from sltrain.data.mixture import Mixture, errors_of
-from sltrain.data.rows import is_per_document
+from sltrain.data.rows import RowTensors, is_per_document
 from sltrain.data.sources.local import LocalFiles
 from sltrain.data.special_tokens import read_settings
 from sltrain.data.stream import TrainStream
@@ -93,7 +95,17 @@ def build_data(
     """The endless stream of this rank's rows, and the fixed rows of every evaluation, read here and now: text that
     cannot be had must not end a run in its middle."""
     _check_tokenizer(source, tokenizer)
-    stream = TrainStream(
+    stream = _training_stream(config, source, validation, tokenizer, ranks.rank, ranks.world_size)
+    eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)
+    eval_set.read()
+    _warn_of_unknown(eval_set, tokenizer)
+    return stream, eval_set
+
+
+def _training_stream(
+    config: TrainConfig, source: Source, validation: Source | None, tokenizer: Tokenizer, rank: int, world_size: int
+) -> TrainStream:
+    return TrainStream(
         source,
         tokenizer,
         seq_len=config.seq_len,
@@ -102,16 +114,33 @@ def build_data(
         holdout_every=config.data.holdout_every if validation is None else 0,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=rank,
+        world_size=world_size,
         num_streams=config.data.num_streams,
         shuffle_block=config.data.shuffle_block,
         prefetch=2,
     )
-    eval_set = build_eval_set(config, validation or source, validation is None, tokenizer, ranks)
-    eval_set.read()
-    _warn_of_unknown(eval_set, tokenizer)
-    return stream, eval_set
+
+
+def read_calibration(
+    config: TrainConfig, source: Source, validation: Source | None, tokenizer: Tokenizer, ranks: Ranks
+) -> RowTensors | None:
+    """The first rows of the run's training text, as many as the method wants to see before it starts, the same on every
+    rank and for every number of them; None if it wants none. A stream of their own gives them: that of the run does not
+    move."""
+    wanted = config.method.num_calibration_rows()
+
+    def read() -> RowTensors:
+        stream = _training_stream(config, source, validation, tokenizer, rank=0, world_size=1)
+        try:
+            batches = [next(stream) for _ in range(-(-wanted // config.global_batch_size))]
+        finally:
+            stream.close()
+        ids, labels = (torch.cat([getattr(b, key) for b in batches])[:wanted] for key in ("input_ids", "labels"))
+        positions = [batch.positions for batch in batches if batch.positions is not None]
+        return RowTensors(ids, labels, torch.cat(positions)[:wanted] if positions else None)
+
+    return ranks.on_main(read) if wanted else None
 
 
 def _warn_of_unknown(eval_set: EvalSet | MixedEvalSet, tokenizer: Tokenizer) -> None:

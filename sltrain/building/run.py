@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from sltrain.building.checks import check_before_text
-from sltrain.building.data import build_data, build_sources, build_tokenizer
+from sltrain.building.data import build_data, build_sources, build_tokenizer, read_calibration
 from sltrain.building.folder import claim_folder, find_folder
 from sltrain.building.memory_guard import guard_memory
 from sltrain.building.model import build_model, weight_dtype
@@ -67,6 +67,8 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
         ranks.everywhere(lambda: start.check(model, config, tokenizer.json))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
     resources.callback(stream.close)
+    if start is not None:
+        start.text = read_calibration(config, source, validation, tokenizer, ranks)
     describe(config, model, source, tokenizer, eval_set, ranks)
     plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks))
     resources.callback(folder.release)

@@ -7,6 +7,9 @@
                                                      singular value decomposition, S by what is left at its positions
     embeddings, norms, head                          copied
 
+A method with `num_calibration_rows` has layers fitted to the inputs that they see in the first rows of the training
+text, by `fit` in place of `set_weight`, decoder layer by decoder layer (calibrate.py).
+
 The other model is a run (its newest checkpoint, or RUN/checkpoints/step_00001000), what sltrain-export wrote, or a
 folder of transformers with a LLaMA in safetensors. One W at a time is dense, in float32. Ranks share the decompositions
 and hand the results to each other. Only a run without a checkpoint reads that folder: later it may be gone.
@@ -23,9 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltrain.building.calibrate import LayerInputs
 from sltrain.building.saved import EMBEDDING, Weights, open_saved, open_transformers
 from sltrain.config import ModelConfig, TrainConfig, folder_of
+from sltrain.data.rows import RowTensors
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.micro_batch import split_rows
 from sltrain.formats.folder import read_json
 from sltrain.layers.base import ReplacedLinear, is_plain_linear
 from sltrain.models.llama import LlamaForCausalLM
@@ -44,6 +50,7 @@ class Start:
     name: str  # as typed
     saved: Weights
     step: int | None = None  # updates it was trained for; None: unknown
+    text: RowTensors | None = None  # what layers are fitted to, if the method wants to see some (methods/base.py)
 
     @property
     def vocab_size(self) -> int:
@@ -73,25 +80,40 @@ class Start:
             if isinstance(theirs, ReplacedLinear) and not theirs.is_mergeable:
                 raise ValueError(f"init_from={self.name}: its layers of kind {theirs.kind} are not one matrix each")
 
-    def fill(self, model: LlamaForCausalLM, ranks: Ranks) -> None:
-        """Give a model with memory, whose supports are drawn, these weights, and log how near they are."""
+    def fill(self, model: LlamaForCausalLM, ranks: Ranks, micro_batch_size: int = 1) -> None:
+        """Give a model with memory, whose supports are drawn, these weights, and log how near they are. `text` goes
+        through the model so many rows at a time."""
         fitted = {
             name: layer
             for name, layer in _replaced(model).items()
             if not _is_same(layer, self.saved.model.get_submodule(name))
         }
         self._copy(model, fitted)
+        if self.text is None or not fitted:
+            self._tell(self._fit_all(fitted, ranks, {}))
+            return
+        logger.info(f"calibrate  on the first {len(self.text.input_ids):,} rows of the training text")
+        inputs, errors = LayerInputs(model, split_rows(self.text, micro_batch_size, ranks.device)), {}
+        while inputs.number < len(model.model.layers):
+            own = {name: layer for name, layer in fitted.items() if name.startswith(inputs.prefix)}
+            moments = ranks.everywhere(partial(inputs.moments, own, self._dense))
+            errors |= self._fit_all(own, ranks, moments)
+            inputs.advance()
+        self._tell(errors)
+
+    def _fit_all(self, layers: dict[str, ReplacedLinear], ranks: Ranks, moments: dict[str, Tensor]) -> dict[str, float]:
+        """Fit these layers, each on one rank, which hands it to the others; return the error of each."""
         errors: dict[str, float] = {}
-        for number, (name, layer) in enumerate(fitted.items()):
+        for number, (name, layer) in enumerate(layers.items()):
             if number % ranks.world_size == ranks.rank:
-                errors[name] = self._fit(name, layer)
+                errors[name] = self._fit(name, layer, moments.get(name))
             else:
                 for tensor in layer.state_dict().values():
                     tensor.zero_()
-        for layer in fitted.values():
+        for layer in layers.values():
             for tensor in layer.state_dict().values():  # masks and positions byte by byte: gloo sums no uint16
                 ranks.sum_(tensor if tensor.is_floating_point() else tensor.view(torch.uint8))
-        self._tell({name: error for part in ranks.gather(errors) for name, error in part.items()})
+        return {name: error for part in ranks.gather(errors) for name, error in part.items()}
 
     @torch.no_grad()
     def _copy(self, model: nn.Module, fitted: dict[str, ReplacedLinear]) -> None:
@@ -125,10 +147,14 @@ class Start:
         return self.saved.files.read(f"{name}.weight").float()
 
     @torch.no_grad()
-    def _fit(self, name: str, layer: ReplacedLinear) -> float:
-        """Bring the W of a layer near that of the saved one; return |difference| / |W|."""
+    def _fit(self, name: str, layer: ReplacedLinear, moment: Tensor | None) -> float:
+        """Bring the W of a layer near that of the saved one, for inputs of this moment if it is known; return
+        |difference| / |W|."""
         weight = self._dense(name).to(next(layer.parameters()).device)
-        layer.set_weight(weight)
+        if moment is None:
+            layer.set_weight(weight)
+        else:
+            layer.fit(weight, moment)
         if layer.bias is not None:
             layer.bias.data.copy_(self.saved.files.read(f"{name}.bias"))
         size = weight.norm().item()

@@ -111,7 +111,7 @@ def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, ran
     for phase in begun(phases_of(config), 0):
         phase.start(model, generator_for(config.seed, phase.name, 0))
     if start is not None:
-        start.fill(model, ranks)
+        start.fill(model, ranks, config.micro_batch_size)
     ranks.send_from_main(model)
 
 

@@ -63,9 +63,14 @@ class Feed:
 
     def micro_batches(self, batch: Any) -> list[MicroBatch]:
         """This rank's rows, in order, `micro_batch_size` at a time, on its device."""
-        tensors = [batch.input_ids, batch.labels, *([] if batch.positions is None else [batch.positions])]
-        pieces = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
-        return [make_micro_batch(ids, labels, self.ranks.device, *positions) for ids, labels, *positions in pieces]
+        return split_rows(batch, self.micro_batch_size, self.ranks.device)
+
+
+def split_rows(batch: Any, size: int, device: torch.device) -> list[MicroBatch]:
+    """The rows of anything with input_ids, labels and positions, `size` at a time, in order, on `device`."""
+    tensors = [batch.input_ids, batch.labels, *([] if batch.positions is None else [batch.positions])]
+    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return [make_micro_batch(ids, labels, device, *positions) for ids, labels, *positions in pieces]
 
 
 def make_micro_batch(

@@ -119,6 +119,11 @@ class ReplacedLinear(nn.Module):
         were drawn; a mask may be chosen by the matrix. Raises ValueError for a kind that cannot."""
         raise ValueError(f"layers of kind {self.kind} cannot start from a dense matrix")
 
+    def fit(self, weight: Tensor, moment: Tensor) -> None:
+        """As `set_weight`, knowing the inputs x of the layer: `moment`, (in, in) float32 on the weight's device, is the
+        mean of x^T x. Called in place of it where a method has `num_calibration_rows`."""
+        self.set_weight(weight)
+
     @torch.no_grad()
     def copy_trained(self, read: Callable[[str], Tensor]) -> None:
         """Take the tensors, by name, of a layer of this kind with the same settings, which `init_from` continues from.

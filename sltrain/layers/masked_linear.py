@@ -2,7 +2,9 @@
 
 The start is normal with standard deviation `init_std` (None: nn.Linear's, 1/sqrt(3 in)), drawn for the whole matrix, so
 that a dense layer's start with the same generator has the same values at the kept places. `prune` chooses these:
-"random", or "magnitude", the largest entries of the start or of the matrix that `set_weight` brings.
+"random"; "magnitude", the largest entries of the start or of the matrix that `set_weight` brings; "sparsegpt", by the
+inputs that `fit` brings, where kept entries take over what pruned ones did (sparsegpt.py). Without inputs that is
+"magnitude", as for inputs that are not correlated and of one size.
 """
 
 import math
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, ReplacedLinear, Rows, cast_bytes, fill_uniform, gradient_bytes
 from sltrain.layers.masked import MaskedPart, gather, keep_largest, kept_per_row, pack, product_bytes
 from sltrain.layers.parts import Part
+from sltrain.layers.sparsegpt import prune as prune_by_inputs
 
-CHOICES = ("random", "magnitude")
+CHOICES = ("random", "magnitude", "sparsegpt")
 
 
 class MaskedLinear(ReplacedLinear):
@@ -62,10 +65,21 @@ class MaskedLinear(ReplacedLinear):
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """W at the kept places, which prune="magnitude" chooses anew."""
-        if self.prune == "magnitude":
+        """W at the kept places, which are chosen anew unless they are random."""
+        if self.prune != "random":
             self._choose(weight.detach().float().abs())
         self._take(weight)
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, moment: Tensor) -> None:
+        """With prune="sparsegpt" the mask and values by which products with such inputs change little. Raises
+        ValueError for a moment that is not finite."""
+        if self.prune != "sparsegpt":
+            self.set_weight(weight)
+            return
+        fitted, mask = prune_by_inputs(weight.detach(), moment, self.keep, self.of)
+        self.mask.copy_(pack(mask))
+        self._take(fitted)
 
     def _choose(self, scores: Tensor) -> None:
         self.mask.copy_(pack(keep_largest(scores, self.keep, self.of)))

@@ -44,6 +44,15 @@ class Method:
         layer, and if no linear was chosen."""
         raise TypeError(f"{type(self).__name__} does not define replace()")
 
+    def num_calibration_rows(self) -> int:
+        """Rows of the training text that go through the model while it takes the weights of `init_from`: each layer's
+        `fit` (layers/base.py) is then told the inputs that it sees. 0: none, and `set_weight` is called."""
+        return 0
+
+    def against_random_start(self) -> str | None:
+        """Why a run without `init_from` is refused, with the remedy; None: it is not."""
+        return None
+
     def group_options(self, parameter: "ParamInfo") -> dict[str, float]:
         """Optimizer settings of one parameter that differ from the run's: {"lr_scale": 0.5} halves its learning rate,
         {"weight_decay": 0.0} exempts it from decay."""

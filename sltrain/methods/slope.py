@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_one_of, replace_each
-from sltrain.methods.sparse import CHOICES, read_pattern
+from sltrain.methods.sparse import BY_SIZE, read_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class SLoPe(Method):
     def check(self) -> None:
         check_at_least(1, rank=self.rank)
         check_above_zero(gain=self.gain)
-        check_one_of(CHOICES, prune=self.prune)
+        check_one_of(BY_SIZE, prune=self.prune)
         read_pattern(self.pattern)
         if not 0 <= self.adapter_share <= 1:
             raise ValueError(

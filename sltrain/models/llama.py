@@ -231,13 +231,14 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
+    def enter(
         self,
         input_ids: Tensor,
         rows: Tensor | None = None,
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Grid]:
+        """What the first decoder layer is called with."""
         B, T = input_ids.shape
         first = 0 if cache is None else cache.num_positions
         assert first == 0 or T == 1, "a cache is filled in one pass, then extended by one position at a time"
@@ -247,6 +248,16 @@ class LlamaModel(nn.Module):
         grid = Grid(B, T, rows, cos, sin, cache=cache)
         if positions is not None:
             grid.cos, grid.sin, grid.mask = cos[positions], sin[positions], document_mask(positions, x.dtype)
+        return x, grid
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        x, grid = self.enter(input_ids, rows, cache, positions)
         previous: Outputs = {}
         for segment in self.segments():
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -256,7 +267,7 @@ class LlamaModel(nn.Module):
             else:
                 x, previous = run_layers(segment, x, grid, previous)
         if cache is not None:
-            cache.num_positions += T
+            cache.num_positions += input_ids.shape[1]
         return self.norm(x)
 
     def segments(self) -> list[Segment]:
