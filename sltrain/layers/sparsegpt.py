@@ -11,9 +11,9 @@ row has lost on these inputs, as far as they can (the step of an optimal brain s
     e = w / U_jj,   w_k <- w_k - e U_jk for k > j,   which leaves a squared error of e^2
 
 so e^2 is the score by which entries are kept: the largest of each group of columns, chosen when the sweep reaches the
-group. A group that is a whole row is chosen anew every BLOCK columns, from what the row may still keep of the columns
-to come. Columns behind a block get its updates in one product. Every row keeps the same number of entries, where the
-authors' code lets a block's rows differ.
+group. A group that is a whole row is chosen anew every BLOCK columns, or sixteenth of the row if that is less, from
+what the row may still keep of the columns to come. Columns behind a block get its updates in one product. Every row
+keeps the same number of entries, where the authors' code lets a block's rows differ.
 """
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from sltrain.layers.masked import keep_largest
 
 BLOCK = 128  # columns updated one by one, as in the paper
+CHOICES_A_ROW = 16  # at least
 DAMPING = 0.01  # lambda over the mean of the diagonal of X^T X / n, as in the authors' code
 
 
@@ -38,14 +39,17 @@ def inverse_root(moment: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
-def prune(weight: Tensor, moment: Tensor, keep: int, of: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, moment: Tensor, keep: int, of: int, block: int | None = None) -> tuple[Tensor, Tensor]:
     """A matrix (out, in), of which `keep` of every `of` columns of a row are kept as in masked.py, for inputs with the
     moment X^T X / n (in, in): its entries, in the moment's dtype, which count where they are kept, and the mask (out,
     in) bool. Raises ValueError as `inverse_root`."""
     left, U, size = weight.to(moment.dtype, copy=True), inverse_root(moment), weight.shape[1]
     roots, mask = U.diagonal(), torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     is_row = of == size
-    width = block if is_row else of * max(1, block // of)  # no group is in two blocks
+    if is_row:
+        width = block or max(1, min(BLOCK, size // CHOICES_A_ROW))
+    else:
+        width = of * max(1, (block or BLOCK) // of)  # no group is in two blocks
     for first in range(0, size, width):
         last = min(first + width, size)
         errors = left.new_zeros(len(left), last - first)

@@ -38,7 +38,7 @@ def test_the_layer_keeps_exactly_so_many(keep: int, of: int, size: int) -> None:
     mask = unpack(layer.mask, size)
     for group in mask.split(of, dim=1):
         assert group.sum(1).unique().tolist() == [min(keep, group.shape[1])]
-    wanted, kept = pruned(weight.numpy(), moment.numpy(), keep, of, 128)
+    wanted, kept = pruned(weight.numpy(), moment.numpy(), keep, of, size // 16)
     assert (mask.numpy() != kept).mean() < 0.01
     if np.array_equal(mask.numpy(), kept):
         np.testing.assert_allclose(layer.dense_weight().numpy(), wanted, rtol=1e-2, atol=1e-3)
