@@ -93,7 +93,8 @@ class Start:
             self._tell(self._fit_all(fitted, ranks, {}))
             return
         logger.info(f"calibrate  on the first {len(self.text.input_ids):,} rows of the training text")
-        inputs, errors = LayerInputs(model, split_rows(self.text, micro_batch_size, ranks.device)), {}
+        inputs = LayerInputs(model, split_rows(self.text, micro_batch_size, ranks.device))
+        errors: dict[str, float] = {}
         while inputs.number < len(model.model.layers):
             own = {name: layer for name, layer in fitted.items() if name.startswith(inputs.prefix)}
             moments = ranks.everywhere(partial(inputs.moments, own, self._dense))
