@@ -154,7 +154,7 @@ CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
     " eval_tasks eval_task_limit checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
-    " layer_path memory_guard per_layer_update peak_tflops profile_steps"
+    " layer_path memory_guard per_layer_update peak_tflops profile_steps method.recompute"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with

@@ -1,4 +1,8 @@
-"""CoLA: every projection is B act(A x), a low-rank product with an activation in the middle (arXiv 2502.10940)."""
+"""CoLA: every projection is B act(A x), a low-rank product with an activation in the middle (arXiv 2502.10940).
+
+`recompute` is CoLA-M of the same paper: of a decoder layer the residual streams and the narrow h = A x of its seven
+projections are kept, 2 d + 7 r numbers a position, and what is wide, attention included, is computed again in backward.
+"""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +25,7 @@ class CoLA(Method):
     rank: int = MISSING  # inner size of B A
     activation: str = "silu"  # between A and B: silu (the paper), gelu, relu, or none for W = B A
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    recompute: bool = False  # CoLA-M: keep A x of each projection, compute what is wide again in backward
 
     def check(self) -> None:
         check_ranks("cola", self.rank, self.rank_overrides)
@@ -31,6 +36,7 @@ class CoLA(Method):
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
-            return CoLALinear(linear.in_features, linear.out_features, rank, self.activation, **like)
+            sides = linear.in_features, linear.out_features
+            return CoLALinear(*sides, rank, self.activation, **like, recompute=self.recompute)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

@@ -32,6 +32,7 @@ class DLR(Method):
     residual: float = 1.0  # the paper's alpha: strength of the residual; 0: none
     activation: str = "none"  # between A and B: none, or silu, gelu, relu; then there is no W to merge
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    recompute: bool = False  # keep A x of each projection, compute what is wide again in backward (CoLA-M)
 
     def check(self) -> None:
         check_ranks("dlr", self.rank, self.rank_overrides)
@@ -43,6 +44,7 @@ class DLR(Method):
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
-            return DLRLinear(linear.in_features, linear.out_features, rank, self.residual, self.activation, **like)
+            sides = linear.in_features, linear.out_features
+            return DLRLinear(*sides, rank, self.residual, self.activation, **like, recompute=self.recompute)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

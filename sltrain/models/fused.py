@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU that keep only their inputs for backward, and recomputation of the product of SwiGLU.
+"""RMSNorm and SwiGLU that keep only their inputs for backward, and recomputation of what they return.
 
     rms_norm    y = x / sqrt(mean(x^2) + eps) * weight     keeps x and one number a row
     swiglu      y = silu(gate) * up                        keeps gate and up
@@ -12,9 +12,11 @@ float32). With m = mean(x^2) + eps and n = x / sqrt(m), and g = dy * weight in b
 Differentiable once.
 
 The projection of the product of swiglu would keep it, a third of the MLP's memory. `recomputed` recomputes it in
-backward instead, bit for bit, for less than a hundredth of an update's time.
+backward instead, bit for bit, for less than a hundredth of an update's time; with method.recompute=true also the output
+of a norm, which projections would keep.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,16 +36,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-def recomputed(product: Tensor, gate: Tensor, up: Tensor) -> AbstractContextManager[Any]:
-    """A context in which operations do not keep `product` = swiglu(gate, up) for backward but recompute it there."""
-    address, shape, gate, up = product.data_ptr(), product.shape, gate.detach(), up.detach()
+def recomputed(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations do not keep `result` = function(*inputs) for backward but recompute it there, each
+    for itself. The inputs are kept."""
+    address, shape, kept_inputs = result.data_ptr(), result.shape, [tensor.detach() for tensor in inputs]
     marker = object()
 
     def pack(tensor: Tensor) -> Any:
         return marker if tensor.data_ptr() == address and tensor.shape == shape else tensor
 
     def unpack(kept: Any) -> Tensor:
-        return swiglu(gate, up) if kept is marker else kept
+        return function(*kept_inputs) if kept is marker else kept
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -18,6 +18,12 @@ Positions that cannot affect the loss are skipped: everything except attention w
 per kept position (B T by default), and attention alone spreads the rows over (B, T). Loss and gradients stay the same.
 In a bfloat16 model the norms, the softmax, the rotary tables and the loss are computed in float32.
 
+Where every projection of a layer wants it (`recompute`, models/projections.py), h = hidden(x) of each is kept beside
+the two residual streams, and the rest of the layer, which is wide, is computed again in backward:
+
+    kept   x -> norm, hidden   h_q h_k h_v -> output, rotate, attention, hidden   h_o -> output, +x
+    kept   x -> norm, hidden   h_gate h_up -> output, swiglu, hidden              h_down -> output, +x
+
 In mixed precision (`compute_dtype`) the model computes as one of that dtype whose weights are its own float32 ones,
 rounded in every forward pass; their gradients are float32.
 """
@@ -37,7 +43,7 @@ from sltrain.config import ModelConfig, RopeScaling
 from sltrain.models.cache import KeyValueCache
 from sltrain.models.fused import recomputed, rms_norm, swiglu
 from sltrain.models.loss import chunked_cross_entropy_sum
-from sltrain.models.projections import Outputs, Passing, taking_previous
+from sltrain.models.projections import Outputs, Passing, are_recomputed, hidden_of, output_of, taking_previous
 from sltrain.numeric import IGNORED_LABEL
 
 DRAWN_AT_ONCE = 2**22  # random numbers
@@ -131,6 +137,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
+def again_in_backward(function: Any, *inputs: Any) -> Any:
+    """function(*inputs), of which nothing but the inputs is kept for backward."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -144,8 +155,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, grid: Grid, passing: Passing) -> Tensor:
-        projected = passing.project(x, self, "q_proj", "k_proj", "v_proj")
-        q, k, v = (grid.spread(y, self.head_size) for y in projected)
+        q, k, v = passing.project(x, self, "q_proj", "k_proj", "v_proj")
+        return passing.project(self.attend(q, k, v, grid), self, "o_proj")[0]
+
+    def between(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """The narrow h of o_proj from those of q_proj, k_proj and v_proj."""
+        q, k, v = output_of(self.q_proj, q), output_of(self.k_proj, k), output_of(self.v_proj, v)
+        return hidden_of(self.o_proj, self.attend(q, k, v, grid))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """q (N, H d), k and v (N, G d) -> (N, H d)."""
+        q, k, v = (grid.spread(y, self.head_size) for y in (q, k, v))
         q, k = rotate(q, grid.cos, grid.sin), rotate(k, grid.cos, grid.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # q (B, H, T, d); k, v (B, G, T, d)
         if grid.cache is not None:
@@ -155,7 +175,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=grid.mask, is_causal=is_causal, enable_gqa=shares_kv
         )  # (B, H, T, d)
-        return passing.project(grid.collect(y.transpose(1, 2)), self, "o_proj")[0]
+        return grid.collect(y.transpose(1, 2))
 
 
 class MLP(nn.Module):
@@ -173,8 +193,12 @@ class MLP(nn.Module):
         product = swiglu(gate, up)
         if self.keeps_product or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return passing.project(product, self, "down_proj")[0]
-        with recomputed(product, gate, up):
+        with recomputed(product, swiglu, gate, up):
             return passing.project(product, self, "down_proj")[0]
+
+    def between(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The narrow h of down_proj from those of gate_proj and up_proj."""
+        return hidden_of(self.down_proj, swiglu(output_of(self.gate_proj, gate), output_of(self.up_proj, up)))
 
 
 class DecoderLayer(nn.Module):
@@ -184,11 +208,37 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, keeps_product=activation_checkpointing)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.keeps_normed = activation_checkpointing
 
     def forward(self, x: Tensor, grid: Grid, passing: Passing | None = None) -> Tensor:
         passing = passing or Passing()
+        if torch.is_grad_enabled() and self.recomputes:
+            return self._from_hidden(x, grid)
         x = x + self.self_attn(self.input_layernorm(x), grid, passing)
         return x + self.mlp(self.post_attention_layernorm(x), passing)
+
+    def _from_hidden(self, x: Tensor, grid: Grid) -> Tensor:
+        """As `forward`, keeping x, x behind the attention, and h of each projection."""
+        attention, mlp = self.self_attn, self.mlp
+        q, k, v = self._hidden(x, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        x = x + output_of(attention.o_proj, again_in_backward(attention.between, q, k, v, grid))
+        gate, up = self._hidden(x, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        return x + output_of(mlp.down_proj, again_in_backward(mlp.between, gate, up))
+
+    def _hidden(self, x: Tensor, norm: RMSNorm, *projections: nn.Module) -> list[Tensor]:
+        """h of each projection of norm(x), which is not kept: a norm is cheap. Under activation checkpointing it is,
+        for the one layer in backward, since the hooks of `recomputed` would hide x from those of the checkpoint."""
+        normed = norm(x)
+        again = nullcontext() if self.keeps_normed or torch.compiler.is_compiling() else recomputed(normed, norm, x)
+        with again:
+            return [hidden_of(projection, normed) for projection in projections]
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the narrow h of every projection is kept instead of what is wide."""
+        attention, mlp = self.self_attn, self.mlp
+        read_x = attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        return are_recomputed(*read_x, attention.o_proj, mlp.down_proj)
 
     @property
     def takes(self) -> tuple[str, ...]:

@@ -5,9 +5,13 @@ projection one decoder layer before. That travels as an argument: the model hand
 projections take, and gets back what those of the next one will take. So a call of a layer depends on its arguments
 alone, and recomputing it in backward is calling it again. With a key/value cache these outputs are those of the new
 positions, as x is. Models without such projections pass empty dictionaries.
+
+A projection that has `recompute` set (CoLA-M, methods/cola.py) is y = output(h) of a narrow h = hidden(x), and wants h
+kept for backward, and y computed again there.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +24,23 @@ def project(x: Tensor, *projections: nn.Module) -> list[Tensor]:
     if hasattr(kind, "forward_together") and all(type(projection) is kind for projection in projections):
         return kind.forward_together(x, projections)
     return [projection(x) for projection in projections]
+
+
+def are_recomputed(*projections: nn.Module) -> bool:
+    """Whether each of them wants its output computed again in backward."""
+    return all(getattr(projection, "recompute", False) for projection in projections)
+
+
+def hidden_of(projection: Any, x: Tensor) -> Tensor:
+    """The narrow h of a projection that is recomputed."""
+    hidden: Tensor = projection.hidden(x)
+    return hidden
+
+
+def output_of(projection: Any, hidden: Tensor) -> Tensor:
+    """Its output, from h."""
+    y: Tensor = projection.output(hidden)
+    return y
 
 
 @dataclass

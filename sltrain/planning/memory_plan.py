@@ -10,6 +10,8 @@
                      and the `footprint` of projections: N r e of each factored or low-rank one
                      with activation checkpointing e N D, the layer's input; the rest for one layer at a time, with
                      another e N I for the product of gate and up
+                     where projections recompute (method=cola method.recompute=true) 2 e N D + 8 N and their
+                     footprint alone; in backward the rest for one half of one layer at a time
                      where a layer takes outputs of the one before (models/projections.py) e N (3 D + G d) more: of q,
                      k, o and down; v, gate and up are there already. Such layers are recomputed several at a time, and
                      all that goes from one segment to the next is kept
@@ -162,6 +164,8 @@ class _Parts:
         after = [*layers[1:], None]
         if after[0] is not None and after[0].takes:  # what it passes on makes the MLP's backward the peak: attention's
             self.bottom_missing += gradient_bytes(first[0].self_attn)  # gradients come later
+        if first[0].recomputes:  # so little is kept that the peak comes early: before nearly all of its gradients
+            self.bottom_missing += gradient_bytes(first[0]) - gradient_bytes(first[0].mlp.down_proj)
         self.bottom_peak = max((self._peak(*pair) for pair in zip(first, after, strict=False)), key=sum)
 
     def _taken(self, layer: DecoderLayer, *names: str) -> int:
@@ -185,14 +189,22 @@ class _Parts:
     def _kept(self, layer: DecoderLayer) -> int:
         """Bytes that one decoder layer keeps, besides outputs of the layer before."""
         attention, num_rows = layer.self_attn, self.shape.num_rows
-        kv_size = attention.num_kv_heads * attention.head_size
-        kept = 6 * self.hidden + (2 + layer.mlp.keeps_product) * self.wide + 2 * self.element * num_rows * kv_size
-        kept += 4 * num_rows * (2 + attention.num_heads)
-        return kept + sum(each.kept for each in self._footprints(layer))
+        projections = sum(each.kept for each in self._footprints(layer))
+        if layer.recomputes:
+            return (4 if layer.keeps_normed else 2) * self.hidden + 4 * num_rows * 2 + projections
+        kept = 6 * self.hidden + (2 + layer.mlp.keeps_product) * self.wide + 2 * self._keys(layer)
+        return kept + 4 * num_rows * (2 + attention.num_heads) + projections
+
+    def _keys(self, layer: DecoderLayer) -> int:
+        """Bytes of a layer's keys, one (N, G d)."""
+        return self.element * self.shape.num_rows * layer.self_attn.num_kv_heads * layer.self_attn.head_size
 
     def _peak(self, layer: DecoderLayer, after: DecoderLayer | None) -> tuple[int, int]:
         """Temporaries and new gradients at the peak of one layer's backward. `after` is the layer after it, if that has
         passed on gradients of the outputs that it took."""
+        if layer.recomputes:
+            temporary, gradients = max(self._again(layer), key=sum)
+            return self.hidden + temporary, gradients
         _, _, gate_up, down = self._footprints(layer)
         product = 0 if layer.mlp.keeps_product else self.wide  # recomputed
         passed = [self._taken(layer, *names) for names in (["down_proj"], ["gate_proj", "up_proj"])]
@@ -208,6 +220,20 @@ class _Parts:
         ]
         temporary, gradients = max(moments, key=sum)
         return self.hidden + temporary, gradients
+
+    def _again(self, layer: DecoderLayer) -> list[tuple[int, int]]:
+        """Temporaries and new gradients in backward of a layer that computes again what is wide, beside the gradient of
+        the residual stream."""
+        qkv, o, gate_up, down = self._footprints(layer)
+        attended = 2 * self.hidden + 2 * self._keys(layer)  # q, k, v and the attention's output
+        return [
+            (4 * self.wide + down.temporary, down.gradients),  # gate, up, their product, its gradient
+            (5 * self.wide, 0),  # gate, up, the gradients of their product and of the gate, silu(gate)
+            (2 * self.wide + self.hidden + gate_up.temporary, gate_up.gradients),  # gradients of gate and up
+            (attended + self.hidden + o.temporary, o.gradients),
+            (2 * attended, 0),  # and their gradients
+            (attended + self.hidden + qkv.temporary, qkv.gradients),
+        ]
 
     def _projections(self, layer: DecoderLayer) -> int:
         """The most that the projections of a layer take in a pass of eval_tasks besides their results."""

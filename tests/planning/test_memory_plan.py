@@ -144,6 +144,9 @@ KEPT = [
     "method=cr_net",
     f"method=cr_net {ODD} dtype=bfloat16 activation_checkpointing=true model.num_hidden_layers=5",
     "method=cr_net precision=mixed model.num_hidden_layers=4",
+    *(f"method=cola method.recompute=true {rest}" for rest in ("", f"{ODD} dtype=bfloat16", "precision=mixed")),
+    "method=cola method.recompute=true activation_checkpointing=true",
+    "method=cola method.recompute=true padding=pack attention=document model.num_key_value_heads=2",
 ]
 
 
@@ -221,6 +224,11 @@ UPDATES = [
     f"{FACTORED} {TIED} {NARROW} global_batch_size=4",
     f"method=full {TIED} model.vocab_size=20000",
     f"method=full {TIED} {NARROW} per_layer_update=true",
+    "method=cola method.recompute=true",
+    f"method=cola method.recompute=true {NARROW}",
+    f"method=cola method.recompute=true {NARROW} {ODD} per_layer_update=true",
+    f"method=cola method.recompute=true {NARROW} activation_checkpointing=true",
+    f"method=cola method.recompute=true {NARROW} rank=32 model.intermediate_size=200",  # attention needs most
 ]
 BFLOAT16_UPDATES = [
     f"{FACTORED} seq_len=512",
@@ -231,6 +239,7 @@ BFLOAT16_UPDATES = [
     "method=full global_batch_size=6",
     f"method=full {NARROW} per_layer_update=true",
     f"method=full {NARROW} moments_dtype=float32",
+    f"method=cola method.recompute=true {NARROW}",
     "method=full per_layer_update=true moments_dtype=float32",
 ]
 MIXED_UPDATES = [
@@ -241,6 +250,7 @@ MIXED_UPDATES = [
     "method=full global_batch_size=6",
     f"method=full {NARROW}",
     f"method=full {NARROW} activation_checkpointing=true per_layer_update=true",
+    f"method=cola method.recompute=true {NARROW} {ODD}",
 ]
 
 

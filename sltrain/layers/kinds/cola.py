@@ -17,6 +17,8 @@ class CoLALinear(FactoredLinear, kind="cola"):
     Parameters A (rank, in), B (out, rank), bias (out,) or None. Both factors start normal with standard deviation
     rank^(-1/4) (in + out)^(-1/4), so that B A has entries of variance 1 / (in + out), as the authors' code. There is no
     alpha. `activation` is one of ACTIVATIONS (layers/activated.py), or none: W = B A. With an activation there is no W.
+    `recompute` tells the decoder to keep `hidden(x)` alone for backward (models/llama.py); the layer by itself keeps x
+    and that.
     Construction, meta and `generator` as in SLTrainLinear; raises ValueError for a rank outside [1, min(in, out)] and
     an unknown activation.
     """
@@ -33,12 +35,13 @@ class CoLALinear(FactoredLinear, kind="cola"):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, rank, float(rank), bias, device=device, dtype=dtype)
         if rank == 0:
             raise ValueError("a layer of kind cola needs a rank of at least 1, got 0")
         check_activation(activation)
-        self.activation, self.is_mergeable = activation, activation == NONE
+        self.activation, self.is_mergeable, self.recompute = activation, activation == NONE, recompute
         if not self.A.is_meta:
             self.reset_parameters(generator)
 
@@ -50,7 +53,15 @@ class CoLALinear(FactoredLinear, kind="cola"):
             self.bias.data.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated_linear(aligned_linear(x, self.A), self.B, self.bias, self.activation)
+        return self.output(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """h = x A^T, (..., rank)."""
+        return aligned_linear(x, self.A)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """y from h, of which nothing else is kept for backward."""
+        return activated_linear(hidden, self.B, self.bias, self.activation)
 
     def settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "activation": self.activation}

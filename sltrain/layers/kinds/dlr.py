@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sltrain.layers.activated import NONE, activated_linear
-from sltrain.layers.aligned import aligned_linear
 from sltrain.layers.kinds.cola import CoLALinear
 
 
@@ -33,12 +32,12 @@ class DLRLinear(CoLALinear, kind="dlr"):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, rank, activation, bias, generator, device, dtype)
+        super().__init__(in_features, out_features, rank, activation, bias, generator, device, dtype, recompute)
         self.set_residual(residual)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = aligned_linear(x, self.A)
+    def output(self, hidden: Tensor) -> Tensor:
         return activated_linear(hidden, self.B, self.bias, self.activation, residual=self.factor)
 
     @torch.no_grad()
