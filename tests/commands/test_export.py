@@ -68,8 +68,7 @@ RUNS = {
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
 COMPRESSIBLE = ["uniform", "stratified", "block", "column", "residual", "low_rank", "llama3"]
-OWN_CODE = ["cola", "sst"]  # kinds that bring a file for transformers
-OWN_CODE = ["cola", "cr_net", "dlr", "lost", "lost_silu"]  # kinds that bring a file for transformers
+OWN_CODE = ["cola", "cr_net", "dlr", "lost", "lost_silu", "sst"]  # kinds that bring a file for transformers
 FILES = {
     "README.md",
     "config.json",
