@@ -1,42 +1,27 @@
 """W = W0 + (alpha / rank) B A with a frozen W0: what layers share whose factors move into W0 as training goes on."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltrain.layers.aligned import aligned_linear
 from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
-from sltrain.layers.factors import FactoredLinear
+from sltrain.layers.factors import FactoredLinear, StartedLinear
 from sltrain.layers.parts import DensePart, Part
 
 
-class AdaptedLinear(FactoredLinear):
+class AdaptedLinear(StartedLinear):
     """y = x W^T + bias with W = W0 + (alpha / rank) B A; x (..., in_features) -> (..., out_features).
 
     Parameters W0 (out, in), frozen, A (rank, in), B (out, rank), bias (out,) or None. W0 starts normal with standard
-    deviation `init_std`, by default that of nn.Linear, 1/sqrt(3 in); a subclass defines `start_factors`. Construction
-    and meta as in SLTrainLinear, but that a subclass fills it; raises ValueError for a rank outside [1, min(in, out)].
+    deviation `init_std`; a subclass defines `start_factors`. Raises ValueError for a rank outside [1, min(in, out)].
     """
 
     GROUPS = {"W0": "frozen"} | FactoredLinear.GROUPS
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool,
-        init_std: float | None,
-        **like: Any,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, **like)
-        if rank == 0:
-            raise ValueError(f"a {self.kind} layer needs a rank of at least 1, got 0")
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        self.W0 = nn.Parameter(torch.empty(out_features, in_features, **like), requires_grad=False)
+    def prepare(self) -> None:
+        self.W0 = nn.Parameter(self.A.new_empty(self.out_features, self.in_features), requires_grad=False)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -162,6 +162,38 @@ class FactoredLinear(ReplacedLinear):
         return 8 * self.rank * (2 * (self.in_features + self.out_features) + 5 * self.rank)
 
 
+class StartedLinear(FactoredLinear):
+    """A FactoredLinear of rank 1 at least that starts like a dense matrix of normal entries, whose standard deviation
+    is `init_std`, by default nn.Linear's, 1/sqrt(3 in). Ready after construction, unless on the meta device; bias,
+    device and dtype are nn.Linear's, `generator` as in SLTrainLinear. A subclass has its further tensors and settings,
+    the keywords `own`, in `prepare`, and defines `reset_parameters`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        bias: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_std: float | None = None,
+        **own: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, alpha, bias, device=device, dtype=dtype)
+        if rank == 0:
+            raise ValueError(f"a layer of kind {self.kind} needs a rank of at least 1, got 0")
+        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
+        self.prepare(**own)
+        if not self.A.is_meta:
+            self.reset_parameters(generator)
+
+    def prepare(self, *args: Any, **own: Any) -> None:
+        """Make what the kind has besides A, B and bias, without values. Raises ValueError for settings it cannot
+        have."""
+
+
 def orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     """A matrix (rows, columns) of orthonormal columns, uniformly distributed: float32, on the CPU. From the QR
     decomposition of a normal matrix, with the signs that make R's diagonal positive (Mezzadri, math-ph/0609050)."""

@@ -151,7 +151,7 @@ def test_a_pattern_that_fits_nothing_is_named_with_names_to_use(method, key, val
     [
         ("sltrain", {"rank": -1}, "layers.0.q_proj: rank must be between 0 and 16 for a 16 x 32 matrix, got -1"),
         ("low_rank", {"rank": -1}, "layers.0.q_proj: rank must be between 0 and 16"),
-        ("low_rank", {"rank": 0}, "layers.0.q_proj: a low-rank layer needs a rank of at least 1"),
+        ("low_rank", {"rank": 0}, "layers.0.q_proj: a layer of kind low_rank needs a rank of at least 1"),
         ("sltrain", {"rank_overrides": {"up_proj": 17}}, "layers.0.up_proj: rank must be between 0 and 16 .* got 17"),
         ("sltrain", {"sparsity": 1.0}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got 1.0"),
         ("sltrain", {"sparsity": -0.5}, r"layers.0.q_proj: sparsity .* must be in \[0, 1\), got -0.5"),

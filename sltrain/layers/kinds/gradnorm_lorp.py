@@ -30,22 +30,9 @@ class GradNormLoRPLinear(AdaptedLinear, kind="gradnorm_lorp"):
 
     GROUPS = AdaptedLinear.GROUPS | {"m": "magnitude"}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, init_std, device=device, dtype=dtype)
-        self.m = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        if not self.W0.is_meta:
-            self.reset_parameters(generator)
+    def prepare(self) -> None:
+        super().prepare()
+        self.m = nn.Parameter(self.A.new_empty(self.out_features))
 
     @torch.no_grad()
     def start_factors(self, generator: torch.Generator | None) -> None:

@@ -18,22 +18,6 @@ class ReLoRALinear(AdaptedLinear, kind="relora"):
     A starts uniform in +-1/sqrt(in) and B zero, after each merge too: with both zero, neither would get a gradient.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, init_std, device=device, dtype=dtype)
-        if not self.W0.is_meta:
-            self.reset_parameters(generator)
-
     @torch.no_grad()
     def start_factors(self, generator: torch.Generator | None) -> None:
         """Draw A and make B zero: W is then W0."""

@@ -44,31 +44,17 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
     rest_B: Tensor
     num_switched: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-        candidates: int | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, init_std, device=device, dtype=dtype)
-        self.candidates = min(in_features, out_features) if candidates is None else candidates
-        if self.candidates < rank:
-            raise ValueError(f"candidates={self.candidates} are fewer than rank={rank}, which are among them")
-        num_spare = self.candidates - rank
-        self.register_buffer("spare_A", torch.empty(num_spare, in_features, device=device, dtype=dtype))
-        self.register_buffer("spare_B", torch.empty(num_spare, out_features, device=device, dtype=dtype))
-        self.register_buffer("rest_A", torch.empty(rank, device=device, dtype=torch.int32))
-        self.register_buffer("rest_B", torch.empty(rank, device=device, dtype=torch.int32))
-        self.register_buffer("num_switched", torch.empty(1, device=device, dtype=torch.int64))
-        if not self.W0.is_meta:
-            self.reset_parameters(generator)
+    def prepare(self, candidates: int | None = None) -> None:
+        super().prepare()
+        self.candidates = min(self.in_features, self.out_features) if candidates is None else candidates
+        if self.candidates < self.rank:
+            raise ValueError(f"candidates={self.candidates} are fewer than rank={self.rank}, which are among them")
+        num_spare, new = self.candidates - self.rank, self.W0.new_empty
+        self.register_buffer("spare_A", new(num_spare, self.in_features))
+        self.register_buffer("spare_B", new(num_spare, self.out_features))
+        self.register_buffer("rest_A", new(self.rank, dtype=torch.int32))
+        self.register_buffer("rest_B", new(self.rank, dtype=torch.int32))
+        self.register_buffer("num_switched", new(1, dtype=torch.int64))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
