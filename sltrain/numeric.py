@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sltrain.parameters import PIECE
 
+_LOWER_HALF = 2**16  # values of the bits that a bfloat16 lacks
 IGNORED_LABEL = -100  # label of a position without a target, as in torch and transformers
 
 
@@ -27,3 +28,13 @@ def clip_factor(norm: Tensor, largest: float) -> Tensor:
     """What a gradient of this norm, 0-d, is multiplied by so that its norm is at most `largest`; as in
     torch.nn.utils.clip_grad_norm_."""
     return (largest / (norm + 1e-6)).clamp_(max=1.0)
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values, any shape, as bfloat16, up or down at random so that the mean is right; inf and nan stay.
+    How: see optim/rounding.py."""
+    assert values.dtype == torch.float32, values.dtype
+    noise = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
+    # A nan's pattern is no magnitude: noise could make it a number.
+    return torch.where(values.isnan(), values, rounded).bfloat16()

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "numeric": {"parameters"},
     "compose": {"config", "config_checks", "data", "log", "methods", "optim", "registry"},
     "kernels": set(),
-    "layers": {"kernels", "registry"},
+    "layers": {"kernels", "numeric", "registry"},
     "methods": {"layers", "engine", "parameters", "registry"},
     "models": {"config", "numeric"},
     "planning": {"layers", "kernels", "models", "parameters"},

@@ -33,7 +33,7 @@ from sltrain.formats.folder import (
     write_code,
     write_json,
 )
-from sltrain.formats.weights import MAX_SHARD_BYTES, cast, write_weights
+from sltrain.formats.weights import MAX_SHARD_BYTES, stored, write_weights
 from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.convert import layer_settings
 from sltrain.models.llama import LlamaForCausalLM
@@ -154,8 +154,10 @@ def how_to_open(saved: Saved, format: str, folder: Path) -> str:
 def _write_weights(saved: Saved, folder: Path, format: str, dtype: torch.dtype, max_shard_bytes: int) -> int:
     """The weights, layer by layer; return their bytes."""
     if format == "compressed":
-        shapes = {name: cast(tensor, dtype) for name, tensor in saved.model.state_dict().items()}
-        return write_weights(folder, shapes, lambda name: cast(saved.files.read(name), dtype), max_shard_bytes)
+        shapes = {name: stored(tensor, dtype, saved.dtype) for name, tensor in saved.model.state_dict().items()}
+        return write_weights(
+            folder, shapes, lambda name: stored(saved.files.read(name), dtype, saved.dtype), max_shard_bytes
+        )
     with torch.device("meta"):
         dense = LlamaForCausalLM(saved.model.config).to(dtype)
     return write_weights(folder, dense.state_dict(), lambda name: _dense(saved, name).to(dtype), max_shard_bytes)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain.building.saved import Saved, open_export
-from sltrain.formats.weights import cast
+from sltrain.formats.weights import stored
 from sltrain.layers import ReplacedLinear, merge_to_dense, set_paths
 from sltrain.models.llama import TiedHead
 
@@ -71,7 +71,7 @@ def compare_tensors(saved: Saved, exported: Saved, dtype: torch.dtype) -> float 
             errors.append(product_error(saved.read_layer(module, torch.float32), found))
             if not errors[-1] <= MAX_PRODUCT_ERROR[dtype]:
                 raise AssertionError(f"the exported {name} is another one: W x differs by {errors[-1]:.1e} of its norm")
-        elif name not in names or not torch.equal(found, cast(saved.files.read(name), dtype)):
+        elif name not in names or not torch.equal(found, stored(saved.files.read(name), dtype, saved.dtype)):
             raise AssertionError(f"the exported {name} is another one")
     return max(errors, default=None)
 

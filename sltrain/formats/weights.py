@@ -121,6 +121,12 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
 
 
+def stored(tensor: Tensor, dtype: torch.dtype, trained: torch.dtype) -> Tensor:
+    """The tensor of a model trained in the dtype `trained` as a compressed export in `dtype` holds it: as `cast`, but
+    one that was trained in a dtype of its own keeps it, such as a frozen W0."""
+    return cast(tensor, dtype) if tensor.dtype == trained else tensor
+
+
 def _index(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.safetensors.index.json"
 

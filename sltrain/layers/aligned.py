@@ -3,7 +3,7 @@
 Matrix units read rows in pieces of 16 bytes and are slow on matrices whose sides do not divide into them, such as the
 5461 of LLaMA 1B. On CUDA such sides are padded inside the product; no padded tensor is kept for backward. Under
 autocast the arithmetic and the output have autocast's dtype, each gradient that of its tensor; F.linear would keep the
-cast weight for backward, here it is cast again.
+cast weight for backward, here it is cast again. So is a frozen weight of another dtype than x.
 """
 
 from typing import Any
@@ -43,9 +43,12 @@ def aligned(matrix: Tensor, pad_rows: bool = True) -> Tensor:
     return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
-def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out), computed on aligned sides."""
+def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, casts: bool = False) -> Tensor:
+    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out), computed on aligned sides. `casts`: a weight
+    of another dtype than x is cast in each product, and no copy is kept."""
     multiple, cast = alignment(weight), autocast_dtype(x)
+    if casts and cast is None and weight.dtype != x.dtype:
+        cast = x.dtype
     if weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0 and cast in (None, weight.dtype):
         return F.linear(x, weight, bias)
     return _AlignedLinear.apply(x, weight, bias, cast)

@@ -113,6 +113,8 @@ METHODS: Registry[Method] = Registry(
 
 # Between two factors. layers/activated.py has the functions, and cannot be read from here: it imports torch.
 ACTIVATIONS = ("silu", "gelu", "relu", "none")
+# As in layers/adapted.py, which imports torch too.
+FROZEN_DTYPES, ROUNDINGS = ("float32", "bfloat16"), ("nearest", "stochastic")
 
 
 def check_at_least(least: float, **options: float | None) -> None:
@@ -140,6 +142,22 @@ def check_one_of(choices: Iterable[str], **options: str) -> None:
     for name, value in options.items():
         if value not in choices:
             raise ValueError(f"method.{name}={value}: choose one of {', '.join(choices)}")
+
+
+def check_frozen(frozen_dtype: str, frozen_rounding: str = "nearest") -> None:
+    """Raise ValueError for the options of a frozen W0 (layers/adapted.py) that are unknown or in contradiction."""
+    check_one_of(("auto", *FROZEN_DTYPES), frozen_dtype=frozen_dtype)
+    check_one_of(ROUNDINGS, frozen_rounding=frozen_rounding)
+    if frozen_rounding == "stochastic" and frozen_dtype == "float32":
+        raise ValueError(
+            "method.frozen_rounding=stochastic is for a W0 in bfloat16, and method.frozen_dtype=float32; drop one"
+        )
+
+
+def frozen_settings(frozen_dtype: str, frozen_rounding: str = "nearest") -> dict[str, Any]:
+    """The same as settings of a layer; none for what is usual."""
+    own = {} if frozen_dtype == "auto" else {"frozen_dtype": frozen_dtype}
+    return own if frozen_rounding == "nearest" else {**own, "frozen_rounding": frozen_rounding}
 
 
 def check_ranks(method: str, rank: int, overrides: Mapping[str, int], least: int = 1, why: str = "") -> None:

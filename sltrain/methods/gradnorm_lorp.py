@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_ranks, replace_each, resolve
+from sltrain.methods.base import (
+    METHODS,
+    Method,
+    check_above_zero,
+    check_frozen,
+    check_ranks,
+    frozen_settings,
+    replace_each,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,10 +41,12 @@ class GradNormLoRP(Method):
     rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+    frozen_dtype: str = "auto"  # of W0: float32, bfloat16, or auto, that of the other weights
 
     def check(self) -> None:
         check_ranks("gradnorm_lorp", self.rank, self.rank_overrides)
         check_above_zero(alpha=self.alpha)
+        check_frozen(self.frozen_dtype)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers.kinds.gradnorm_lorp import GradNormLoRPLinear
@@ -45,6 +56,7 @@ class GradNormLoRP(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             sides = linear.in_features, linear.out_features
-            return GradNormLoRPLinear(*sides, rank, self.alpha, **like, init_std=std)
+            own = frozen_settings(self.frozen_dtype)
+            return GradNormLoRPLinear(*sides, rank, self.alpha, **like, init_std=std, **own)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

@@ -23,8 +23,10 @@ from sltrain.methods.base import (
     Method,
     check_above_zero,
     check_at_least,
+    check_frozen,
     check_one_of,
     check_ranks,
+    frozen_settings,
     replace_each,
     resolve,
 )
@@ -53,11 +55,14 @@ class ReLoRA(Method):
     merge_warmup: int = 50  # updates until the learning rate is that of the schedule; 0: at once
     moments: str = "magnitude"  # what becomes of the moments of B and A at a merge
     pruned: float = 0.99  # moments=magnitude, random: the share that becomes zero
+    frozen_dtype: str = "auto"  # of W0: float32, bfloat16, or auto, that of the other weights
+    frozen_rounding: str = "nearest"  # of a bfloat16 W0 that takes up a change; or stochastic, right on average
 
     def check(self) -> None:
         check_at_least(0, merge_every=self.merge_every, merge_warmup=self.merge_warmup)
         check_above_zero(alpha=self.alpha)
         check_ranks("relora", self.rank, self.rank_overrides)
+        check_frozen(self.frozen_dtype, self.frozen_rounding)
         if not 0 <= self.warm_start < 1:
             raise ValueError(f"method.warm_start={self.warm_start}: must be at least 0 and below 1, a share of the run")
         if 0 < self.merge_every < self.merge_warmup:
@@ -75,7 +80,8 @@ class ReLoRA(Method):
         from sltrain.layers.kinds.relora import WarmLinear
 
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            return WarmLinear(linear, resolve(self.rank, self.rank_overrides, name), self.alpha)
+            frozen = frozen_settings(self.frozen_dtype, self.frozen_rounding)
+            return WarmLinear(linear, resolve(self.rank, self.rank_overrides, name), self.alpha, **frozen)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
 
@@ -135,7 +141,9 @@ class ReLoRA(Method):
         if not layers or self.merge_every == 0:
             return []
         largest = max(factor.numel() for layer in layers.values() for factor in (layer.A, layer.B))
-        return [Action("merge", is_due, merge, temporary_bytes=20 * largest)]  # `prune_smallest`, with 8 for indices
+        # `prune_smallest`, with 8 for indices
+        most = max(20 * largest, *(layer.absorb_bytes for layer in layers.values()))
+        return [Action("merge", is_due, merge, temporary_bytes=most)]
 
     def _warm_steps(self, max_steps: int) -> int:
         return int(self.warm_start * max_steps)

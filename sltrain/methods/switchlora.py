@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_ranks, replace_each, resolve
+from sltrain.methods.base import (
+    METHODS,
+    Method,
+    check_above_zero,
+    check_at_least,
+    check_frozen,
+    check_ranks,
+    frozen_settings,
+    replace_each,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,11 +49,14 @@ class SwitchLoRA(Method):
     switch_every: float = 40.0  # updates in which every vector is exchanged once, at the beginning; 0: never (LoRA)
     switch_decay: float = 0.1  # share of the run after which exchanges are 0.3 as frequent
     freeze: int = 5  # updates without gradient of a counterpart
+    frozen_dtype: str = "auto"  # of W0: float32, bfloat16, or auto, that of the other weights
+    frozen_rounding: str = "nearest"  # of a bfloat16 W0 that takes up a change; or stochastic, right on average
 
     def check(self) -> None:
         check_at_least(0, switch_every=self.switch_every, freeze=self.freeze)
         check_at_least(1, candidates=self.candidates)
         check_above_zero(alpha=self.alpha, switch_decay=self.switch_decay)
+        check_frozen(self.frozen_dtype, self.frozen_rounding)
         check_ranks("switchlora", self.rank, self.rank_overrides, least=2, why=": a pair would be exchanged")
         if 0 < self.switch_every < max(2 * self.freeze, 1):
             raise ValueError(
@@ -59,7 +72,8 @@ class SwitchLoRA(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             sides = linear.in_features, linear.out_features
-            return SwitchLoRALinear(*sides, rank, self.alpha, **like, init_std=std, candidates=self.candidates)
+            own = {"candidates": self.candidates, **frozen_settings(self.frozen_dtype, self.frozen_rounding)}
+            return SwitchLoRALinear(*sides, rank, self.alpha, **like, init_std=std, **own)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
 
@@ -91,7 +105,7 @@ class SwitchLoRA(Method):
                 layer.pass_update()
                 wanted = int(self.expected(layer.rank, moment.step, running.max_steps) + draw)
                 if wanted > 0:
-                    columns, rows = layer.switch(wanted, self.freeze)
+                    columns, rows = layer.switch(wanted, self.freeze, moment.generator)
                     reset |= {f"{name}.A": (rows,), f"{name}.B": (slice(None), columns)}
 
             def forget(name: str, moments: "list[Tensor]") -> None:
@@ -103,6 +117,6 @@ class SwitchLoRA(Method):
         if self.switch_every == 0:
             return []
         size = max(
-            (4 * layer.rank * max(layer.W0.shape) * layer.W0.element_size() for layer in layers.values()), default=0
+            (4 * m.rank * max(m.W0.shape) * m.A.element_size() + m.absorb_bytes for m in layers.values()), default=0
         )
         return [Action("switch", every(1), switch, temporary_bytes=size)]

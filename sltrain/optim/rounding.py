@@ -20,19 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sltrain.numeric import pieces
+from sltrain.numeric import pieces, stochastic_round
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
-
-_LOWER_HALF = 2**16  # values of the bits that a bfloat16 lacks
-
-
-def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 values, any shape, as bfloat16, up or down at random so that the mean is right; inf and nan stay."""
-    assert values.dtype == torch.float32, values.dtype
-    noise = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
-    # A nan's pattern is no magnitude: noise could make it a number.
-    return torch.where(values.isnan(), values, rounded).bfloat16()
 
 
 def round_into(target: Tensor, values: Tensor, generator: torch.Generator) -> None:

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from planned import is_as_planned
+from resuming import resumes_bit_for_bit
 from small_run import Adam, SmallRun, batch, leaf, method_of
 from torch import Tensor
 
+import sltrain
+from sltrain.building.model import build_model
+from sltrain.compose import TRAIN, compose_config
 from sltrain.layers import ReplacedLinear
 from sltrain.layers.kinds.relora import ReLoRALinear
 from sltrain.methods.relora import prune_random, prune_smallest
 from sltrain.optim.named_state import named_state
+from sltrain.planning.accounting import count_parameters, stored_bytes
 
 SETTINGS = {"rank": 3, "alpha": 6.0}
 Train = Callable[..., tuple[int, str, str]]
@@ -191,6 +197,10 @@ def test_no_moment_is_left_without_its_root() -> None:
         ("method.moments=halve", "method.moments=halve: choose one of magnitude, random, reset, keep"),
         ("method.pruned=1", "method.pruned=1.0: must be above 0 and below 1"),
         ("method.moments=reset method.pruned=0.5", "is not read by method.moments=reset"),
+        ("method.frozen_dtype=fp8", "method.frozen_dtype=fp8: choose one of auto, float32, bfloat16"),
+        ("method.frozen_rounding=up", "method.frozen_rounding=up: choose one of nearest, stochastic"),
+        ("method.frozen_dtype=float32 method.frozen_rounding=stochastic", "drop one"),
+        ("method.frozen_rounding=stochastic", "for a W0 in bfloat16, and it is float32; set frozen_dtype=bfloat16"),
         ("ema=0.9", "ema=0.9 averages B and A each by itself, and method=relora"),
         ("method.sparsity=0.1", "sparsity"),
     ],
@@ -234,3 +244,51 @@ def test_memory_with_factors_is_as_planned(
     lines = [line for line in metrics_of(tmp_path / "run") if "peak_tensor_bytes" in line]
     measured = max(line["peak_tensor_bytes"] for line in lines)
     assert measured == pytest.approx(lines[-1]["planned_memory_bytes"], rel=0.05)
+
+
+FROZEN = ["method=relora", "method.warm_start=0.5", "method.merge_every=2", "method.merge_warmup=2", "max_steps=8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_run_with_a_bfloat16_W0_resumes_exports_and_loads(
+    rounding: str, tiny: list[str], sltrain_train: Train, tmp_path: Path
+) -> None:
+    """Stopped before the warm start ends, at its end, and around merges; W0 keeps its dtype in every file."""
+    own = ["method.frozen_dtype=bfloat16", f"method.frozen_rounding={rounding}"]
+    resumes_bit_for_bit([*tiny, *FROZEN, *own], sltrain_train, tmp_path, [3, 4, 6, 7])
+    run, name = tmp_path / "straight", "model.layers.1.mlp.up_proj"
+    ids = torch.arange(20)[None]
+    trained = sltrain.load(run)
+    assert trained.get_submodule(name).W0.dtype == torch.bfloat16 != trained.get_submodule(name).A.dtype
+    with torch.no_grad():
+        wanted = trained(ids)
+    for format in ("compressed", "dense"):
+        sltrain.export(run, tmp_path / format, format=format)
+        with torch.no_grad():
+            torch.testing.assert_close(sltrain.load(tmp_path / format)(ids), wanted, rtol=1e-5, atol=1e-5)
+    assert sltrain.load(tmp_path / "compressed").get_submodule(name).W0.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["method=relora", "method.warm_start=0", "method.frozen_dtype=bfloat16"],
+        ["method=switchlora", "method.frozen_dtype=bfloat16", "method.frozen_rounding=stochastic", "method.freeze=2"],
+        ["method=gradnorm_lorp", "method.frozen_dtype=bfloat16"],
+    ],
+)
+def test_memory_with_a_W0_of_another_dtype_is_as_planned(
+    typed: list[str], tiny: list[str], sltrain_train: Train, metrics_of: Callable, tmp_path: Path
+) -> None:
+    is_as_planned([*tiny, *typed], sltrain_train, metrics_of, tmp_path / "run")
+
+
+def test_a_bfloat16_W0_is_half_of_a_float32_one(tiny: list[str]) -> None:
+    counts = []
+    for dtype in ("auto", "float32", "bfloat16"):
+        typed = [*tiny, "method=relora", "method.warm_start=0", f"method.frozen_dtype={dtype}"]
+        model = build_model(compose_config(typed, TRAIN), 512, torch.float32)
+        counts.append((stored_bytes(model)["frozen_weights"], count_parameters(model)["frozen"]))
+    assert counts[0] == counts[1] == (2 * counts[2][0], counts[2][1])

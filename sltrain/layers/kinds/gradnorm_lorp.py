@@ -30,8 +30,8 @@ class GradNormLoRPLinear(AdaptedLinear, kind="gradnorm_lorp"):
 
     GROUPS = AdaptedLinear.GROUPS | {"m": "magnitude"}
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, **frozen: Any) -> None:
+        super().prepare(**frozen)
         self.m = nn.Parameter(self.A.new_empty(self.out_features))
 
     @torch.no_grad()
@@ -93,8 +93,8 @@ def direction(W0: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
 
 
 def compose(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    """W (out, in) in this dtype (None: that of W0)."""
-    V, norms = direction(W0, A, B, scale, dtype or W0.dtype)
+    """W (out, in) in this dtype (None: that of A)."""
+    V, norms = direction(W0, A, B, scale, dtype or A.dtype)
     return V.mul_((m / norms)[:, None])
 
 

@@ -21,7 +21,7 @@ class LowRankLinear(StartedLinear, kind="low_rank"):
     Construction as in StartedLinear; raises ValueError for a rank outside [1, min(in, out)] and another start.
     """
 
-    def prepare(self, start: str = "spectral") -> None:
+    def prepare(self, *, start: str = "spectral") -> None:
         if start not in STARTS:
             raise ValueError(f"start is {start!r}; choose one of {', '.join(STARTS)}")
         self.start = start

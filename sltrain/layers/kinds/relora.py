@@ -27,7 +27,7 @@ class ReLoRALinear(AdaptedLinear, kind="relora"):
     @torch.no_grad()
     def merge(self, generator: torch.Generator | None) -> None:
         """Add (alpha / rank) B A to W0 and start the factors again. W stays, up to the rounding of W0."""
-        self.W0.addmm_(self.B, self.A, alpha=self.scale)
+        self.absorb(self.B, self.A, self.scale, generator)
         self.start_factors(generator)
 
     @torch.no_grad()
@@ -38,22 +38,25 @@ class ReLoRALinear(AdaptedLinear, kind="relora"):
 
 
 class WarmLinear(AlignedLinear):
-    """The dense layer of a warm start, which knows the factors that it will be given. Takes over the tensors of
-    `linear`; raises ValueError for a rank that its shape cannot have."""
+    """The dense layer of a warm start, which knows the factors that it will be given, and the settings of its W0, then
+    `frozen`. Takes over the tensors of `linear`; raises ValueError for a rank that its shape cannot have, and as
+    ReLoRALinear."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **frozen: Any) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.frozen = rank, alpha, frozen
         self._adapted(0.0)
 
     def adapted(self, init_std: float) -> ReLoRALinear:
-        """The layer whose W0 is this one's weight, not a copy; its factors have memory and no values."""
+        """The layer whose W0 is this one's weight, not a copy unless in another dtype; its factors have memory and no
+        values."""
         layer, device = self._adapted(init_std), self.weight.device
-        layer.W0, layer.bias = nn.Parameter(self.weight.detach(), requires_grad=False), self.bias
+        layer.W0, layer.bias = nn.Parameter(self.weight.detach().to(layer.W0.dtype), requires_grad=False), self.bias
         layer.A, layer.B = (nn.Parameter(torch.empty_like(each, device=device)) for each in (layer.A, layer.B))
         return layer
 
     def _adapted(self, init_std: float) -> ReLoRALinear:
         like: dict[str, Any] = {"bias": self.bias is not None, "device": "meta", "dtype": self.weight.dtype}
-        return ReLoRALinear(self.in_features, self.out_features, self.rank, self.alpha, **like, init_std=init_std)
+        sides = self.in_features, self.out_features
+        return ReLoRALinear(*sides, self.rank, self.alpha, **like, init_std=init_std, **self.frozen)

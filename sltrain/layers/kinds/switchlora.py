@@ -44,12 +44,12 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
     rest_B: Tensor
     num_switched: Tensor
 
-    def prepare(self, candidates: int | None = None) -> None:
-        super().prepare()
+    def prepare(self, *, candidates: int | None = None, **frozen: Any) -> None:
+        super().prepare(**frozen)
         self.candidates = min(self.in_features, self.out_features) if candidates is None else candidates
         if self.candidates < self.rank:
             raise ValueError(f"candidates={self.candidates} are fewer than rank={self.rank}, which are among them")
-        num_spare, new = self.candidates - self.rank, self.W0.new_empty
+        num_spare, new = self.candidates - self.rank, self.A.new_empty
         self.register_buffer("spare_A", new(num_spare, self.in_features))
         self.register_buffer("spare_B", new(num_spare, self.out_features))
         self.register_buffer("rest_A", new(self.rank, dtype=torch.int32))
@@ -61,7 +61,7 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
         super().reset_parameters(generator)
         for tensor in (self.rest_A, self.rest_B, self.num_switched):
             tensor.zero_()
-        self.W0.addmm_(self.B, self.A, alpha=-self.scale)
+        self.absorb(self.B, self.A, -self.scale)
 
     @torch.no_grad()
     def start_factors(self, generator: torch.Generator | None) -> None:
@@ -76,7 +76,7 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
     def set_weight(self, weight: Tensor) -> None:
         """W0 is what is left of the matrix beside B A."""
         self.W0.copy_(weight)
-        self.W0.addmm_(self.B, self.A, alpha=-self.scale)
+        self.absorb(self.B, self.A, -self.scale)
 
     @torch.no_grad()
     def pass_update(self) -> None:
@@ -85,10 +85,11 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
             rest.sub_(1).clamp_(min=0)
 
     @torch.no_grad()
-    def switch(self, wanted: int, freeze: int) -> tuple[Tensor, Tensor]:
+    def switch(self, wanted: int, freeze: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Exchange up to `wanted` rows of A and as many columns of B for the next spare ones. W stays, up to the
         rounding of W0. The counterpart of each, the column of B that a new row is multiplied by and the row of A of a
-        new column, gets no gradient for `freeze` updates. Return these columns and rows.
+        new column, gets no gradient for `freeze` updates. Return these columns and rows. `generator` is that of
+        stochastic rounding.
 
         As many as there are spare, and none that still waits, is exchanged."""
         done, half, num_spare = int(self.num_switched), self.rank // 2, len(self.spare_A)
@@ -97,10 +98,10 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
         counted = torch.arange(done, done + number, device=self.W0.device)
         rows, columns, spare = counted % self.rank, (counted + half) % self.rank, counted % max(1, num_spare)
         old_A, new_A = self.A[rows], self.spare_A[spare]
-        self.W0.addmm_(self.B[:, rows], old_A - new_A, alpha=self.scale)
+        self.absorb(self.B[:, rows], old_A - new_A, self.scale, generator)
         self.A[rows], self.spare_A[spare] = new_A, old_A
         old_B, new_B = self.B[:, columns], self.spare_B[spare].t()
-        self.W0.addmm_(old_B - new_B, self.A[columns], alpha=self.scale)
+        self.absorb(old_B - new_B, self.A[columns], self.scale, generator)
         self.B[:, columns], self.spare_B[spare] = new_B, old_B.t()
         self.rest_B[rows], self.rest_A[columns] = freeze, freeze
         self.num_switched += number
