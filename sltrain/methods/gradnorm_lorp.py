@@ -56,7 +56,7 @@ class GradNormLoRP(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             sides = linear.in_features, linear.out_features
-            own = frozen_settings(self.frozen_dtype)
-            return GradNormLoRPLinear(*sides, rank, self.alpha, **like, init_std=std, **own)
+            own = like | frozen_settings(self.frozen_dtype)
+            return GradNormLoRPLinear(*sides, rank, self.alpha, **own, init_std=std)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

@@ -72,8 +72,8 @@ class SwitchLoRA(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             sides = linear.in_features, linear.out_features
-            own = {"candidates": self.candidates, **frozen_settings(self.frozen_dtype, self.frozen_rounding)}
-            return SwitchLoRALinear(*sides, rank, self.alpha, **like, init_std=std, **own)
+            own = like | frozen_settings(self.frozen_dtype, self.frozen_rounding)
+            return SwitchLoRALinear(*sides, rank, self.alpha, **own, init_std=std, candidates=self.candidates)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
 

@@ -58,5 +58,5 @@ class WarmLinear(AlignedLinear):
 
     def _adapted(self, init_std: float) -> ReLoRALinear:
         like: dict[str, Any] = {"bias": self.bias is not None, "device": "meta", "dtype": self.weight.dtype}
-        sides = self.in_features, self.out_features
-        return ReLoRALinear(*sides, self.rank, self.alpha, **like, init_std=init_std, **self.frozen)
+        own = like | self.frozen
+        return ReLoRALinear(self.in_features, self.out_features, self.rank, self.alpha, init_std=init_std, **own)
