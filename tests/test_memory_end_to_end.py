@@ -172,7 +172,7 @@ def test_running_out_saves_and_says_what_was_planned(
         run_out_in_update(4, patch)
         code, _, err = sltrain_train(*tiny, f"run_dir={tmp_path}/cut")
     assert code == 2 and "Traceback" not in err and err.count("error: ") == 1
-    assert "out of memory after step 3" in err and "GB were planned" in err and "step 3 is saved" in err
+    assert "out of memory after step 3" in err and "MB were planned" in err and "step 3 is saved" in err
     assert "micro_batch_size below 4" in err and "activation_checkpointing=true" in err
     assert sltrain_train(*tiny, f"run_dir={tmp_path}/cut")[0] == 0
     assert_equal_weights(tmp_path / "straight", tmp_path / "cut")

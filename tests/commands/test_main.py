@@ -62,4 +62,4 @@ def test_it_trains_under_torchrun(tiny: list[str], tmp_path: Path) -> None:
     done = run(*torchrun, "sltrain", "train", *tiny, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"finished: {tmp_path / 'run'}"
-    assert "each of 2 processes" in done.stdout and done.stdout.count("run folder") == 1
+    assert "(2 processes, " in done.stdout and done.stdout.count("run folder") == 1
