@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import ACTIVATIONS, METHODS, Method, check_one_of, check_ranks, replace_each, resolve
+from sltrain.methods.base import (
+    ACTIVATIONS,
+    METHODS,
+    Method,
+    check_above_zero,
+    check_one_of,
+    check_ranks,
+    replace_each,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,12 +33,14 @@ class CoLA(Method):
 
     rank: int = MISSING  # inner size of B A
     activation: str = "silu"  # between A and B: silu (the paper), gelu, relu, or none for W = B A
+    gain: float = 1.0  # of the start of B A; the authors' is 1, which is large for a narrow model
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     recompute: bool = False  # CoLA-M: keep A x of each projection, compute what is wide again in backward
 
     def check(self) -> None:
         check_ranks("cola", self.rank, self.rank_overrides)
         check_one_of(ACTIVATIONS, activation=self.activation)
+        check_above_zero(gain=self.gain)
 
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         from sltrain.layers import CoLALinear
@@ -37,6 +48,6 @@ class CoLA(Method):
         def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
             rank = resolve(self.rank, self.rank_overrides, name)
             sides = linear.in_features, linear.out_features
-            return CoLALinear(*sides, rank, self.activation, **like, recompute=self.recompute)
+            return CoLALinear(*sides, rank, self.activation, **like, recompute=self.recompute, gain=self.gain)
 
         return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})

@@ -62,10 +62,18 @@ def test_gradients_are_those_of_autograd(activation: str) -> None:
     assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
 
 
-def test_the_start_has_the_variance_of_the_authors() -> None:
-    layer = CoLALinear(400, 600, 100, generator=torch.Generator().manual_seed(0))
-    assert layer.A.std().item() == pytest.approx(100_000**-0.25, rel=0.02)
-    assert (layer.B @ layer.A).var().item() == pytest.approx(1 / 1000, rel=0.05)
+@pytest.mark.parametrize("gain", [1.0, 0.125])
+def test_the_start_has_the_variance_of_the_authors_times_the_squared_gain(gain: float) -> None:
+    layer = CoLALinear(400, 600, 100, generator=torch.Generator().manual_seed(0), gain=gain)
+    assert layer.A.std().item() == pytest.approx(gain**0.5 * 100_000**-0.25, rel=0.02)
+    assert (layer.B @ layer.A).var().item() == pytest.approx(gain**2 / 1000, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["cola", "dlr"])
+def test_the_methods_hand_gain_to_their_layers(method: str) -> None:
+    config = compose_config(TRAIN, [f"method={method}", "method.gain=0.5", "model=llama_tiny"])
+    layer = build_model(config).get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, CoLALinear) and layer.gain == 0.5
 
 
 def test_there_is_no_one_matrix_and_no_start_from_one() -> None:

@@ -15,10 +15,10 @@ class CoLALinear(FactoredLinear, kind="cola"):
     """y = act(x A^T) B^T + bias; x (..., in_features) -> (..., out_features).
 
     Parameters A (rank, in), B (out, rank), bias (out,) or None. Both factors start normal with standard deviation
-    rank^(-1/4) (in + out)^(-1/4), so that B A has entries of variance 1 / (in + out), as the authors' code. There is no
-    alpha. `activation` is one of ACTIVATIONS (layers/activated.py), or none: W = B A. With an activation there is no W.
-    `recompute` tells the decoder to keep `hidden(x)` alone for backward (models/llama.py); the layer by itself keeps x
-    and that.
+    sqrt(gain) rank^(-1/4) (in + out)^(-1/4), so that B A has entries of variance gain^2 / (in + out); gain 1 is the
+    authors' code. There is no alpha. `activation` is one of ACTIVATIONS (layers/activated.py), or none: W = B A. With
+    an activation there is no W. `recompute` tells the decoder to keep `hidden(x)` alone for backward (models/llama.py);
+    the layer by itself keeps x and that.
     Construction, meta and `generator` as in SLTrainLinear; raises ValueError for a rank outside [1, min(in, out)] and
     an unknown activation.
     """
@@ -36,17 +36,19 @@ class CoLALinear(FactoredLinear, kind="cola"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__(in_features, out_features, rank, float(rank), bias, device=device, dtype=dtype)
         if rank == 0:
             raise ValueError("a layer of kind cola needs a rank of at least 1, got 0")
         check_activation(activation)
         self.activation, self.is_mergeable, self.recompute = activation, activation == NONE, recompute
+        self.gain = gain
         if not self.A.is_meta:
             self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        std = (self.rank * (self.in_features + self.out_features)) ** -0.25
+        std = self.gain**0.5 * (self.rank * (self.in_features + self.out_features)) ** -0.25
         fill_normal(self.A, std, generator)
         fill_normal(self.B, std, generator)
         if self.bias is not None:

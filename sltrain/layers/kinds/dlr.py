@@ -33,8 +33,9 @@ class DLRLinear(CoLALinear, kind="dlr"):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        gain: float = 1.0,
     ) -> None:
-        super().__init__(in_features, out_features, rank, activation, bias, generator, device, dtype, recompute)
+        super().__init__(in_features, out_features, rank, activation, bias, generator, device, dtype, recompute, gain)
         self.set_residual(residual)
 
     def output(self, hidden: Tensor) -> Tensor:
