@@ -71,7 +71,7 @@ def test_the_start_has_the_variance_of_the_authors_times_the_squared_gain(gain: 
 
 @pytest.mark.parametrize("method", ["cola", "dlr"])
 def test_the_methods_hand_gain_to_their_layers(method: str) -> None:
-    config = compose_config(TRAIN, [f"method={method}", "method.gain=0.5", "model=llama_tiny"])
+    config = compose_config([f"method={method}", "method.gain=0.5", "model=llama_tiny"], TRAIN)
     layer = build_model(config).get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(layer, CoLALinear) and layer.gain == 0.5
 
