@@ -69,13 +69,6 @@ def test_the_start_has_the_variance_of_the_authors_times_the_squared_gain(gain: 
     assert (layer.B @ layer.A).var().item() == pytest.approx(gain**2 / 1000, rel=0.05)
 
 
-@pytest.mark.parametrize("method", ["cola", "dlr"])
-def test_the_methods_hand_gain_to_their_layers(method: str) -> None:
-    config = compose_config([f"method={method}", "method.gain=0.5", "model=llama_tiny"], TRAIN)
-    layer = build_model(config).get_submodule("model.layers.0.mlp.up_proj")
-    assert isinstance(layer, CoLALinear) and layer.gain == 0.5
-
-
 def test_there_is_no_one_matrix_and_no_start_from_one() -> None:
     layer = CoLALinear(12, 20, 4)
     assert layer.num_trained == layer.multiply_adds() == 4 * (12 + 20)
@@ -114,6 +107,12 @@ def model_of(tiny: list[str], *typed: str) -> LlamaForCausalLM:
     model.to_empty(device="cpu")
     model.init_weights(seed=0)
     return model
+
+
+@pytest.mark.parametrize("method", ["method=cola", "method=dlr"])
+def test_the_methods_hand_gain_to_their_layers(tiny: list[str], method: str) -> None:
+    layer = model_of(tiny, method, "method.gain=0.5").get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, CoLALinear) and layer.gain == 0.5
 
 
 def loss_and_gradients(model: LlamaForCausalLM, **how: Tensor) -> list[Tensor]:
