@@ -119,7 +119,7 @@ class TrainConfig:
     grad_clip_per_parameter: float | None = None  # norm of each parameter's gradient by itself; None: no clipping
     per_layer_update: bool = MISSING  # update each parameter inside backward and free its gradient at once
     stochastic_rounding: bool = MISSING  # round bfloat16 updates up or down at random, right on average
-    moments_dtype: str = MISSING  # optimizer=adamw: auto (as the weights), or float32 for bfloat16 weights too
+    moments_dtype: str = MISSING  # adamw, galore, ...: auto (as the weights), or float32 for bfloat16 weights too
 
     # Cadence; 0: never
     log_every: int = MISSING  # updates between train lines

@@ -137,10 +137,11 @@ def _disagreements(config: TrainConfig) -> Iterator[str]:
             "per_layer_update=true with compile=true frees no gradient early: the compiled backward makes all of them"
             " before it returns; drop one of the two"
         )
-    if config.moments_dtype != "auto" and not hasattr(optimizer, "moments_dtype"):
+    own = getattr(optimizer, "moments_dtype", "moments of its own kind")
+    if config.moments_dtype not in ("auto", own):
         yield (
-            f"moments_dtype={config.moments_dtype} is for optimizer=adamw, and optimizer={optimizer.name} has"
-            " moments of its own kind; drop one of the two"
+            f"moments_dtype={config.moments_dtype} is for optimizers that take it, as adamw and galore do, and"
+            f" optimizer={optimizer.name} has {own}{'' if own.endswith('kind') else ' ones'}; drop one of the two"
         )
 
 

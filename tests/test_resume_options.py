@@ -32,6 +32,7 @@ def without_clocks(lines: list[dict]) -> list[dict]:
         "ema=0.7",
         "dtype=bfloat16 ema=0.7 per_layer_update=true",
         "dtype=bfloat16 moments_dtype=float32",
+        "optimizer=galore optimizer.moments_dtype=8bit optimizer.rank=2 optimizer.update_every=2 method=full",
         "model.tie_word_embeddings=true model.rope_scaling.rope_type=llama3 per_layer_update=true",
     ],
 )

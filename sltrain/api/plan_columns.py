@@ -98,7 +98,7 @@ def _compared_runs(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Train
 
 
 def _with(config: TrainConfig, plugins: Mapping[str, str]) -> TrainConfig:
-    """The configuration with these plug-ins, and without the key that only adamw reads."""
+    """The configuration with these plug-ins, and without a key that not every optimizer reads."""
     for group, name in plugins.items():
         config = with_plugin(config, group, name)
     return replace(config, moments_dtype="auto") if "optimizer" in plugins else config

@@ -1,6 +1,6 @@
 """Adam's two running averages, for optimizers that take them of something else than the whole gradient.
 
-m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2            kept in the dtype of the weights, computed in float32
+m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2            kept in the dtype of the weights or in float32
 c = sqrt(1 - b2^t) / (1 - b1^t)                               what m / sqrt(v) of update t is multiplied by: both
                                                               averages begin at zero (Kingma & Ba, arXiv 1412.6980)
 """
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
-def new_averages(weight: "Tensor", shape: Sequence[int]) -> "dict[str, Tensor]":
-    """Averages of tensors of this shape, zero, in the dtype of `weight` and where it is."""
-    return {key: weight.new_zeros(shape) for key in ("exp_avg", "exp_avg_sq")}
+def new_averages(weight: "Tensor", shape: Sequence[int], dtype: "torch.dtype | None" = None) -> "dict[str, Tensor]":
+    """Averages of tensors of this shape, zero, where `weight` is and in `dtype` (None: that of `weight`)."""
+    return {key: weight.new_zeros(shape, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def averages(grad: "Tensor", state: dict[str, Any], betas: Sequence[float]) -> "tuple[Tensor, Tensor]":

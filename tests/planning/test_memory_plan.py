@@ -241,6 +241,7 @@ BFLOAT16_UPDATES = [
     f"method=full {NARROW} moments_dtype=float32",
     f"method=cola method.recompute=true {NARROW}",
     "method=full per_layer_update=true moments_dtype=float32",
+    f"method=full {NARROW} optimizer=galore optimizer.moments_dtype=8bit optimizer.rank=16 optimizer.others=scale",
 ]
 MIXED_UPDATES = [
     f"{FACTORED} seq_len=512",

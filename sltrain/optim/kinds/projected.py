@@ -5,15 +5,19 @@
     N = m / (sqrt(v) + eps)                        Adam's moments m, v of R, which stay when the basis is renewed
     c = sqrt(1 - b2^t) / (1 - b1^t)                Adam's bias correction, of the whole direction
 
-State for a matrix: d rank of P and 2 rank max(out, in) of moments, instead of 2 out in. Everything is computed from the
-sum of an update's gradients, so it is right with several micro-batches and inside backward alike.
+State for a matrix: d rank of P and 2 rank max(out, in) of moments, instead of 2 out in. `moments_dtype=8bit` keeps the
+moments in 8-bit codes, as the authors' GaLoreAdamW8bit does: a byte each, a scale a block of 256 (optim/dynamic.py).
+Everything is computed from the sum of an update's gradients, so it is right with several micro-batches and inside
+backward alike.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from sltrain.optim.kinds.adamw import AdamWOptions
+from sltrain.optim.kinds.base import OptimizerConfig
 from sltrain.optim.kinds.rule import MatrixRule, check_betas
 from sltrain.optim.moments import averages, bias_correction, new_averages
 from sltrain.parameters import ParamInfo
@@ -21,6 +25,7 @@ from sltrain.parameters import ParamInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOMENTS = ("auto", "float32", "8bit")
 MAX_GROWTH = 1.01  # of the norm of what Fira and APOLLO add, from one update to the next
 
 
@@ -32,6 +37,7 @@ class Projected(MatrixRule):
     update_every: int = 200  # updates between two bases
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
     eps: float = 1e-8
+    moments_dtype: str = "auto"  # auto: as the weights; float32: also those of bfloat16 weights; 8bit: codes
 
     whole_moments: ClassVar[bool] = False
     copies_on_cpu: ClassVar[int] = 4
@@ -43,17 +49,50 @@ class Projected(MatrixRule):
             if getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: must be at least 1")
         check_betas(self.betas)
+        if self.moments_dtype not in MOMENTS:
+            raise ValueError(f"optimizer.moments_dtype={self.moments_dtype}: choose one of {', '.join(MOMENTS)}")
 
     def takes(self, parameter: ParamInfo) -> bool:
         return super().takes(parameter) and min(parameter.shape) > self.rank
 
+    def rest(self) -> OptimizerConfig:
+        """Where that is AdamW, with float32 moments if these have them."""
+        others = super().rest()
+        if self.moments_dtype == "float32" and isinstance(others, AdamWOptions):
+            return replace(others, moments_dtype="float32")
+        return others
+
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         basis = weight.new_zeros(min(weight.shape), self.rank)
-        return {"basis": basis, "is_chosen": 0, **new_averages(weight, self.projected_shape(weight))}
+        return {"basis": basis, "is_chosen": 0, **self.new_moments(weight)}
 
-    def projected_shape(self, weight: "Tensor") -> tuple[int, int]:
+    def new_moments(self, weight: "Tensor") -> "dict[str, Tensor]":
+        """Moments of R, zero, where `weight` is."""
+        import torch
+
+        from sltrain.optim import dynamic
+
         rows, columns = weight.shape
-        return (rows, self.rank) if rows >= columns else (self.rank, columns)
+        shape = (rows, self.rank) if rows >= columns else (self.rank, columns)
+        if self.moments_dtype == "8bit":
+            return dynamic.new_averages(weight, shape)
+        return new_averages(weight, shape, torch.float32 if self.moments_dtype == "float32" else None)
+
+    def moments(self, projected: "Tensor", state: dict[str, Any]) -> "tuple[Tensor, Tensor]":
+        """m and v, float32, once they have taken R in."""
+        from sltrain.optim import dynamic
+
+        take_in = dynamic.averages if self.moments_dtype == "8bit" else averages
+        return take_in(projected, state, self.betas)
+
+    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
+        """What a decomposition needs, or, while moments in codes change, the basis and six copies of R."""
+        others = super().step_bytes(parameter, device_type, rounding)
+        if self.moments_dtype != "8bit":
+            return others
+        copy_of_gradient = parameter.numel if parameter.element_size < 4 else 0
+        in_codes = self.rank * (min(parameter.shape) + 6 * max(parameter.shape)) + copy_of_gradient
+        return max(others, 4 * in_codes)
 
     def new_basis(self, grad: "Tensor", number: int) -> "Tensor":
         """The basis (shorter side, rank) for the updates after `number` renewals."""
@@ -76,7 +115,7 @@ class Projected(MatrixRule):
 
     def adam(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
         """N, once the moments have taken R in."""
-        mean, squares = averages(projected, state, self.betas)
+        mean, squares = self.moments(projected, state)
         return mean / (squares.sqrt() + self.eps)
 
     def correction(self, step: int) -> float:

@@ -2,7 +2,7 @@
 al., arXiv 2407.08296). projected.py and galore.py have the notation.
 
     P       in 4-bit codes, groups of 256 share a step and a zero point      optim/affine.py
-    m, v    of R in 8-bit codes, blocks of 256 share a scale                 optim/dynamic.py
+    m, v    of R in 8-bit codes, blocks of 256 share a scale                 optim/dynamic.py, `moments_dtype=8bit`
     direction = scale P N,   N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 P is renewed every `interval` updates, at first `update_every`. With q the mean, over the last `queue` renewals, of the
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.galore import GaLore
 from sltrain.optim.kinds.rule import check_finite
-from sltrain.parameters import ParamInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +29,7 @@ class QGaLore(GaLore):
 
     threshold: float = 0.4  # mean similarity from which the interval doubles; above 1 it never does
     queue: int = 5  # renewals that the mean is over
+    moments_dtype: str = "8bit"
 
     def check(self) -> None:
         super().check()
@@ -41,7 +41,6 @@ class QGaLore(GaLore):
         import torch
 
         from sltrain.optim.affine import no_codes
-        from sltrain.optim.dynamic import new_averages
 
         basis = no_codes(weight, min(weight.shape) * self.rank, bits=4)
         return {
@@ -49,14 +48,8 @@ class QGaLore(GaLore):
             "is_chosen": 0,
             "interval": self.update_every,
             "similarities": weight.new_full((self.queue,), -float("inf"), dtype=torch.float32),
-            **new_averages(weight, self.projected_shape(weight)),
+            **self.new_moments(weight),
         }
-
-    def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
-        """The basis and six copies of R while the moments change, or what GaLore needs for a decomposition."""
-        copy_of_gradient = parameter.numel if parameter.element_size < 4 else 0
-        moments = 4 * (self.rank * (min(parameter.shape) + 6 * max(parameter.shape)) + copy_of_gradient)
-        return max(super().step_bytes(parameter, device_type, rounding), moments)
 
     def direction(self, grad: "Tensor", state: dict[str, Any]) -> "Tensor":
         if (state["step"] - 1) % state["interval"] == 0 or not state["is_chosen"]:
@@ -93,8 +86,6 @@ class QGaLore(GaLore):
 
     def _adam(self, projected: "Tensor", state: dict[str, Any]) -> "Tensor":
         """N, once the moments have taken R in."""
-        from sltrain.optim.dynamic import averages
-
-        mean, squares = averages(projected, state, self.betas)
+        mean, squares = self.moments(projected, state)
         mean, squares = (m / (1 - b ** state["step"]) for m, b in zip((mean, squares), self.betas, strict=True))
         return mean / (squares.sqrt() + self.eps)
