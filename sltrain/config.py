@@ -66,6 +66,13 @@ class TrackerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes of a run share the tensors of its model (engine/strategy.py)."""
+
+    name: str = "auto"  # auto (one process: single, several: ddp), single or ddp
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -74,6 +81,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SourceConfig = field(default_factory=SourceConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     # W = (alpha / rank) B A + S: a recipe's values, read by the methods that have these options
     rank: int = MISSING  # inner size of B A; 0: S alone
@@ -151,7 +159,7 @@ class TrainConfig:
 # that `path` or `repo` names is compared by its fingerprint, the tokenizer by content; building/folder.py checks
 # `extend`, and sources/mix.py what of data.mix may change.
 CHANGEABLE_ON_RESUME = (
-    "run_dir resume extend tracker path data.path repo data.repo data.commit data.mix data.settled_entries"
+    "run_dir resume extend tracker parallel path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
     " eval_tasks eval_task_limit checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
     " layer_path memory_guard per_layer_update peak_tflops profile_steps method.recompute"

@@ -18,6 +18,7 @@ from sltrain.parameters import ROLES
 
 CHOICES = {
     "tracker.name": ("none", "wandb", "tensorboard", "trackio"),
+    "parallel.name": ("auto", "single", "ddp"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),

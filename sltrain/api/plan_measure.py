@@ -12,6 +12,7 @@ from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import averages_bytes, free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.engine.strategy import Single
 from sltrain.layers import set_paths
 
 NUM_UPDATES = 3  # the first makes the optimizer's state, the last is measured
@@ -31,14 +32,14 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
     """The peak of tensor bytes in one update of the real model on random tokens."""
     config.optimizer.check_package()
     check_updates_of(config, dtype)
-    ranks = Ranks(0, 1, device)
+    strategy = Single(Ranks(0, 1, device))
     assert config.model.vocab_size is not None
     model = build_model(config, config.model.vocab_size, dtype)
     set_paths(model, config.layer_path, config.micro_batch_size * config.seq_len, device)
     allocate(model, device)
     model.init_weights(config.seed)
-    optimizer = build_updates(config, model, ranks)
-    step = build_step(config, model, optimizer, ranks)
+    optimizer = build_updates(config, model, strategy)
+    step = build_step(config, model, optimizer, strategy)
     vocab = model.lm_head.out_features
     source = torch.Generator().manual_seed(config.seed)
 

@@ -23,6 +23,7 @@ from sltrain.building.trainer import build_step, build_updates
 from sltrain.config import TrainConfig, num_steps
 from sltrain.engine.actions import Action, Schedule, begun, generator_for
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.strategy import Single
 from sltrain.formats.folder import llama_config
 from sltrain.layers.convert import replace_linears
 from sltrain.layers.cost import set_paths
@@ -59,7 +60,7 @@ def build_update(bench: Bench, name: str, train: TrainConfig) -> Update:
         return OurUpdate(bench, train)
     model = transformers_model(bench, name, train)
     fill_zeros(model)
-    optimizer = build_updates(train, model, Ranks(rank=0, world_size=1, device=bench.device))
+    optimizer = build_updates(train, model, Single(Ranks(rank=0, world_size=1, device=bench.device)))
 
     def update(ids: Tensor) -> float:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -75,12 +76,12 @@ class OurUpdate:
     """An update with the actions that follow every one; `rare` are the others, and the share of updates they follow."""
 
     def __init__(self, bench: Bench, train: TrainConfig) -> None:
-        ranks = Ranks(rank=0, world_size=1, device=bench.device)
+        strategy = Single(Ranks(rank=0, world_size=1, device=bench.device))
         self.numbers = longest_phase(train)[1]
         model = our_model(bench, train)
         fill_zeros(model)
-        optimizer = build_updates(train, model, ranks)
-        self.step = build_step(train, model, optimizer, ranks)
+        optimizer = build_updates(train, model, strategy)
+        self.step = build_step(train, model, optimizer, strategy)
         actions = live_actions(train, model, Live(optimizer))
         shares = [(action, sum(map(action.is_due, self.numbers)) / len(self.numbers)) for action in actions]
         self.usual = Schedule([action for action, share in shares if share == 1], seed=SEED)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
+from sltrain.building.strategy import check_parallel
 from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
@@ -28,7 +29,7 @@ ANY_VOCABULARY = 32_000  # ids, where the tokenizer will decide: no check depend
 def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError, or OSError, for the first thing that is wrong."""
     for check in (
-        _check_processes,  # the batch and the streams of text divide among them
+        _check_processes,  # they can share the model; the batch and the streams of text divide among them
         _check_packages,  # what the optimizer, the tracker and tasks need is installed
         _check_updates,  # the ways of updating go together
         _check_compiler,  # torch.compile has a compiler
@@ -39,6 +40,7 @@ def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
+    check_parallel(config, ranks.world_size)
     check_batch(config, ranks.world_size)
     num_shared_streams(config.global_batch_size, config.data.num_streams, ranks.world_size)
 

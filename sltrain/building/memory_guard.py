@@ -7,6 +7,7 @@ from sltrain.building.model import build_model
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import free_bytes
+from sltrain.engine.strategy import Strategy
 from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.memory_plan import MemoryPlan
@@ -15,9 +16,20 @@ from sltrain.runs.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-def guard_memory(config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, ranks: Ranks) -> MemoryPlan | None:
+def free_share(ranks: Ranks) -> int | None:
+    """Free memory for this process on its device; None if the system does not say."""
+    free = free_bytes(ranks.device)
+    if free is not None and ranks.device.type == "cpu":
+        free //= ranks.num_on_this_machine  # they share it
+    return free
+
+
+def guard_memory(
+    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, strategy: Strategy
+) -> MemoryPlan | None:
     """The plan of the run's memory, None if it cannot be planned; both are logged. Raises ValueError if it does not
     fit, or cannot be planned, and the guard is on."""
+    ranks = strategy.ranks
     device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
 
     def plan_of(changed: TrainConfig) -> MemoryPlan:
@@ -30,9 +42,7 @@ def guard_memory(config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder
             raise
         logger.info(f"memory     cannot be planned: {error}")
         return None
-    free = free_bytes(device)
-    if free is not None and device.type == "cpu":
-        free //= ranks.num_on_this_machine  # they share it
+    free = free_share(ranks)
     logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan

@@ -18,6 +18,7 @@ from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
 from sltrain.building.start_from import open_start
 from sltrain.building.start_text import describe
+from sltrain.building.strategy import build_strategy, compare_ranks
 from sltrain.building.tasks import open_tasks, task_evaluation
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
@@ -47,6 +48,7 @@ def build_run(config: TrainConfig) -> Run:
     with ExitStack() as resources:
         ranks = Ranks.start(pick_device(config.device))
         resources.callback(ranks.stop)
+        compare_ranks(config, ranks)
         ranks.everywhere(lambda: check_before_text(config, ranks))
         folder, is_finished = find_folder(config, ranks)
         trainer = None if is_finished else _build(config, folder, ranks, resources)
@@ -70,11 +72,12 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     if start is not None:
         start.text = read_calibration(config, source, validation, tokenizer, ranks)
     describe(config, model, source, tokenizer, eval_set, ranks)
-    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, ranks))
+    strategy = build_strategy(config, model, ranks)
+    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, strategy))
     resources.callback(folder.release)
     claim_folder(folder, config, tokenizer, ranks)
     logger.info(f"run folder {folder.path}")
-    trainer = build_trainer(config, folder, model, stream, eval_set, ranks, plan, start)
+    trainer = build_trainer(config, folder, model, stream, eval_set, strategy, plan, start)
     if config.eval_tasks:
         trainer.tasks = task_evaluation(config, tasks, model, tokenizer, ranks)
     for sink in trainer.sinks:

@@ -28,6 +28,7 @@ from sltrain.engine.micro_batch import Feed
 from sltrain.engine.profile import Profile
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
+from sltrain.engine.strategy import Strategy
 from sltrain.engine.tensorboard import TensorBoardSink
 from sltrain.engine.trackio import TrackioSink
 from sltrain.engine.trainer import Progress, Trainer
@@ -55,22 +56,23 @@ def build_trainer(
     model: LlamaForCausalLM,
     stream: TrainStream,
     eval_set: EvalSet | MixedEvalSet,
-    ranks: Ranks,
+    strategy: Strategy,
     plan: MemoryPlan | None,
     start: Start | None = None,
 ) -> Trainer:
     """Give the model memory and values, those of the newest checkpoint if there is one, else those of `start`, and all
     it needs to train."""
+    ranks = strategy.ranks
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if checkpoint is None:  # otherwise every value comes from there
-        begin(config, model, start, ranks)
-    live = Live(build_updates(config, model, ranks))
+        begin(config, model, start, strategy)
+    live = Live(build_updates(config, model, strategy))
     schedule = Schedule(
-        live_actions(config, model, live), phases_of(config), config.seed, agree=lambda: ranks.send_from_main(model)
+        live_actions(config, model, live), phases_of(config), config.seed, agree=lambda: strategy.agree(model)
     )
     objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}
     saved: dict[str, Any] = {}
@@ -83,12 +85,12 @@ def build_trainer(
     compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     trainer = Trainer(
         model=compiled,
-        update_step=build_step(config, compiled, live.optimizer, ranks),
+        update_step=build_step(config, compiled, live.optimizer, strategy),
         schedule=schedule,
         objects=objects,
         feed=Feed(stream, ranks, StopRequest(), config.micro_batch_size, saved.get("stream", {})),
         eval_set=eval_set,
-        ranks=ranks,
+        strategy=strategy,
         checkpointer=checkpointer,
         sinks=ranks.everywhere(lambda: build_sinks(config, folder, progress.step) if ranks.is_main else []),
         memory=memory,
@@ -104,15 +106,15 @@ def build_trainer(
     return trainer
 
 
-def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, ranks: Ranks) -> None:
+def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, strategy: Strategy) -> None:
     """Give a new run its first values, the same on all ranks: random ones by the seed, those of phases that begin at
     once, and over them the weights that were trained before."""
     model.init_weights(config.seed)
     for phase in begun(phases_of(config), 0):
         phase.start(model, generator_for(config.seed, phase.name, 0))
     if start is not None:
-        start.fill(model, ranks, config.micro_batch_size)
-    ranks.send_from_main(model)
+        start.fill(model, strategy.ranks, config.micro_batch_size)
+    strategy.agree(model)
 
 
 def final_numbers(config: TrainConfig, model: LlamaForCausalLM, memory: RunMemory) -> Event:
@@ -140,8 +142,8 @@ def enter_phase(
     phase.change(model)
     phase.start(model, generator)
     trainer.update_step.close()
-    live.optimizer = rebuild_updates(config, model, trainer.ranks, live.optimizer)
-    trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.ranks)
+    live.optimizer = rebuild_updates(config, model, trainer.strategy, live.optimizer)
+    trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.strategy)
     before = {name: kept.state_dict() for name, kept in trainer.schedule.stateful().items()}
     trainer.schedule.actions = live_actions(config, model, live)
     after = trainer.schedule.stateful()
@@ -211,10 +213,11 @@ def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
     )
 
 
-def build_updates(config: TrainConfig, model: nn.Module, ranks: Ranks) -> torch.optim.Optimizer:
+def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> torch.optim.Optimizer:
     """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
+    ranks = strategy.ranks
     optimizer = build_optimizer(
-        model.named_parameters(),
+        strategy.named_parameters(model),
         config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -242,11 +245,11 @@ def group_options(config: TrainConfig, parameter: ParamInfo) -> dict[str, float]
 
 
 def rebuild_updates(
-    config: TrainConfig, model: nn.Module, ranks: Ranks, old: torch.optim.Optimizer
+    config: TrainConfig, model: nn.Module, strategy: Strategy, old: torch.optim.Optimizer
 ) -> torch.optim.Optimizer:
     """What `build_updates` makes for a model whose parameters have changed, with the state that `old`, the optimizer of
     the model as it was, has of parameters that are still there. `old` is of no use afterwards."""
-    return rebuild_optimizer(old, lambda: build_updates(config, model, ranks))
+    return rebuild_optimizer(old, lambda: build_updates(config, model, strategy))
 
 
 def stateful_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
@@ -254,11 +257,13 @@ def stateful_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Op
     return OptimizerState(optimizer, [name for name, _ in model.named_parameters()])
 
 
-def build_step(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> UpdateStep:
+def build_step(
+    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy
+) -> UpdateStep:
     """What makes an update of the model with what `build_updates` returned. All ranks call it together."""
     if isinstance(optimizer, PerLayerUpdate):
-        return PerLayerStep(model, optimizer, ranks)
-    return OrdinaryStep(model, optimizer, ranks, config.grad_clip, config.grad_clip_per_parameter)
+        return PerLayerStep(model, optimizer, strategy.ranks)
+    return OrdinaryStep(model, optimizer, strategy, config.grad_clip, config.grad_clip_per_parameter)
 
 
 def learning_rate_setter(config: TrainConfig, live: Live) -> Callable[[int], float]:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint_files import ADVICE, CheckpointError, load_model, load_object, save_model, save_object
@@ -58,11 +58,17 @@ class Checkpointer:
         self.keep_last = keep_last or 0
         self.to_train, self.needed = to_train, needed
 
-    def save(self, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: nn.Module | Mapping[str, Tensor],
+        objects: Mapping[str, Stateful],
+        state: Mapping[str, Any],
+    ) -> Path:
         """Write the checkpoint of `step` (updates done) and return its folder; one of the same step is replaced.
 
         Args:
-            model: may be wrapped in DDP and torch.compile.
+            model: may be wrapped in DDP and torch.compile; or its tensors by name.
             objects: everything else with a state, by name: the optimizer, what actions keep.
             state: JSON data (so its dict keys are strings); `step` is added.
 

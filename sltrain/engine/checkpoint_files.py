@@ -32,16 +32,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def save_model(path: Path, model: nn.Module) -> None:
-    """Write parameters and persistent buffers, a tied one under its first name only."""
-    tensors = {name: tensor.contiguous() for name, tensor in _named_tensors(model).items()}
+def save_model(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
+    """Write parameters and persistent buffers, a tied one under its first name only; or these tensors."""
+    named = named_tensors(model) if isinstance(model, nn.Module) else model
+    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_model(path: Path, model: nn.Module) -> None:
     """Fill the model from the file. Raises CheckpointError when a name, shape or dtype differs; the model is then
     untouched."""
-    expected = _named_tensors(model)
+    expected = named_tensors(model)
     assert not any(tensor.is_meta for tensor in expected.values()), "give the model memory (to_empty) before loading"
     with safe_open(path, framework="pt") as file:  # maps the file: one tensor at a time is in memory
         found = {}
@@ -75,7 +76,7 @@ def load_object(path: Path, stateful: Stateful, is_on_cpu: bool) -> None:
         raise CheckpointError(f"checkpoint of another {path.stem}: {error} ({path}). {ADVICE}") from error
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, a tied one under its first name only."""
     named: dict[str, Tensor] = {}
     seen: set[int] = set()

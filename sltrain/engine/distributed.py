@@ -1,12 +1,12 @@
 """The processes of one run: this one's rank, the world size, and the few collective operations a run needs.
 
 torchrun describes the processes in environment variables. Without them there is one process and every collective is
-the identity. Numbers and Python objects travel over gloo on the host, gradients over NCCL (CUDA) or gloo (CPU).
+the identity. Numbers and Python objects travel over gloo on the host, gradients over NCCL (CUDA) or gloo (CPU). How the
+processes share a model is strategy.py's.
 """
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -128,17 +127,3 @@ class Ranks:
         if failed:
             raise ToldByAnotherRank(messages[failed[0]])
         return result  # type: ignore[return-value]
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model in DDP, which averages gradients over ranks during backward; bare for one rank. It does not send
-        buffers: these are equal from the start, see `send_from_main`."""
-        if self.world_size == 1:
-            return model
-        buffers = [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside this context backward adds to the local gradients without averaging them over ranks."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -31,10 +31,12 @@ def evaluate(
     ranks: Ranks,
     should_stop: Callable[[], bool] = lambda: False,
     sources: Sequence[str] = (),
+    in_step: bool = False,
 ) -> Event | None:
     """Validation numbers of `model` (a micro-batch's tensors -> summed token loss), equal on all ranks. Each rank has
     its own batches, any number of them, as data/evaluation.py makes them. `sources` are the names that batches of a
-    mixture may have as their `source`: loss and tokens of each are then among the numbers.
+    mixture may have as their `source`: loss and tokens of each are then among the numbers. `in_step`: the model needs
+    all ranks in every forward pass; those without a batch left make passes that do not count.
 
     None if `should_stop` became true on some rank. Raises ValueError if no rank has a token to predict.
     """
@@ -43,13 +45,10 @@ def evaluate(
     # loss sum, targets, bytes, sum of batch means, batches, ranks that stopped, ranks with a batch
     totals = torch.zeros(7, dtype=torch.float64)
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64)  # loss sum, targets
-    for batch in batches:
-        if should_stop():
-            totals[5] += 1
+    usable = ((batch, count) for batch in batches if (count := _num_targets(batch)) > 0)
+    for batch, num_targets in _in_step(usable, model, ranks, should_stop) if in_step else usable:
+        if not in_step and should_stop():
             break
-        num_targets = int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
-        if num_targets == 0:
-            continue
         loss_sum = float(model(*make_micro_batch(batch.input_ids, batch.labels, ranks.device, batch.positions)))
         totals += torch.tensor(
             [loss_sum, num_targets, batch.num_bytes, loss_sum / num_targets, 1, 0, 0], dtype=torch.float64
@@ -57,6 +56,7 @@ def evaluate(
         if sources:
             by_source[sources.index(batch.source)] += totals.new_tensor([loss_sum, num_targets])
     model.train(training)
+    totals[5] = should_stop()
     totals[3] /= totals[4] + 1  # each rank averages over its own batches
     totals[6] = totals[4] > 0
     loss_sum, num_targets, num_bytes, galore_losses, _, num_stopped, num_ranks = ranks.sum_(totals).tolist()
@@ -76,6 +76,27 @@ def evaluate(
         "eval_processes": int(num_ranks),
         **_of_sources(sources, by_source.tolist()),
     }
+
+
+def _num_targets(batch: Any) -> int:
+    return int((batch.labels[:, 1:] != IGNORED_LABEL).sum())
+
+
+def _in_step(
+    batches: Iterator[tuple[Any, int]], model: nn.Module, ranks: Ranks, should_stop: Callable[[], bool]
+) -> Iterator[tuple[Any, int]]:
+    """These batches, until all ranks are out of theirs or one of them stops; a rank without one makes a pass of two
+    tokens for each that the others make."""
+    two = torch.zeros(1, 2, dtype=torch.int64)
+    while True:
+        batch = next(batches, None)
+        num_left, num_stopped = ranks.sum([int(batch is not None), int(should_stop())])
+        if num_stopped or not num_left:
+            return
+        if batch is None:
+            model(*make_micro_batch(two, two, ranks.device))
+        else:
+            yield batch
 
 
 def counted(eval_set: Any) -> Iterator[Any]:

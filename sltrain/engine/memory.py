@@ -138,10 +138,13 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights, buffers and optimizer state: what is held between updates."""
+def held_by(
+    model: nn.Module, optimizer: torch.optim.Optimizer, local: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> int:
+    """Bytes of weights, buffers and optimizer state: what is held between updates. `local(parameter)` is what this
+    process holds of it."""
     state = (value for values in optimizer.state.values() for value in values.values())
-    return bytes_of([*model.parameters(), *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
+    return bytes_of([*map(local, model.parameters()), *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
 
 
 def averages_bytes(actions: Iterable[Action]) -> int:

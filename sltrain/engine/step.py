@@ -6,20 +6,18 @@ The loss of an update is the mean over all its tokens, whatever micro-batch or r
 
 so every micro-batch's summed loss is divided by the global token count, which is known before the first backward.
 
-OrdinaryStep   collects all gradients, then lets the optimizer update all weights. The model is wrapped in DDP, which
-               averages over ranks, hence a factor world_size. An update whose loss or gradient is not finite is
-               skipped; the one host synchronization of a step serves that test and the log.
+OrdinaryStep   collects all gradients, then lets the optimizer update all weights. Its strategy (strategy.py) averages
+               over ranks, hence a factor world_size. An update whose loss or gradient is not finite is skipped; the
+               one host synchronization of a step serves that test and the log.
 PerLayerStep   lets the optimizer update each weight inside the last backward, and sum its gradient over ranks itself:
                the model is bare and there is no factor. Gradients are used before all of them are known, so the loss
                of all micro-batches and ranks is checked before the last backward: if it is not finite the whole update
                is skipped; a gradient that is not finite skips its own tensor.
 """
 
-import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.strategy import Strategy
 from sltrain.numeric import clip_factor, norm_in_pieces
 
 Inputs = Sequence[tuple[Tensor | None, ...]]  # one tuple a micro-batch, as micro_batch.py makes them
@@ -94,7 +93,8 @@ class OrdinaryStep(UpdateStep):
     """Updates all weights at once, after the last backward.
 
     Args:
-        model: the bare model; with several ranks it is wrapped in DDP here.
+        model: the bare model; the strategy wraps it here.
+        optimizer: of the strategy's `named_parameters`.
         grad_clip: largest global gradient norm, or None.
         grad_clip_per_parameter: largest norm of one parameter's gradient, or None; a larger one is scaled down.
     """
@@ -105,32 +105,29 @@ class OrdinaryStep(UpdateStep):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
+        strategy: Strategy,
         grad_clip: float | None = None,
         grad_clip_per_parameter: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self.ranks = ranks.wrap(model), optimizer, ranks
+        self.model, self.optimizer, self.strategy = strategy.wrap(model), optimizer, strategy
         self.grad_clip, self.grad_clip_per_parameter = grad_clip, grad_clip_per_parameter
-        self._has_ordered_buckets = self.model is model
-        if self.model is not model:  # DDP keeps all gradients in buckets
-            self.bucket_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self.bucket_bytes = strategy.bucket_bytes(model)
 
     def close(self) -> None:
         del self.model
-        gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives
+        self.strategy.release()
 
     def _update(self, micro_batches: Inputs, num_targets: int, before_step: Callable[[], None]) -> StepResult:
-        if not self._has_ordered_buckets:
-            self._order_buckets(micro_batches[0])
+        self.strategy.prepare(self.model, micro_batches[0])
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, dtype = self._backward(micro_batches, num_targets)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norms = self._norms(parameters, dtype)
+        parameters = self.strategy.gradients(self.model)
+        norms = self.strategy.whole_norms(self._norms(parameters, dtype))
         norm = torch.linalg.vector_norm(torch.stack(norms)).float()
-        loss_value, norm_value = torch.stack([self.ranks.sum_(loss_sum), norm]).tolist()
+        loss_value, norm_value = torch.stack([self.strategy.ranks.sum_(loss_sum), norm]).tolist()
         result = StepResult(loss_value / num_targets, norm_value)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            result.not_finite = _first_non_finite(self.model)
+            result.not_finite = self._first_non_finite()
             return result
         self._clip(parameters, norms, norm)
         self.is_whole = False
@@ -144,7 +141,7 @@ class OrdinaryStep(UpdateStep):
         itself be rounded to three digits."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         exact = torch.promote_types(dtype, parameters[0].dtype)
-        if self.ranks.device.type == "cuda" or gradients[0].dtype == exact:
+        if self.strategy.ranks.device.type == "cuda" or gradients[0].dtype == exact:
             return list(torch._foreach_norm(gradients, dtype=exact))  # one launch for many
         return [norm_in_pieces(gradient, exact) for gradient in gradients]
 
@@ -156,20 +153,19 @@ class OrdinaryStep(UpdateStep):
             gradients = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(gradients, [clip_factor(norm, self.grad_clip_per_parameter) for norm in norms])
 
-    def _order_buckets(self, micro_batch: tuple[Tensor | None, ...]) -> None:
-        """Let DDP order its buckets, which it does by the first backward, before the first update. The place of a
-        gradient in its bucket decides in which order three or more ranks are summed, and hence the last bits: a run
-        that continues must sum as one that was never stopped."""
-        (self.model(*micro_batch) * 0).backward()
-        self._has_ordered_buckets = True
+    def _first_non_finite(self) -> str:
+        """Name of the first parameter whose gradient is not finite on some rank that has a part of it, or `loss`."""
+        named = [(name, p.grad) for name, p in self.strategy.named_parameters(self.model)]
+        flags = [grad is not None and not bool(torch.isfinite(grad).all()) for _, grad in named]
+        names = [name for (name, _), flag in zip(named, self.strategy.anywhere(flags), strict=True) if flag]
+        return f"gradient of {names[0].removeprefix('module.')}" if names else "loss"
 
     def _backward(self, micro_batches: Inputs, num_targets: int) -> tuple[Tensor, torch.dtype]:
         """Fill the gradients. Returns this rank's sum of losses, 0-d float32, and the dtype of the model's losses."""
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        scale = self.ranks.world_size / num_targets
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.strategy.ranks.device)
+        scale = self.strategy.ranks.world_size / num_targets
         for i, micro_batch in enumerate(micro_batches):
-            is_last = i + 1 == len(micro_batches)
-            with nullcontext() if is_last else self.ranks.no_sync(self.model):  # one all-reduce an update
+            with self.strategy.accumulating(self.model, is_last=i + 1 == len(micro_batches)):
                 loss = self.model(*micro_batch)
                 (loss * scale).backward()
             loss_sum += loss.detach()
@@ -219,11 +215,3 @@ class PerLayerStep(UpdateStep):
         squared_norm, num_updated, num_skipped = self._per_layer.finish()
         not_finite = "every gradient" if num_updated == 0 else None
         return StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_skipped, not_finite)
-
-
-def _first_non_finite(model: nn.Module) -> str:
-    """Name of the first parameter whose gradient is not finite, or `loss`."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return f"gradient of {name.removeprefix('module.')}"
-    return "loss"

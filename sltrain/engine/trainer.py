@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
 from sltrain.engine.profile import Profile
 from sltrain.engine.step import StepResult, UpdateStep
+from sltrain.engine.strategy import Strategy
 from sltrain.events import Event, TaskNumbers
 
 logger = logging.getLogger(__name__)
@@ -61,13 +63,13 @@ class Progress:
 class Trainer:
     """Everything one run needs after it is built."""
 
-    model: nn.Module  # not wrapped in DDP
+    model: nn.Module  # as evaluations and checkpoints take it, not as the strategy wraps it
     update_step: UpdateStep
     schedule: Schedule  # what the method does between updates
     objects: dict[str, Stateful]  # what a checkpoint saves besides the model: the optimizer, what actions keep
     feed: Feed
     eval_set: Any  # see data/evaluation.py
-    ranks: Ranks
+    strategy: Strategy
     checkpointer: Checkpointer
     sinks: list[Sink]
     memory: RunMemory
@@ -88,6 +90,10 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.source_tokens: dict[str, int] = {}  # of a mixture, read in this rank's streams until the last update
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.strategy.ranks
 
     @property
     def step(self) -> int:
@@ -140,7 +146,7 @@ class Trainer:
     def _held_bytes(self) -> int:
         """What is held before an update, which must not free gradients of the one before while it is measured."""
         self.update_step.optimizer.zero_grad()
-        own = held_by(self.model, self.update_step.optimizer) + self.update_step.bucket_bytes
+        own = held_by(self.model, self.update_step.optimizer, self.strategy.local) + self.update_step.bucket_bytes
         return own + averages_bytes(self.schedule.actions)
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -190,7 +196,15 @@ class Trainer:
                 logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
             with self._averaged():
                 batches, sources = counted(self.eval_set), self.eval_set.sources
-                numbers = evaluate(self.model, batches, self.ranks, lambda: self.feed.stop.is_set, sources)
+                numbers = evaluate(
+                    self.model,
+                    batches,
+                    self.ranks,
+                    lambda: self.feed.stop.is_set,
+                    sources,
+                    in_step=self.strategy.is_sharded,
+                )
+                self.strategy.after_forward(self.model)
                 if numbers is not None and self.tasks is not None:
                     of_tasks = self.tasks(lambda: self.feed.stop.is_set)
                     numbers = None if of_tasks is None else {**numbers, **({"tasks": of_tasks} if of_tasks else {})}
@@ -219,9 +233,14 @@ class Trainer:
             self.progress.wall_seconds = time.monotonic() - self.started
             streams = {key: state for part in self.ranks.gather(self.feed.state) for key, state in part.items()}
             state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
-            path = self.ranks.on_main(lambda: self.checkpointer.save(self.step, self.model, self.objects, state))
+            path = self._write_checkpoint(state)
             self.saved_step = self.step
             self._write("checkpoint", {"path": str(path)})
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> Path:
+        """Let rank 0 write what the strategy gathers."""
+        model, objects = self.strategy.for_checkpoint(self.model, self.objects)
+        return self.ranks.on_main(lambda: self.checkpointer.save(self.step, model, objects, state))
 
     def _write(self, event: str, numbers: Event, of_method: Mapping[str, float] | None = None) -> Event:
         p = self.progress

@@ -15,6 +15,7 @@ from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
+from sltrain.engine.strategy import Single
 from sltrain.log import memory_size
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
@@ -46,7 +47,7 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
     largest = max(bytes_of(module.parameters(recurse=False)) for module in model.modules())
     assert own < peak <= 1.1 * own + largest
 
-    updates = build_updates(config, model, Ranks(0, 1, CPU))
+    updates = build_updates(config, model, Single(Ranks(0, 1, CPU)))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     updates.step()
@@ -58,7 +59,7 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
     assert saving <= 1.1 * held + largest
     other = build_model(config, 32_000, torch.bfloat16)
     allocate(other, CPU)
-    other_updates = build_updates(config, other, Ranks(0, 1, CPU))
+    other_updates = build_updates(config, other, Single(Ranks(0, 1, CPU)))
     _, loading = tensor_peak(
         lambda: Checkpointer(tmp_path, 1).load(path, other, objects_of(other_updates, other)), own, CPU
     )
@@ -109,14 +110,14 @@ def test_processes_of_one_machine_share_its_memory(
 ) -> None:
     """What fits one process does not fit two; torchrun says how many there are here."""
     config = composed("model=llama_tiny", "max_steps=10", "device=cpu")
-    ranks = Ranks(0, 1, CPU)
+    strategy = Single(Ranks(0, 1, CPU))
     model = build_model(config, 1000, torch.float32)
     planned = plan_model(config, model, CPU, 1).total_bytes
     monkeypatch.setattr(memory_guard, "free_bytes", lambda device: int(1.5 * planned))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
 
     def guard() -> MemoryPlan | None:
-        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), ranks)
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy)
 
     if num_processes == 1:
         assert guard() == plan_model(config, model, CPU, 1)

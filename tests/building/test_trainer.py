@@ -24,6 +24,7 @@ from sltrain.compose import TRAIN, compose_config
 from sltrain.config_checks import validate
 from sltrain.engine.actions import Phase
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.strategy import Single
 from sltrain.layers import SLTrainLinear, replace_linears
 from sltrain.methods.base import METHODS, Method
 from sltrain.methods.full import Full
@@ -139,7 +140,7 @@ def test_roles_and_the_method_scale_the_learning_rate(tiny: list[str]) -> None:
     config = compose_config([*tiny, *typed], TRAIN)
     config.method = Restarted(name="full")
     model = build_model(config, 512, torch.float32)
-    optimizer = trainer.build_updates(config, model, Ranks(0, 1, torch.device("cpu")))
+    optimizer = trainer.build_updates(config, model, Single(Ranks(0, 1, torch.device("cpu"))))
     set_rate = trainer.learning_rate_setter(config, Live(optimizer))
 
     def rates() -> dict[str, float]:

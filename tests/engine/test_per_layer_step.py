@@ -13,6 +13,7 @@ from sltrain.config import ModelConfig
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, StepResult
+from sltrain.engine.strategy import whole_strategy
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
@@ -23,6 +24,7 @@ from sltrain.optim.per_layer import PerLayerUpdate
 
 CPU = torch.device("cpu")
 ONE = Ranks(0, 1, CPU)
+ALONE = whole_strategy(ONE)
 VOCAB = 64
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "device": CPU}
 Fork = Callable[[Callable[[], None]], int]
@@ -106,7 +108,7 @@ def test_it_equals_the_ordinary_update_bit_for_bit(path: str, checkpoint: bool, 
         for each in (optimizer, ordinary):
             set_learning_rate(each, 3e-3 / step)
         ours = PerLayerStep(model, optimizer, ONE).run(micro_batches(step, number), num_targets(number))
-        theirs = OrdinaryStep(reference, ordinary, ONE).run(micro_batches(step, number), num_targets(number))
+        theirs = OrdinaryStep(reference, ordinary, ALONE).run(micro_batches(step, number), num_targets(number))
         assert ours.loss == theirs.loss and ours.num_skipped_tensors == 0 and not ours.skipped
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -120,7 +122,7 @@ def test_it_equals_the_ordinary_update_in_bfloat16(how: dict[str, Any]) -> None:
     optimizer, ordinary = build_per_layer(model, **how), build_ordinary(reference, **how)
     for step in range(1, 4):
         PerLayerStep(model, optimizer, ONE).run(micro_batches(step, 2), num_targets(2))
-        OrdinaryStep(reference, ordinary, ONE).run(micro_batches(step, 2), num_targets(2))
+        OrdinaryStep(reference, ordinary, ALONE).run(micro_batches(step, 2), num_targets(2))
     assert_same_model(model, reference)
 
 
@@ -130,8 +132,8 @@ def test_clipping_by_parameter_equals_the_ordinary_steps() -> None:
     for step in range(1, 4):
         batch = micro_batches(step, 1)
         ours = PerLayerStep(model, optimizer, ONE).run(batch, num_targets(1))
-        theirs = OrdinaryStep(reference, ordinary, ONE, grad_clip_per_parameter=0.1).run(batch, num_targets(1))
-        OrdinaryStep(unclipped, free, ONE).run(batch, num_targets(1))
+        theirs = OrdinaryStep(reference, ordinary, ALONE, grad_clip_per_parameter=0.1).run(batch, num_targets(1))
+        OrdinaryStep(unclipped, free, ALONE).run(batch, num_targets(1))
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5) and ours.grad_norm > 0.1
     assert_same_model(model, reference)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), unclipped.parameters(), strict=True))
@@ -221,7 +223,7 @@ def run_per_layer(ranks: Ranks, number: int, **how: Any) -> tuple[dict[str, Tens
 
 def run_ddp(ranks: Ranks, number: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[StepResult]]:
     model = build_model(dtype=dtype)
-    ddp = OrdinaryStep(model, build_ordinary(model), ranks)
+    ddp = OrdinaryStep(model, build_ordinary(model), whole_strategy(ranks))
     results = []
     for step in range(1, 4):
         batch = micro_batches(step, number)[ranks.rank :: 2]
@@ -259,7 +261,7 @@ def test_ranks_whose_gradients_come_in_other_orders(on_two_ranks: TwoRanks) -> N
     def run(ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model, reference = Crossed(ranks.rank == 1), Crossed(ranks.rank == 1)
         optimizer = build_per_layer(model, ranks)
-        ddp = OrdinaryStep(reference, build_ordinary(reference), ranks)
+        ddp = OrdinaryStep(reference, build_ordinary(reference), whole_strategy(ranks))
         for step in range(3):
             x = torch.randn(3, 8, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
             PerLayerStep(model, optimizer, ranks).run([(x,)], 6)

@@ -14,11 +14,12 @@ from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.step import OrdinaryStep
+from sltrain.engine.strategy import whole_strategy
 from sltrain.layers import SLTrainLinear
 from sltrain.layers.convert import replace_linears
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 
-ONE = Ranks(0, 1, torch.device("cpu"))
+ONE = whole_strategy(Ranks(0, 1, torch.device("cpu")))
 
 
 class Bigram(nn.Module):
@@ -193,7 +194,7 @@ def test_an_update_reads_one_pair_of_numbers_from_its_device(
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or [1.0, 1.0])
     micro_batches = [make_micro_batch(ids, labels, meta) for ids, labels in [batch, (batch[0], batch[0])]]
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    OrdinaryStep(model, optimizer, Ranks(0, 1, meta), **clip).run(micro_batches, 50)
+    OrdinaryStep(model, optimizer, whole_strategy(Ranks(0, 1, meta)), **clip).run(micro_batches, 50)
     assert reads == [(2,)]
     assert all(parameter in optimizer.state for parameter in model.parameters())
 
@@ -229,7 +230,7 @@ def train_growing(ranks: Ranks) -> tuple[list[Tensor], list[int], bool]:
     batches = [(each,) for each in rows[ranks.rank :: ranks.world_size]]
     model, bucket_bytes = Grows(), []
     for _ in range(2):
-        step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1e-3), ranks)
+        step = OrdinaryStep(model, torch.optim.SGD(model.parameters(), lr=1e-3), whole_strategy(ranks))
         step.run(batches, num_targets=10)
         bucket_bytes.append(step.bucket_bytes)
         ddp, _ = weakref.ref(step.model), step.close()
@@ -240,7 +241,7 @@ def train_growing(ranks: Ranks) -> tuple[list[Tensor], list[int], bool]:
 
 
 def test_ddp_follows_a_model_that_gets_parameters(on_two_ranks: Callable[..., list[Any]]) -> None:
-    whole, none, _ = train_growing(ONE)
+    whole, none, _ = train_growing(ONE.ranks)
     assert none == [0, 0]
     for weights, bucket_bytes, is_freed in on_two_ranks(train_growing):
         torch.testing.assert_close(weights, whole)
@@ -259,11 +260,11 @@ def train_stopped(ranks: Ranks, at: int) -> list[Tensor]:
     for number, parameter in enumerate(model.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    step = OrdinaryStep(model, optimizer, ranks)
+    step = OrdinaryStep(model, optimizer, whole_strategy(ranks))
     for number in range(4):
         if number == at:
             step.close()
-            step = OrdinaryStep(model, optimizer, ranks)
+            step = OrdinaryStep(model, optimizer, whole_strategy(ranks))
         step.run([(torch.randn(3, 40, generator=generator),)], num_targets=10)
     return [parameter.detach() for parameter in model.parameters()]
 

@@ -29,6 +29,7 @@ from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import tensor_peak
 from sltrain.engine.micro_batch import MicroBatch, make_micro_batch
+from sltrain.engine.strategy import whole_strategy
 from sltrain.layers.cost import set_paths
 from sltrain.models.generation import Sampling, generate
 from sltrain.models.llama import LlamaForCausalLM
@@ -337,9 +338,9 @@ def test_what_is_always_there_has_its_real_bytes(method: str, optimizer: str) ->
     config = config_of(f"{method} optimizer={optimizer} {ODD}")
     groups = plan_of(config).groups
     model = real_model_of(config)
-    ranks = Ranks(0, 1, CPU)
-    updates = build_updates(config, model, ranks)
-    build_step(config, model, updates, ranks).run([micro_batch_of(config)], 128)
+    strategy = whole_strategy(Ranks(0, 1, CPU))
+    updates = build_updates(config, model, strategy)
+    build_step(config, model, updates, strategy).run([micro_batch_of(config)], 128)
     by_name = dict(model.named_parameters())
     low_rank = [tensor for name, tensor in by_name.items() if name.endswith((".A", ".B"))]
     sparse = [tensor for name, tensor in by_name.items() if name.endswith(".values")]
