@@ -9,8 +9,6 @@
 # MASTER_ADDR  name or address of machine 0
 # MASTER_PORT  a free port on machine 0; default 29500
 # GPUS         number of processes on this machine; default: one per visible GPU
-#
-# With more than 8 processes in total, set data.num_streams to a multiple of their number.
 set -euo pipefail
 
 fail() {

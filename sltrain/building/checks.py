@@ -19,7 +19,7 @@ from sltrain.building.strategy import check_parallel
 from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
-from sltrain.data.order import num_shared_streams
+from sltrain.data.order import num_logical_streams
 from sltrain.engine.distributed import Ranks
 from sltrain.optim.build import members
 
@@ -29,7 +29,7 @@ ANY_VOCABULARY = 32_000  # ids, where the tokenizer will decide: no check depend
 def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError, or OSError, for the first thing that is wrong."""
     for check in (
-        _check_processes,  # they can share the model; the batch and the streams of text divide among them
+        _check_processes,  # they can share the model, and the batch divides among them
         _check_packages,  # what the optimizer, the tracker and tasks need is installed
         _check_updates,  # the ways of updating go together
         _check_compiler,  # torch.compile has a compiler
@@ -42,22 +42,27 @@ def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
 def _check_processes(config: TrainConfig, ranks: Ranks) -> None:
     check_parallel(config, ranks.world_size)
     check_batch(config, ranks.world_size)
-    num_shared_streams(config.global_batch_size, config.data.num_streams, ranks.world_size)
+    num_logical_streams(config.global_batch_size, config.data.num_streams)
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
-    """Check that the global batch divides into the ranks' micro-batches. Raises ValueError."""
-    per_pass = config.micro_batch_size * world_size
-    if config.global_batch_size % per_pass:
-        fits = [m for m in range(1, config.micro_batch_size + 1) if config.global_batch_size % (m * world_size) == 0]
-        hint = (
-            f"the largest micro_batch_size that fits is {fits[-1]}" if fits else f"make it a multiple of {world_size}"
-        )
-        raise ValueError(
-            f"global_batch_size={config.global_batch_size} is not a multiple of"
-            f" micro_batch_size={config.micro_batch_size}"
-            f" x {world_size} process{'es' * (world_size > 1)}; {hint}"
-        )
+    """Check that the global batch divides into the ranks' micro-batches. Raises ValueError, which names the nearest
+    values that do."""
+    whole, micro = config.global_batch_size, config.micro_batch_size
+    if whole % (micro * world_size) == 0:
+        return
+    fits = [size for size in range(1, micro + 1) if whole % (size * world_size) == 0]
+    counts = [count for count in range(1, whole + 1) if whole % (micro * count) == 0]
+    choices = [f"micro_batch_size={fits[-1]}"] if fits else []
+    if counts and world_size > 1:
+        count = min(counts, key=lambda count: abs(count - world_size))
+        choices.append(f"{count} process{'es' * (count > 1)}")
+    multiple = max(round(whole / (micro * world_size)), 1) * micro * world_size
+    choices.append(f"global_batch_size={multiple}")
+    raise ValueError(
+        f"global_batch_size={whole} is not a multiple of micro_batch_size={micro}"
+        f" x {world_size} process{'es' * (world_size > 1)}; the nearest that fit: {', or '.join(choices)}"
+    )
 
 
 def _check_packages(config: TrainConfig, ranks: Ranks) -> None:

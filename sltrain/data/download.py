@@ -238,4 +238,5 @@ def _shut_down(stop: threading.Event, threads: list[threading.Thread]) -> None:
     """Runs when the process ends, so that no half file is left in the cache."""
     stop.set()
     for thread in threads:
-        thread.join(EXIT_PATIENCE)
+        if thread is not threading.current_thread():  # which may be the last to know of these downloads
+            thread.join(EXIT_PATIENCE)

@@ -46,6 +46,11 @@ class Row:
     starts: list[int] = field(default_factory=list)
 
 
+def _every(index: int) -> bool:
+    """The `wanted` of a whole shard that other processes read too: a source deletes only what one process reads."""
+    return True
+
+
 def joined(parts: list[Ids]) -> Row:
     """The row of these documents or pieces of them, one after the other."""
     ends = np.cumsum([len(part) for part in parts])
@@ -66,6 +71,7 @@ class LogicalStream:
     encode: Callable[[list[Document]], list[Ids]]  # documents -> the ids of each
     keep: Callable[[Document], bool]  # whether a document is trained on
     at: Position  # where to begin: a position that this stream had before, in this process or another
+    is_shared: bool = False  # whether another rank reads it too, so that a shard stays when this one has read it
 
     def __post_init__(self) -> None:
         self._found_any = self.at != Position()  # whether this epoch has had a document
@@ -172,7 +178,10 @@ class LogicalStream:
             self._order = slice_order(self.slices, self.seed, self.at.epoch, self.number)
         part = self._order[self.at.slice]
         if self._reader is None:
-            self._reader = self.source.documents(part.shard, self.at.block, part.wanted(self.seed, self.dealing))
+            wanted = part.wanted(self.seed, self.dealing)
+            if wanted is None and self.is_shared:
+                wanted = _every
+            self._reader = self.source.documents(part.shard, self.at.block, wanted)
             self._announce(1)
         kept = list(islice(filter(self.keep, self._reader), self.shuffle_block))
         indices = [document.index for document in kept]

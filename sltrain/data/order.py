@@ -1,7 +1,7 @@
 """The order of the corpus: which stream reads which documents, and in which order, in every epoch.
 
 1. Dealing. The shards, permuted by the seed, are dealt to the L streams. If every stream then has about the same
-   amount of text, as with C4, each shard is one slice, and a rank opens only the files of its own streams. If not
+   amount of text, as with C4, each shard is one slice, and a rank opens only the files of the streams it reads. If not
    (few files, or files of different sizes), every shard is cut into L slices, and every stream gets one of each: a
    stream with less text would repeat it more often. Each run of L consecutive records has one record for each slice;
    a keyed hash draws which. Records in a regular order (title, body, title, body) are thus spread over all streams,
@@ -86,16 +86,13 @@ def num_logical_streams(global_batch_size: int, num_streams: int) -> int:
     return next(n for n in range(min(num_streams, global_batch_size), 0, -1) if global_batch_size % n == 0)
 
 
-def num_shared_streams(global_batch_size: int, num_streams: int, world_size: int) -> int:
-    """`num_logical_streams`, of which every rank has equally many. Raises ValueError if that is impossible."""
-    num_logical = num_logical_streams(global_batch_size, num_streams)
-    if num_logical % world_size:
-        raise ValueError(
-            f"{world_size} ranks cannot share {num_logical} data streams evenly (the largest divisor of "
-            f"global_batch_size={global_batch_size} up to data.num_streams={num_streams}); make both of them "
-            f"multiples of {world_size}"
-        )
-    return num_logical
+def rows_of_rank(global_batch_size: int, rank: int, world_size: int) -> range:
+    """The rows of every global batch that a rank trains on: as many as each other rank, in rank order. Raises
+    ValueError if the batch does not divide."""
+    rows, left = divmod(global_batch_size, world_size)
+    if left:
+        raise ValueError(f"global_batch_size={global_batch_size} does not divide among {world_size} processes")
+    return range(rank * rows, (rank + 1) * rows)
 
 
 def deal_slices(shard_sizes: Sequence[int], num_streams: int, seed: int) -> list[list[Slice]]:

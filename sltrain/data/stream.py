@@ -3,8 +3,13 @@ after it.
 
 The rows of global batch k depend on (seed, k) alone. Documents are dealt to L logical streams (order.py), L being the
 largest divisor of global_batch_size (G) that is at most num_streams. Row i of every batch comes from stream i // (G /
-L), and rank r of W owns the streams r * L / W to (r + 1) * L / W - 1. Hence two ranks train the curve of one, and a
-run may continue on another number of ranks.
+L), and rank r of W trains on the rows r * G / W to (r + 1) * G / W - 1. Hence two ranks train the curve of one, and a
+run may continue on any number of ranks that divides G.
+
+A rank reads the streams that its rows come from. Where L is no multiple of W, ranks share streams: each of them reads
+and tokenizes every row of such a stream, keeps its own, and arrives at the same position. It reads at most G / W + 2 (G
+/ L) rows a batch, so sharing costs no communication but tokenization: on 64 ranks and 8 streams each reads what one of
+8 ranks would.
 
 Every stream reads its own documents once an epoch, in another order each time (logical_stream.py); of a mixture, those
 of the source that is drawn for each row (mixed_stream.py). Batch.state holds the position of every stream of this rank
@@ -19,10 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from sltrain.data.documents import Source, is_held_out
-from sltrain.data.logical_stream import LogicalStream, Position
+from sltrain.data.logical_stream import LogicalStream, Position, Row
 from sltrain.data.mixed_stream import MixedPosition, MixedStream
 from sltrain.data.mixture import Mixture, Part
-from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_shared_streams
+from sltrain.data.order import DEALINGS, KEYED, MODULO, deal_slices, num_logical_streams, rows_of_rank
 from sltrain.data.prefetch import Prefetcher
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_of
@@ -51,7 +56,7 @@ class Batch:
     num_targets: int  # labels[:, 1:] that are not -100
     epoch: int  # epochs that this rank's most advanced stream has finished
     state: State  # stream number -> position after this batch, and IDENTITY -> what the positions refer to
-    source_tokens: dict[str, int]  # of a mixture: tokens of each source in this rank's streams since the start
+    source_tokens: dict[str, int]  # of a mixture: tokens of each source since the start, in streams that begin here
 
 
 class TrainStream:
@@ -93,7 +98,7 @@ class TrainStream:
                 f"data.shuffle_block is {shuffle_block} and data.holdout_every is {holdout_every}; the first must be "
                 "at least 1, the second 0 (nothing is held out) or at least 2"
             )
-        num_logical = num_shared_streams(global_batch_size, num_streams, world_size)
+        num_logical = num_logical_streams(global_batch_size, num_streams)
         source.check()
         self.source = source
         self.tokenizer = tokenizer
@@ -103,7 +108,12 @@ class TrainStream:
         self._slices = {
             name: deal_slices(part.source.shard_sizes(), num_logical, seed) for name, part in self._parts.items()
         }
-        self._own = range(rank * num_logical // world_size, (rank + 1) * num_logical // world_size)
+        rows = rows_of_rank(global_batch_size, rank, world_size)
+        self._kept = {  # stream number -> which of the rows it gives to a batch are this rank's
+            number: range(max(rows.start - first, 0), min(rows.stop - first, self.rows_per_stream))
+            for number in range(rows.start // self.rows_per_stream, (rows.stop - 1) // self.rows_per_stream + 1)
+            for first in [number * self.rows_per_stream]
+        }
         self._identity: dict[str, Any] = {
             **_corpus(source),
             "tokenizer": tokenizer.fingerprint(),
@@ -118,7 +128,7 @@ class TrainStream:
         }
         self.old_weights: dict[str, float] | None = None  # of the loaded state, where they were others
         start = MixedPosition(sources={name: Position() for name in self._parts})
-        self._state = self._stamp(dict.fromkeys(self._own, start if self._is_mixed else start.sources[ALONE]))
+        self._state = self._stamp(dict.fromkeys(self._kept, start if self._is_mixed else start.sources[ALONE]))
         self._ahead: Prefetcher[Batch] | None = None
 
     def __iter__(self) -> "TrainStream":
@@ -156,7 +166,7 @@ class TrainStream:
         self.close()
         self._identity = identity
         self.old_weights = saved[WEIGHTS] if saved.get(WEIGHTS) != identity.get(WEIGHTS) else None
-        self._state = self._stamp({number: self._position(state[str(number)]) for number in self._own})
+        self._state = self._stamp({number: self._position(state[str(number)]) for number in self._kept})
 
     @property
     def weights(self) -> dict[str, float]:
@@ -177,10 +187,11 @@ class TrainStream:
     def _batches(self, state: State) -> Iterator[Batch]:
         """The batches after `state`. Runs in the background thread, so it shares nothing mutable with the consumer."""
         seq_len, padding = self._identity["seq_len"], self._identity["padding"]
-        streams = [self._open(number, self._position(state[str(number)])) for number in self._own]
+        streams = [self._open(number, self._position(state[str(number)])) for number in self._kept]
+        begun = [stream for stream in streams if self._kept[stream.number].start == 0]  # each by one rank
         last_epochs = _highest([stream.epochs for stream in streams])
         while True:
-            rows = [stream.row(padding, seq_len) for stream in streams for _ in range(self.rows_per_stream)]
+            rows = [row for stream in streams for row in self._rows_of(stream, padding, seq_len)]
             epochs = _highest([stream.epochs for stream in streams])
             for name, epoch in epochs.items():
                 if epoch > last_epochs[name]:
@@ -195,8 +206,13 @@ class TrainStream:
                 num_targets=tensors.num_targets,
                 epoch=max(epochs.values()),
                 state=self._stamp({stream.number: stream.at for stream in streams}),
-                source_tokens={name: sum(stream.tokens[name] for stream in streams) for name in streams[0].tokens},
+                source_tokens={name: sum(stream.tokens[name] for stream in begun) for name in streams[0].tokens},
             )
+
+    def _rows_of(self, stream: LogicalStream | MixedStream, padding: str, seq_len: int) -> list[Row]:
+        """This rank's rows of those that the stream gives to the next batch."""
+        kept = self._kept[stream.number]
+        return [stream.row(padding, seq_len) for _ in range(self.rows_per_stream)][kept.start : kept.stop]
 
     def _open(self, number: int, at: Position | MixedPosition) -> LogicalStream | MixedStream:
         """Logical stream `number`, which begins at this position."""
@@ -219,6 +235,7 @@ class TrainStream:
             encode=lambda documents: ids_of(documents, self.tokenizer, max_len),
             keep=lambda document: not holdout_every or not is_held_out(document.text, holdout_every),
             at=at,
+            is_shared=len(self._kept[number]) < self.rows_per_stream,
         )
 
     @property

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ("typed", "words"),
     [
         ("rank=33", "rank must be between 0 and 32"),
-        ("micro_batch_size=3", "the largest micro_batch_size that fits is 2"),
+        ("micro_batch_size=3", "the nearest that fit: micro_batch_size=2, or global_batch_size=9"),
         ("support=column sparsity=0.001", "trains no column"),
         ("rank_overrides={qq:4}", "'qq' fits no replaced layer"),
         ("model.num_attention_heads=3", "num_attention_heads"),

@@ -210,6 +210,17 @@ def test_a_shard_is_deleted_after_use_on_request(hub, shards, texts, tmp_path): 
     assert cached(tmp_path) == ([], 0)
 
 
+def test_a_shard_that_another_rank_reads_too_is_not_deleted(hub, shards, tokenizer):  # noqa: F811
+    """Four ranks share two streams, so a shard that one has read may be one that another is about to open."""
+    for world_size, are_kept in ((2, False), (4, True)):
+        stream = stream_of(make(delete_after_use=True), tokenizer, world_size=world_size)
+        hub.sent.clear()
+        while next(stream).epoch < 2:
+            pass
+        stream.close()
+        assert (len(hub.sent) <= 2) == are_kept  # this rank's stream reads two shards an epoch
+
+
 def run(code, endpoint, tmp_path):
     """Run code in a fresh process, because huggingface_hub reads HF_ENDPOINT when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}

@@ -135,7 +135,7 @@ def test_tokens_are_counted_by_source_without_pads(folder, tokenizer):
     assert take(make(LocalFiles(f"{folder}/law.jsonl"), tokenizer), 1)[0].source_tokens == {}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_rows_do_not_depend_on_the_number_of_processes(folder, tokenizer, world_size):
     whole = take(make(mixture(folder), tokenizer), 25)
     parts = [take(make(mixture(folder), tokenizer, rank=rank, world_size=world_size), 25) for rank in range(world_size)]
@@ -169,7 +169,7 @@ def test_two_stops_give_the_rows_of_a_straight_run(folder, tokenizer, padding):
         return mixture(folder, holdout_every=5)
 
     straight, _ = run_in_legs(source_of, tokenizer, [(60, 1)], **shape)
-    resumed, state = run_in_legs(source_of, tokenizer, [(17, 1), (20, 2), (23, 4)], **shape)
+    resumed, state = run_in_legs(source_of, tokenizer, [(17, 1), (20, 2), (11, 8), (12, 4)], **shape)
     assert resumed == straight
     assert max(source["epoch"] for source in state["0"]["sources"].values()) >= 1
     assert set(state["0"]) == {"row", "sources", "tokens"} and state["0"]["row"] == 60 * 2

@@ -142,15 +142,17 @@ def test_the_seed_changes_the_order(source, tokenizer):
 
 
 @pytest.mark.parametrize("padding", ["pack", "truncate_pad", "best_fit"])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_rows_of_a_global_batch_do_not_depend_on_the_world_size(source, tokenizer, padding, world_size):
-    whole = take(make(source, tokenizer, padding=padding), 20)
-    parts = [
-        take(make(source, tokenizer, padding=padding, rank=rank, world_size=world_size), 20)
-        for rank in range(world_size)
-    ]
+@pytest.mark.parametrize(
+    ("batch", "world_size"),
+    [(8, 2), (8, 4), (8, 8), (12, 3), (12, 6), (12, 12), (20, 5), (30, 2), (30, 15)],  # of 4 streams; 3 where it is 30
+)
+def test_the_rows_of_a_global_batch_do_not_depend_on_the_world_size(source, tokenizer, padding, batch, world_size):
+    shape = {"padding": padding, "global_batch_size": batch}
+    whole = take(make(source, tokenizer, **shape), 20)
+    parts = [take(make(source, tokenizer, rank=rank, world_size=world_size, **shape), 20) for rank in range(world_size)]
     for k, batch in enumerate(whole):
         same = [part[k] for part in parts]
+        assert len({len(b.input_ids) for b in same}) == 1
         assert torch.equal(torch.cat([b.input_ids for b in same]), batch.input_ids)
         assert torch.equal(torch.cat([b.labels for b in same]), batch.labels)
         assert sum(b.num_tokens for b in same) == batch.num_tokens == int((batch.labels != -100).sum())
@@ -160,7 +162,7 @@ def test_the_rows_of_a_global_batch_do_not_depend_on_the_world_size(source, toke
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    legs=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=5),
+    legs=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 3, 4, 6, 12])), min_size=1, max_size=5),
     padding=st.sampled_from(["pack", "truncate_pad", "best_fit"]),
     block=st.sampled_from([1, 7, 64]),
     group=st.sampled_from([3, 128]),
@@ -174,7 +176,7 @@ def test_any_number_of_stops_gives_the_batches_of_a_straight_run(source, tokeniz
 
 
 def check_stops(source, tokenizer, legs, padding, block):
-    shape = {"padding": padding, "shuffle_block": block, "holdout_every": 5}
+    shape = {"padding": padding, "shuffle_block": block, "holdout_every": 5, "global_batch_size": 12}
     straight = rows(take(make(source, tokenizer, **shape), sum(count for count, _ in legs)))
     resumed, saved = [], None
     for count, world_size in legs:
@@ -303,7 +305,7 @@ def test_a_rank_reads_only_its_own_shards(tokenizer, tmp_path, texts):
 
 def test_settings_that_cannot_be_used_are_refused(source, tokenizer, tmp_path):
     for changes, words in [
-        ({"world_size": 3}, "3 ranks cannot share 4 data streams"),
+        ({"world_size": 3}, "global_batch_size=8 does not divide among 3 processes"),
         ({"padding": "left"}, "truncate_pad, pack or best_fit"),
         ({"seq_len": 1}, "at least 2"),
         ({"num_streams": 0}, "num_streams is 0"),

@@ -24,7 +24,7 @@ class SourceConfig:
     """Base class of sources, with the options that all have. Only `open_training` must be defined."""
 
     name: str = MISSING
-    num_streams: int = 8  # logical streams the corpus is dealt to; the number of ranks must divide it
+    num_streams: int = 8  # logical streams the corpus is dealt to; more of them spread over more ranks
     shuffle_block: int = 1024  # documents shuffled together
     holdout_every: int = 100  # one document in this many is held out when there is no validation set
 
