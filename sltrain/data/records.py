@@ -12,12 +12,17 @@ not matter. Record indices count lines, paragraphs or rows from the beginning of
 that are not requested are decompressed but not parsed: that runs at about 80,000 documents of 2 kB a second. The rest
 of a file after damaged compression is lost; gzip notices damage by its structure or by the checksum at the end.
 
+A read that the operating system refuses (a failing disk, a network file system that is away) is no damage: the text is
+there. It is tried again, and then ends the reading, so that a run saves and goes on later without having lost text.
+
 A file of another kind than its ending says is no damage but a mistake, see wrong_kind.py.
 """
 
 import csv
 import io
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -31,6 +36,7 @@ FORMATS = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 PLAIN_FORMATS = FORMATS[:-1]  # those that may be compressed; parquet has its own compression
 MAX_PARAGRAPH_BYTES = 1 << 16
 ROWS_PER_READ = 512
+RETRY_SECONDS = (0.1, 1.0, 5.0)  # between the tries of a read that the operating system refuses
 SEPARATORS = ",;\t"  # of the columns of a .csv file; the names of the columns decide
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # how some editors begin a file in UTF-8
 MAX_KEYS = 8  # keys of a record that a message names
@@ -67,8 +73,35 @@ def read_documents(
 
     `opener` opens the raw bytes; `file` is the name in messages, and its ending decides the format. `text_key` is the
     key or column that holds the text. Raises DataError for a file that is missing or forbidden, and for damaged data if
-    `bad` says so; NetworkError if `opener` does.
+    `bad` says so; NetworkError if `opener` does, and where the operating system goes on refusing to read.
     """
+    num_failed = 0  # tries of the record at `start`
+    while True:
+        try:
+            for document in _read_once(opener, file, bad, start, wanted, text_key):
+                start, num_failed = document.index + 1, 0
+                yield document
+            return
+        except _Refused as refused:
+            if num_failed == len(RETRY_SECONDS):
+                why = os.strerror(refused.errno)
+                raise NetworkError(f"{file} cannot be read after its record {start}: {why}") from refused
+            time.sleep(RETRY_SECONDS[num_failed])
+            num_failed += 1
+
+
+class _Refused(Exception):
+    """The operating system did not read from a file that is there."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(os.strerror(errno))
+        self.errno = errno
+
+
+def _read_once(
+    opener: Callable[[], BinaryIO], file: str, bad: BadData, start: int, wanted: Wanted | None, text_key: str
+) -> Iterator[Document]:
+    """`read_documents` without another try: raises _Refused."""
     last_good = 0  # 1-based, of the records requested
     try:
         with opener() as raw:
@@ -89,6 +122,8 @@ def read_documents(
     except FileNotFoundError:
         raise DataError(f"{file} is gone; the files of a corpus must stay in place while it is used") from None
     except (*DAMAGE, ValueError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
+        if isinstance(error, OSError) and error.errno is not None:  # decompressors' and pyarrow's own have none
+            raise _Refused(error.errno) from error
         bad.rest_of_file(file, last_good, one_line(error))
 
 

@@ -13,7 +13,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sltrain.data.documents import DataError
+from sltrain.data import records
+from sltrain.data.documents import BadData, DataError, NetworkError
 from sltrain.data.sources.local import LocalFiles
 
 TEXTS = [f"text number {i}\nwith a second line, é and 漢字" for i in range(50)]
@@ -357,3 +358,56 @@ def test_a_file_that_vanished_or_may_not_be_read(tmp_path):
         read(source)
     with pytest.raises(DataError, match="cannot be read"):
         source.fingerprint()
+
+
+class Unreliable(io.RawIOBase):
+    """The bytes of a file, which a read from `where` on may not get: an error comes as often as `errors` says."""
+
+    def __init__(self, data, where, errors):
+        self.file, self.where, self.errors = io.BytesIO(data), where, errors
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *position):
+        return self.file.seek(*position)
+
+    def readinto(self, buffer):
+        if self.file.tell() >= self.where and self.errors:
+            self.errors.pop()
+            raise OSError(5, os.strerror(5))
+        return self.file.readinto(buffer)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.xz", "a.csv", "a.parquet"])
+def test_a_read_that_fails_now_and_then_loses_no_text(tmp_path, name, monkeypatch, lines):
+    """The disk refuses twice in the middle, then reads: every document comes once."""
+    monkeypatch.setattr(records, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    texts = [f"{i} " + " ".join(random.Random(i).choices("abcdefgh", k=400)) for i in range(100)]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=9)
+    else:
+        write(path, {"txt": "\n\n".join(texts).encode(), "csv": csv_rows(texts)}.get(name[2:5], json_lines(texts)))
+    data, errors = path.read_bytes(), [1, 2]
+    opener = lambda: io.BufferedReader(Unreliable(data, len(data) // 2, errors), 512)  # noqa: E731
+    found = list(records.read_documents(opener, name, BadData("skip")))
+    assert not errors and not lines
+    assert [(document.index, document.text.strip()) for document in found] == list(enumerate(texts))
+
+
+def test_a_read_that_goes_on_failing_ends_the_reading_in_words(monkeypatch, lines):
+    """on_bad_data=skip does not concern it: no text is lost, and a run saves and may go on later."""
+    monkeypatch.setattr(records, "RETRY_SECONDS", (0.0, 0.0))
+    texts = ["word " * 100 for _ in range(50)]
+    data, errors = json_lines(texts), list(range(99))
+    opener = lambda: io.BufferedReader(Unreliable(data, len(data) // 2, errors), 512)  # noqa: E731
+    reading, found = records.read_documents(opener, "a.jsonl", BadData("skip")), []
+    with pytest.raises(NetworkError, match=r"^a\.jsonl cannot be read after its record 2\d: Input/output error"):
+        for document in reading:
+            found.append(document)
+    assert [document.index for document in found] == list(range(len(found))) and 20 <= len(found) < 30
+    assert len(errors) == 96 and not lines
