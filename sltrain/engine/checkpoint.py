@@ -57,6 +57,7 @@ class Checkpointer:
         self.folder = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last or 0
         self.to_train, self.needed = to_train, needed
+        self._damaged: set[Path] = set()  # found while searching; they do not count among those that are kept
 
     def save(
         self,
@@ -94,6 +95,7 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be written to {self.folder}: {reason}. "
                 "Earlier ones are untouched: free space there, or lower keep_last, and start the same command again."
             ) from error
+        self._damaged.discard(final)
         self._prune(step)
         return final
 
@@ -106,6 +108,7 @@ class Checkpointer:
             if problem is None:
                 return path
             logger.warning(f"checkpoint {path} is damaged ({problem}): trying the one before it.")
+            self._damaged.add(path)
         if candidates:
             start_over = ", or delete that folder to start over" if self.to_train else ""
             raise CheckpointError(f"no checkpoint in {self.folder} is intact; restore one from a copy{start_over}.")
@@ -169,7 +172,8 @@ class Checkpointer:
         superfluous = [*self.folder.glob("*.tmp"), *self.folder.glob("*.old")]
         if self.keep_last:
             done = [path for other, path in self._list() if other <= step and path.suffix != ".old"]
-            superfluous += done[: -self.keep_last]
+            intact = [path for path in done if path not in self._damaged]
+            superfluous += [*intact[: -self.keep_last], *(path for path in done if path in self._damaged)]
         for path in superfluous:
             with contextlib.suppress(OSError):
                 remove(path)

@@ -709,6 +709,29 @@ def saved_steps(folder: Path, *steps: int) -> Checkpointer:
     return keeper
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    """Otherwise one more damaged file would leave a run of keep_last=2 with nothing to go on from."""
+    saved_steps(tmp_path, 4, 7)
+    (tmp_path / "checkpoints" / "step_00000007" / "model.safetensors").write_bytes(b"half")
+    keeper = Checkpointer(tmp_path, 2)
+    assert keeper.find_latest_step()[1] == 4
+    keeper.save(8, *constant_net(8), {"value": 8})
+    assert sorted(path.name for path in keeper.folder.glob("step_*")) == ["step_00000004", "step_00000008"]
+    (keeper.folder / "step_00000008" / "state.json").unlink()
+    assert Checkpointer(tmp_path, 2).find_latest_step()[1] == 4
+
+
+def test_a_damaged_checkpoint_that_was_written_again_counts(tmp_path: Path) -> None:
+    saved_steps(tmp_path, 4, 8)
+    (tmp_path / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"half")
+    keeper = Checkpointer(tmp_path, 2)
+    assert keeper.find_latest_step()[1] == 4
+    for step in (8, 12):
+        keeper.save(step, *constant_net(step), {"value": step})
+    assert sorted(path.name for path in keeper.folder.glob("step_*")) == ["step_00000008", "step_00000012"]
+    assert keeper.find(8).name == "step_00000008"
+
+
 def test_find_gives_the_step_that_was_asked_for(tmp_path: Path) -> None:
     keeper = saved_steps(tmp_path, 5, 40, 300)
     for step in (40, 5, 300):
