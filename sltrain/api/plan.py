@@ -17,6 +17,7 @@ from sltrain.api.plan_columns import Setting, compared_columns, plan_device, ref
 from sltrain.api.plan_config import Asked, PlanConfig, card_bytes, card_name, chosen_cards
 from sltrain.api.plan_measure import NUM_UPDATES, check_free, measure
 from sltrain.api.plan_table import Column, Plan
+from sltrain.api.plan_traffic import traffic_lines
 from sltrain.building.memory import update_notes
 from sltrain.building.model import dtype_name, weight_dtype
 from sltrain.building.trainer import check_updates_of
@@ -55,7 +56,11 @@ def build_plan(plan: PlanConfig, runs: list[Asked]) -> Plan:
     if not plan.paper_convention:
         remarks = [*_notes_of(columns, planned, plan.num_processes), *remarks]
     measured = _measured(columns[0], planned[0]) if plan.measure else None
-    return Plan([*columns, *compared], cards, plan.reserve_gb, headline, remarks, measured)
+    traffic = None
+    if plan.num_processes > 1 and not plan.paper_convention:
+        lines, traffic = traffic_lines(planned[0], plan)
+        remarks = [*(line if len(runs) == 1 else f"{columns[0].name}: {line}" for line in lines), *remarks]
+    return Plan([*columns, *compared], cards, plan.reserve_gb, headline, remarks, measured, traffic)
 
 
 def _as_planned(run: Asked, plan: PlanConfig) -> TrainConfig:

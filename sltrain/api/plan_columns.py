@@ -45,7 +45,7 @@ def run_column(names: tuple[str, ...], config: TrainConfig, setting: Setting) ->
     """The column of a run, and the moment at which it needs most; none in the paper's count. Raises ValueError for a
     model that cannot be built, and NotTogether if the optimizer takes nothing of it."""
     device = plan_device(config)
-    model = _model(config, torch.bfloat16 if setting.paper_convention else weight_dtype(config, device))
+    model = planned_model(config, torch.bfloat16 if setting.paper_convention else weight_dtype(config, device))
     try:
         check_structures(config, model)
     except ValueError as error:
@@ -107,7 +107,7 @@ def _with(config: TrainConfig, plugins: Mapping[str, str]) -> TrainConfig:
 def _published_column(config: TrainConfig, setting: Setting) -> Column | None:
     """This run with the positions of S as the published code stores them, if it has any."""
     device = plan_device(config)
-    model = _model(config, weight_dtype(config, device))
+    model = planned_model(config, weight_dtype(config, device))
     if not stored_bytes(model)["indices"]:
         return None
     set_paths(model, "composed", config.micro_batch_size * config.seq_len, device)
@@ -121,6 +121,7 @@ def _published_column(config: TrainConfig, setting: Setting) -> Column | None:
     return Column((PUBLISHED,), plan.groups, count_parameters(model)["total"])
 
 
-def _model(config: TrainConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def planned_model(config: TrainConfig, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    """The model of a run on the meta device; None: in the dtype that it trains in."""
     assert config.model.vocab_size is not None
-    return build_model(config, config.model.vocab_size, dtype)
+    return build_model(config, config.model.vocab_size, dtype or weight_dtype(config, plan_device(config)))

@@ -29,6 +29,7 @@ class PlanConfig:
     cards: Any = MISSING  # a card to fit, or a list: names (rtx4090, h100) or sizes (24, 24GB, in GiB)
     reserve_gb: float = MISSING  # of a card, in 1e9 bytes, for the driver, its libraries and fragments
     num_processes: int = MISSING  # processes that share an update, one a card
+    bandwidth: float | None = MISSING  # GB/s that one process can send while it receives; null: bytes alone are said
     paper_convention: bool = MISSING  # count as the SLTrain paper does: bfloat16, int64 positions, no activations
     measure: bool = MISSING  # run three updates here, on random tokens, and show what they took beside the plan
 
@@ -68,6 +69,12 @@ def validate(config: PlanConfig) -> None:
         raise ValueError(f"reserve_gb={config.reserve_gb}: must be a number of GB, 0 or more")
     if config.num_processes < 1:
         raise ValueError(f"num_processes={config.num_processes}: must be at least 1")
+    if config.bandwidth is not None and not 0 < config.bandwidth < float("inf"):
+        raise ValueError(f"bandwidth={config.bandwidth}: must be a number of GB/s above 0, such as bandwidth=50")
+    if config.bandwidth is not None and config.num_processes == 1:
+        raise ValueError(
+            f"bandwidth={config.bandwidth:g}: one process sends nothing; set num_processes=, or drop bandwidth"
+        )
     if config.measure and config.paper_convention:
         raise ValueError("measure=true and paper_convention=true: the paper's count cannot be measured; drop one")
     if config.measure and config.num_processes > 1:

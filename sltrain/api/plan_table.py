@@ -36,6 +36,7 @@ class Plan:
     headline: str
     notes: list[str]
     measured_bytes: int | None = None
+    traffic: dict[str, float] | None = None  # bytes that a process sends in an update, and seconds, of the run itself
 
     def fits(self, column: Column) -> dict[str, bool]:
         return {card: column.total_bytes <= usable for card, usable in self.cards.items()}
@@ -99,6 +100,7 @@ class Plan:
             **describe(own),
             **({} if own.paper_millions is None else {"paper_millions": float(own.paper_millions)}),
             **({} if self.measured_bytes is None else {"measured_bytes": self.measured_bytes}),
+            **({} if self.traffic is None else {"traffic": self.traffic}),
             "compared": {column.name: describe(column) for column in others},
         }
 

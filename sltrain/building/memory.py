@@ -18,18 +18,28 @@ from sltrain.config import TrainConfig
 from sltrain.layers.cost import set_paths
 from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
-from sltrain.optim.build import state_bytes, step_bytes
+from sltrain.optim.build import member_for, state_bytes, step_bytes
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.planning.accounting import stored_bytes
-from sltrain.planning.memory_plan import MemoryPlan, UpdateShape, plan_memory
+from sltrain.planning.memory_plan import MemoryPlan, plan_memory
 from sltrain.planning.roles import parameters_of
+from sltrain.planning.sharding import Sharding, local_infos
+from sltrain.planning.stages import UpdateShape
 
 PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 
-def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_processes: int) -> MemoryPlan:
+def plan_model(
+    config: TrainConfig,
+    model: LlamaForCausalLM,
+    device: torch.device,
+    num_processes: int,
+    sharding: Sharding | None = None,
+) -> MemoryPlan:
     """The plan of one process on `device` for `model`, built from `config` on the meta device: that of the phase of the
-    run which needs most. Sets the paths that a run would choose."""
+    run which needs most. Weights are whole on each of `num_processes`, or divided. Sets the paths that a run would
+    choose."""
+    num_shards = 1 if sharding is None else sharding.num_shards
     plans = []
     for phase, structure in structures(config, model):
         assert isinstance(structure, LlamaForCausalLM)
@@ -37,34 +47,54 @@ def plan_model(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
         set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
         plan = plan_memory(
             structure,
-            update_shape(config, device, structure, num_processes),
-            optimizer_state_bytes(config, structure),
-            {**stored_bytes(structure), **average_bytes(config, structure)},
-            update_temporaries=update_temporaries(config, structure, device) + sum(a.before_bytes for a in actions),
+            update_shape(config, device, structure, num_processes, sharding),
+            optimizer_state_bytes(config, structure, num_shards),
+            {**stored_bytes(structure, num_shards), **average_bytes(config, structure, num_shards)},
+            update_temporaries=update_temporaries(config, structure, device, num_shards)
+            + sum(a.before_bytes for a in actions),
             action_temporaries=max((a.temporary_bytes for a in actions), default=0),
         )
         plans.append(dataclasses.replace(plan, phase=phase))
     return max(plans, key=lambda plan: plan.total_bytes)
 
 
-def average_bytes(config: TrainConfig, model: nn.Module) -> dict[str, int]:
+def average_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> dict[str, int]:
     """The bytes of `ema`, as a group of a plan."""
     if config.ema is None:
         return {}
-    return {"averaged_weights": 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    trained = local_infos(parameters_of(model).values(), num_shards)
+    return {"averaged_weights": 4 * sum(info.numel for info in trained)}
 
 
-def optimizer_state_bytes(config: TrainConfig, model: nn.Module) -> int:
-    """The optimizer's whole state for the parameters of a model."""
-    return state_bytes(config.optimizer, parameters_of(model).values(), config.stochastic_rounding)
+def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:
+    """The optimizer's state on one rank for the parameters of a model, or its shards of them."""
+    infos = local_infos(parameters_of(model).values(), num_shards)
+    return state_bytes(config.optimizer, infos, config.stochastic_rounding)
 
 
-def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device) -> int:
-    """What the optimizer takes while it works."""
-    return step_bytes(config.optimizer, parameters_of(model).values(), device.type, config.stochastic_rounding)
+def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device, num_shards: int = 1) -> int:
+    """What the optimizer takes while it works. One that needs whole matrices gathers a shard's gradient before, and
+    computes the direction of the whole."""
+    infos = list(parameters_of(model).values())
+    rounding = config.stochastic_rounding
+    if num_shards == 1:
+        return step_bytes(config.optimizer, infos, device.type, rounding)
+    whole = [info for info in infos if member_for(config.optimizer, info).locality == "matrix"]
+    local = [info for info in infos if info not in whole]
+    needs = [step_bytes(config.optimizer, local_infos(local, num_shards), device.type, rounding)]
+    for info in whole:
+        gathered = 2 * info.numel * info.element_size  # in the order of ranks, and as a matrix
+        needs.append(gathered + step_bytes(config.optimizer, [info], device.type, rounding))
+    return max(needs)
 
 
-def update_shape(config: TrainConfig, device: torch.device, model: LlamaForCausalLM, num_processes: int) -> UpdateShape:
+def update_shape(
+    config: TrainConfig,
+    device: torch.device,
+    model: LlamaForCausalLM,
+    num_processes: int,
+    sharding: Sharding | None = None,
+) -> UpdateShape:
     """An update of this configuration and its model on one of `num_processes` processes."""
     task_rows = max(model.config.max_position_embeddings, config.micro_batch_size * config.seq_len)
     return UpdateShape(
@@ -72,11 +102,12 @@ def update_shape(config: TrainConfig, device: torch.device, model: LlamaForCausa
         seq_len=config.seq_len,
         num_micro_batches=max(1, config.global_batch_size // (config.micro_batch_size * num_processes)),
         per_layer_update=config.per_layer_update,
-        uses_ddp=num_processes > 1 and not config.per_layer_update,
+        uses_ddp=num_processes > 1 and sharding is None and not config.per_layer_update,
         device_type=device.type,
         per_document=config.attention == "document",
         has_kernel=device.type == "cpu" and has_kernel(device, model.compute_dtype),
         task_rows=task_rows if config.eval_tasks else 0,
+        sharding=sharding,
     )
 
 

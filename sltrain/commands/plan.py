@@ -3,6 +3,7 @@
     sltrain-plan model=llama_7b optimizer=adam8bit per_layer_update=true      any run of sltrain-train, in 1e9 bytes
     sltrain-plan model=llama_7b method=full optimizer=adamw,galore,muon,scale a column for each; any key may list values
     sltrain-plan model=llama_1b global_batch_size=8 cards=[24,h100]           on these cards
+    sltrain-plan model=llama_7b num_processes=8 bandwidth=50 peak_tflops=989  one of 8; what they send, and how long
     sltrain-plan model=llama_350m paper_convention=true                       as the SLTrain paper's table 2 counts
     sltrain-plan model=llama_60m global_batch_size=2 micro_batch_size=2 device=cpu measure=true
                                                                               beside what three updates take here

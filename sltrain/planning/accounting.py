@@ -8,12 +8,14 @@ A layer can define other groups (`GROUPS` in layers/base.py). The paper's parame
 S and other buffers are no parameters, but take memory: they are counted in bytes only.
 """
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from sltrain.layers.base import ReplacedLinear, check_known
 from sltrain.models.llama import PROJECTIONS
+from sltrain.planning.sharding import local_shape
 
 ALWAYS = ("dense", "low_rank", "sparse")  # groups that every count has, even if 0
 STORED = {"sparse": "sparse_values", "indices": "indices"}  # group -> its name in `stored_bytes`; others: GROUP_weights
@@ -64,11 +66,13 @@ def sum_of_groups(counts: dict[str, int], show: Callable[[int], str]) -> str:
     return " + ".join(terms) + frozen
 
 
-def stored_bytes(model: nn.Module) -> dict[str, int]:
+def stored_bytes(model: nn.Module, num_shards: int = 1) -> dict[str, int]:
     """Bytes of parameters and buffers in memory and in a checkpoint: "dense_weights", "low_rank_weights",
-    "sparse_values", "indices", and others. Works on the meta device. Raises ValueError as `tensor_groups`."""
+    "sparse_values", "indices", and others. With shards (sharding.py), those that one rank holds of the parameters, and
+    all buffers. Works on the meta device. Raises ValueError as `tensor_groups`."""
     stored = {"dense_weights": 0, "low_rank_weights": 0, "sparse_values": 0, "indices": 0}
     for tensor, group in tensor_groups(model).items():
         name = STORED.get(group, f"{group}_weights")
-        stored[name] = stored.get(name, 0) + tensor.numel() * tensor.element_size()
+        shape = local_shape(tensor.shape, num_shards) if isinstance(tensor, nn.Parameter) else tensor.shape
+        stored[name] = stored.get(name, 0) + math.prod(shape) * tensor.element_size()
     return stored

@@ -296,6 +296,25 @@ def test_several_processes(planned_object: Callable[..., dict[str, Any]]) -> Non
     assert ddp["groups"]["gradients"] == 0
 
 
+def test_what_processes_send(sltrain_plan: Run, planned_object: Callable[..., dict[str, Any]]) -> None:
+    """DDP sums float32 gradients in a ring: 2 (n - 1) / n times their bytes. One process sends nothing."""
+    both = [*TINY, "method=full", "dtype=float32", "num_processes=4", "global_batch_size=16"]
+    answer = planned_object(*both, "bandwidth=0.5", "peak_tflops=2")
+    sent, seconds = 2 * 3 / 4 * 4 * answer["num_parameters"], answer["traffic"]["seconds"]
+    assert answer["traffic"]["all_reduce_bytes"] == answer["traffic"]["total_bytes"] == sent
+    assert seconds == sent / 0.5e9 > answer["traffic"]["compute_seconds"] > 0
+    for more, words in (
+        ([], "bandwidth= (GB/s a process) says"),
+        (["bandwidth=0.5"], f"{seconds:.3g} s at bandwidth=0.5 GB/s; peak_tflops="),
+        (["bandwidth=0.5", "peak_tflops=2"], "times as long, so communication decides the speed"),
+        (["bandwidth=5000", "peak_tflops=2"], "% of it, which can be hidden"),
+    ):
+        _, out, _ = sltrain_plan(*both, *more)
+        (line,) = [line for line in out.splitlines() if "an update sends" in line]
+        assert f"{sent / 1e9:.2f} GB from each process (all-reduce" in line and words in line
+    assert "traffic" not in planned_object(*TINY)
+
+
 NOTES = {
     "global_batch_size=10 micro_batch_size=4": ["global_batch_size=10", "micro_batch_size=4"],
     "global_batch_size=4 num_processes=3": ["x 3"],
@@ -379,6 +398,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown card": (["cards=[h1000]"], ["h1000", "h100", "GiB"]),
     "no cards": (["cards=[]"], ["cards=[]", "cards=[24]"]),
     "negative reserve": (["reserve_gb=-1"], ["reserve_gb=-1", "0 or more"]),
+    "no bandwidth": (["num_processes=2", "bandwidth=0"], ["bandwidth=0", "above 0", "bandwidth=50"]),
+    "bandwidth of one process": (["bandwidth=50"], ["bandwidth=50", "num_processes="]),
     "no processes": (["num_processes=0"], ["num_processes=0", "at least 1"]),
     "unknown key": (["rnk=3"], ["rnk", "rank"]),
     "unknown model": (["model=llama_6m"], ["llama_6m", "llama_60m"]),

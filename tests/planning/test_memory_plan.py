@@ -34,9 +34,9 @@ from sltrain.layers.cost import set_paths
 from sltrain.models.generation import Sampling, generate
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.models.scoring import Passage, score
-from sltrain.planning import memory_plan
 from sltrain.planning.accounting import count_parameters, stored_bytes
-from sltrain.planning.memory_plan import BETWEEN_UPDATES, GROUPS, STAGES, MemoryPlan, UpdateShape, plan_memory
+from sltrain.planning.memory_plan import GROUPS, MemoryPlan, plan_memory
+from sltrain.planning.stages import BETWEEN_UPDATES, STAGES, Parts, UpdateShape
 
 T = TypeVar("T")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -158,7 +158,7 @@ def kept_by_plan(config: TrainConfig) -> int:
     per_document = config.attention == "document"
     shape = UpdateShape(config.micro_batch_size, config.seq_len, device_type="cpu", per_document=per_document)
     model = model_of(config)
-    stage = memory_plan._Parts(model, shape).stage("head backward")
+    stage = Parts(model, shape).stage("head backward")
     normed = shape.num_rows * config.model.hidden_size * model.compute_dtype.itemsize
     tables = 0 if per_document else 2 * config.seq_len * model.model.head_size * 4
     ids = (32 + 8 * per_document) * shape.num_rows
@@ -372,7 +372,7 @@ def test_the_longest_text_of_a_task_takes_no_more_than_is_planned(overrides: str
     model = real_model_of(config).requires_grad_(False)
     shape = update_shape(config, CPU, model, 1)
     assert shape.task_rows == 512
-    planned = memory_plan._Parts(model, shape).stage("task answers")["activations"]
+    planned = Parts(model, shape).stage("task answers")["activations"]
     ids = torch.arange(513).remainder(model.lm_head.out_features).tolist()
     found = [
         tensor_peak(lambda: score(model, [Passage(ids, 2)]), 0, CPU)[1],
@@ -519,7 +519,7 @@ def test_frozen_parts_of_the_model_have_no_gradient_and_no_state(part: str) -> N
     for how, group in (({"num_micro_batches": 2}, "gradients"), ({"uses_ddp": True}, "ddp_buckets")):
         groups, without = (plan_memory(one, UpdateShape(1, 8, **how), 0).groups for one in (model, trained))
         assert groups["frozen_weights"] == less and groups[group] <= without[group] - less
-    per_layer = memory_plan._Parts(model, UpdateShape(1, 8, per_layer_update=True))
+    per_layer = Parts(model, UpdateShape(1, 8, per_layer_update=True))
     for stage, of in (
         ("head backward", "head"),
         ("embedding backward", "embedding"),
