@@ -111,7 +111,7 @@ def _disagreements(config: TrainConfig) -> Iterator[str]:
             " backward and the optimizer's step; set per_layer_update=false"
         )
     if config.ema is not None and (reason := method.against_ema()) is not None:
-        yield f"ema={config.ema} averages B and A each by itself, and method={method.name} {reason}; set ema=null"
+        yield f"ema={config.ema} averages each tensor by itself, and method={method.name} {reason}; set ema=null"
     if optimizer.whole_update and not method.multiplies_factors():
         yield (
             f"optimizer={optimizer.name} is for factors whose product B A is W, and those of"

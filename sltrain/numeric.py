@@ -17,6 +17,11 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
 
 
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether all entries of a tensor are one number in memory: a parameter that stands for values held elsewhere."""
+    return tensor.dim() > 0 and not any(tensor.stride())
+
+
 def norm_in_pieces(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The L2 norm of a tensor, 0-d, computed in `dtype`. In pieces: a CPU makes a copy in `dtype` of what it takes the
     norm of."""

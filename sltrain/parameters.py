@@ -19,6 +19,7 @@ class ParamInfo:
     shape: tuple[int, ...]
     element_size: int
     role: str
+    in_codes: bool = False  # its values are held as codes: an update decodes them
 
     @property
     def numel(self) -> int:

@@ -98,6 +98,7 @@ RECIPES |= {
     "cr_net": ["method=cr_net", "rank=16", "model.num_hidden_layers=4", "activation_checkpointing=true", "lr=0.003"],
     "dlr": ["method=dlr", "rank=16"],
     "gradnorm_lorp": ["method=gradnorm_lorp", "rank=16"],
+    "int8": ["method=int8", "optimizer=q_galore", "optimizer.rank=16", "optimizer.update_every=4", "lr=0.003"],
     "loro": ["method=loro", "rank=16", "method.exact_every=6", "method.restart_warmup=2"],
     "lost": ["method=lost", "rank=16", "sparsity=0.06"],
     "low_rank restarts": ["method=low_rank", "rank=16", "method.restart_every=8", "method.restart_warmup=2"],

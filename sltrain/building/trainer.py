@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sltrain import kernels
+from sltrain.affine import CodedTensor
 from sltrain.building.model import allocate, precision_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.building.start_from import Start
@@ -33,6 +34,7 @@ from sltrain.engine.tensorboard import TensorBoardSink
 from sltrain.engine.trackio import TrackioSink
 from sltrain.engine.trainer import Progress, Trainer
 from sltrain.events import Event
+from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.cost import machine_kind, set_paths
 from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM
@@ -226,6 +228,7 @@ def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> 
         seed=config.seed,
         infos=parameters_of(model),
         group_options=partial(group_options, config),
+        in_codes=held_in_codes(model),
     )
     if not config.per_layer_update:
         return optimizer
@@ -235,6 +238,12 @@ def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> 
         reduce_grad=ranks.sum_ if ranks.world_size > 1 else None,
         grad_clip_per_parameter=config.grad_clip_per_parameter,
     )
+
+
+def held_in_codes(model: nn.Module) -> dict[nn.Parameter, CodedTensor]:
+    """What holds the values of parameters that stand for codes."""
+    layers = (module for module in model.modules() if isinstance(module, ReplacedLinear))
+    return {parameter: held for layer in layers for parameter, held in layer.held_in_codes().items()}
 
 
 def group_options(config: TrainConfig, parameter: ParamInfo) -> dict[str, float]:

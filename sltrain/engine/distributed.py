@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sltrain.numeric import is_stand_in
+
 T = TypeVar("T")
 
 
@@ -92,6 +94,8 @@ class Ranks:
         between machines."""
         if self.world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
+                if is_stand_in(tensor):  # what it stands for are buffers
+                    continue
                 values = tensor.detach()  # integers byte by byte: not every backend sends uint16
                 dist.broadcast(values if values.is_floating_point() else values.view(-1).view(torch.uint8), src=0)
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sltrain.engine.actions import Stateful
 from sltrain.engine.distributed import Ranks
+from sltrain.numeric import is_stand_in
 
 MicroBatch = tuple[Tensor | None, ...]
 Model = nn.Module | Mapping[str, Tensor]  # a module, or its tensors by name
@@ -130,7 +131,8 @@ class Replicated(Strategy):
         device = self.ranks.device
         device_ids = [device.index] if device.type == "cuda" else None
         self._has_ordered_buckets = False
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        sends = not any(map(is_stand_in, model.parameters()))  # DDP cannot; the others are equal as well
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=sends)
 
     def release(self) -> None:
         gc.collect()  # DDP is part of a reference cycle, and holds hooks and buckets as long as it lives

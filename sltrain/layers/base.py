@@ -131,6 +131,11 @@ class ReplacedLinear(nn.Module):
         for name, tensor in self.state_dict().items():
             tensor.copy_(read(name))
 
+    def held_in_codes(self) -> dict[nn.Parameter, Any]:
+        """Parameters that stand for values held as codes, with the CodedTensor (affine.py) that an update reads and
+        writes. Such a parameter has no memory of its own (`is_stand_in`)."""
+        return {}
+
     def warnings(self) -> dict[str, str]:
         """What a user should know before training: topic -> line. Of each topic a model shows the first layer's."""
         return {}

@@ -72,7 +72,7 @@ class Method:
         """Why `ema` is refused, in words that follow the method's name; None: it is not."""
         if not self.exchanges_factors():
             return None
-        return "exchanges both now and then while W stays: their averages would be no average of W"
+        return "exchanges B and A now and then while W stays: their averages would be no average of W"
 
     def agrees(self, step: int, before: int, after: int) -> bool:
         """Whether a run of `before` updates does in its first `step` what one of `after` does, phases apart. Runs are

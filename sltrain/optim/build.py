@@ -2,7 +2,8 @@
 
     which parameters   those that are trained, each once; in groups that share weight decay and learning-rate scale
     which optimizer    the chosen one for what it takes, its `rest()` for the others, and so on (composite.py)
-    rounding           an optimizer that does not round stochastically itself is wrapped (rounding.py)
+    rounding           an optimizer that does not round stochastically itself is wrapped (rounding.py); so is one of
+                       parameters whose values are held as codes
     pieces             an element-wise optimizer so wrapped, which works on copies, gets a parameter in pieces
                        (in_pieces.py)
 
@@ -18,12 +19,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sltrain.affine import CodedTensor
+from sltrain.numeric import is_stand_in
 from sltrain.optim.composite import Composite
 from sltrain.optim.in_pieces import InPieces, piece_sizes
 from sltrain.optim.kinds.base import OptimizerConfig
 from sltrain.optim.rounding import StochasticRounding
 from sltrain.parameters import PIECE, ParamInfo, role_by_name
 
+ENCODING = 9  # bytes that rounding to codes takes for each entry of a piece
 Groups = list[dict[str, Any]]
 GroupOptions = Callable[[ParamInfo], Mapping[str, float]]  # {"lr_scale": 0.5, "weight_decay": 0.0}, or part of it
 
@@ -39,6 +43,7 @@ def build_optimizer(
     seed: int = 0,
     infos: Mapping[str, ParamInfo] | None = None,
     group_options: GroupOptions = lambda parameter: {},
+    in_codes: Mapping[nn.Parameter, CodedTensor] | None = None,
 ) -> Optimizer:
     """The optimizer over `model.named_parameters()`, which live on `device`. Frozen parameters are skipped; a parameter
     that comes twice (tied weights) is updated once.
@@ -48,22 +53,30 @@ def build_optimizer(
         infos: what each parameter is for, by name; without it only gains and biases are recognized, by name.
         group_options: settings of single parameters: "lr_scale" multiplies the learning rate, "weight_decay" replaces
             the run's.
+        in_codes: what holds the values of parameters that stand for codes; it is updated in their place, and rounded
+            stochastically.
 
     Raises ValueError for a missing package, and when nothing is trainable. An optimizer may take none of the
     parameters, in a phase that has none for it (`check_takes` is for the whole run).
     """
     trainable = trained_parameters(named_parameters, infos or {})
+    held = in_codes or {}
     members: list[Optimizer] = []
     left, member = trainable, options
     while left:
         taken = {p: info for p, info in left.items() if member.takes(info)}
         left = {p: info for p, info in left.items() if p not in taken}
-        if taken:
-            groups = parameter_groups(taken, weight_decay, group_options)
-            if len(taken) < len(trainable):
+        coded, plain = ({p: info for p, info in taken.items() if (p in held) == which} for which in (True, False))
+        for own in filter(None, (coded, plain)):
+            groups = parameter_groups(own, weight_decay, group_options)
+            if len(own) < len(trainable):
                 groups = [{**group, "member": len(members)} for group in groups]
             member.check_package()
-            members.append(_build_one(groups, member, lr, device, stochastic_rounding, seed + len(members)))
+            own_seed = seed + len(members)
+            if own is coded:
+                members.append(StochasticRounding(member.make(groups, lr, device), own_seed, held))
+            else:
+                members.append(_build_one(groups, member, lr, device, stochastic_rounding, own_seed))
         member = member.rest()
     return members[0] if len(members) == 1 else Composite(members)
 
@@ -89,7 +102,8 @@ def trained_parameters(
     trained: dict[nn.Parameter, ParamInfo] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad and parameter not in trained:
-            by_name = ParamInfo(name, tuple(parameter.shape), parameter.element_size(), role_by_name(name))
+            shape, role = tuple(parameter.shape), role_by_name(name)
+            by_name = ParamInfo(name, shape, parameter.element_size(), role, is_stand_in(parameter))
             trained[parameter] = infos.get(name, by_name)
     if not trained:
         raise ValueError("the model has no trainable parameter: nothing to optimize.")
@@ -178,14 +192,15 @@ def works_in_pieces(options: OptimizerConfig, stochastic_rounding: bool) -> bool
 
 def state_bytes(options: OptimizerConfig, infos: Iterable[ParamInfo], stochastic_rounding: bool = False) -> int:
     """Bytes of the state that the result of `build_optimizer` keeps for these parameters."""
-    members: dict[str, OptimizerConfig] = {}
+    members: dict[tuple[str, bool], OptimizerConfig] = {}
     total = 0
     for info in infos:
         member = member_for(options, info)
-        members[member.name] = member
-        if stochastic_rounding and not member.rounds:  # it sees float32 copies
+        members[member.name, info.in_codes] = member
+        if info.in_codes or (stochastic_rounding and not member.rounds):  # it sees float32 copies
             info = dataclasses.replace(info, element_size=4)
-        sizes = piece_sizes(info.numel) if works_in_pieces(member, stochastic_rounding) else None
+        cuts = works_in_pieces(member, stochastic_rounding) and not info.in_codes
+        sizes = piece_sizes(info.numel) if cuts else None
         parts = [info] if sizes is None else [dataclasses.replace(info, shape=(size,)) for size in sizes]
         total += sum(map(member.state_bytes, parts))
     return total + sum(member.shared_bytes for member in members.values())
@@ -198,8 +213,19 @@ def step_bytes(
     needs = [0]
     for info in infos:
         member = member_for(options, info)
+        if info.in_codes:
+            needs.append(_bytes_in_codes(member, info, device_type))
+            continue
         if works_in_pieces(member, stochastic_rounding):
             info = dataclasses.replace(info, shape=(min(info.numel, PIECE),))
         outside = 2 * 4 * info.numel if stochastic_rounding and not member.rounds else 0  # weight, gradient in float32
         needs.append(member.step_bytes(info, device_type, stochastic_rounding) + outside)
     return max(needs)
+
+
+def _bytes_in_codes(member: OptimizerConfig, info: ParamInfo, device_type: str) -> int:
+    """Temporary bytes of an update of a parameter in codes: the weight in float32, the gradient if it is narrower, and
+    beside them what the optimizer takes, or the rounding of a piece."""
+    copies = 4 * info.numel * (2 if info.element_size < 4 else 1)
+    exact = dataclasses.replace(info, element_size=4)
+    return copies + max(member.step_bytes(exact, device_type, rounding=False), ENCODING * min(info.numel, PIECE))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sltrain.layers.base import ReplacedLinear, check_known
 from sltrain.models.llama import PROJECTIONS
+from sltrain.numeric import is_stand_in
 from sltrain.planning.sharding import local_shape
 
 ALWAYS = ("dense", "low_rank", "sparse")  # groups that every count has, even if 0
@@ -74,5 +75,6 @@ def stored_bytes(model: nn.Module, num_shards: int = 1) -> dict[str, int]:
     for tensor, group in tensor_groups(model).items():
         name = STORED.get(group, f"{group}_weights")
         shape = local_shape(tensor.shape, num_shards) if isinstance(tensor, nn.Parameter) else tensor.shape
-        stored[name] = stored.get(name, 0) + math.prod(shape) * tensor.element_size()
+        numel = 1 if is_stand_in(tensor) else math.prod(shape)
+        stored[name] = stored.get(name, 0) + numel * tensor.element_size()
     return stored

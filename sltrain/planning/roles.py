@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from sltrain.numeric import is_stand_in
 from sltrain.parameters import ParamInfo, role_by_name
 
 # Of a layer's GROUPS.
@@ -17,7 +18,9 @@ def parameters_of(model: nn.Module) -> dict[str, ParamInfo]:
             if parameter.requires_grad and parameter not in found:
                 name = f"{module_name}.{leaf}" if module_name else leaf
                 role = ROLE_OF_GROUP.get(groups.get(leaf, "")) or _role(name, module_name, module)
-                found[parameter] = ParamInfo(name, tuple(parameter.shape), parameter.element_size(), role)
+                found[parameter] = ParamInfo(
+                    name, tuple(parameter.shape), parameter.element_size(), role, is_stand_in(parameter)
+                )
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     return {info.name: info for info in sorted(found.values(), key=lambda info: order[info.name])}
 

@@ -156,7 +156,7 @@ def test_parameters_by_formula() -> None:
         (["method.start=uniform"], "method.start=uniform: choose one of xavier, spectral"),
         (["method.exact_every=3"], "method.restart_warmup=5: must be at most method.exact_every=3"),
         (["per_layer_update=true", "grad_clip=null"], "method=loro acts between .* set per_layer_update=false"),
-        (["ema=0.9"], "ema=0.9 averages B and A each by itself, and method=loro exchanges"),
+        (["ema=0.9"], "ema=0.9 averages each tensor by itself, and method=loro exchanges"),
     ],
 )
 def test_refused_in_one_line(typed: list[str], words: str) -> None:

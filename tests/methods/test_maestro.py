@@ -170,7 +170,7 @@ def test_parameters_by_formula() -> None:
         (["method.sampler=some"], "method.sampler=some: choose one of one, all, none"),
         (["method.penalty=-1"], "method.penalty=-1.0: must be at least 0"),
         (["method.shrink_every=-1"], "method.shrink_every=-1: must be at least 0"),
-        (["ema=0.9"], "ema=0.9 averages B and A each by itself, and method=maestro cuts ranks, .*; set ema=null"),
+        (["ema=0.9"], "ema=0.9 averages each tensor by itself, and method=maestro cuts ranks, .*; set ema=null"),
         (["per_layer_update=true", "grad_clip=null"], "method=maestro acts between .* set per_layer_update=false"),
     ],
 )

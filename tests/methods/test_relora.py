@@ -201,7 +201,7 @@ def test_no_moment_is_left_without_its_root() -> None:
         ("method.frozen_rounding=up", "method.frozen_rounding=up: choose one of nearest, stochastic"),
         ("method.frozen_dtype=float32 method.frozen_rounding=stochastic", "drop one"),
         ("method.frozen_rounding=stochastic", "for a W0 in bfloat16, and it is float32; set frozen_dtype=bfloat16"),
-        ("ema=0.9", "ema=0.9 averages B and A each by itself, and method=relora"),
+        ("ema=0.9", "ema=0.9 averages each tensor by itself, and method=relora"),
         ("method.sparsity=0.1", "sparsity"),
     ],
 )

@@ -181,7 +181,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_that_of_the_weigh
         (["method.iterations=0"], "method.iterations=0: must be at least 1"),
         (["method.select_every=5"], "method.restart_warmup=20: must be at most method.select_every=5"),
         (["method.gain=0"], "method.gain=0.0: must be a number above 0"),
-        (["ema=0.9"], "ema=0.9 averages B and A each by itself, and method=sst exchanges"),
+        (["ema=0.9"], "ema=0.9 averages each tensor by itself, and method=sst exchanges"),
     ],
 )
 def test_refused_in_one_line(typed: list[str], words: str) -> None:

@@ -198,7 +198,7 @@ def test_without_exchanges_it_is_lora() -> None:
         ("method.switch_every=9", "method.switch_every=9 is less than twice method.freeze=5"),
         ("method.switch_decay=0", "method.switch_decay=0.0: must be a number above 0"),
         ("method.alpha=-1", "method.alpha=-1.0: must be a number above 0"),
-        ("ema=0.9", "ema=0.9 averages B and A each by itself, and method=switchlora"),
+        ("ema=0.9", "ema=0.9 averages each tensor by itself, and method=switchlora"),
         ("optimizer=adam8bit", "which optimizer=adam8bit holds in another form; set optimizer=adamw"),
         ("optimizer=adafactor", "which optimizer=adafactor holds in another form; set optimizer=adamw"),
         ("optimizer=dct_adamw", "which optimizer=dct_adamw holds in another form; set optimizer=adamw"),

@@ -11,12 +11,12 @@ import torch
 from optimizers import make_optimizer, make_options
 from torch import Tensor, nn
 
+from sltrain.affine import decode as decode_few
+from sltrain.affine import encode as encode_few
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config_checks import validate
 from sltrain.engine.memory import tensor_peak
 from sltrain.optim import build
-from sltrain.optim.affine import decode as decode_few
-from sltrain.optim.affine import encode as encode_few
 from sltrain.optim.basis import leading_directions, normal, sketched_directions
 from sltrain.optim.blockwise import decode, encode, new_codes
 from sltrain.optim.build import build_optimizer, state_bytes

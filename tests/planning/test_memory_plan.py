@@ -242,6 +242,8 @@ BFLOAT16_UPDATES = [
     f"method=full {NARROW} moments_dtype=float32",
     f"method=cola method.recompute=true {NARROW}",
     "method=full per_layer_update=true moments_dtype=float32",
+    f"method=int8 {NARROW} per_layer_update=true optimizer=q_galore optimizer.rank=16 optimizer.others=scale",
+    f"method=int8 {NARROW} optimizer=scale",
     f"method=full {NARROW} optimizer=galore optimizer.moments_dtype=8bit optimizer.rank=16 optimizer.others=scale",
 ]
 MIXED_UPDATES = [

@@ -1,7 +1,7 @@
 """optimizer=q_galore: GaLore in few bits, with a basis that is renewed ever more seldom where it hardly moves (Zhang et
 al., arXiv 2407.08296). projected.py and galore.py have the notation.
 
-    P       in 4-bit codes, groups of 256 share a step and a zero point      optim/affine.py
+    P       in 4-bit codes, groups of 256 share a step and a zero point      affine.py
     m, v    of R in 8-bit codes, blocks of 256 share a scale                 optim/dynamic.py, `moments_dtype=8bit`
     direction = scale P N,   N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
@@ -40,7 +40,7 @@ class QGaLore(GaLore):
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         import torch
 
-        from sltrain.optim.affine import no_codes
+        from sltrain.affine import no_codes
 
         basis = no_codes(weight, min(weight.shape) * self.rank, bits=4)
         return {
@@ -60,7 +60,7 @@ class QGaLore(GaLore):
 
     def _basis(self, state: dict[str, Any], d: int) -> "Tensor":
         """P (d, rank), float32. Its codes are in the order of its vectors."""
-        from sltrain.optim.affine import Codes, decode
+        from sltrain.affine import Codes, decode
 
         stored = Codes(*(state[f"basis_{part}"] for part in Codes._fields))
         return decode(stored, d * self.rank, bits=4).view(self.rank, d).t()
@@ -68,7 +68,7 @@ class QGaLore(GaLore):
     def _renew(self, grad: "Tensor", state: dict[str, Any]) -> None:
         """Keep the basis of this gradient, and lengthen the interval if it is much like those before. A gradient of
         zeros has no directions: the basis stays, the first one waits."""
-        from sltrain.optim.affine import encode
+        from sltrain.affine import encode
 
         if not grad.any():
             return

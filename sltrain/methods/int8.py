@@ -1,0 +1,42 @@
+"""Dense weights in 8-bit codes, a byte an entry (Q-GaLore, Zhang et al., arXiv 2407.08296, section 3.4).
+
+    W = s (code - z)      s and z for each 256 entries
+
+Each update decodes a W, moves it by any optimizer of one tensor and rounds it back to codes at random, so that updates
+below a step count on average (affine.py, layers/kinds/int8.py, optim/rounding.py). With `optimizer=q_galore` it is the
+paper's method; gradients are dense, so that per_layer_update=true belongs to it.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sltrain.methods.base import Chosen
+
+
+@METHODS.register("int8")
+@dataclass
+class Int8(Method):
+    """Options of method=int8."""
+
+    gain: float = 1.0  # standard deviation of the projections' start over model.initializer_range
+
+    def check(self) -> None:
+        check_above_zero(gain=self.gain)
+
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        from sltrain.layers.kinds.int8 import Int8Linear
+
+        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            return Int8Linear(linear.in_features, linear.out_features, **like, init_std=std)
+
+        return replace_each(model, chosen, make)
+
+    def against_ema(self) -> str | None:
+        return "holds W in codes, which cannot be averaged"
