@@ -137,6 +137,7 @@ class TrainConfig:
     eval_task_limit: int | None = None  # documents of each task that are asked; None: all
     checkpoint_every: int = MISSING  # updates between checkpoints
     keep_last: int = MISSING  # checkpoints kept
+    checkpoint_async: bool = MISSING  # write them while training goes on, from a copy in host memory
     peak_tflops: float | None = None  # TFLOPS a device can do, of which mfu is a share; None: by a table of cards
     profile_steps: list[int] | None = None  # [first,last] update that torch's profiler records, into the run folder
 
@@ -161,8 +162,8 @@ class TrainConfig:
 CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker parallel path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
-    " eval_tasks eval_task_limit checkpoint_every keep_last micro_batch_size device compile activation_checkpointing"
-    " layer_path memory_guard per_layer_update peak_tflops profile_steps method.recompute"
+    " eval_tasks eval_task_limit checkpoint_every keep_last checkpoint_async micro_batch_size device compile"
+    " activation_checkpointing layer_path memory_guard per_layer_update peak_tflops profile_steps method.recompute"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with

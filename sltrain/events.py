@@ -2,7 +2,7 @@
 
     train               now and then during training
     eval, final         an evaluation on the validation text; the final one ends a finished run, and is summary.json
-    checkpoint          a checkpoint was written
+    checkpoint          a checkpoint was written, of `step`; with checkpoint_async maybe some updates later
     stopped             the run ended before its budget
 
 The type checker holds the writer (engine/trainer.py) and the readers (runs/run_record.py, reporting/rows.py) to it. A
@@ -61,6 +61,8 @@ class Event(TypedDict, total=False):
     init_from: str  # where the first weights came from (final, of a run that did not draw them)
 
     path: str  # of the checkpoint (checkpoint)
+    blocked_seconds: float  # for which training waited for the save (checkpoint)
+    save_seconds: float  # until it was on the disk; more than the former with checkpoint_async (checkpoint)
     outcome: str  # why, in words: see engine/loop.py (stopped)
 
 

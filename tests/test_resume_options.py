@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 CLOCKS = ("wall_seconds", "tokens_per_second", "tflops", "data_wait_fraction", "path")
+CLOCKS += ("blocked_seconds", "save_seconds")
 
 
 def newest(run_dir: Path) -> Path:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.api.plan_columns import Setting, compared_columns, plan_device, refusal, run_column
+from sltrain.api.plan_columns import Setting, compared_columns, plan_device, planned_model, refusal, run_column
 from sltrain.api.plan_config import Asked, PlanConfig, card_bytes, card_name, chosen_cards
 from sltrain.api.plan_measure import NUM_UPDATES, check_free, measure
 from sltrain.api.plan_table import Column, Plan
 from sltrain.api.plan_traffic import traffic_lines
-from sltrain.building.memory import update_notes
+from sltrain.building.memory import host_bytes, update_notes
 from sltrain.building.model import dtype_name, weight_dtype
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
@@ -140,6 +140,8 @@ def notes(config: TrainConfig, num_processes: int) -> list[str]:
             f"={config.micro_batch_size} x {num_processes}: sltrain-train would refuse it"
         )
     lines += update_notes(config, num_processes)
+    if config.checkpoint_async and (copied := host_bytes(config, planned_model(config, dtype), device)):
+        lines.append(f"checkpoint_async=true: rank 0 takes {copied / 1e9:.3f} GB of the host's memory")
     if config.compile:
         lines.append("compile=true: the compiler keeps and fuses what it likes; the plan is for the eager run")
     try:

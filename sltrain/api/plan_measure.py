@@ -7,11 +7,14 @@ import torch
 
 from sltrain.building.model import allocate, build_model
 from sltrain.building.phases import Live, live_actions
-from sltrain.building.trainer import build_step, build_updates, check_updates_of
+from sltrain.building.trainer import build_step, build_updates, check_updates_of, stateful_optimizer
 from sltrain.config import TrainConfig
+from sltrain.engine.actions import Schedule
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import averages_bytes, free_bytes, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.engine.snapshot import HostCopy
 from sltrain.engine.strategy import Single
 from sltrain.layers import set_paths
 
@@ -54,6 +57,10 @@ def measure(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> in
     for _ in range(NUM_UPDATES - 1):
         update()
     optimizer.zero_grad()
-    held = held_by(model, optimizer) + averages_bytes(live_actions(config, model, Live(optimizer)))
+    schedule, host = Schedule(live_actions(config, model, Live(optimizer))), HostCopy()
+    if config.checkpoint_async:
+        objects = {"optimizer": stateful_optimizer(optimizer, model), **schedule.stateful()}
+        host.take(Contents.of(NUM_UPDATES - 1, model, objects, {}))
+    held = held_by(model, optimizer) + averages_bytes(schedule.actions) + host.nbytes
     _, peak = tensor_peak(update, held, device)
     return peak

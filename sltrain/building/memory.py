@@ -49,7 +49,11 @@ def plan_model(
             structure,
             update_shape(config, device, structure, num_processes, sharding),
             optimizer_state_bytes(config, structure, num_shards),
-            {**stored_bytes(structure, num_shards), **average_bytes(config, structure, num_shards)},
+            {
+                **stored_bytes(structure, num_shards),
+                **average_bytes(config, structure, num_shards),
+                **copy_bytes(config, structure, device),
+            },
             update_temporaries=update_temporaries(config, structure, device, num_shards)
             + sum(a.before_bytes for a in actions),
             action_temporaries=max((a.temporary_bytes for a in actions), default=0),
@@ -64,6 +68,24 @@ def average_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) ->
         return {}
     trained = local_infos(parameters_of(model).values(), num_shards)
     return {"averaged_weights": 4 * sum(info.numel for info in trained)}
+
+
+def copied_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """The bytes that rank 0 copies to host memory for a save in the background: all that a checkpoint holds."""
+    lasting = [*stored_bytes(model).values(), *average_bytes(config, model).values()]
+    return sum(lasting) + optimizer_state_bytes(config, model)
+
+
+def copy_bytes(config: TrainConfig, model: nn.Module, device: torch.device) -> dict[str, int]:
+    """`copied_bytes` as a group of a plan: on a GPU none, because it is in the memory of the host."""
+    return {"checkpoint_copy": copied_bytes(config, model)} if config.checkpoint_async and device.type == "cpu" else {}
+
+
+def host_bytes(config: TrainConfig, model: LlamaForCausalLM, device: torch.device) -> int:
+    """Of a run on a GPU: the most that its rank 0 takes of the host's memory for these copies, in any phase."""
+    if not config.checkpoint_async or device.type == "cpu":
+        return 0
+    return max(copied_bytes(config, structure) for _, structure in structures(config, model))
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:
@@ -161,7 +183,7 @@ def settings_that_fit(
 
 def _switches(config: TrainConfig) -> list[Change]:
     """What may save memory besides smaller micro-batches, the least intrusive first."""
-    changes: list[Change] = []
+    changes: list[Change] = [{"checkpoint_async": False}] if config.checkpoint_async else []
     if not config.activation_checkpointing:
         changes.append({"activation_checkpointing": True})
     if (smaller := config.optimizer.smaller) is not None and not config.method.changes_vectors():
@@ -187,5 +209,8 @@ def _apply(config: TrainConfig, changes: list[Change]) -> TrainConfig:
 
 def _as_typed(changes: list[Change]) -> str:
     """The changes as one would type them."""
-    items = [item for change in changes for item in change.items()]
-    return " ".join(f"{key}={'true' if value is True else 'null' if value is None else value}" for key, value in items)
+
+    def typed(value: Any) -> str:
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return " ".join(f"{key}={typed(value)}" for change in changes for key, value in change.items())

@@ -2,7 +2,9 @@
 
 import logging
 
-from sltrain.building.memory import plan_model, settings_that_fit
+import torch
+
+from sltrain.building.memory import host_bytes, plan_model, settings_that_fit
 from sltrain.building.model import build_model
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
 from sltrain.engine.distributed import Ranks
@@ -42,6 +44,8 @@ def guard_memory(
             raise
         logger.info(f"memory     cannot be planned: {error}")
         return None
+    if ranks.is_main:
+        _guard_host(config, host_bytes(config, model, device))
     free = free_share(ranks)
     logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
@@ -53,3 +57,19 @@ def guard_memory(
         f"the run needs {memory_size(plan.total_bytes)} on {device}, where {memory_size(free)} are free; what would"
         f" fit: {advice}; memory_guard=off starts all the same, sltrain-plan shows where the memory goes"
     )
+
+
+def _guard_host(config: TrainConfig, needed: int) -> None:
+    """Log how much of the host's memory a run on a GPU needs to save in the background, if it does. Raises ValueError
+    if that is not free and the guard is on."""
+    if not needed:
+        return
+    free = free_bytes(torch.device("cpu"))
+    logger.info(
+        f"memory     {memory_size(needed)} of the host for checkpoint_async=true, {memory_size(free)} free there"
+    )
+    if config.memory_guard and free is not None and needed > free:
+        raise ValueError(
+            f"checkpoint_async=true copies {memory_size(needed)} to the host's memory, where {memory_size(free)} are"
+            " free; set checkpoint_async=false"
+        )

@@ -27,6 +27,7 @@ from sltrain.engine.memory import PeakMemory, RunMemory
 from sltrain.engine.metrics import JsonlSink, ProgressBar, Sink, WandbSink, rewrite_until
 from sltrain.engine.micro_batch import Feed
 from sltrain.engine.profile import Profile
+from sltrain.engine.saving import Saves
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, UpdateStep
 from sltrain.engine.stop import StopRequest
 from sltrain.engine.strategy import Strategy
@@ -93,7 +94,7 @@ def build_trainer(
         feed=Feed(stream, ranks, StopRequest(), config.micro_batch_size, saved.get("stream", {})),
         eval_set=eval_set,
         strategy=strategy,
-        checkpointer=checkpointer,
+        saves=Saves(checkpointer, ranks, config.checkpoint_async, progress.step),
         sinks=ranks.everywhere(lambda: build_sinks(config, folder, progress.step) if ranks.is_main else []),
         memory=memory,
         set_learning_rate=learning_rate_setter(config, live),

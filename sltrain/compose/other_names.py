@@ -65,6 +65,7 @@ OTHERS = {
     " dump_folder exp_dir results_dir run_name exp_name work_dir workdir save_path save",
     "checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_interval ckpt_every save_freq"
     " checkpointing_steps save_frequency always_save_checkpoint",
+    "checkpoint_async": "async_save async_checkpoint async_mode use_async_save enable_async_checkpointing save_async",
     "keep_last": "save_total_limit keep_latest_k max_checkpoints keep_checkpoints",
     "log_every": "logging_steps log_interval log_freq log_steps log_every_n_steps logging_interval print_every",
     "eval_every": "eval_steps eval_interval val_interval val_check_interval eval_freq evaluation_steps eval_strategy"

@@ -9,7 +9,8 @@
     run_dir/checkpoints/latest  symbolic link to the newest, for people and shells
 
 A folder of such a name is always complete (sealed_folder.py), and older ones are deleted only after it is. If the disk
-damages it later, the one before is used. Only rank 0 saves and searches; every rank loads.
+damages it later, the one before is used. Only rank 0 saves and searches; every rank loads. Whether training waits for
+a save or goes on meanwhile: saving.py.
 """
 
 import contextlib
@@ -23,7 +24,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from sltrain.engine.actions import Stateful
-from sltrain.engine.checkpoint_files import ADVICE, CheckpointError, load_model, load_object, save_model, save_object
+from sltrain.engine.checkpoint_files import (
+    ADVICE,
+    CheckpointError,
+    Contents,
+    load_model,
+    load_object,
+    save_object,
+    save_tensors,
+)
 from sltrain.engine.sealed_folder import (
     disk_reason,
     find_damage,
@@ -76,13 +85,18 @@ class Checkpointer:
         Raises CheckpointError when the disk refuses (full, over quota, read-only); earlier checkpoints are untouched
         and no partial one remains.
         """
+        return self.write(Contents.of(step, model, objects, state))
+
+    def write(self, contents: Contents) -> Path:
+        """`save`, of contents that were gathered before; from any thread, one at a time."""
+        step = contents.step
         final = self.folder / f"step_{step:08d}"
 
         def fill(folder: Path) -> None:
-            save_model(folder / MODEL_FILE, model)
-            for name, stateful in objects.items():
-                save_object(folder / object_file(name), stateful)
-            (folder / STATE_FILE).write_text(json.dumps({**state, "step": step}))
+            save_tensors(folder / MODEL_FILE, contents.tensors)
+            for name, state in contents.objects.items():
+                save_object(folder / object_file(name), state)
+            (folder / STATE_FILE).write_text(contents.state)
 
         try:
             write_sealed(final, fill, {"step": step})

@@ -1,11 +1,14 @@
 """The files of a checkpoint: a model's tensors in safetensors, the state of any other object by torch.save.
 
-Tensors are read one by one into the memory that the model already holds, and never cast. Other files are loaded with
-weights_only=True: code in them is not run.
+`Contents` is what they will hold, gathered without a copy. Tensors are read one by one into the memory that the model
+already holds, and never cast. Other files are loaded with weights_only=True: code in them is not run.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,11 +35,33 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def save_model(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Write parameters and persistent buffers, a tied one under its first name only; or these tensors."""
-    named = named_tensors(model) if isinstance(model, nn.Module) else model
-    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+@dataclass(frozen=True)
+class Contents:
+    """What the checkpoint of one step holds. Its tensors may be those that are trained, which must then not change
+    before it is written; snapshot.py copies them."""
+
+    step: int  # updates done
+    tensors: dict[str, Tensor]  # parameters and persistent buffers by name, a tied one under its first name only
+    objects: dict[str, dict[str, Any]]  # the states of everything else, by name
+    state: str  # JSON, with "step"
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        model: nn.Module | Mapping[str, Tensor],
+        objects: Mapping[str, Stateful],
+        state: Mapping[str, Any],
+    ) -> "Contents":
+        """The present values, not copied: see Checkpointer.save."""
+        states = {name: stateful.state_dict() for name, stateful in objects.items()}
+        tensors = named_tensors(model) if isinstance(model, nn.Module) else dict(model)
+        return cls(step, tensors, states, json.dumps({**state, "step": step}))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model's tensors by name."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -57,10 +82,10 @@ def load_model(path: Path, model: nn.Module) -> None:
                 tensor.copy_(file.get_tensor(name))
 
 
-def save_object(path: Path, stateful: Stateful) -> None:
-    """Write the object's state, without a copy of its tensors."""
+def save_object(path: Path, state: dict[str, Any]) -> None:
+    """Write an object's state, without a copy of its tensors."""
     with open(path, "wb") as file:
-        torch.save(stateful.state_dict(), file)
+        torch.save(state, file)
 
 
 def load_object(path: Path, stateful: Stateful, is_on_cpu: bool) -> None:

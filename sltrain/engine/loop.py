@@ -33,7 +33,16 @@ class Cadence:
 def run_loop(trainer: Trainer, cadence: Cadence) -> Outcome:
     """Train from the trainer's step to `max_steps`, then evaluate once more and write the final line."""
     try:
-        return _run(trainer, cadence)
+        return _run_or_rescue(trainer, cadence)
+    finally:
+        trainer.close()
+
+
+def _run_or_rescue(trainer: Trainer, cadence: Cadence) -> Outcome:
+    try:
+        outcome = _run(trainer, cadence)
+        trainer.finish_save()
+        return outcome
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -59,7 +68,7 @@ def _run(trainer: Trainer, cadence: Cadence) -> Outcome:
         update = trainer.next_update()
         if update.someone_lost_data or update.someone_stopped:
             if trainer.step > 0:
-                trainer.save()
+                trainer.save(in_background=False)
             return Outcome.DATA_LOST if update.someone_lost_data else Outcome.INTERRUPTED
         result = trainer.train(update)
         if trainer.step == 1 or trainer.step == cadence.max_steps or is_due(cadence.log_every):

@@ -300,9 +300,13 @@ class WandbSink:
             )
         elif mode == "online":
             logger.info(f"W&B: {self._run.url}")
+        self._last_step = 0
 
     def log(self, event: Event) -> None:
-        self._run.log(flat(event), step=event["step"])
+        self._last_step = max(
+            self._last_step, event["step"]
+        )  # a checkpoint's line may be late: W&B drops what goes back
+        self._run.log(flat(event), step=self._last_step)
 
     def close(self) -> None:
         self._run.finish()

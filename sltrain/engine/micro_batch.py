@@ -31,6 +31,7 @@ class Update:
     num_targets: int
     someone_stopped: bool
     someone_lost_data: bool
+    someone_failed_to_save: bool = False  # in the background
 
 
 @dataclass
@@ -54,12 +55,12 @@ class Feed:
             self.error = error
         return None
 
-    def agree(self, batch: Any) -> Update:
+    def agree(self, batch: Any, failed_to_save: bool = False) -> Update:
         """The update of which this rank fetched `batch`; except for the rows it is the same on all ranks."""
         counts = [0, 0] if batch is None else [batch.num_tokens, batch.num_targets]
-        flags = [int(self.stop.is_set), int(self.error is not None)]
-        num_tokens, num_targets, num_stopped, num_lost = self.ranks.sum([*counts, *flags])
-        return Update(batch, num_tokens, num_targets, num_stopped > 0, num_lost > 0)
+        flags = [self.stop.is_set, self.error is not None, failed_to_save]
+        num_tokens, num_targets, *numbers = self.ranks.sum([*counts, *map(int, flags)])
+        return Update(batch, num_tokens, num_targets, *(number > 0 for number in numbers))
 
     def micro_batches(self, batch: Any) -> list[MicroBatch]:
         """This rank's rows, in order, `micro_batch_size` at a time, on its device."""

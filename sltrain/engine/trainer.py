@@ -11,21 +11,21 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sltrain.engine.actions import Schedule, Stateful
-from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.ema import Average
 from sltrain.engine.evaluate import counted, evaluate
-from sltrain.engine.memory import RunMemory, averages_bytes, held_by
+from sltrain.engine.memory import MEASURED_UPDATE, RunMemory, averages_bytes, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
 from sltrain.engine.profile import Profile
+from sltrain.engine.saving import LONG_WAIT_SECONDS, Save, Saves
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.strategy import Strategy
 from sltrain.events import Event, TaskNumbers
@@ -70,7 +70,7 @@ class Trainer:
     feed: Feed
     eval_set: Any  # see data/evaluation.py
     strategy: Strategy
-    checkpointer: Checkpointer
+    saves: Saves
     sinks: list[Sink]
     memory: RunMemory
     set_learning_rate: Callable[[int], float]  # step -> the rate it set
@@ -86,7 +86,6 @@ class Trainer:
     final: Event | None = None  # the final line, once written
 
     def __post_init__(self) -> None:
-        self.saved_step = self.progress.step or -1
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self.source_tokens: dict[str, int] = {}  # of a mixture, read in this rank's streams until the last update
@@ -100,6 +99,11 @@ class Trainer:
         return self.progress.step
 
     @property
+    def saved_step(self) -> int:
+        """Of the newest checkpoint on the disk, as far as this rank knows; below 1: none."""
+        return self.saves.saved_step
+
+    @property
     def has_diverged(self) -> bool:
         return self.progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
@@ -109,10 +113,15 @@ class Trainer:
         return self.final is not None and math.isfinite(self.final["loss"])
 
     def next_update(self) -> Update:
-        """The data of the next update, and whether some rank has to stop."""
+        """The data of the next update, and whether some rank has to stop. Raises CheckpointError if a save in the
+        background has failed since the last update."""
+        self._note(self.saves.written())
         with self.throughput.waiting():
             batch = self.feed.fetch()
-        return self.feed.agree(batch)
+        update = self.feed.agree(batch, self.saves.has_failed)
+        if update.someone_failed_to_save:
+            self.finish_save()
+        return update
 
     def train(self, update: Update) -> StepResult:
         """Make one update, advance the counters, and begin the phases and apply the actions that are due."""
@@ -131,6 +140,8 @@ class Trainer:
         if self.profile is not None and self.profile.covers(step):  # measured memory takes the profiler too
             result = self.profile.record(step, run)
         else:
+            if self.memory.num_updates + 1 == MEASURED_UPDATE:  # the optimizer has its state by now
+                self.saves.reserve(self._contents({}))
             num_micro_batches = -(-num_rows // self.feed.micro_batch_size)
             result = self.memory.measure(run, self._held_bytes, num_micro_batches)
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
@@ -147,7 +158,7 @@ class Trainer:
         """What is held before an update, which must not free gradients of the one before while it is measured."""
         self.update_step.optimizer.zero_grad()
         own = held_by(self.model, self.update_step.optimizer, self.strategy.local) + self.update_step.bucket_bytes
-        return own + averages_bytes(self.schedule.actions)
+        return own + averages_bytes(self.schedule.actions) + self.saves.host.nbytes
 
     def _averaged(self) -> AbstractContextManager[None]:
         """With `ema`, the context in which the model has its averaged weights."""
@@ -161,9 +172,16 @@ class Trainer:
         self.update_step.optimizer.zero_grad()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
-        if is_whole and self.step > 0 and self.ranks.world_size == 1:
+        if self.ranks.world_size > 1:
+            return
+        try:
+            self.finish_save()
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning(str(error))
+        self.saves.free()
+        if is_whole and self.step > 0:
             try:
-                self.save()
+                self.save(in_background=False)
             except (OSError, ValueError, RuntimeError) as error:
                 logger.warning(f"step {self.step} could not be saved: {error}")
 
@@ -217,6 +235,7 @@ class Trainer:
                 return True
             numbers.update(self.memory.numbers(self.ranks.gather))
             numbers.update(self.final_metrics())
+            self.finish_save()  # a run without its last checkpoint is not finished
             self.final = self._write(event, numbers)
             return True
 
@@ -225,22 +244,57 @@ class Trainer:
         with contextlib.suppress(OSError):  # the disk may be the cause
             self._write("stopped", {"outcome": outcome})
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step, unless it has one."""
-        if self.saved_step == self.step:
-            return
+    def save(self, in_background: bool = True) -> None:
+        """Save the current step, unless that was begun; if not `in_background`, it is on the disk afterwards. Raises
+        CheckpointError if this save fails, or the one before it did."""
         with self.feed.stop.shielded(), self.throughput.paused():
-            self.progress.wall_seconds = time.monotonic() - self.started
-            streams = {key: state for part in self.ranks.gather(self.feed.state) for key, state in part.items()}
-            state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
-            path = self._write_checkpoint(state)
-            self.saved_step = self.step
-            self._write("checkpoint", {"path": str(path)})
+            if self.saves.begun_step != self.step:
+                save = Save(self.step, self.progress.tokens, self.progress.positions)
+                self._finish_last(save)
+                self.progress.wall_seconds = time.monotonic() - self.started
+                streams = {key: state for part in self.ranks.gather(self.feed.state) for key, state in part.items()}
+                state = {"progress": asdict(self.progress), "stream": streams, **self.built_with}
+                self.saves.begin(save, self._contents(state), in_background)
+            if not (in_background and self.saves.in_background):
+                self._note(self.saves.finish())
 
-    def _write_checkpoint(self, state: dict[str, Any]) -> Path:
-        """Let rank 0 write what the strategy gathers."""
+    def finish_save(self) -> None:
+        """Wait for the save that goes on in the background, if one does. Raises CheckpointError if it failed."""
+        with self.feed.stop.shielded():
+            self._note(self.saves.finish())
+
+    def close(self) -> None:
+        """Finish what is being written, however the run ended. Raises nothing."""
+        with self.feed.stop.shielded(), contextlib.suppress(OSError):
+            self._note(self.saves.close())
+
+    def _contents(self, state: Mapping[str, Any]) -> Callable[[], Contents]:
+        """What gives rank 0 the contents of a checkpoint of the present step. All ranks call it."""
         model, objects = self.strategy.for_checkpoint(self.model, self.objects)
-        return self.ranks.on_main(lambda: self.checkpointer.save(self.step, model, objects, state))
+        return lambda: Contents.of(self.step, model, objects, state)
+
+    def _finish_last(self, save: Save) -> None:
+        """Wait for the save before this one, and say so if that took long: the disk is slower than the saves come."""
+        before = self.saves.begun_step
+        self._note(self.saves.finish())
+        if (seconds := time.perf_counter() - save.began) > LONG_WAIT_SECONDS:
+            logger.info(
+                f"note       step {self.step:,} waited {seconds:.1f} s for the checkpoint of step {before:,}; with a"
+                " higher checkpoint_every it would not"
+            )
+
+    def _note(self, save: Save | None) -> None:
+        """Write the line of a checkpoint that is on the disk, at the step that it holds."""
+        if save is None:
+            return
+        seconds = {"blocked_seconds": round(save.blocked_seconds, 4), "save_seconds": round(save.seconds, 4)}
+        at: Event = {"step": save.step, "tokens": save.tokens, "positions": save.positions}
+        self._write("checkpoint", {**at, "path": str(save.path), **cast(Event, seconds)})
+        if self.saves.in_background:
+            logger.info(
+                f"checkpoint of step {save.step:,} saved: training waited {save.blocked_seconds:.2f} s of"
+                f" {save.seconds:.2f} s"
+            )
 
     def _write(self, event: str, numbers: Event, of_method: Mapping[str, float] | None = None) -> Event:
         p = self.progress

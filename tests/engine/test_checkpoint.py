@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -652,8 +653,12 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
 
 def test_an_error_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
     model = Net()
+    keeper, strange = Checkpointer(tmp_path, 0), Pool(1.0)
     with pytest.raises(TypeError):
-        Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {"not json": object()})
+        keeper.save(1, model, saved_adamw(model), {"not json": object()})
+    strange.names = lambda: None  # type: ignore[assignment]
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        keeper.save(1, model, {"action/pool": strange}, {})
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -1,0 +1,135 @@
+"""When a checkpoint is written: at once, or by a thread while training goes on (checkpoint_async=true).
+
+    copy to host memory              training waits (snapshot.py)
+    write, hash, fsync, rename       a thread of rank 0; training goes on
+    "checkpoint" line, `saved_step`  before the next update after that, or where a save is waited for
+
+One checkpoint is written at a time: the next save, the final line and the end of the run wait for it. It counts as
+saved once its folder has its final name, never before. If the disk refuses, every rank raises that error before its
+next update, as it would have done without the thread. Splitting a save into these two parts is from CheckFreq (Mohan et
+al., FAST 2021).
+
+The thread needs no process group. Its work is in safetensors, torch and the operating system, which let other threads
+of Python run meanwhile.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import Contents
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.snapshot import HostCopy
+
+logger = logging.getLogger(__name__)
+
+LONG_WAIT_SECONDS = 1.0  # of a save for the one before
+
+
+@dataclass
+class Save:
+    """One save: where the run was, and how long it took."""
+
+    step: int
+    tokens: int
+    positions: int
+    began: float = field(default_factory=time.perf_counter)  # the clock of the following
+    blocked_seconds: float = 0.0  # until training went on
+    seconds: float = 0.0  # until the folder had its name
+    path: Path | None = None  # of that folder
+
+
+class Saves:
+    """The saves of a run, one after the other. All ranks call `begin` and `finish` together.
+
+    Args:
+        in_background: let a thread write; False: `begin` returns when the checkpoint is written.
+        step: of the checkpoint that the run continues from; 0: of none.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, ranks: Ranks, in_background: bool = False, step: int = 0) -> None:
+        self.checkpointer, self.ranks, self.in_background = checkpointer, ranks, in_background
+        self.begun_step = self.saved_step = step or -1  # of the newest save; saved: as far as this rank knows
+        self.host = HostCopy()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background and ranks.is_main else None
+        self._pending: Save | None = None  # begun and not finished, on all ranks
+        self._writing: Future[tuple[Path, float]] | None = None  # what rank 0 has not told of yet
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread's last error waits to be raised by `finish`; on rank 0."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def reserve(self, contents: Callable[[], Contents]) -> None:
+        """Find the memory for copies now, unless it is held or in use: not for the first time in the middle of the
+        run."""
+        if self._pool is not None and self._writing is None and not self.host.nbytes:
+            self.host.take(contents())
+
+    def begin(self, save: Save, contents: Callable[[], Contents], in_background: bool = True) -> None:
+        """Save what `contents` returns on rank 0, in the background if both this call and the run say so; after
+        `finish`."""
+        assert self._pending is None
+        copies = in_background and self.in_background
+        self.ranks.on_main(lambda: self._submit(contents(), copies))
+        save.blocked_seconds = time.perf_counter() - save.began
+        self.begun_step = save.step
+        self._pending = save
+
+    def written(self) -> Save | None:
+        """On rank 0, once: what has been written since it began; None if nothing was, or it failed."""
+        save = self._pending
+        if save is None or self._writing is None or not self._writing.done() or self.has_failed:
+            return None
+        path, ended = self._writing.result()
+        self._writing = None
+        save.path, save.seconds = path, ended - save.began
+        save.blocked_seconds = min(save.blocked_seconds, save.seconds)
+        self.saved_step = save.step
+        return save
+
+    def finish(self) -> Save | None:
+        """Wait for what is being written, on every rank, and return it, unless `written` has. Raises CheckpointError on
+        every rank if it failed."""
+        if self._pending is None:
+            return None
+        try:
+            self.ranks.on_main(self._wait)
+            self.saved_step = self._pending.step
+            return self.written()
+        finally:
+            self._pending = None
+
+    def close(self) -> Save | None:
+        """As `finish` where ranks may be gone: nothing is raised, and a failure that was not is a warning."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self.has_failed:
+            assert self._writing is not None
+            logger.warning(str(self._writing.exception()))
+        return self.written()
+
+    def free(self) -> None:
+        """Give the memory for copies back; after `finish`."""
+        self.host.free()
+
+    def _submit(self, contents: Contents, in_background: bool) -> None:
+        if in_background and self._pool is not None:
+            self._writing = self._pool.submit(self._write, self.host.take(contents))
+        else:
+            done: Future[tuple[Path, float]] = Future()
+            done.set_result(self._write(contents))
+            self._writing = done
+
+    def _write(self, contents: Contents) -> tuple[Path, float]:
+        return self.checkpointer.write(contents), time.perf_counter()
+
+    def _wait(self) -> None:
+        """Until the thread is done; raises its error, once."""
+        if self._writing is not None and self._writing.exception() is not None:
+            failed, self._writing = self._writing, None
+            failed.result()
