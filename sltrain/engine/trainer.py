@@ -140,8 +140,7 @@ class Trainer:
         if self.profile is not None and self.profile.covers(step):  # measured memory takes the profiler too
             result = self.profile.record(step, run)
         else:
-            if self.memory.num_updates + 1 == MEASURED_UPDATE:  # the optimizer has its state by now
-                self.saves.reserve(self._contents({}))
+            self._reserve()
             num_micro_batches = -(-num_rows // self.feed.micro_batch_size)
             result = self.memory.measure(run, self._held_bytes, num_micro_batches)
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
@@ -153,6 +152,12 @@ class Trainer:
             self.update_step.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
             self.schedule.run(step)
         return result
+
+    def _reserve(self) -> None:
+        """Find the memory for copies of what is saved, before the update that is measured: the optimizer has its state
+        by then."""
+        if self.saves.in_background and self.memory.num_updates + 1 == MEASURED_UPDATE:
+            self.saves.reserve(self._contents({}))
 
     def _held_bytes(self) -> int:
         """What is held before an update, which must not free gradients of the one before while it is measured."""
