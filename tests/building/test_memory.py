@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sltrain
 from sltrain.building import memory_guard
 from sltrain.building.memory import plan_model, settings_that_fit
 from sltrain.building.model import allocate, build_model
@@ -125,3 +126,44 @@ def test_processes_of_one_machine_share_its_memory(
         with pytest.raises(ValueError, match=f"where {memory_size(int(0.75 * planned))} are free"):
             guard()
     assert f"{memory_size(int(1.5 * planned / num_processes))} free on cpu" in lines[0]
+
+
+def test_copies_of_a_run_on_a_gpu_are_in_the_memory_of_its_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: list[str]
+) -> None:
+    """Rank 0's: weights, positions and both moments of every value, and no share of the card's memory."""
+    how = ["model=llama_60m", "device=cuda", "dtype=bfloat16"]
+    config, without = composed(*how, "checkpoint_async=true"), composed(*how)
+    model = build_model(config, 32_000, torch.bfloat16)
+    assert plan_model(config, model, CUDA, 1) == (plan := plan_model(without, model, CUDA, 1))
+    copied = sum(p.nbytes for p in model.buffers()) + sum(3 * p.nbytes for p in model.parameters())
+    free = {"cuda": 10**12, "cpu": copied // 2}
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: free[device.type])
+
+    def guard(config: TrainConfig, rank: int = 0) -> MemoryPlan | None:
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), Ranks(rank, 2, CUDA))
+
+    with pytest.raises(
+        ValueError, match=f"copies {memory_size(copied)} to the host's memory, where .* free; set check"
+    ):
+        guard(config)
+    assert lines[-1].startswith(f"memory     {memory_size(copied)} of the host for checkpoint_async=true")
+    guard(config, rank=1)
+    guard(without)
+    guard(composed(*how, "checkpoint_async=true", "memory_guard=off"))
+    free["cpu"] = 2 * copied
+    guard(config)
+    note = f"note: checkpoint_async=true: rank 0 takes {copied / 1e9:.3f} GB of the host's memory"
+    vocabulary = {"model.vocab_size": 32_000, "device": "cuda", "dtype": "bfloat16"}
+    assert note in sltrain.plan("llama_60m", checkpoint_async=True, **vocabulary).table
+    assert plan.groups.keys() == plan_model(without, model, CPU, 1).groups.keys()
+
+
+def test_a_run_that_would_fit_without_its_copy_is_told() -> None:
+    def plan_on_cpu(config: TrainConfig) -> MemoryPlan:
+        return plan_model(config, build_model(config, 32_000, torch.float32), CPU, 1)
+
+    config = composed("model=llama_60m", "global_batch_size=2", "micro_batch_size=2", "checkpoint_async=true")
+    copied = plan_on_cpu(config).groups["checkpoint_copy"]
+    found = settings_that_fit(config, plan_on_cpu, plan_on_cpu(config).total_bytes - copied)
+    assert found is not None and found[0] == "checkpoint_async=false"

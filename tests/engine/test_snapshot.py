@@ -21,7 +21,7 @@ class Kept:
     """What an action might keep: nested, with a tensor in two places, a transposed one and a number of updates."""
 
     def __init__(self) -> None:
-        shared = torch.arange(5, dtype=torch.uint16)
+        shared = torch.tensor([1, 2, 3, 4, 65_535], dtype=torch.uint16)
         self.values: dict[str, Any] = {
             "both": [shared, {"again": shared}],
             "transposed": torch.randn(3, 4).t(),
