@@ -16,7 +16,7 @@ from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
-from sltrain.engine.strategy import Single
+from sltrain.engine.strategy import Replicated, Single
 from sltrain.log import memory_size
 from sltrain.planning.memory_plan import MemoryPlan
 from sltrain.runs.run_folder import RunFolder
@@ -141,7 +141,7 @@ def test_copies_of_a_run_on_a_gpu_are_in_the_memory_of_its_host(
     monkeypatch.setattr(memory_guard, "free_bytes", lambda device: free[device.type])
 
     def guard(config: TrainConfig, rank: int = 0) -> MemoryPlan | None:
-        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), Ranks(rank, 2, CUDA))
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), Replicated(Ranks(rank, 2, CUDA)))
 
     with pytest.raises(
         ValueError, match=f"copies {memory_size(copied)} to the host's memory, where .* free; set check"
