@@ -59,7 +59,7 @@ def slow_disk(patch: pytest.MonkeyPatch, seconds: float = 0.2) -> None:
     [
         "micro_batch_size=8",
         "dtype=bfloat16 ema=0.7 per_layer_update=true",
-        "method=relora method.restart_every=2 model.tie_word_embeddings=true",
+        "method=slope method.adapter_share=0.5 model.tie_word_embeddings=true",
     ],
 )
 def test_every_checkpoint_is_that_of_a_run_that_waits(
