@@ -148,6 +148,7 @@ class TrainConfig:
     device: str = MISSING  # auto, cpu or cuda
     compile: bool = MISSING  # torch.compile
     activation_checkpointing: bool = MISSING  # keep each decoder layer's input only, recompute the rest in backward
+    hang_timeout: float = MISSING  # seconds after which a process that hangs ends the run and is named; 0: never
     memory_guard: bool = MISSING  # refuse to start what does not fit into the memory that is free
 
     # The run folder
@@ -163,7 +164,8 @@ CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker parallel path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
     " eval_tasks eval_task_limit checkpoint_every keep_last checkpoint_async micro_batch_size device compile"
-    " activation_checkpointing layer_path memory_guard per_layer_update peak_tflops profile_steps method.recompute"
+    " activation_checkpointing layer_path hang_timeout memory_guard per_layer_update peak_tflops profile_steps"
+    " method.recompute"
 ).split()
 
 # Keys of earlier versions that a run's config.yaml may hold, with the value that means today's behaviour. A run with

@@ -57,6 +57,7 @@ AT_LEAST = {
     "eval_task_limit": 1,
     "checkpoint_every": 0,
     "keep_last": 1,
+    "hang_timeout": 0,
     "seed": 0,
 }
 ABOVE_ZERO = (

@@ -27,12 +27,17 @@ class ExitCode(IntEnum):
     INTERRUPTED = 3  # by a signal; the run is saved
     DATA_LOST = 4  # network lost; what was trained was saved
     DIVERGED = 5  # the loss or the gradients stayed non-finite
+    RANK_LOST = 6  # another process of the run hangs or is gone; the last checkpoint is kept
     NOTHING_SAVED = 130  # a training run was interrupted before its first checkpoint; 128 + SIGINT, as of a shell
 
 
 class Error(ValueError):
     """`sltrain.Error`: raised by the library for what the caller can fix. The message says what is wrong and what to
     change; `__cause__` is the original error."""
+
+
+class RankLost(RuntimeError):
+    """Another process of the run is gone; the message says what is kept."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,6 +84,8 @@ def run_as_process(
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """The exit code for an exception that ended a command."""
+    if isinstance(error, RankLost):
+        return ExitCode.RANK_LOST
     return ExitCode.BAD_INPUT if isinstance(error, ValueError | OSError) else ExitCode.FAILED
 
 

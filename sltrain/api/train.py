@@ -6,9 +6,11 @@ from pathlib import Path
 from sltrain.api.farewell import farewell, what_is_left
 from sltrain.building.run import Run, build_run
 from sltrain.config import TrainConfig, num_steps
+from sltrain.engine.distributed import is_lost_rank
 from sltrain.engine.loop import Cadence, Outcome, run_loop
 from sltrain.engine.trainer import Trainer
-from sltrain.errors import Interrupted
+from sltrain.errors import Interrupted, RankLost
+from sltrain.log import first_line
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -26,7 +28,8 @@ class Ended:
 def train_run(config: TrainConfig) -> Ended:
     """Train until the budget is spent, or until a signal, the data, memory or non-finite numbers stop the run: see
     `Outcome`. An unfinished run in the folder is continued, a finished one is left unchanged. Raises ValueError or
-    OSError for what the user can fix, before anything is trained, and Interrupted if a signal ends it at once."""
+    OSError for what the user can fix, before anything is trained, Interrupted if a signal ends it at once, and RankLost
+    if another of its processes is gone."""
     cadence = Cadence(num_steps(config), config.log_every, config.eval_every, config.checkpoint_every)
     folder = RunFolder(Path(config.run_dir).expanduser()) if config.run_dir else None
     try:
@@ -38,6 +41,13 @@ def train_run(config: TrainConfig) -> Ended:
                 return Ended(folder.path, Outcome.FINISHED, advice, is_saved=True)
             with run.trainer.feed.stop:
                 return _train(config, run, run.trainer, cadence)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise RankLost(
+            f"another process of the run is gone ({first_line(error)}): what it or torchrun says tells why."
+            f" {what_is_left(folder)[0].removeprefix('interrupted; ')}"
+        ) from error
     except KeyboardInterrupt:
         raise Interrupted(*what_is_left(folder)) from None
 

@@ -46,7 +46,7 @@ def build_run(config: TrainConfig) -> Run:
     """Build everything a training run needs; what was opened is closed if that fails. Raises ValueError or OSError for
     what the user can fix."""
     with ExitStack() as resources:
-        ranks = Ranks.start(pick_device(config.device))
+        ranks = Ranks.start(pick_device(config.device), config.hang_timeout)
         resources.callback(ranks.stop)
         compare_ranks(config, ranks)
         ranks.everywhere(lambda: check_before_text(config, ranks))

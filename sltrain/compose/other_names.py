@@ -94,6 +94,8 @@ OTHERS = {
     "tracker.project": "wandb_project project project_name",
     "tracker.entity": "wandb_entity entity",
     "profile_steps": "profile profiler profiling profile_step enable_profiling use_profiler torch_profiler",
+    "hang_timeout (seconds)": "ddp_timeout timeout nccl_timeout dist_timeout train_timeout_seconds"
+    " distributed_timeout_minutes init_timeout_seconds process_group_timeout collective_timeout",
     "seed": "random_seed data_seed manual_seed rng_seed",
     "per_layer_update": "layerwise layer_wise per_layer per_layer_weight_update galore_adamw8bit_per_layer",
 }

@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sltrain.engine.watch import Watch, connect_to_store
 from sltrain.numeric import is_stand_in
 
 T = TypeVar("T")
@@ -42,6 +44,14 @@ class ToldByAnotherRank(ValueError):
     told_by_another_rank = True
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an operation failed because another process of the run is gone."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 @dataclass
 class Ranks:
     """The processes of one run as this process sees them."""
@@ -49,22 +59,41 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    watch: Watch | None = None  # ends the run when another rank hangs
 
     @classmethod
-    def start(cls, device: torch.device) -> "Ranks":
-        """Join the processes that torchrun started; without torchrun, the only one."""
+    def start(cls, device: torch.device, hang_timeout: float = 0.0) -> "Ranks":
+        """Join the processes that torchrun started; without torchrun, the only one. `hang_timeout`: seconds after which
+        a rank that hangs ends the run, see watch.py; 0: a collective that takes half an hour raises RuntimeError."""
         ranks = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if ranks.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            if hang_timeout:
+                connect = partial(connect_to_store, timeout=max(hang_timeout / 2, 5.0))
+                ranks.watch = Watch(ranks.rank, ranks.world_size, hang_timeout, connect)
+                ranks.watch.start()
+            # Watched, a rank may wait for another that works: for hours while it trains a tokenizer, for instance.
+            dist.init_process_group(backend, timeout=timedelta(days=1) if hang_timeout else timedelta(minutes=30))
         return ranks
 
     def stop(self) -> None:
         """Leave the group; safe to call twice."""
+        if self.watch is not None:
+            self.watch.stop()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def at(self, what: str, patience: float = 0.0) -> None:
+        """Tell the other ranks what begins here, and how many seconds it may take beyond hang_timeout."""
+        if self.watch is not None:
+            self.watch.at(what, patience)
+
+    def tick(self) -> None:
+        """Tell them that it goes on."""
+        if self.watch is not None:
+            self.watch.tick()
 
     @property
     def num_on_this_machine(self) -> int:

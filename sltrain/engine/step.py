@@ -165,6 +165,7 @@ class OrdinaryStep(UpdateStep):
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.strategy.ranks.device)
         scale = self.strategy.ranks.world_size / num_targets
         for i, micro_batch in enumerate(micro_batches):
+            self.strategy.ranks.tick()
             with self.strategy.accumulating(self.model, is_last=i + 1 == len(micro_batches)):
                 loss = self.model(*micro_batch)
                 (loss * scale).backward()
@@ -203,6 +204,7 @@ class PerLayerStep(UpdateStep):
         self._per_layer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, micro_batch in enumerate(micro_batches):
+            self.ranks.tick()
             is_last = i + 1 == len(micro_batches)
             loss = self.model(*micro_batch)
             loss_sum += loss.detach()

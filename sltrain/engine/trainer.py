@@ -28,10 +28,12 @@ from sltrain.engine.profile import Profile
 from sltrain.engine.saving import LONG_WAIT_SECONDS, Save, Saves
 from sltrain.engine.step import StepResult, UpdateStep
 from sltrain.engine.strategy import Strategy
+from sltrain.engine.watch import ENDLESS
 from sltrain.events import Event, TaskNumbers
 
 logger = logging.getLogger(__name__)
 
+FIRST_UPDATE = 1200.0  # seconds beyond hang_timeout: torch.compile works in it
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that many, skipping does not help any more
 
 
@@ -88,6 +90,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
+        self._may_compile = True  # in the next update
         self.source_tokens: dict[str, int] = {}  # of a mixture, read in this rank's streams until the last update
 
     @property
@@ -116,8 +119,11 @@ class Trainer:
         """The data of the next update, and whether some rank has to stop. Raises CheckpointError if a save in the
         background has failed since the last update."""
         self._note(self.saves.written())
+        number = self.step + 1
+        self.ranks.at(f"the text of update {number}", ENDLESS)  # the network may be slow
         with self.throughput.waiting():
             batch = self.feed.fetch()
+        self.ranks.at(f"update {number}", FIRST_UPDATE if self._may_compile else 0.0)
         update = self.feed.agree(batch, self.saves.has_failed)
         if update.someone_failed_to_save:
             self.finish_save()
@@ -143,14 +149,17 @@ class Trainer:
             self._reserve()
             num_micro_batches = -(-num_rows // self.feed.micro_batch_size)
             result = self.memory.measure(run, self._held_bytes, num_micro_batches)
+        self._may_compile = False
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
         if result.num_skipped_tensors and not result.skipped:
             logger.warning(f"step {step}: {result.num_skipped_tensors} gradients were not finite and are skipped")
         self.feed.state, self.source_tokens = update.batch.state, update.batch.source_tokens
         self.throughput.add(update.num_tokens)
         if self.schedule.is_due(step):
+            self.ranks.at(f"what follows update {step}", ENDLESS)  # decompositions, another structure
             self.update_step.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
             self.schedule.run(step)
+            self._may_compile = True
         return result
 
     def _reserve(self) -> None:
@@ -214,6 +223,7 @@ class Trainer:
 
     def evaluate(self, event: str) -> bool:
         """Write the eval or final line; False if a signal interrupted the evaluation."""
+        self.ranks.at(f"the evaluation at step {self.step}", ENDLESS)
         with self.throughput.paused():
             if event == "final":
                 logger.info(f"final evaluation on {self.eval_set.num_targets:,} tokens ...")
@@ -252,6 +262,7 @@ class Trainer:
     def save(self, in_background: bool = True) -> None:
         """Save the current step, unless that was begun; if not `in_background`, it is on the disk afterwards. Raises
         CheckpointError if this save fails, or the one before it did."""
+        self.ranks.at(f"the checkpoint of step {self.step}", ENDLESS)
         with self.feed.stop.shielded(), self.throughput.paused():
             if self.saves.begun_step != self.step:
                 save = Save(self.step, self.progress.tokens, self.progress.positions)
@@ -265,6 +276,7 @@ class Trainer:
 
     def finish_save(self) -> None:
         """Wait for the save that goes on in the background, if one does. Raises CheckpointError if it failed."""
+        self.ranks.at("a checkpoint in the background", ENDLESS)
         with self.feed.stop.shielded():
             self._note(self.saves.finish())
 
