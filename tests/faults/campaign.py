@@ -206,9 +206,12 @@ def damage(file: Path, how: str, share: float) -> None:
 
 
 def leave_remains(run: Path, checkpoints: list[Path]) -> None:
-    """What starts that were killed, also those of other versions, may leave in a folder."""
-    for name in ("config.yaml.tmp", "metrics.jsonl.tmp", "summary.json.tmp", "tokenizer.json.tmp"):
-        (run / name).write_bytes(b'{"half": ')
+    """What starts that were killed may leave in a folder."""
+    written = ["config.yaml", "metrics.jsonl", "summary.json"]
+    if not checkpoints:  # afterwards the tokenizer stays as it is
+        written.append("tokenizer.json")
+    for name in written:
+        (run / f"{name}.tmp").write_bytes(b'{"half": ')
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     for name in ("step_00000004.tmp", "step_00000099.tmp"):

@@ -108,8 +108,11 @@ def _problems_of_end(start: Start) -> list[str]:
     fault = start.ended_by
     effect = None if fault is None else fault.effect
     abrupt = effect in ("kill", "node", "hang", "torn")
-    if "Traceback" in said and not (abrupt and start.processes > 1):  # the others lose their peer
-        problems.append(f"a traceback: {said[said.index('Traceback') :][-300:]!r}")
+    ours = [
+        line for line in said.splitlines() if 'File "' in line and "/sltrain/" in line
+    ]  # torchrun has one of its own
+    if ours and not (abrupt and start.processes > 1):  # the others lose their peer
+        problems.append(f"a traceback through {ours[-1].strip()}: {said[-300:]!r}")
     if start.processes > 1:  # of several, and of torchrun, the codes are those of processes that were ended
         return problems
     expected = {None: {0}, "signal": {3, 130}, "full": {2}, "quota": {2}, "read_dead": {2, 4}}.get(effect)
