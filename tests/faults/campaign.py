@@ -73,7 +73,7 @@ class Campaign:
         begin = time.monotonic()
         folder = self._new_folder(f"seed_{schedule.seed}")
         starts, told = self._disturb(schedule, folder)
-        problems = problems_of_starts(starts)
+        problems = problems_of_starts(starts, in_background="checkpoint_async=true" in RECIPES[schedule.recipe])
         history = history_of(starts)
         segments = segments_of(history)
         seconds = time.monotonic() - begin

@@ -76,8 +76,8 @@ def segments_of(history: dict[int, Update]) -> tuple[tuple[int, int], ...]:
     return tuple(segments)
 
 
-def problems_of_starts(starts: list[Start]) -> list[str]:
-    """What is wrong with the way in which starts ended and went on."""
+def problems_of_starts(starts: list[Start], in_background: bool = False) -> list[str]:
+    """What is wrong with the way in which starts ended and went on; `in_background`: checkpoints are written there."""
     problems = []
     for number, start in enumerate(starts, 1):
         problems += [f"start {number}: {problem}" for problem in _problems_of_end(start)]
@@ -86,7 +86,7 @@ def problems_of_starts(starts: list[Start]) -> list[str]:
         done = max(before.done, default=done)
         if not after.begun:
             continue
-        lost, allowed = done - (after.begun[0] - 1), _may_lose(before)
+        lost, allowed = done - (after.begun[0] - 1), _may_lose(before, in_background)
         if lost > allowed:
             problems.append(f"start {number}: {lost} updates are done again after {before.ended_by}; {allowed} may be")
         if lost < 0:
@@ -94,11 +94,11 @@ def problems_of_starts(starts: list[Start]) -> list[str]:
     return problems
 
 
-def _may_lose(start: Start) -> int:
-    if start.damaged:
-        return 2 * CHECKPOINT_EVERY
-    fault = start.ended_by
-    return 0 if fault is not None and fault.effect in ("signal", "read_dead") else CHECKPOINT_EVERY
+def _may_lose(start: Start, in_background: bool) -> int:
+    """How many updates may be done again after a start."""
+    if start.ended_by is not None and start.ended_by.effect in ("signal", "read_dead"):
+        return 0
+    return CHECKPOINT_EVERY * (1 + start.damaged + in_background)  # training goes on while one is written
 
 
 def _problems_of_end(start: Start) -> list[str]:
@@ -108,11 +108,10 @@ def _problems_of_end(start: Start) -> list[str]:
     fault = start.ended_by
     effect = None if fault is None else fault.effect
     abrupt = effect in ("kill", "node", "hang", "torn")
-    ours = [
-        line for line in said.splitlines() if 'File "' in line and "/sltrain/" in line
-    ]  # torchrun has one of its own
+    frames = [line.strip() for line in said.splitlines() if 'File "' in line]
+    ours = [frame for frame in frames if "/sltrain/" in frame]  # torchrun prints a traceback of its own
     if ours and not (abrupt and start.processes > 1):  # the others lose their peer
-        problems.append(f"a traceback through {ours[-1].strip()}: {said[-300:]!r}")
+        problems.append(f"a traceback through {ours[-1]}: {said[-300:]!r}")
     if start.processes > 1:  # of several, and of torchrun, the codes are those of processes that were ended
         return problems
     expected = {None: {0}, "signal": {3, 130}, "full": {2}, "quota": {2}, "read_dead": {2, 4}}.get(effect)

@@ -27,6 +27,7 @@ RECIPES: dict[str, list[str]] = {
         "method.merge_warmup=2",
         "padding=best_fit",
     ],
+    "background": ["method=sltrain", "padding=truncate_pad", "checkpoint_async=true"],
     "per_layer": ["method=sltrain", "padding=truncate_pad", "per_layer_update=true"],
 }
 
