@@ -69,7 +69,12 @@ class TrackerConfig:
 class ParallelConfig:
     """How the processes of a run share the tensors of its model (engine/strategy.py)."""
 
-    name: str = "auto"  # auto (one process: single, several: ddp), single or ddp
+    name: str = "auto"  # auto, single, ddp, fsdp or hsdp; auto: ddp while the plan fits a device, else fsdp
+    replicas: int | None = None  # hsdp: copies of the model, each in shards; None: one a machine
+    param_dtype: str = "auto"  # fsdp, hsdp: of gathered weights, and so of arithmetic; auto: as the weights
+    reduce_dtype: str = "float32"  # fsdp, hsdp: in which gradients are averaged over processes; auto: their own
+    reshard_after_forward: bool = True  # fsdp, hsdp: a layer's weights are gathered in backward again
+    reduce_every: str = "micro_batch"  # fsdp, hsdp: micro_batch (shares of gradients are held), or update (whole ones)
 
 
 @dataclass

@@ -18,7 +18,10 @@ from sltrain.parameters import ROLES
 
 CHOICES = {
     "tracker.name": ("none", "wandb", "tensorboard", "trackio"),
-    "parallel.name": ("auto", "single", "ddp"),
+    "parallel.name": ("auto", "single", "ddp", "fsdp", "hsdp"),
+    "parallel.param_dtype": ("auto", "float32", "bfloat16"),
+    "parallel.reduce_dtype": ("auto", "float32", "bfloat16"),
+    "parallel.reduce_every": ("micro_batch", "update"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
@@ -58,6 +61,7 @@ AT_LEAST = {
     "checkpoint_every": 0,
     "keep_last": 1,
     "hang_timeout": 0,
+    "parallel.replicas": 1,
     "seed": 0,
 }
 ABOVE_ZERO = (

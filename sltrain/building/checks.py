@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
-from sltrain.building.strategy import check_parallel
+from sltrain.building.strategy import check_parallel, check_sharding
 from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
@@ -87,6 +87,7 @@ def _check_compiler(config: TrainConfig, ranks: Ranks) -> None:
 def _check_model(config: TrainConfig, ranks: Ranks) -> None:
     model = build_model(config, config.model.vocab_size or ANY_VOCABULARY, weight_dtype(config, ranks.device))
     check_structures(config, model)
+    check_sharding(config, model, ranks.world_size)
 
 
 def _check_run_dir(config: TrainConfig, ranks: Ranks) -> None:

@@ -1,6 +1,8 @@
 """A run that does not fit into memory is refused before it begins, with settings that would fit."""
 
 import logging
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -13,9 +15,29 @@ from sltrain.engine.strategy import Strategy
 from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.planning.sharding import Sharding
 from sltrain.runs.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+# What may change so that a run in shards fits.
+WITH_SHARDS = {"micro_batch_size", "global_batch_size", "activation_checkpointing", "optimizer", "moments_dtype"}
+
+
+def planned_sharding(strategy: Strategy) -> Sharding | None:
+    """How a plan counts the shards of a strategy; None: tensors are whole."""
+    if not strategy.is_sharded:
+        return None
+    cut: Any = strategy  # engine/sharded.py, which is imported only by runs that need it
+    settings = cut.settings
+    return Sharding(
+        num_shards=cut.num_shards,
+        replicas=settings.replicas,
+        gathered_element=None if settings.param_dtype is None else settings.param_dtype.itemsize,
+        reduced_element=None if settings.reduce_dtype is None else settings.reduce_dtype.itemsize,
+        reduces_each=settings.reduces_each_micro_batch,
+        reshards=settings.reshard_after_forward,
+    )
 
 
 def free_share(ranks: Ranks) -> int | None:
@@ -31,11 +53,11 @@ def guard_memory(
 ) -> MemoryPlan | None:
     """The plan of the run's memory, None if it cannot be planned; both are logged. Raises ValueError if it does not
     fit, or cannot be planned, and the guard is on."""
-    ranks = strategy.ranks
+    ranks, sharding = strategy.ranks, planned_sharding(strategy)
     device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
 
     def plan_of(changed: TrainConfig) -> MemoryPlan:
-        return plan_model(changed, build_model(changed, vocab_size, dtype), device, ranks.world_size)
+        return plan_model(changed, build_model(changed, vocab_size, dtype), device, ranks.world_size, sharding)
 
     try:
         plan = plan_of(config)
@@ -50,7 +72,9 @@ def guard_memory(
     logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
-    keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
+    keys: Collection[str] | None = CHANGEABLE_ON_RESUME if folder.has_progress else None
+    if sharding is not None:  # which refuses updates inside backward
+        keys = WITH_SHARDS.intersection(WITH_SHARDS if keys is None else keys)
     found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
     advice = "a smaller model" if found is None else f"{found[0]} ({memory_size(found[1].total_bytes)})"
     raise ValueError(

@@ -1,6 +1,7 @@
 """Config -> model: LLaMA with the method's layers, on meta memory, and then on a device."""
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -50,9 +51,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Give a model on meta memory on its device. Raises ValueError if there is not enough."""
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    allocate_own(list(model.modules()), device)
+
+
+def allocate_own(modules: Collection[nn.Module], device: torch.device) -> None:
+    """The same for the tensors of these modules, not for those of modules inside of them."""
+    own = [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in own)
     try:
-        model.to_empty(device=device)
+        for module in modules:
+            module.to_empty(device=device, recurse=False)
     except RuntimeError as error:  # torch's allocators, out of memory
         raise ValueError(
             f"the model's {num_bytes / 1e9:,.1f} GB do not fit on {device}; choose a smaller one"

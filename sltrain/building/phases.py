@@ -17,6 +17,8 @@ from sltrain.optim.named_state import change_moments, reset_state
 from sltrain.parameters import PIECE
 from sltrain.planning.roles import parameters_of
 
+Named = Iterable[tuple[str, nn.Parameter]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,11 +77,11 @@ def actions_of(config: TrainConfig, model: nn.Module) -> list[Action]:
     return [*config.method.actions(Running(model, num_steps(config))), *_averaging(config, model)]
 
 
-def _averaging(config: TrainConfig, model: nn.Module) -> list[Action]:
-    """The action of `ema`, after those of the method."""
+def _averaging(config: TrainConfig, model: nn.Module, named: Named | None = None) -> list[Action]:
+    """The action of `ema`, after those of the method, for the parameters as this process holds them."""
     if config.ema is None:
         return []
-    average = Average(model, config.ema)
+    average = Average(model, config.ema, named)
     narrow = [p.numel() for p in model.parameters() if p.requires_grad and p.element_size() < 4]
     temporary = 4 * min(max(narrow, default=0), PIECE)
     return [Action(ema.NAME, every(1), lambda moment: average.update(), temporary, average)]
@@ -103,7 +105,7 @@ class Live:
             self.has_told = True
 
 
-def live_actions(config: TrainConfig, model: nn.Module, live: Live) -> list[Action]:
-    """The actions for the model of a run."""
+def live_actions(config: TrainConfig, model: nn.Module, live: Live, named: Named | None = None) -> list[Action]:
+    """The actions for the model of a run. `named`: its parameters as this process holds them; None: whole."""
     running = Running(model, num_steps(config), live.reset, live.change)
-    return [*config.method.actions(running), *_averaging(config, model)]
+    return [*config.method.actions(running), *_averaging(config, model, named)]

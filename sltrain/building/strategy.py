@@ -1,6 +1,6 @@
 """parallel= -> how the processes share the model (engine/strategy.py): chosen, and refused where it cannot work.
 
-    auto   one process: single. Several: ddp.
+    auto   one process: single. Several: ddp while its planned memory fits every process's device, else fsdp.
 
 All processes are compared first: different code or settings would train different models, and fail late.
 """
@@ -10,17 +10,27 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 from typing import Any
 
-from sltrain.config import TrainConfig
+import torch
+
+from sltrain.building.memory import plan_model
+from sltrain.building.memory_guard import free_share
+from sltrain.building.model import DTYPES
+from sltrain.config import TrainConfig, num_steps
+from sltrain.engine.actions import Running
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.strategy import Replicated, Single, Strategy
+from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
+from sltrain.planning.roles import parameters_of
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "datasets", "bitsandbytes")  # whose version may change a run
+SHARDED = ("fsdp", "hsdp")
 
 
 def compare_ranks(config: TrainConfig, ranks: Ranks) -> None:
@@ -60,15 +70,120 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_parallel(config: TrainConfig, world_size: int) -> None:
-    """Raise ValueError if the model cannot be shared so by that many processes."""
-    if config.parallel.name == "single" and world_size > 1:
+    """Raise ValueError if that many processes cannot share a model so, or if the configuration does not go with
+    shards."""
+    name, replicas = config.parallel.name, config.parallel.replicas
+    if name == "single" and world_size > 1:
         raise ValueError(
             f"parallel=single is for one process, and there are {world_size}; set parallel=auto, or start one process"
         )
+    if replicas is not None and name != "hsdp":
+        raise ValueError(f"parallel.replicas={replicas} is for parallel=hsdp, and parallel is {name}; set one of them")
+    if name == "hsdp" and world_size % (count := num_replicas(config, world_size)):
+        raise ValueError(
+            f"parallel.replicas={count} x shards must be the number of processes, and {world_size} is no multiple of"
+            f" {count}; set parallel.replicas to one of {', '.join(map(str, _divisors(world_size)))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def num_replicas(config: TrainConfig, world_size: int) -> int:
+    """The copies of a model that is sharded: of parallel=hsdp by default one a machine."""
+    if config.parallel.name != "hsdp":
+        return 1
+    return config.parallel.replicas or max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def check_sharding(config: TrainConfig, model: LlamaForCausalLM, world_size: int) -> None:
+    """Raise ValueError if parallel=fsdp or hsdp was asked for and does not go with the rest. `model` is on the meta
+    device."""
+    name = config.parallel.name
+    if name in SHARDED and world_size > 1 and (reason := against_shards(config, model)) is not None:
+        raise ValueError(f"parallel={name}: {reason}, or parallel=ddp")
+
+
+def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
+    """Why the configuration does not go with shards, with the remedy; None: it does."""
+    if config.per_layer_update:
+        return (
+            "per_layer_update=true needs whole gradients inside backward, and each process gets its share of them a"
+            " layer at a time; set per_layer_update=false"
+        )
+    if config.compile:
+        return "compile=true compiles the model as one, and shards are gathered layer by layer; set compile=false"
+    if config.eval_tasks:
+        return (
+            "eval_tasks asks each process for other forward passes, and a sharded one needs all processes at once;"
+            " set eval_tasks=[] and run sltrain-eval RUN --tasks on checkpoints"
+        )
+    if config.stochastic_rounding:
+        return (
+            "stochastic_rounding=true draws random numbers for whole tensors, of which each process has a part; set"
+            " stochastic_rounding=false (precision=mixed has nothing to round)"
+        )
+    for info in parameters_of(model).values():
+        if info.in_codes:
+            return f"method={config.method.name} holds weights as codes, which are not cut; set another method"
+        if not info.shape:
+            return f"{info.name} is a single number without a dimension, which cannot be cut; choose another method"
+    changes = [action.name for action in config.method.actions(Running(model, num_steps(config)))]
+    changes += [phase.name for phase in config.method.phases(num_steps(config)) if phase.after > 0]
+    if changes:
+        return (
+            f"method={config.method.name} changes whole matrices between updates ({', '.join(changes)}), of which each"
+            " process has a part; set method=sltrain, low_rank, full or cola without restarts"
+        )
+    return None
 
 
 def build_strategy(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> Strategy:
-    """The strategy of a run whose model is on the meta device; `auto` is decided here."""
+    """The strategy of a run whose model is on the meta device. All ranks call it, and choose the same."""
     if ranks.world_size == 1:
+        if config.parallel.name in ("ddp", *SHARDED):
+            logger.info(f"note       parallel={config.parallel.name} shares a model among processes, and there is one")
         return Single(ranks)
-    return Replicated(ranks)
+    name = _choose(config, model, ranks) if config.parallel.name == "auto" else config.parallel.name
+    if name == "ddp":
+        return Replicated(ranks)
+    from sltrain.engine.sharded import Settings, Sharded  # torch.distributed.tensor takes seconds to import
+
+    own = next(model.parameters()).dtype
+    strategy = Sharded(
+        ranks,
+        Settings(
+            replicas=num_replicas(config, ranks.world_size),
+            param_dtype=_other_dtype(config.parallel.param_dtype, own),
+            reduce_dtype=_other_dtype(config.parallel.reduce_dtype, own),
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            reduces_each_micro_batch=config.parallel.reduce_every == "micro_batch",
+        ),
+    )
+    copies = f", {strategy.settings.replicas} copies" if strategy.settings.replicas > 1 else ""
+    logger.info(f"parallel   {strategy.name}: each process holds 1/{strategy.num_shards} of every tensor{copies}")
+    return strategy
+
+
+def _other_dtype(name: str, own: torch.dtype) -> torch.dtype | None:
+    """The dtype of this name; None if it is that of the weights."""
+    return None if name == "auto" or DTYPES[name] == own else DTYPES[name]
+
+
+def _choose(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> str:
+    """What parallel=auto means for several processes."""
+    free = [each for each in ranks.gather(free_share(ranks)) if each is not None]
+    try:
+        needed = plan_model(config, model, ranks.device, ranks.world_size).total_bytes
+    except ValueError:  # a layer that cannot be planned; the guard says so
+        return "ddp"
+    if not free or needed <= min(free):
+        logger.info(f"parallel   ddp: {memory_size(needed)} fit each of {ranks.world_size} processes")
+        return "ddp"
+    reason = against_shards(config, model)
+    if reason is not None:
+        logger.info(f"parallel   ddp, though {memory_size(needed)} do not fit; fsdp would need a change: {reason}")
+        return "ddp"
+    logger.info(f"parallel   fsdp, since {memory_size(needed)} do not fit into {memory_size(min(free))}")
+    return "fsdp"

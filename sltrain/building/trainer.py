@@ -3,17 +3,17 @@ remembers, and where metrics go."""
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sltrain import kernels
 from sltrain.affine import CodedTensor
-from sltrain.building.model import allocate, precision_name
+from sltrain.building.model import allocate, allocate_own, precision_name
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.building.start_from import Start
 from sltrain.config import TrainConfig, num_steps, rate_schedule
@@ -70,17 +70,20 @@ def build_trainer(
     checkpointer = Checkpointer(folder.path, config.keep_last)
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
-    ranks.everywhere(lambda: allocate(model, ranks.device))
-    if checkpoint is None:  # otherwise every value comes from there
-        begin(config, model, start, strategy)
+    give_memory(config, model, strategy, is_new=checkpoint is None, start=start)
     live = Live(build_updates(config, model, strategy))
     schedule = Schedule(
-        live_actions(config, model, live), phases_of(config), config.seed, agree=lambda: strategy.agree(model)
+        live_actions(config, model, live, strategy.named_parameters(model)),
+        phases_of(config),
+        config.seed,
+        agree=lambda: strategy.agree(model),
     )
     objects = {"optimizer": stateful_optimizer(live.optimizer, model), **schedule.stateful()}
     saved: dict[str, Any] = {}
     if checkpoint is not None:
-        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream))
+        saved = ranks.everywhere(lambda: restore(checkpointer, checkpoint, model, objects, stream, strategy))
+        if strategy.is_sharded:  # indices come from a file that each process has read
+            strategy.agree(model)
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
         _tell_resumed(step, checkpoint, stream)
     progress = Progress(**saved.get("progress", {}))
@@ -98,7 +101,7 @@ def build_trainer(
         sinks=ranks.everywhere(lambda: build_sinks(config, folder, progress.step) if ranks.is_main else []),
         memory=memory,
         set_learning_rate=learning_rate_setter(config, live),
-        model_metrics=lambda: weight_norms(model),
+        model_metrics=lambda: weight_norms(model, strategy.whole),
         speed_metrics=build_utilisation(config, model, ranks).numbers,
         final_metrics=partial(final_numbers, config, model, memory),
         progress=progress,
@@ -107,6 +110,31 @@ def build_trainer(
     )
     schedule.enter = partial(enter_phase, config, model, trainer, live)
     return trainer
+
+
+def give_memory(
+    config: TrainConfig, model: LlamaForCausalLM, strategy: Strategy, is_new: bool, start: Start | None
+) -> None:
+    """Give a model on the meta device memory, and its first values if the run `is_new`: otherwise every value comes
+    from a checkpoint. Of a model in shards a process holds one decoder layer whole at a time, or all of it where its
+    first values need that: weights that were trained before, and phases that begin at once."""
+    ranks, layers = strategy.ranks, list(model.model.layers)
+    needs_whole = is_new and (start is not None or bool(begun(phases_of(config), 0)))
+    if strategy.is_sharded and not needs_whole:
+
+        def prepare(modules: Collection[nn.Module]) -> None:
+            ranks.everywhere(lambda: allocate_own(modules, ranks.device))
+            if is_new:
+                model.init_weights(config.seed, modules)
+
+        strategy.shard(model, layers, prepare)
+        if is_new:
+            strategy.agree(model)
+        return
+    ranks.everywhere(lambda: allocate(model, ranks.device))
+    if is_new:
+        begin(config, model, start, strategy)
+    strategy.shard(model, layers)
 
 
 def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, strategy: Strategy) -> None:
@@ -148,7 +176,7 @@ def enter_phase(
     live.optimizer = rebuild_updates(config, model, trainer.strategy, live.optimizer)
     trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.strategy)
     before = {name: kept.state_dict() for name, kept in trainer.schedule.stateful().items()}
-    trainer.schedule.actions = live_actions(config, model, live)
+    trainer.schedule.actions = live_actions(config, model, live, trainer.strategy.named_parameters(model))
     after = trainer.schedule.stateful()
     for name in before.keys() & after.keys():
         after[name].load_state_dict(before[name])
@@ -179,9 +207,10 @@ def restore(
     model: nn.Module,
     objects: Mapping[str, Stateful],
     stream: TrainStream,
+    strategy: Strategy,
 ) -> dict[str, Any]:
     """Set model, objects and stream to a checkpoint; return everything else that it holds."""
-    state = checkpointer.load(checkpoint, model, objects)
+    state = checkpointer.load(checkpoint, model, strategy.from_checkpoint(objects), strategy.part)
     stream.load_state_dict(state["stream"])
     return state
 
@@ -219,9 +248,9 @@ def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
 def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> torch.optim.Optimizer:
     """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
     ranks = strategy.ranks
-    optimizer = build_optimizer(
-        strategy.named_parameters(model),
-        config.optimizer,
+    build = partial(
+        build_optimizer,
+        options=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
         device=ranks.device,
@@ -231,6 +260,11 @@ def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> 
         group_options=partial(group_options, config),
         in_codes=held_in_codes(model),
     )
+    if strategy.is_sharded:
+        from sltrain.building.sharded_updates import build_on_shards  # as `build_strategy` imports it
+
+        return build_on_shards(config, model, cast(Any, strategy), build)
+    optimizer = build(strategy.named_parameters(model))
     if not config.per_layer_update:
         return optimizer
     return PerLayerUpdate(

@@ -17,7 +17,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sltrain.engine.checkpoint_files import (
     ADVICE,
     CheckpointError,
     Contents,
+    all_rows,
     load_model,
     load_object,
     save_object,
@@ -144,9 +145,15 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {paths[step]} is damaged ({problem}); choose another step")
         return paths[step]
 
-    def load(self, path: Path, model: nn.Module, objects: Mapping[str, Stateful] | None) -> dict[str, Any]:
+    def load(
+        self,
+        path: Path,
+        model: nn.Module,
+        objects: Mapping[str, Stateful] | None,
+        part: Callable[[Tensor], tuple[Tensor, slice | None]] = all_rows,
+    ) -> dict[str, Any]:
         """Load the folder `path` into the model and, unless None, into these objects; return the saved state with
-        "step".
+        "step". `part`: see `load_model`.
 
         Raises CheckpointError when a tensor's name, shape or dtype differs (the model is then untouched), when it
         holds the state of other objects, or when a file cannot be read.
@@ -155,7 +162,7 @@ class Checkpointer:
         try:
             if objects is not None:
                 _refuse_other_objects(path, objects)
-            load_model(path / MODEL_FILE, model)
+            load_model(path / MODEL_FILE, model, part)
             is_on_cpu = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
             for name, stateful in (objects or {}).items():
                 load_object(path / object_file(name), stateful, is_on_cpu)

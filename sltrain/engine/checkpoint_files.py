@@ -5,7 +5,7 @@ already holds, and never cast. Other files are loaded with weights_only=True: co
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def all_rows(tensor: Tensor) -> tuple[Tensor, None]:
+    """All of a tensor, and all of its rows."""
+    return tensor, None
+
+
+def load_model(path: Path, model: nn.Module, part: Callable[[Tensor], tuple[Tensor, slice | None]] = all_rows) -> None:
     """Fill the model from the file. Raises CheckpointError when a name, shape or dtype differs; the model is then
-    untouched."""
+    untouched. `part(tensor)` is what to fill of it, and with which rows of the one in the file; None: all."""
     expected = named_tensors(model)
     assert not any(tensor.is_meta for tensor in expected.values()), "give the model memory (to_empty) before loading"
     with safe_open(path, framework="pt") as file:  # maps the file: one tensor at a time is in memory
         found = {}
         for name in file.keys():
-            part = file.get_slice(name)
-            letters = part.get_dtype().rstrip("0123456789")
-            dtype = part.get_dtype().replace(letters, SAFETENSORS_TYPES.get(letters, letters))
-            found[name] = f"{dtype} {tuple(part.get_shape())}"
+            stored = file.get_slice(name)
+            letters = stored.get_dtype().rstrip("0123456789")
+            dtype = stored.get_dtype().replace(letters, SAFETENSORS_TYPES.get(letters, letters))
+            found[name] = f"{dtype} {tuple(stored.get_shape())}"
         _refuse_differences(path, expected, found)
         with torch.no_grad():
             for name, tensor in expected.items():
-                tensor.copy_(file.get_tensor(name))
+                here, rows = part(tensor)
+                here.copy_(file.get_tensor(name) if rows is None else file.get_slice(name)[rows])
 
 
 def save_object(path: Path, state: dict[str, Any]) -> None:
@@ -92,9 +98,11 @@ def load_object(path: Path, stateful: Stateful, is_on_cpu: bool) -> None:
     """Load the state in the file into the object. Raises CheckpointError for the state of another object.
 
     On its way to a GPU the file is mapped, so that the ranks of a machine do not each hold a copy. On the CPU the
-    loaded tensors may become the state, which must not depend on a file that keep_last deletes.
+    loaded tensors may become the state, which must not depend on a file that keep_last deletes; unless the object says
+    that it `copies` them.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=not is_on_cpu)
+    is_copied = getattr(stateful, "copies", False)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_copied or not is_on_cpu)
     try:
         stateful.load_state_dict(state)
     except ValueError as error:

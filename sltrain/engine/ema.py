@@ -7,7 +7,7 @@ bfloat16 can hold. Of W = (alpha / rank) B A + S, the tensors A, B and the value
 Training does not read them; they are the state of an action, so checkpoints hold them (`action.ema.pt`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,15 @@ FILE = f"action.{NAME}.pt"  # in a checkpoint
 
 
 class Average:
-    """The averages of a model's trained parameters by name; `decay` is the share that an update leaves of them."""
+    """The averages of a model's trained parameters by name; `decay` is the share that an update leaves of them. `named`
+    are the parameters as this process holds them (a strategy's `named_parameters`); None: those of the model."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
+    def __init__(self, model: nn.Module, decay: float, named: Iterable[tuple[str, nn.Parameter]] | None = None) -> None:
+        self._named, self.decay = dict(model.named_parameters() if named is None else named), decay
         self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self._trained()}
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in self._named.items() if p.requires_grad)
 
     @torch.no_grad()
     def update(self) -> None:

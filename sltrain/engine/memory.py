@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sltrain.engine.actions import Action
 from sltrain.engine.ema import Average
+from sltrain.engine.strategy import Strategy
 from sltrain.events import Event
 from sltrain.log import memory_size
 
@@ -138,13 +139,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def held_by(
-    model: nn.Module, optimizer: torch.optim.Optimizer, local: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> int:
-    """Bytes of weights, buffers and optimizer state: what is held between updates. `local(parameter)` is what this
-    process holds of it."""
+def held_by(model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy | None = None) -> int:
+    """Bytes of weights, buffers and optimizer state: what is held between updates. A strategy says what this process
+    holds of a weight; None: all."""
+    weights = [p if strategy is None else strategy.part(p.detach())[0] for p in model.parameters()]
     state = (value for values in optimizer.state.values() for value in values.values())
-    return bytes_of([*map(local, model.parameters()), *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
+    return bytes_of([*weights, *model.buffers(), *(t for t in state if isinstance(t, Tensor))])
 
 
 def averages_bytes(actions: Iterable[Action]) -> int:

@@ -1,10 +1,12 @@
 """How the processes of a run share the tensors of its model. Step, checkpoint and log know this interface alone.
 
-    parallel=   held by each process                            gradients
-    single      everything; it is the only one                  its own
-    ddp         everything (torch's DistributedDataParallel)    averaged inside backward
+    parallel=   held by each process                           gradients                               file
+    single      everything; it is the only one                 its own                                 this one
+    ddp         everything (torch's DistributedDataParallel)   averaged inside backward                this one
+    fsdp        a share of every tensor (fully_shard)          averaged, each process gets its share   sharded.py
+    hsdp        fsdp in groups that are copies of each other   the same, and averaged over groups      sharded.py
 
-`auto` is one of these when the run begins (building/strategy.py).
+Buffers (the indices of S) are whole everywhere. `auto` is one of these when the run begins (building/strategy.py).
 
 An update asks a strategy for three things, in this order:
 
@@ -17,7 +19,7 @@ updates `named_parameters`: on a process with shares these are plain tensors, so
 """
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -39,13 +41,22 @@ class Strategy:
         ranks: the processes.
     """
 
-    name: ClassVar[str]
+    name: str
     is_sharded: ClassVar[bool] = False  # whether forward passes communicate, so that all ranks must make as many
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
     # ---- building
+
+    def shard(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        prepare: Callable[[Collection[nn.Module]], None] = lambda modules: None,
+    ) -> None:
+        """Cut a model: each of `units` is gathered as one, and what lies outside of them. `prepare(modules)` gives the
+        own tensors of modules memory and values right before they are cut. Does nothing where tensors stay whole."""
 
     def agree(self, model: nn.Module) -> None:
         """Make the values of the model the same on all ranks: those of rank 0."""
@@ -93,9 +104,10 @@ class Strategy:
 
     # ---- whole tensors
 
-    def local(self, tensor: Tensor) -> Tensor:
-        """What this rank holds of a parameter of the model: a plain tensor that shares its memory."""
-        return tensor
+    def part(self, tensor: Tensor) -> tuple[Tensor, slice | None]:
+        """What this rank holds of a parameter of the model, as a plain tensor that shares its memory, and which rows
+        of it these are; None: all, and it is held whole."""
+        return tensor, None
 
     def whole(self, module: nn.Module) -> AbstractContextManager[Any]:
         """The context in which the parameters of a module are whole, to be read, on all ranks: all of them enter it

@@ -171,7 +171,7 @@ class Trainer:
     def _held_bytes(self) -> int:
         """What is held before an update, which must not free gradients of the one before while it is measured."""
         self.update_step.optimizer.zero_grad()
-        own = held_by(self.model, self.update_step.optimizer, self.strategy.local) + self.update_step.bucket_bytes
+        own = held_by(self.model, self.update_step.optimizer, self.strategy) + self.update_step.bucket_bytes
         return own + averages_bytes(self.schedule.actions) + self.saves.host.nbytes
 
     def _averaged(self) -> AbstractContextManager[None]:

@@ -1,9 +1,15 @@
 """Start-up warnings about the layers of a model, and the norms of their parts for the log."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import nn
 
-from sltrain.layers import Part, ReplacedLinear
+from sltrain.layers import ReplacedLinear
+
+Whole = Callable[[nn.Module], AbstractContextManager[Any]]
 
 ALWAYS = ("low_rank", "sparse")  # groups whose norm is logged even if no layer has such a part
 
@@ -26,19 +32,21 @@ def warnings(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def weight_norms(model: nn.Module) -> dict[str, float]:
+def weight_norms(model: nn.Module, whole: Whole = nullcontext) -> dict[str, float]:
     """Frobenius norms of the low-rank, sparse and other parts of W, each over all layers: {"low_rank_norm": ...}; empty
-    for a model without replaced layers."""
+    for a model without replaced layers. In the context `whole(layer)` the layer's tensors are whole."""
     layers = [layer for layer in model.modules() if isinstance(layer, ReplacedLinear) and layer.is_mergeable]
     if not layers:
         return {}
-    parts = [list(layer.parts().values()) for layer in layers]
-    groups = list(dict.fromkeys([*ALWAYS, *(part.group for own in parts for part in own)]))
     zero = torch.zeros((), device=next(layers[0].parameters()).device)
-
-    def square(own: list[Part], group: str) -> torch.Tensor:
-        return sum((part.norm().square() for part in own if part.group == group), zero)
-
-    squares = torch.stack([torch.stack([square(own, group) for group in groups]) for own in parts])  # (layers, groups)
+    of_layers: list[dict[str, torch.Tensor]] = []
+    for layer in layers:
+        own: dict[str, torch.Tensor] = {}
+        with whole(layer):
+            for part in layer.parts().values():
+                own[part.group] = own.get(part.group, zero) + part.norm().square()
+        of_layers.append(own)
+    groups = list(dict.fromkeys([*ALWAYS, *(group for own in of_layers for group in own)]))
+    squares = torch.stack([torch.stack([own.get(group, zero) for group in groups]) for own in of_layers])
     norms = squares.sum(0).sqrt().tolist()
     return {f"{group}_norm": norm for group, norm in zip(groups, norms, strict=True)}

@@ -30,6 +30,7 @@ rounded in every forward pass; their gradients are float32.
 
 import hashlib
 import math
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -415,12 +416,14 @@ class LlamaForCausalLM(nn.Module):
         return torch.autocast(device_type, self.model.compute_dtype, cache_enabled=False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fill every parameter and buffer: norms 1, embeddings, head and dense projections normal(0,
-        initializer_range), replaced projections by their `reset_parameters(generator)`. Each module has a generator
-        seeded by (seed, its name) and draws on the CPU in float32, so the values do not depend on build order, rank,
-        device or dtype."""
+    def init_weights(self, seed: int, modules: Collection[nn.Module] | None = None) -> None:
+        """Fill every parameter and buffer, or the own ones of these modules: norms 1, embeddings, head and dense
+        projections normal(0, initializer_range), replaced projections by their `reset_parameters(generator)`. Each
+        module has a generator seeded by (seed, its name) and draws on the CPU in float32, so the values do not depend
+        on build order, rank, device or dtype."""
         for name, module in self.named_modules():
+            if modules is not None and module not in modules:
+                continue
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
             if isinstance(module, RMSNorm):

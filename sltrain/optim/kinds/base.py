@@ -66,6 +66,11 @@ class OptimizerConfig:
         does not round itself gets flat pieces."""
         return self.whole_moments and not (rounded and not self.rounds and self.locality == "element")
 
+    def works_on_shards(self, rounded: bool) -> bool:
+        """Whether it gives the same numbers on any rows of a parameter as on all: an element-wise optimizer whose state
+        has the parameter's shape. Blocks of 256 and random numbers of `rounded` weights belong to whole tensors."""
+        return self.locality == "element" and self.whole_moments and not rounded
+
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for impossible options."""
 

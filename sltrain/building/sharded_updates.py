@@ -1,0 +1,38 @@
+"""The optimizer of a model in shards: element-wise rules on each process's rows, others on whole tensors at owners."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sltrain.config import TrainConfig
+from sltrain.engine.sharded import Sharded
+from sltrain.optim.build import member_for
+from sltrain.optim.named_state import named_state
+from sltrain.optim.whole_tensors import WholeTensors
+from sltrain.planning.roles import parameters_of
+
+Build = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+
+
+def build_on_shards(config: TrainConfig, model: nn.Module, strategy: Sharded, build: Build) -> Optimizer:
+    """What `build` makes of this process's rows of parameters, and of the whole tensors that it owns. Raises ValueError
+    if a process would have nothing to update."""
+    infos, rounds = parameters_of(model), config.stochastic_rounding
+    whole = [name for name, info in infos.items() if not member_for(config.optimizer, info).works_on_shards(rounds)]
+    if not whole:
+        return build(strategy.named_parameters(model))
+    owners = strategy.give_owners(whole)
+    of_one = named_state(build(strategy.stand_ins()))  # how a checkpoint of one process names class and groups
+    owners.labels = {key: of_one[key] for key in ("class", "groups")}
+    mine = owners.updated_here()
+    strategy.ranks.everywhere(lambda: _check_has_some(config, mine))
+    return WholeTensors(build(mine), owners.turns())
+
+
+def _check_has_some(config: TrainConfig, mine: list[tuple[str, nn.Parameter]]) -> None:
+    if not mine:
+        raise ValueError(
+            f"optimizer={config.optimizer.name} updates whole modules, each on one process, and there are more"
+            " processes than modules; start fewer, or set optimizer=adamw"
+        )

@@ -1,0 +1,129 @@
+"""parallel= says how processes share a model; what cannot work costs a line that names key, value and remedy."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sltrain.building import strategy as module
+from sltrain.building.model import build_model
+from sltrain.building.strategy import against_shards, build_strategy, check_parallel, check_sharding, compare_ranks
+from sltrain.compose import conf_dir, register_schema, to_train_config
+from sltrain.config import TrainConfig
+from sltrain.config_checks import validate
+from sltrain.engine.distributed import Ranks
+from sltrain.models.llama import LlamaForCausalLM
+
+CPU = torch.device("cpu")
+
+
+def composed(*overrides: str) -> TrainConfig:
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_train_config(compose("train", ["model=llama_tiny", "max_steps=10", *overrides]))
+
+
+def model_of(config: TrainConfig) -> LlamaForCausalLM:
+    return build_model(config, 100, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "text"),
+    [
+        (["parallel=single"], 2, "parallel=single is for one process, and there are 2"),
+        (["parallel=fsdp", "parallel.replicas=2"], 4, "parallel.replicas=2 is for parallel=hsdp, and parallel is fsdp"),
+        (["parallel=hsdp", "parallel.replicas=3"], 4, "set parallel.replicas to one of 1, 2, 4"),
+    ],
+)
+def test_processes_that_cannot_share_so(overrides: list[str], world_size: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check_parallel(composed(*overrides), world_size)
+
+
+@pytest.mark.parametrize("overrides", [["parallel=hsdp", "parallel.replicas=2"], ["parallel=fsdp"], ["parallel=ddp"]])
+def test_processes_that_can(overrides: list[str]) -> None:
+    check_parallel(composed(*overrides), 4)
+
+
+def test_hsdp_has_a_copy_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert module.num_replicas(composed("parallel=hsdp"), 8) == 2
+    assert module.num_replicas(composed("parallel=fsdp"), 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "zero3"),
+        ("param_dtype", "float16"),
+        ("reduce_dtype", "fp32"),
+        ("reduce_every", "step"),
+        ("replicas", 0),
+    ],
+)
+def test_unknown_values(key: str, value: Any) -> None:
+    config = composed("parallel=hsdp")
+    changed = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **{key: value}))
+    with pytest.raises(ValueError, match=f"parallel.{key}={value}: "):
+        validate(changed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["per_layer_update=true", "grad_clip=null"], "set per_layer_update=false"),
+        (["compile=true"], "set compile=false"),
+        (["eval_tasks=[piqa]"], "run sltrain-eval RUN --tasks"),
+        (["dtype=bfloat16", "stochastic_rounding=true"], "set stochastic_rounding=false"),
+        (["method=relora"], "method=relora changes whole matrices between updates"),
+        (["method.restart_every=5"], "set method=sltrain, low_rank, full or cola without restarts"),
+    ],
+)
+def test_what_shards_refuse(overrides: list[str], text: str) -> None:
+    config = composed("parallel=fsdp", *overrides)
+    with pytest.raises(ValueError, match=f"parallel=fsdp: .*{text}.*, or parallel=ddp"):
+        check_sharding(config, model_of(config), 2)
+    check_sharding(config, model_of(config), 1)  # one process holds all of it
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=sltrain"], ["method=full", "optimizer=muon"], ["method=low_rank", "optimizer=adam8bit"], ["method=cola"]],
+)
+def test_what_works_on_shards(overrides: list[str]) -> None:
+    config = composed(*overrides, "ema=0.9", "grad_clip=1")
+    assert against_shards(config, model_of(config)) is None
+
+
+def test_auto_is_ddp_while_the_plan_fits(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """The memory of the process with least decides. What shards refuse stays with ddp."""
+    config, ranks = composed(), Ranks(0, 4, CPU)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, None, 10**6])
+    model = model_of(config)
+    assert module._choose(config, model, ranks) == "fsdp" and "parallel   fsdp" in lines[-1]
+    refused = composed("per_layer_update=true", "grad_clip=null")
+    assert module._choose(refused, model_of(refused), ranks) == "ddp" and "would need a change" in lines[-1]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [10**12, 10**11])
+    assert module._choose(config, model, ranks) == "ddp"
+
+
+def test_one_process_is_single_whatever_is_asked(lines: list[str]) -> None:
+    config = composed("parallel=fsdp")
+    assert build_strategy(config, model_of(config), Ranks(0, 1, CPU)).name == "single"
+    assert "there is one" in lines[-1]
+
+
+def test_processes_with_other_settings_are_refused_on_all(on_two_ranks: Callable[..., list[Any]]) -> None:
+    def compare(ranks: Ranks) -> str:
+        config = composed(f"seed={ranks.rank}")
+        try:
+            compare_ranks(config, ranks)
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    text = "the processes differ: seed is 0 on rank 0 and 1 on rank 1; start all of them with the same command"
+    assert on_two_ranks(compare) == [f"{text} and packages"] * 2

@@ -1,0 +1,220 @@
+"""A model in shards trains as a whole one does, holds its share of the bytes, and its checkpoints are those of one
+process."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from small_run import method_of
+from torch import Tensor, nn
+
+from sltrain.building.model import allocate_own
+from sltrain.config import ModelConfig
+from sltrain.engine.distributed import Ranks
+from sltrain.engine.evaluate import evaluate
+from sltrain.engine.memory import bytes_of, held_by
+from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.engine.sharded import Settings, Sharded
+from sltrain.engine.shards import gather_rows, rows_of
+from sltrain.engine.step import OrdinaryStep
+from sltrain.engine.strategy import Replicated, Single, Strategy
+from sltrain.methods.advice import weight_norms
+from sltrain.models.llama import LlamaForCausalLM, is_projection
+from sltrain.optim.build import build_optimizer
+from sltrain.optim.kinds.adamw import AdamWOptions
+from sltrain.optim.named_state import OptimizerState
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    name="small",
+    hidden_size=20,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=53,
+)
+NUM_ROWS, STEPS = 12, 3
+OnRanks = Callable[..., list[Any]]
+
+
+def built(strategy: Strategy) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+    """A model of SLTrain's layers with its first values, as a run builds it, and AdamW."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(CONFIG)
+    method_of("sltrain", rank=4, alpha=8.0, sparsity=0.1, support="uniform").replace(model, is_projection)
+
+    def prepare(modules: Collection[nn.Module]) -> None:
+        allocate_own(modules, CPU)
+        model.init_weights(0, modules)
+
+    if strategy.is_sharded:
+        strategy.shard(model, list(model.model.layers), prepare)
+    else:
+        prepare(set(model.modules()))
+    strategy.agree(model)
+    options = AdamWOptions(name="adamw")
+    named = strategy.named_parameters(model)
+    return model, build_optimizer(named, options, lr=0.01, weight_decay=0.1, device=CPU)
+
+
+def rows_of_step(step: int) -> Tensor:
+    return torch.randint(53, (NUM_ROWS, 9), generator=torch.Generator().manual_seed(step))
+
+
+def trained(strategy: Strategy, steps: int = STEPS, **clip: float) -> dict[str, Any]:
+    """Losses and norms of some updates of two or more micro-batches, and what is left of them."""
+    model, optimizer = built(strategy)
+    update = OrdinaryStep(model, optimizer, strategy, **clip)
+    results = []
+    for step in range(steps):
+        ids = rows_of_step(step)[strategy.ranks.rank :: strategy.ranks.world_size]
+        results.append(update.run([make_micro_batch(each, each, CPU) for each in ids.split(1)], NUM_ROWS * 8))
+    optimizer.zero_grad()
+    norms = weight_norms(model, strategy.whole)
+    tensors, objects = strategy.for_checkpoint(model, {"optimizer": OptimizerState(optimizer, [])})
+    named = model.state_dict() if isinstance(tensors, nn.Module) else tensors
+    return {
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "weight_norms": norms,
+        "tensors": {name: tensor.detach().clone() for name, tensor in named.items()},
+        "state": objects["optimizer"].state_dict()["state"],
+        "held": held_by(model, optimizer, strategy) - bytes_of(model.buffers()),
+    }
+
+
+@pytest.mark.parametrize(("num_rows", "shape"), [(1, ()), (7, (3,)), (9, ()), (2, (2, 2))])
+def test_rows_are_cut_as_torch_chunks_them(num_rows: int, shape: tuple[int, ...], on_two_ranks: OnRanks) -> None:
+    tensor = torch.arange(num_rows * (torch.Size(shape).numel())).view(num_rows, *shape).to(torch.bfloat16)
+    chunks = [*tensor.chunk(3), *[tensor[:0]] * 3][:3]
+    parts = [tensor[rows_of(num_rows, position, 3)] for position in range(3)]
+    assert all(torch.equal(part, chunk) for part, chunk in zip(parts, chunks, strict=True))
+
+    def gather(ranks: Ranks) -> list[Tensor | None]:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        part = parts[ranks.rank]
+        return [gather_rows(part, num_rows, group), gather_rows(part, num_rows, group, to=1)]
+
+    for rank, (everywhere, at_one) in enumerate(on_two_ranks(gather, 3)):
+        assert torch.equal(everywhere, tensor)
+        assert torch.equal(at_one, tensor) if rank == 1 else at_one is None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings", "clip"),
+    [
+        (2, Settings(), {"grad_clip": 0.3}),
+        (3, Settings(reduces_each_micro_batch=False), {"grad_clip_per_parameter": 0.05}),
+        (4, Settings(replicas=2, reshard_after_forward=False), {}),
+    ],
+)
+def test_shards_train_as_one_process(
+    world_size: int, settings: Settings, clip: dict[str, float], on_two_ranks: OnRanks
+) -> None:
+    alone = trained(Single(Ranks(0, 1, CPU)), **clip)
+    ranks = on_two_ranks(lambda ranks: trained(Sharded(ranks, settings), **clip), world_size)
+    for found in ranks:
+        assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert found["weight_norms"] == pytest.approx(alone["weight_norms"], rel=1e-5)
+    first = ranks[0]
+    assert first["tensors"].keys() == alone["tensors"].keys() and first["state"].keys() == alone["state"].keys()
+    for name, tensor in alone["tensors"].items():
+        torch.testing.assert_close(first["tensors"][name], tensor, atol=1e-4, rtol=0)
+    for name, state in alone["state"].items():
+        assert int(first["state"][name]["step"]) == STEPS
+        torch.testing.assert_close(first["state"][name]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=1e-3)
+
+
+def test_first_values_are_those_of_one_process_and_each_rank_holds_its_share(on_two_ranks: OnRanks) -> None:
+    alone = trained(Single(Ranks(0, 1, CPU)), steps=0)
+    found = on_two_ranks(lambda ranks: trained(Sharded(ranks, Settings()), steps=0), 4)
+    for name, tensor in alone["tensors"].items():
+        assert torch.equal(found[0]["tensors"][name], tensor), name
+    assert max(each["held"] for each in found) <= 0.27 * alone["held"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_state_goes_to_any_number_of_ranks_and_back_unchanged(world_size: int, on_two_ranks: OnRanks) -> None:
+    """As checkpoints of one process, of two and of three open each other."""
+    model, optimizer = built(Single(Ranks(0, 1, CPU)))
+    OrdinaryStep(model, optimizer, Single(Ranks(0, 1, CPU))).run([make_micro_batch(*[rows_of_step(0)] * 2, CPU)], 96)
+    saved = OptimizerState(optimizer, []).state_dict()
+
+    def there_and_back(ranks: Ranks) -> dict[str, Any]:
+        strategy = Sharded(ranks, Settings())
+        model, optimizer = built(strategy)
+        objects = {"optimizer": OptimizerState(optimizer, [])}
+        strategy.from_checkpoint(objects)["optimizer"].load_state_dict(saved)
+        return strategy.for_checkpoint(model, objects)[1]["optimizer"].state_dict()
+
+    found = on_two_ranks(there_and_back, world_size)[0]
+    assert found["class"] == saved["class"] and found["state"].keys() == saved["state"].keys()
+    for name, state in saved["state"].items():
+        assert all(torch.equal(found["state"][name][key], value) for key, value in state.items()), name
+
+
+def test_ranks_with_fewer_batches_evaluate_in_step(on_two_ranks: OnRanks) -> None:
+    class Batch:
+        num_bytes, source, positions = 50, "", None
+
+        def __init__(self, ids: Tensor) -> None:
+            self.input_ids = self.labels = ids
+
+    batches = [Batch(rows_of_step(number)[:2]) for number in range(3)]
+
+    def evaluated(ranks: Ranks) -> Any:
+        strategy = Sharded(ranks, Settings())
+        model, _ = built(strategy)
+        found = evaluate(model, batches[2 * ranks.rank : 2 * ranks.rank + 2], ranks, in_step=True)
+        strategy.after_forward(model)
+        stopped = evaluate(model, batches, ranks, lambda: ranks.rank == 1, in_step=True)
+        return found, stopped
+
+    model, _ = built(Single(Ranks(0, 1, CPU)))
+    alone = evaluate(model, batches, Ranks(0, 1, CPU))
+    assert alone is not None
+    for found, stopped in on_two_ranks(evaluated):
+        assert found["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+        assert found["eval_tokens"] == alone["eval_tokens"] and stopped is None
+
+
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(on_two_ranks: OnRanks) -> None:
+    def run(ranks: Ranks) -> tuple[str | None, bool]:
+        strategy = Sharded(ranks, Settings())
+        model, optimizer = built(strategy)
+        name, weight = list(strategy.named_parameters(model))[-1]  # the head
+        if ranks.rank == 1:
+            weight.data[-1, 0] = float("inf")
+        before = weight.detach().clone()
+        result = OrdinaryStep(model, optimizer, strategy).run([make_micro_batch(*[rows_of_step(0)] * 2, CPU)], 96)
+        return result.not_finite, torch.equal(weight, before)
+
+    names, kept = zip(*on_two_ranks(run), strict=True)
+    assert names[0] == names[1] and names[0] is not None and all(kept)
+
+
+def test_indices_that_differ_are_named(on_two_ranks: OnRanks) -> None:
+    def run(ranks: Ranks) -> str:
+        strategy = Sharded(ranks, Settings())
+        model, _ = built(strategy)
+        name, indices = next(iter(model.named_buffers()))
+        if ranks.rank == 1:
+            indices.view(-1).view(torch.uint8)[0] ^= 1
+        try:
+            strategy.agree(model)
+        except ValueError as error:
+            return f"{name}: {error}"
+        return "nothing"
+
+    for said in on_two_ranks(run):
+        name, _, error = said.partition(": ")
+        assert error.startswith(f"{name} was drawn differently on rank 0 and rank 1")
+
+
+def test_ddp_and_one_process_know_no_shards() -> None:
+    for strategy in (Single(Ranks(0, 1, CPU)), Replicated(Ranks(0, 2, CPU))):
+        tensor = nn.Parameter(torch.ones(3))
+        assert strategy.part(tensor) == (tensor, None) and not strategy.is_sharded
