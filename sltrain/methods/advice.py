@@ -18,7 +18,11 @@ def warnings(model: nn.Module) -> list[str]:
     """A line if layers train no fewer values than a dense matrix, and the layers' own warnings, one line a topic."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
     lines = []
-    heavy = [name for name, layer in layers.items() if layer.num_trained >= layer.in_features * layer.out_features]
+    heavy = [
+        name
+        for name, layer in layers.items()
+        if layer.num_trained >= layer.in_features * layer.out_features and not layer.held_in_codes()  # fewer bytes
+    ]
     if heavy:
         first = layers[heavy[0]]
         lines.append(

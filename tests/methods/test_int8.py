@@ -13,6 +13,7 @@ from sltrain.building.trainer import held_in_codes
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config_checks import validate
 from sltrain.layers.kinds.int8 import Int8Linear
+from sltrain.methods.advice import warnings
 from sltrain.optim.build import build_optimizer, state_bytes, step_bytes
 from sltrain.optim.named_state import load_named_state, named_state
 from sltrain.optim.per_layer import PerLayerUpdate
@@ -142,6 +143,10 @@ def test_an_update_takes_no_more_memory_than_planned(name: str, dtype: torch.dty
         layer.weight.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
         _, peak = tensor_peak(optimizer.step, 0, CPU)
     assert 0.5 <= peak / step_bytes(options, [info], "cpu") <= 1.02
+
+
+def test_as_many_values_as_a_dense_matrix_are_no_reason_to_warn() -> None:
+    assert warnings(Net()) == []
 
 
 @pytest.mark.parametrize(
