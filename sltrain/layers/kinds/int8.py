@@ -111,7 +111,7 @@ class Int8Linear(ReplacedLinear, kind="int8"):
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
         weight, self._parameters["weight"] = self.weight, None
         super()._apply(fn, recurse)
-        number = fn(weight.detach()[0, 0])
+        number = torch.zeros_like(fn(weight.detach()[0, 0]))  # to_empty leaves it to chance, and checkpoints have it
         self._parameters["weight"] = weight
         if (number.dtype, number.device) != (weight.dtype, weight.device):
             self._stand_for_weight(number)

@@ -112,6 +112,7 @@ def test_it_takes_a_byte_an_entry(sides: tuple[int, int]) -> None:
     numel = sides[0] * sides[1]
     expected = numel + 5 * -(-numel // 256)
     layer = make(*sides, device="meta").to_empty(device="cpu")
+    assert not layer.weight.any()
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         layer.to(dtype)
         assert is_stand_in(layer.weight) and layer.weight.shape == sides
