@@ -4,11 +4,16 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node0
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run     # on node1
 #
-# NNODES       number of machines
-# NODE_RANK    this machine's number, from 0
+# Or elastic: on each the same command, and machines may go and come back.
+#
+#   NNODES=1:4 MASTER_ADDR=node0 MAX_RESTARTS=3 launch/multi_node.sh model=llama_7b run_dir=/shared/my_run
+#
+# NNODES       number of machines, or the least and the most of them
+# NODE_RANK    this machine's number, from 0; not for least:most
 # MASTER_ADDR  name or address of machine 0
 # MASTER_PORT  a free port on machine 0; default 29500
 # GPUS         number of processes on this machine; default: one per visible GPU
+# MAX_RESTARTS how often all processes are started again, from the last checkpoint, when one dies or hangs; default 0
 set -euo pipefail
 
 fail() {
@@ -17,7 +22,9 @@ fail() {
 }
 
 command -v torchrun >/dev/null || fail "torchrun is not on PATH: activate the environment in which sltrain is installed"
-for variable in NNODES NODE_RANK MASTER_ADDR; do
+needed=(NNODES NODE_RANK MASTER_ADDR)
+[[ "${NNODES:-}" != *:* ]] || needed=(NNODES MASTER_ADDR)
+for variable in "${needed[@]}"; do
   [[ -n "${!variable:-}" ]] || fail "$variable is not set: see the top of $0"
 done
 if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
@@ -30,6 +37,13 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
 [[ "$(</proc/self/status)" =~ SigIgn:[[:space:]]+[0-9a-f]*[13579bdf]$'\n' ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export PET_SIGNALS_TO_HANDLE
+export PET_MAX_RESTARTS="${MAX_RESTARTS:-0}"
+if [[ "$NNODES" == *:* ]]; then
+  exec torchrun \
+    --nnodes="$NNODES" --nproc_per_node="${GPUS:-gpu}" \
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id=sltrain \
+    -m sltrain.train "$@"
+fi
 exec torchrun \
   --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="${GPUS:-gpu}" \
   --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \

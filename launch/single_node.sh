@@ -5,7 +5,8 @@
 #   GPUS=4 launch/single_node.sh model=llama_350m
 #
 # All arguments go to sltrain-train. GPUS is the number of processes; default: one per GPU visible under
-# CUDA_VISIBLE_DEVICES.
+# CUDA_VISIBLE_DEVICES. MAX_RESTARTS: how often the processes are started again, from the last checkpoint, when one dies
+# or hangs; default 0.
 set -euo pipefail
 
 fail() {
@@ -24,4 +25,5 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}"
 PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
 [[ "$(</proc/self/status)" =~ SigIgn:[[:space:]]+[0-9a-f]*[13579bdf]$'\n' ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export PET_SIGNALS_TO_HANDLE
+export PET_MAX_RESTARTS="${MAX_RESTARTS:-0}"
 exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

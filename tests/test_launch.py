@@ -103,6 +103,17 @@ def test_multi_node(tools: Path) -> None:
     assert done.stdout.splitlines() == [*rendezvous, "-m", "sltrain.train", *ARGUMENTS]
 
 
+def test_elastic_nodes_meet_without_numbers_and_restarts_are_handed_on(tools: Path) -> None:
+    add_tool(tools, "torchrun", 'printf "%s\\n" "$PET_MAX_RESTARTS" "$@"')
+    nodes = {"MASTER_ADDR": "node0", "MASTER_PORT": "1", "GPUS": "8"}
+    done = run("multi_node.sh", *ARGUMENTS, tools=tools, NNODES="1:4", MAX_RESTARTS="3", **nodes)
+    rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=node0:1", "--rdzv_id=sltrain"]
+    expected = ["3", "--nnodes=1:4", "--nproc_per_node=8", *rendezvous, "-m", "sltrain.train", *ARGUMENTS]
+    assert done.returncode == 0 and done.stdout.splitlines() == expected, done.stderr
+    assert run("single_node.sh", tools=tools, GPUS="1").stdout.splitlines()[0] == "0"
+    assert_refused(run("multi_node.sh", tools=tools, NNODES="1:4"), "MASTER_ADDR is not set")
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], words: str) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sltrain.engine.actions import begun
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.sealed_folder import write_atomically
+from sltrain.runs.lock import owner_of
 from sltrain.runs.run_folder import AnotherRun, RunFolder
 
 
@@ -106,3 +108,23 @@ def claim_folder(folder: RunFolder, config: TrainConfig, tokenizer: Tokenizer, r
             ) from error
 
     folder.path = ranks.on_main(claim)
+    check_shared(folder.path, ranks)
+
+
+def check_shared(path: Path, ranks: Ranks, patience: float = 60.0) -> None:
+    """Raise ValueError, on all ranks, if one does not see that rank 0 owns the folder: a run that continues reads its
+    checkpoint on every rank. `patience`: seconds that a network file system may take to show it."""
+    owner = ranks.on_main(lambda: owner_of(path))
+
+    def look() -> None:
+        deadline = time.monotonic() + patience
+        while owner_of(path) != owner:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"run_dir={path} is not the same folder on all machines: {socket.gethostname()} does not see what"
+                    f" rank 0 ({owner[0] if owner else 'elsewhere'}) writes there; name a folder on a file system that"
+                    " all share"
+                )
+            time.sleep(0.1)
+
+    ranks.everywhere(look)

@@ -192,7 +192,7 @@ def _probe_lock(path: Path) -> tuple[bool, str | None]:
         with open(path, errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_UN)
-            return False, file.read().strip().rpartition(" on ")[2] or None
+            return False, file.readline().strip().rpartition(" on ")[2] or None
     except BlockingIOError:
         return True, None
     except OSError:  # no lock file, or a file system without locks

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sltrain.runs import lock as lock_module
 from sltrain.runs.lock import RunLock, RunLocked
 
 
@@ -62,3 +63,85 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
         fcntl.flock(looking, fcntl.LOCK_SH)
         monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
         RunLock(tmp_path).release()
+
+
+@pytest.fixture
+def two_machines(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A folder on a file system whose locks end at the machine; called with a name, this process is on that machine."""
+    monkeypatch.setattr(fcntl, "flock", lambda *args: None)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.2)
+
+    def move(machine: str) -> None:
+        monkeypatch.setattr(lock_module, "_machine", lambda: machine)
+
+    return move
+
+
+def test_an_owner_on_another_machine_is_known_by_its_beat(
+    tmp_path: Path, in_child: Callable[[Callable[[], None]], int], two_machines: Callable[[str], None]
+) -> None:
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        two_machines("a")
+        lock = RunLock(tmp_path)
+        os.write(writing, b"held")
+        time.sleep(60)
+        lock.release()
+
+    owner = in_child(hold)
+    assert os.read(reading, 4) == b"held"
+    os.close(reading)
+    os.close(writing)
+    try:
+        two_machines("b")
+        with pytest.raises(RunLocked, match=f"in use by process {owner} on "):
+            RunLock(tmp_path)
+        os.kill(owner, signal.SIGSTOP)  # as dead as it can be without leaving
+        lock = RunLock(tmp_path)
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        lock.release()
+    finally:
+        os.kill(owner, signal.SIGKILL)
+
+
+def test_a_folder_that_was_released_is_taken_at_once(
+    tmp_path: Path, two_machines: Callable[[str], None], lines: list[str]
+) -> None:
+    two_machines("a")
+    RunLock(tmp_path).release()
+    assert len((tmp_path / ".lock").read_text().splitlines()) == 1
+    two_machines("b")
+    RunLock(tmp_path).release()
+    assert not lines
+
+
+def test_whoever_loses_the_folder_says_so(
+    tmp_path: Path, two_machines: Callable[[str], None], lines: list[str]
+) -> None:
+    two_machines("a")
+    lock = RunLock(tmp_path)
+    (tmp_path / ".lock").write_text("process 1 on elsewhere\nb\n00000000000000000001\n")
+    deadline = time.monotonic() + 20
+    while not lines and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "was taken by another process" in lines[0]
+    lock.release()
+
+
+def test_after_a_restart_by_torchrun_the_process_before_is_waited_for(
+    tmp_path: Path, in_child: Callable[[Callable[[], None]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        lock = RunLock(tmp_path)
+        os.write(writing, b"held")
+        time.sleep(2)
+        lock.release()
+
+    owner = in_child(hold)
+    assert os.read(reading, 4) == b"held"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    RunLock(tmp_path).release()
+    os.waitpid(owner, 0)
