@@ -22,9 +22,9 @@ fail() {
 }
 
 command -v torchrun >/dev/null || fail "torchrun is not on PATH: activate the environment in which sltrain is installed"
-needed=(NNODES NODE_RANK MASTER_ADDR)
-[[ "${NNODES:-}" != *:* ]] || needed=(NNODES MASTER_ADDR)
-for variable in "${needed[@]}"; do
+NEEDED=(NNODES NODE_RANK MASTER_ADDR)
+[[ "${NNODES:-}" != *:* ]] || NEEDED=(NNODES MASTER_ADDR)
+for variable in "${NEEDED[@]}"; do
   [[ -n "${!variable:-}" ]] || fail "$variable is not set: see the top of $0"
 done
 if [[ -z "${GPUS:-}" ]] && ! command -v nvidia-smi >/dev/null; then
@@ -38,6 +38,8 @@ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
 [[ "$(</proc/self/status)" =~ SigIgn:[[:space:]]+[0-9a-f]*[13579bdf]$'\n' ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export PET_SIGNALS_TO_HANDLE
 export PET_MAX_RESTARTS="${MAX_RESTARTS:-0}"
+# A store of its own for every start: in one that is shared, processes find the addresses of those before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ "$NNODES" == *:* ]]; then
   exec torchrun \
     --nnodes="$NNODES" --nproc_per_node="${GPUS:-gpu}" \

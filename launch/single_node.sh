@@ -26,4 +26,6 @@ PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
 [[ "$(</proc/self/status)" =~ SigIgn:[[:space:]]+[0-9a-f]*[13579bdf]$'\n' ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 export PET_SIGNALS_TO_HANDLE
 export PET_MAX_RESTARTS="${MAX_RESTARTS:-0}"
+# A store of its own for every start: in one that is shared, processes find the addresses of those before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --standalone --nproc_per_node="${GPUS:-gpu}" -m sltrain.train "$@"

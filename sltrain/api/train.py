@@ -6,11 +6,10 @@ from pathlib import Path
 from sltrain.api.farewell import farewell, what_is_left
 from sltrain.building.run import Run, build_run
 from sltrain.config import TrainConfig, num_steps
-from sltrain.engine.distributed import is_lost_rank
+from sltrain.engine.distributed import is_lost_rank, why_lost
 from sltrain.engine.loop import Cadence, Outcome, run_loop
 from sltrain.engine.trainer import Trainer
 from sltrain.errors import Interrupted, RankLost
-from sltrain.log import first_line
 from sltrain.runs.run_folder import RunFolder
 
 
@@ -45,7 +44,7 @@ def train_run(config: TrainConfig) -> Ended:
         if not is_lost_rank(error):
             raise
         raise RankLost(
-            f"another process of the run is gone ({first_line(error)}): what it or torchrun says tells why."
+            f"another process of the run is gone ({why_lost(error)}): what it or torchrun says tells why;"
             f" {what_is_left(folder)[0].removeprefix('interrupted; ')}"
         ) from error
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ processes share a model is strategy.py's.
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from sltrain.engine.watch import Watch, connect_to_store
+from sltrain.log import first_line
 from sltrain.numeric import is_stand_in
 
 T = TypeVar("T")
@@ -52,6 +55,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def why_lost(error: BaseException) -> str:
+    """What such an error says, without the place in gloo's code and its advice."""
+    return re.sub(r"\[/[^]]*\] ", "", first_line(error)).partition(". This is")[0]
+
+
 @dataclass
 class Ranks:
     """The processes of one run as this process sees them."""
@@ -75,8 +83,16 @@ class Ranks:
                 ranks.watch = Watch(ranks.rank, ranks.world_size, hang_timeout, connect)
                 ranks.watch.start()
             # Watched, a rank may wait for another that works: for hours while it trains a tokenizer, for instance.
-            dist.init_process_group(backend, timeout=timedelta(days=1) if hang_timeout else timedelta(minutes=30))
+            ranks._join(backend, timedelta(days=1) if hang_timeout else timedelta(minutes=30))
         return ranks
+
+    def _join(self, backend: str, timeout: timedelta) -> None:
+        """Meet the others. torchrun keeps one store for all its restarts: without a prefix of their own processes would
+        find the addresses of those before them."""
+        store, rank, world_size = next(rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
     def stop(self) -> None:
         """Leave the group; safe to call twice."""
