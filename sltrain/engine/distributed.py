@@ -83,7 +83,11 @@ class Ranks:
                 ranks.watch = Watch(ranks.rank, ranks.world_size, hang_timeout, connect)
                 ranks.watch.start()
             # Watched, a rank may wait for another that works: for hours while it trains a tokenizer, for instance.
-            ranks._join(backend, timedelta(days=1) if hang_timeout else timedelta(minutes=30))
+            try:
+                ranks._join(backend, timedelta(days=1) if hang_timeout else timedelta(minutes=30))
+            except BaseException:
+                ranks.stop()
+                raise
         return ranks
 
     def _join(self, backend: str, timeout: timedelta) -> None:
