@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.memory import bytes_of
@@ -52,7 +52,7 @@ class HostCopy:
 
     def _copy(self, tensor: Tensor, place: Place, memory: Tensor | None) -> Tensor:
         """A copy in `memory`, if that has the tensor's form; from a GPU it may still be under way."""
-        if type(tensor) not in (Tensor, nn.Parameter):  # a subclass may not be filled in place
+        if type(tensor) is not Tensor:  # a subclass may not be filled in place
             return tensor.to("cpu", copy=True)
         if memory is None or _form(memory) != _form(tensor):
             memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
