@@ -80,10 +80,16 @@ def test_every_checkpoint_is_that_of_a_run_that_waits(
     assert [line["tokens"] for line in saves] == [line["tokens"] for line in lines if line["event"] == "train"]
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_go_on_while_one_writes(
-    tiny: list[str], tmp_path: Path, fork_train: Start, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+    parallel: str,
+    tiny: list[str],
+    tmp_path: Path,
+    fork_train: Start,
+    metrics_of: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = [*tiny, "micro_batch_size=2", "checkpoint_every=2", "keep_last=9"]
+    recipe = [*tiny, f"parallel={parallel}", "micro_batch_size=2", "checkpoint_every=2", "keep_last=9"]
     waits = fork_train(*recipe, f"run_dir={tmp_path}/waits", num_ranks=2)
     assert waits.wait() == 0, waits.communicate()
     slow_disk(monkeypatch)

@@ -181,7 +181,7 @@ def enter_phase(
     for name in before.keys() & after.keys():
         after[name].load_state_dict(before[name])
     trainer.objects = {"optimizer": stateful_optimizer(live.optimizer, model), **after}
-    trainer.memory.num_updates = 0  # measured anew: this phase may take more
+    trainer.measure_anew()
     arithmetic, num_rows = trainer.built_with["arithmetic"], config.micro_batch_size * config.seq_len
     arithmetic["layer_paths"] = set_paths(
         model, config.layer_path, num_rows, trainer.ranks.device, arithmetic["layer_paths"]

@@ -65,9 +65,8 @@ class Saves:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def reserve(self, contents: Callable[[], Contents]) -> None:
-        """Find the memory for copies now, unless it is held or in use: not for the first time in the middle of the
-        run."""
-        if self._pool is not None and self._writing is None and not self.host.nbytes:
+        """Find the memory for copies, unless it is in use: not for the first time in the middle of the run."""
+        if self._pool is not None and self._writing is None:
             self.host.take(contents())
 
     def begin(self, save: Save, contents: Callable[[], Contents], in_background: bool = True) -> None:

@@ -21,7 +21,7 @@ from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.ema import Average
 from sltrain.engine.evaluate import counted, evaluate
-from sltrain.engine.memory import MEASURED_UPDATE, RunMemory, averages_bytes, held_by
+from sltrain.engine.memory import RunMemory, averages_bytes, held_by
 from sltrain.engine.metrics import Sink, Throughput
 from sltrain.engine.micro_batch import Feed, Update
 from sltrain.engine.profile import Profile
@@ -91,6 +91,7 @@ class Trainer:
         self.started = time.monotonic() - self.progress.wall_seconds
         self.lr = 0.0  # of the last update
         self._may_compile = True  # in the next update
+        self._num_updates = 0  # of this process, or since a phase began
         self.source_tokens: dict[str, int] = {}  # of a mixture, read in this rank's streams until the last update
 
     @property
@@ -134,6 +135,7 @@ class Trainer:
         step = self.step + 1
         self.lr = self.set_learning_rate(step)
         num_rows = len(update.batch.input_ids)
+        self._reserve()
 
         def run() -> StepResult:
             return self.update_step.run(
@@ -146,10 +148,10 @@ class Trainer:
         if self.profile is not None and self.profile.covers(step):  # measured memory takes the profiler too
             result = self.profile.record(step, run)
         else:
-            self._reserve()
             num_micro_batches = -(-num_rows // self.feed.micro_batch_size)
             result = self.memory.measure(run, self._held_bytes, num_micro_batches)
         self._may_compile = False
+        self._num_updates += 1
         self.progress.count(update, result, update.batch.input_ids.numel() * self.ranks.world_size)
         if result.num_skipped_tensors and not result.skipped:
             logger.warning(f"step {step}: {result.num_skipped_tensors} gradients were not finite and are skipped")
@@ -162,10 +164,15 @@ class Trainer:
             self._may_compile = True
         return result
 
+    def measure_anew(self) -> None:
+        """A phase has begun: its updates may need other memory."""
+        self.memory.num_updates = 0
+        self._num_updates = 0
+
     def _reserve(self) -> None:
-        """Find the memory for copies of what is saved, before the update that is measured: the optimizer has its state
-        by then."""
-        if self.saves.in_background and self.memory.num_updates + 1 == MEASURED_UPDATE:
+        """Once a process or phase, find the memory for copies of what is saved: when the optimizer has its state, and
+        before the update that is measured. All ranks do so in the same update."""
+        if self.saves.in_background and self._num_updates == 1:
             self.saves.reserve(self._contents({}))
 
     def _held_bytes(self) -> int:
