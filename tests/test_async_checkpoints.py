@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import assert_equal
 
 from sltrain.engine import sealed_folder
 from sltrain.engine.sealed_folder import find_damage
@@ -25,11 +26,17 @@ Start = Callable[..., Any]
 ASYNC = "checkpoint_async=true"
 
 
-def files_of(run: Path, step: int) -> dict[str, Any]:
-    """The files of a checkpoint; of state.json what does not depend on the clock."""
+def assert_same_checkpoint(one: Path, two: Path, step: int) -> None:
+    """Equal weights and plain data, and states equal in every tensor's dtype and bits."""
+    assert_equal(*(contents_of(run, step) for run in (one, two)))
+
+
+def contents_of(run: Path, step: int) -> dict[str, Any]:
+    """What the files of a checkpoint hold; of state.json what does not depend on the clock."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     assert find_damage(folder) is None
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    files |= {name: torch.load(folder / name, weights_only=True) for name in files if name.endswith(".pt")}
     files["state.json"] = json.loads(files["state.json"])
     files["state.json"]["progress"].pop("wall_seconds")
     return files
@@ -72,7 +79,7 @@ def test_every_checkpoint_is_that_of_a_run_that_waits(
     assert code == 0, err
     assert out.count(" saved: training waited ") == 5
     for step in range(1, 6):
-        assert files_of(tmp_path / "goes_on", step) == files_of(tmp_path / "waits", step)
+        assert_same_checkpoint(tmp_path / "goes_on", tmp_path / "waits", step)
     lines = metrics_of(tmp_path / "goes_on")
     assert noted(lines) == [1, 2, 3, 4, 5] and lines[-1]["event"] == "final"
     saves = [line for line in lines if line["event"] == "checkpoint"]
@@ -96,7 +103,7 @@ def test_two_ranks_go_on_while_one_writes(
     goes_on = fork_train(*recipe, ASYNC, f"run_dir={tmp_path}/goes_on", num_ranks=2)
     assert goes_on.wait() == 0, goes_on.communicate()
     for step in (2, 4, 6):
-        assert files_of(tmp_path / "goes_on", step) == files_of(tmp_path / "waits", step)
+        assert_same_checkpoint(tmp_path / "goes_on", tmp_path / "waits", step)
     kinds = [(line["event"], line["step"]) for line in metrics_of(tmp_path / "goes_on")]
     assert kinds.index(("checkpoint", 2)) > kinds.index(("train", 3)), "it did go on"
 
@@ -123,7 +130,7 @@ def test_kill_while_a_checkpoint_is_written(
     assert steps_saved(run) == ["step_00000002", "step_00000004.tmp"]
     code, out, err = sltrain_train(f"run_dir={run}")
     assert code == 0 and "from step 2 " in out, err
-    assert files_of(run, 6) == files_of(tmp_path / "straight", 6)
+    assert_same_checkpoint(run, tmp_path / "straight", 6)
     losses = [[line["loss"] for line in metrics_of(tmp_path / n) if "loss" in line] for n in ("run", "straight")]
     assert losses[0] == losses[1] and steps_saved(run) == ["step_00000004", "step_00000006"]
 
