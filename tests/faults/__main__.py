@@ -52,12 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep = commands.add_parser("sweep", help="a kill before every file operation of a whole run")
     sweep.add_argument("--recipe", choices=RECIPES, default="sltrain")
-    sweep.add_argument("--every", type=int, default=1, help="only every so many-th operation")
+    sweep.add_argument("--every", type=_at_least_one, default=1, help="only every so many-th operation")
     for command in (run, sweep):
         command.add_argument(
             "--starts", choices=STARTERS, default="forked", help="how a run is started (default forked)"
         )
-        command.add_argument("--jobs", type=int, default=1, help="schedules side by side (default 1)")
+        command.add_argument("--jobs", type=_at_least_one, default=1, help="schedules side by side (default 1)")
         command.add_argument("--out", help="file of JSON lines that verdicts are added to")
         command.add_argument("--folder", help="where runs are made; one that lost something stays there")
     predict = commands.add_parser("predict", help="goodput at published failure rates, without training")
@@ -71,13 +71,23 @@ def _seeds(text: str) -> list[int]:
     seeds = list[int]()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        seeds += range(int(first), int(last or first) + 1)
+        try:
+            seeds += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is no seed; write 7, 0-9 or 1,5,8-10") from None
     return seeds
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 def _sweep(folder: Path, recipe: str, every: int) -> list[Schedule]:
     """Schedules of one kill each, before each file operation of a run of one process."""
-    total, _ = Campaign(folder / "counting").count_operations(recipe)
+    total, _ = Campaign(folder / f"counting_{os.getpid()}").count_operations(recipe)
     print(f"{total} file operations in an undisturbed run of {recipe}")
     kills = [Fault("save", "kill", 0, "startup", operation) for operation in range(0, total, every)]
     return [Schedule(kill.at, recipe, 1, [kill]) for kill in kills]

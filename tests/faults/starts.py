@@ -25,7 +25,8 @@ from . import hooks
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_START = 600.0  # seconds
-HANG_PATIENCE = 2.0  # seconds until the campaign gives up processes of which one stands still
+HANG_PATIENCE = 2.0  # seconds until the campaign ends a process that stands still alone
+HANG_TIMEOUT = 15  # hang_timeout of the runs: of several processes the others end, and say for whom they waited
 GRACE = 3.0  # seconds that the others have to end by themselves after one failed
 
 
@@ -58,7 +59,6 @@ class Launch:
     text: Path
     folder: Path  # for journals and output, of this start alone
     document_tokens: tuple[int, int]
-    patience: float = HANG_PATIENCE
     environment: dict[str, str] = field(default_factory=dict)
 
     def orders(self, rank: int) -> dict[str, Any]:
@@ -176,10 +176,11 @@ class _Watch:
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.has_failed = False
         self.cpu_seconds = 0.0
+        self.stopped: set[int] = set()  # for good
+        self.gave_up = False
 
     def until_the_end(self) -> Ended:
         begin = time.monotonic()
-        gave_up = False
         while len(self.codes) < len(self.pids):
             self._collect()
             for event in self._new_faults():
@@ -188,15 +189,14 @@ class _Watch:
             self.timers = [timer for timer in self.timers if timer not in due]
             for _, act in due:
                 act()
-            if time.monotonic() - begin > LONGEST_START and not gave_up:
-                gave_up = True
-                self._signal_all(signal.SIGKILL)
+            if time.monotonic() - begin > LONGEST_START and not self.gave_up:
+                self._give_up()
             time.sleep(0.01)
         seconds = time.monotonic() - begin
         said = self.launch.folder / "said"
         journals = [read_lines(self.launch.journal(rank)) for rank in range(self.launch.processes)]
         text = said.read_text(errors="replace") if said.exists() else ""
-        return Ended([self.codes[pid] for pid in self.pids], text, journals, seconds, self.cpu_seconds, gave_up)
+        return Ended([self.codes[pid] for pid in self.pids], text, journals, seconds, self.cpu_seconds, self.gave_up)
 
     def _collect(self) -> None:
         for pid in self.pids:
@@ -205,6 +205,8 @@ class _Watch:
                 if ended:
                     self.cpu_seconds += used.ru_utime + used.ru_stime
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
+        if self.stopped and self.stopped.issuperset(pid for pid in self.pids if pid not in self.codes):
+            self._signal_all(signal.SIGKILL)
         if not self.has_failed and any(self.codes.values()) and len(self.pids) > 1:
             self.has_failed = True
             self._later(GRACE, lambda: self._signal_all(signal.SIGTERM))
@@ -223,9 +225,17 @@ class _Watch:
         if event["effect"] == "node":
             self._signal_all(signal.SIGKILL)
         elif event["effect"] == "hang":
-            self._later(self.launch.patience, lambda: self._signal_all(signal.SIGKILL))
+            if self.launch.processes == 1:
+                self._later(HANG_PATIENCE, lambda: self._signal_all(signal.SIGKILL))
+            else:
+                self.stopped.add(event["pid"])
+                self._later(6 * HANG_TIMEOUT, self._give_up)
         elif event["effect"] == "slow":
             self._later(event["seconds"], lambda: _signal(event["pid"], signal.SIGCONT))
+
+    def _give_up(self) -> None:
+        self.gave_up = True
+        self._signal_all(signal.SIGKILL)
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         self.timers.append((time.monotonic() + seconds, act))

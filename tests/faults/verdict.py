@@ -112,6 +112,8 @@ def _problems_of_end(start: Start) -> list[str]:
     ours = [frame for frame in frames if "/sltrain/" in frame]  # torchrun prints a traceback of its own
     if ours and not (abrupt and start.processes > 1):  # the others lose their peer
         problems.append(f"a traceback through {ours[-1]}: {said[-300:]!r}")
+    if effect == "hang" and start.processes > 1 and "hang_timeout=" not in said:
+        problems.append(f"no line says who hung: {said[-300:]!r}")
     if start.processes > 1:  # of several, and of torchrun, the codes are those of processes that were ended
         return problems
     expected = {None: {0}, "signal": {3, 130}, "full": {2}, "quota": {2}, "read_dead": {2, 4}}.get(effect)

@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 
 from .schedule import CHECKPOINT_EVERY, KEEP_LAST, MAX_STEPS
+from .starts import HANG_TIMEOUT
 
 NUM_DOCUMENTS, NUM_WORDS = 80, 120
 SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -64,6 +65,7 @@ def make_world(folder: Path) -> list[str]:
         "eval_tokens=300",
         f"checkpoint_every={CHECKPOINT_EVERY}",
         f"keep_last={KEEP_LAST}",
+        f"hang_timeout={HANG_TIMEOUT}",
         "device=cpu",
     ]
 
