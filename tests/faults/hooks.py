@@ -127,7 +127,8 @@ class Hooks:
                 self.reads_fail = 1 if fault["effect"] == "read_once" else 10**9
 
     def _arm_backward(self, model: Any) -> list[Any]:
-        """Hooks on the gradient in the middle of the model, for faults that come inside backward."""
+        """Hooks on the gradient in the middle of the model, for faults that come inside backward. Gradients of shards
+        (DTensor) reach no hook: there it is the gradient of the loss, where backward begins."""
         due = [f for f in self.pending if (f["trigger"], f["at"]) == ("update", "backward") and self.step >= f["step"]]
         if not due:
             return []
@@ -142,6 +143,8 @@ class Hooks:
                     return gradient * float("nan")
             return None
 
+        if any(type(p).__name__ == "DTensor" for p in parameters):
+            return [_BackwardOfLoss(come)]
         return [parameters[len(parameters) // 2].register_hook(come)]
 
     def _rows(self, input_ids: Any) -> list[Any]:
@@ -235,6 +238,25 @@ class Hooks:
         elif effect == "clock":
             real = time.time
             time.time = lambda: real() + fault["detail"]  # type: ignore[assignment]
+
+
+class _BackwardOfLoss:
+    """While it is in place, every `loss.backward()` begins with a hook on its gradient."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        import torch
+
+        self._tensor, self._real = torch.Tensor, torch.Tensor.backward
+        real = self._real
+
+        def backward(loss: Any, *arguments: Any, **options: Any) -> None:
+            loss.register_hook(hook)
+            real(loss, *arguments, **options)
+
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        self._tensor.backward = self._real  # type: ignore[method-assign]
 
 
 class _Failing(io.RawIOBase):

@@ -29,6 +29,7 @@ RECIPES: dict[str, list[str]] = {
         "padding=best_fit",
     ],
     "background": ["method=sltrain", "padding=truncate_pad", "checkpoint_async=true"],
+    "fsdp": ["method=sltrain", "padding=truncate_pad", "parallel=fsdp"],
     "per_layer": ["method=sltrain", "padding=truncate_pad", "per_layer_update=true"],
 }
 
