@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": set(),
     "reporting": {"events"},  # rows, curves and notes come as plain data
     "building": {*ROOMS, "formats", "compose", "config", "events", "log"},
-    "benchmarks": {"building", *ROOMS, "formats", "compose", "config", "config_checks", "registry"},
+    "benchmarks": {"building", *ROOMS, "formats", "compose", "config", "config_checks", "numeric", "registry"},
     "api": {
         "building",
         *ROOMS,

@@ -18,6 +18,7 @@ from sltrain.benchmarks.base import Bench, Column, Result, Row, format_table
 from sltrain.benchmarks.published import PublishedLinear
 from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
 from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
+from sltrain.engine.memory import bytes_of
 from sltrain.layers.base import LAYERS, ReplacedLinear
 from sltrain.planning.flops import linear_multiply_adds
 
@@ -49,7 +50,7 @@ def measure_layer(bench: Bench) -> Result:
                 **compare(timings[where, name], dense),
                 "floor_seconds": floor,
                 "floor_ratio_to_dense": floor / dense.median if dense else None,
-                "parameter_bytes": sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())),
+                "parameter_bytes": bytes_of([*layer.parameters(), *layer.buffers()]),
                 "product_flops_per_second": 2 / unit,
             }
         )

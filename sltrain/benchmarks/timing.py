@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils import benchmark
 from torch.utils.benchmark import Measurement, TaskSpec
 
+from sltrain.numeric import is_stand_in
+
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
@@ -99,5 +101,5 @@ def product_task(num_rows: int, sides: Sequence[int], times: int = 1, **like: An
 def fill_zeros(module: nn.Module) -> None:
     """Give random values to parameters that are all zero, such as a new B, which training changes at once."""
     for parameter in module.parameters():
-        if parameter.numel() and not parameter.any():
+        if parameter.numel() and not is_stand_in(parameter) and not parameter.any():
             parameter.normal_(0, 0.02)

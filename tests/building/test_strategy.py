@@ -78,6 +78,7 @@ def test_unknown_values(key: str, value: Any) -> None:
         (["compile=true"], "set compile=false"),
         (["eval_tasks=[piqa]"], "run sltrain-eval RUN --tasks"),
         (["dtype=bfloat16", "stochastic_rounding=true"], "set stochastic_rounding=false"),
+        (["method=int8"], "method=int8 holds weights as codes"),
         (["method=relora"], "method=relora changes whole matrices between updates"),
         (["method.restart_every=5"], "set method=sltrain, low_rank, full or cola without restarts"),
     ],

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltrain.affine import GROUP, CodedTensor, encode
+from sltrain.benchmarks.timing import fill_zeros
 from sltrain.engine.memory import bytes_of, tensor_peak
 from sltrain.layers.base import Rows
 from sltrain.layers.kinds.int8 import Int8Linear
@@ -131,6 +132,14 @@ def test_its_state_is_the_codes() -> None:
     with pytest.raises(RuntimeError, match="memory location"):  # an optimizer that knows of no codes changes nothing
         first.weight.grad = torch.ones(24, 40)
         torch.optim.SGD([first.weight], lr=1.0, foreach=False).step()
+
+
+def test_a_benchmark_counts_its_bytes_and_leaves_its_values_alone() -> None:
+    layer = make()
+    before = layer.dense_weight()
+    fill_zeros(layer)
+    assert torch.equal(layer.dense_weight(), before)
+    assert bytes_of([*layer.parameters(), *layer.buffers()]) == 24 * 40 + 5 * 4 + 4
 
 
 def test_temporaries_are_a_bound() -> None:
