@@ -147,6 +147,24 @@ def slurm_job(tools: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"NNODES": "two"}, "NNODES=two: give the number of machines, such as 2, or 1:4"),
+        ({"NNODES": "2:"}, "NNODES=2:: give"),
+        ({"NNODES": "0"}, "NNODES=0"),
+        ({"NODE_RANK": "2"}, "NODE_RANK=2: of 2 machines, each has a number of its own from 0 to 1"),
+        ({"NODE_RANK": "-1"}, "NODE_RANK=-1"),
+        ({"MASTER_ADDR": "no such machine"}, "MASTER_ADDR=no such machine is no name that this machine knows"),
+    ],
+)
+def test_machines_that_cannot_be(tools: Path, wrong: dict[str, str], words: str) -> None:
+    (tools / "getent").symlink_to(str(shutil.which("getent")))
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "GPUS": "1"}
+    assert run("multi_node.sh", tools=tools, **nodes).returncode == 0
+    assert_refused(run("multi_node.sh", tools=tools, **{**nodes, **wrong}), words)
+
+
 def test_slurm(tools: Path) -> None:
     done = run("slurm.sbatch", *ARGUMENTS, tools=tools, **slurm_job(tools))
     assert done.returncode == 0, done.stderr

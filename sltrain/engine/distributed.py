@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from sltrain.engine.interface import name_interface
 from sltrain.engine.watch import Watch, connect_to_store
 from sltrain.log import first_line
 from sltrain.numeric import is_stand_in
@@ -78,6 +79,7 @@ class Ranks:
             torch.cuda.set_device(device)
         if ranks.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            name_interface()
             if hang_timeout:
                 connect = partial(connect_to_store, timeout=max(hang_timeout / 2, 5.0))
                 ranks.watch = Watch(ranks.rank, ranks.world_size, hang_timeout, connect)
