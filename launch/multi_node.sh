@@ -48,7 +48,7 @@ export PET_MAX_RESTARTS="${MAX_RESTARTS:-0}"
 # A store of its own for every start: in one that is shared, processes find the addresses of those before them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ "$NNODES" == *:* ]]; then
-  # The address from which this machine reaches machine 0: its own name may be known to nobody else, or mean the loopback.
+  # The address from which this machine reaches machine 0: its own name may be unknown to others, or mean the loopback.
   OWN=()
   if command -v getent >/dev/null && command -v ip >/dev/null; then
     read -r ADDRESS _ < <(getent ahostsv4 "$MASTER_ADDR") || true

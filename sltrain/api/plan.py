@@ -13,12 +13,20 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from sltrain.api.plan_columns import Setting, compared_columns, plan_device, planned_model, refusal, run_column
+from sltrain.api.plan_columns import (
+    IN_SHARDS,
+    Setting,
+    compared_columns,
+    plan_device,
+    planned_model,
+    refusal,
+    run_column,
+)
 from sltrain.api.plan_config import Asked, PlanConfig, card_bytes, card_name, chosen_cards
 from sltrain.api.plan_measure import NUM_UPDATES, check_free, measure
 from sltrain.api.plan_table import Column, Plan
 from sltrain.api.plan_traffic import traffic_lines
-from sltrain.building.memory import host_bytes, update_notes
+from sltrain.building.memory import host_bytes, sharding_of, update_notes
 from sltrain.building.model import dtype_name, weight_dtype
 from sltrain.building.trainer import check_updates_of
 from sltrain.config import TrainConfig
@@ -54,6 +62,7 @@ def build_plan(plan: PlanConfig, runs: list[Asked]) -> Plan:
     compared, remarks = compared_columns(planned[0], setting) if len(runs) == 1 else ([], [])
     remarks = [*(refusal(*it) for it in refused), *remarks]
     if not plan.paper_convention:
+        remarks = [*_fits_in_shards(columns[0], compared, cards), *remarks]
         remarks = [*_notes_of(columns, planned, plan.num_processes), *remarks]
     measured = _measured(columns[0], planned[0]) if plan.measure else None
     traffic = None
@@ -74,17 +83,23 @@ def _as_planned(run: Asked, plan: PlanConfig) -> TrainConfig:
 
 def _headline(configs: list[TrainConfig], plan: PlanConfig) -> str:
     """What all columns have in common."""
-    told = [_told(config, plan.paper_convention) for config in configs]
+    told = [_told(config, plan.paper_convention, plan.num_processes) for config in configs]
     return ", ".join(parts[0] for parts in zip(*told, strict=True) if len(set(parts)) == 1)
 
 
-def _told(config: TrainConfig, paper_convention: bool) -> tuple[str, ...]:
+def _told(config: TrainConfig, paper_convention: bool, num_processes: int) -> tuple[str, ...]:
     if paper_convention:
         return config.model.name, config.method.name, "as the SLTrain paper counts"
     device = plan_device(config)
     dtype = "mixed precision" if config.precision == "mixed" else dtype_name(weight_dtype(config, device))
     rows = f"{config.micro_batch_size} x {config.seq_len} tokens"
-    return config.model.name, config.method.name, device.type, dtype, rows
+    shared = f"one of {num_processes} processes"
+    sharding = sharding_of(config, num_processes)
+    if sharding is not None:
+        copies = f", {sharding.replicas} copies" if sharding.replicas > 1 else ""
+        shared += f" with 1/{sharding.num_shards} of every weight{copies}"
+    told = (config.model.name, config.method.name, device.type, dtype, rows)
+    return (*told, shared) if num_processes > 1 else told
 
 
 def _measured(column: Column, config: TrainConfig) -> int:
@@ -117,6 +132,16 @@ def vocab_size(config: TrainConfig) -> int:
 
 
 # ---- what a reader should know
+
+
+def _fits_in_shards(run: Column, compared: list[Column], cards: dict[str, int]) -> list[str]:
+    """That weights in shards fit the cards that whole ones do not, if so."""
+    for column in compared:
+        won = [card for card, usable in cards.items() if column.total_bytes <= usable < run.total_bytes]
+        if column.names == IN_SHARDS and won:
+            size = f"{column.total_bytes / 1e9:.1f} GB on each process"
+            return [f"fits {', '.join(won)} with parallel=fsdp: {size}; parallel=auto takes it where ddp does not fit"]
+    return []
 
 
 def _notes_of(columns: list[Column], configs: list[TrainConfig], num_processes: int) -> list[str]:

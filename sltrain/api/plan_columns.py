@@ -1,5 +1,6 @@
 """Configuration -> columns of a plan: one a run, and beside a single run what it is usually compared with.
 
+    parallel=fsdp                  of several processes each with a shard of the weights, if they have whole ones
     method=full                    dense training with this run's optimizer and settings
     method=full optimizer=galore   the same with GaLore (Zhao et al., arXiv 2403.03507), at this run's rank
     published SLTrain              this run with the positions of S as the published code stores them (published.py)
@@ -14,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from sltrain.api.plan_table import Column
-from sltrain.building.memory import optimizer_state_bytes, plan_model, update_shape, update_temporaries
+from sltrain.building.memory import optimizer_state_bytes, plan_model, sharding_of, update_shape, update_temporaries
 from sltrain.building.model import build_model, weight_dtype
 from sltrain.building.phases import check_structures
+from sltrain.building.strategy import against_shards
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.config_checks import NotTogether, check_together
@@ -30,6 +32,7 @@ from sltrain.planning.roles import parameters_of
 
 PUBLISHED = "published SLTrain"
 DENSE = {"method": "full"}
+IN_SHARDS = ("parallel=fsdp",)
 GALORE = {"method": "full", "optimizer": "galore"}
 
 
@@ -54,7 +57,10 @@ def run_column(names: tuple[str, ...], config: TrainConfig, setting: Setting) ->
     if setting.paper_convention:
         groups = paper_groups(model, state_bytes(config.optimizer, parameters_of(model).values()))
         return Column(names, groups, num_parameters, str(paper_millions(model))), ""
-    plan = plan_model(config, model, device, setting.num_processes)
+    sharding = sharding_of(config, setting.num_processes)
+    if sharding is not None and (reason := against_shards(config, model)) is not None:
+        raise NotTogether(f"parallel={config.parallel.name}: {reason}")
+    plan = plan_model(config, model, device, setting.num_processes, sharding)
     return Column(
         names, plan.groups, num_parameters
     ), f"{plan.stage}, in phase {plan.phase}" if plan.phase else plan.stage
@@ -63,13 +69,14 @@ def run_column(names: tuple[str, ...], config: TrainConfig, setting: Setting) ->
 def compared_columns(config: TrainConfig, setting: Setting) -> tuple[list[Column], list[str]]:
     """What to show beside a single run, and notes on what cannot be shown."""
     columns, notes = [], []
-    for names, changed in _compared_runs(config):
+    for names, changed in _compared_runs(config, setting):
         try:
             check_together(changed)
             columns.append(run_column(names, changed, setting)[0])
         except NotTogether as error:
             notes.append(refusal(names, str(error)))
-    if not setting.paper_convention and (published := _published_column(config, setting)) is not None:
+    is_cut = sharding_of(config, setting.num_processes) is not None  # the published code has no shards
+    if not setting.paper_convention and not is_cut and (published := _published_column(config, setting)) is not None:
         columns.append(published)
         notes.append(
             f"{PUBLISHED}: its positions of S, of 8 bytes each, and a dense W on the way, with our activations"
@@ -87,8 +94,12 @@ def plan_device(config: TrainConfig) -> torch.device:
     return torch.device("cpu" if config.device == "cpu" else "cuda")
 
 
-def _compared_runs(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], TrainConfig]]:
-    """Dense training if this run is not dense, and GaLore if it is not and has a rank."""
+def _compared_runs(config: TrainConfig, setting: Setting) -> Iterator[tuple[tuple[str, ...], TrainConfig]]:
+    """This run in shards, if several processes have all of its model; dense training if this run is not dense, and
+    GaLore if it is not and has a rank."""
+    is_whole = setting.num_processes > 1 and config.parallel.name not in ("fsdp", "hsdp")
+    if is_whole and not setting.paper_convention:
+        yield IN_SHARDS, replace(config, parallel=replace(config.parallel, name="fsdp"))
     for plugins in (DENSE, GALORE):
         changed = _with(config, plugins)
         is_own = (changed.method.name, changed.optimizer.name) == (config.method.name, config.optimizer.name)

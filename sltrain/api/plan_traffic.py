@@ -7,7 +7,7 @@ several machines that of the slowest link that its ring crosses, shared by the p
 
 from sltrain.api.plan_columns import plan_device, planned_model
 from sltrain.api.plan_config import PlanConfig
-from sltrain.building.memory import update_shape
+from sltrain.building.memory import sharding_of, update_shape
 from sltrain.config import TrainConfig
 from sltrain.planning.traffic import Traffic, compute_seconds, plan_traffic
 
@@ -15,7 +15,7 @@ from sltrain.planning.traffic import Traffic, compute_seconds, plan_traffic
 def traffic_lines(config: TrainConfig, plan: PlanConfig) -> tuple[list[str], dict[str, float]]:
     """The communication of a run with several processes: as lines, and as numbers in bytes and seconds."""
     model, device = planned_model(config), plan_device(config)
-    shape = update_shape(config, device, model, plan.num_processes)
+    shape = update_shape(config, device, model, plan.num_processes, sharding_of(config, plan.num_processes))
     traffic = plan_traffic(model, shape, plan.num_processes)
     numbers = {
         "all_gather_forward_bytes": traffic.gather_forward,

@@ -20,12 +20,15 @@ from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.optim.build import member_for, state_bytes, step_bytes
 from sltrain.optim.kinds.base import OPTIMIZERS
+from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import stored_bytes
 from sltrain.planning.memory_plan import MemoryPlan, plan_memory
 from sltrain.planning.roles import parameters_of
 from sltrain.planning.sharding import Sharding, local_infos
 from sltrain.planning.stages import UpdateShape
 
+GPUS_A_MACHINE = 8
+ELEMENT = {"auto": None, "float32": 4, "bfloat16": 2}  # bytes
 PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 
@@ -62,6 +65,28 @@ def plan_model(
     return max(plans, key=lambda plan: plan.total_bytes)
 
 
+def sharding_of(config: TrainConfig, num_processes: int) -> Sharding | None:
+    """How `parallel=` cuts a model over so many processes, machines of which nothing is known having GPUS_A_MACHINE;
+    None: it does not. `auto` counts as ddp. Raises ValueError for replicas that do not divide the processes."""
+    how = config.parallel
+    if num_processes == 1 or how.name not in ("fsdp", "hsdp"):
+        return None
+    replicas = (how.replicas or max(1, num_processes // GPUS_A_MACHINE)) if how.name == "hsdp" else 1
+    if num_processes % replicas:
+        raise ValueError(
+            f"parallel.replicas={replicas}: {num_processes} processes are no multiple of it; choose a divisor of"
+            f" {num_processes}"
+        )
+    return Sharding(
+        num_shards=num_processes // replicas,
+        replicas=replicas,
+        gathered_element=ELEMENT[how.param_dtype],
+        reduced_element=ELEMENT[how.reduce_dtype],
+        reduces_each=how.reduce_every == "micro_batch",
+        reshards=how.reshard_after_forward,
+    )
+
+
 def average_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> dict[str, int]:
     """The bytes of `ema`, as a group of a plan."""
     if config.ema is None:
@@ -89,23 +114,32 @@ def host_bytes(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:
-    """The optimizer's state on one rank for the parameters of a model, or its shards of them."""
-    infos = local_infos(parameters_of(model).values(), num_shards)
-    return state_bytes(config.optimizer, infos, config.stochastic_rounding)
+    """The optimizer's state on one rank: for the parameters of a model, for its shards of them, and for those that the
+    rank owns whole, an equal part, but one at least."""
+    cut, whole = _cut_and_whole(config, model, num_shards)
+    sizes = [state_bytes(config.optimizer, [info], config.stochastic_rounding) for info in whole]
+    owned = max(sum(sizes) // num_shards, *sizes) if sizes else 0
+    return state_bytes(config.optimizer, local_infos(cut, num_shards), config.stochastic_rounding) + owned
+
+
+def _cut_and_whole(config: TrainConfig, model: nn.Module, num_shards: int) -> tuple[list[ParamInfo], list[ParamInfo]]:
+    """The parameters of which the optimizer gets shards, and those that one rank gets whole (optim/whole_tensors.py);
+    of one process, all are in the first."""
+    cut: list[ParamInfo] = []
+    whole: list[ParamInfo] = []
+    for info in parameters_of(model).values():
+        on_shards = member_for(config.optimizer, info).works_on_shards(config.stochastic_rounding)
+        (cut if num_shards == 1 or on_shards else whole).append(info)
+    return cut, whole
 
 
 def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device, num_shards: int = 1) -> int:
-    """What the optimizer takes while it works. One that needs whole matrices gathers a shard's gradient before, and
-    computes the direction of the whole."""
-    infos = list(parameters_of(model).values())
+    """What the optimizer takes while it works; where a rank gets whole tensors, they are gathered one after another."""
     rounding = config.stochastic_rounding
-    if num_shards == 1:
-        return step_bytes(config.optimizer, infos, device.type, rounding)
-    whole = [info for info in infos if member_for(config.optimizer, info).locality == "matrix"]
-    local = [info for info in infos if info not in whole]
-    needs = [step_bytes(config.optimizer, local_infos(local, num_shards), device.type, rounding)]
+    cut, whole = _cut_and_whole(config, model, num_shards)
+    needs = [step_bytes(config.optimizer, local_infos(cut, num_shards), device.type, rounding)]
     for info in whole:
-        gathered = 2 * info.numel * info.element_size  # in the order of ranks, and as a matrix
+        gathered = 2 * info.numel * info.element_size  # its weights and its gradient
         needs.append(gathered + step_bytes(config.optimizer, [info], device.type, rounding))
     return max(needs)
 

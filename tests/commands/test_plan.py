@@ -315,6 +315,28 @@ def test_what_processes_send(sltrain_plan: Run, planned_object: Callable[..., di
     assert "traffic" not in planned_object(*TINY)
 
 
+def test_seventy_billion_on_sixteen_cards() -> None:
+    """33e9 trained values in bfloat16 with gradients and two moments are 17 GB in sixteenths, and S's positions 6.9."""
+    result = plan("model=llama_70b num_processes=16 cards=[40,80] bandwidth=50 peak_tflops=989")
+    columns = {column.name: column for column in result.columns}
+    assert not result.fits(columns["this run"])["80GB"]
+    assert 24 < columns["parallel=fsdp"].total_bytes / 1e9 < 36
+    assert any(note.startswith("fits 40GB, 80GB with parallel=fsdp:") for note in result.notes)
+    cut = plan("model=llama_70b num_processes=16 parallel=fsdp cards=[80]")
+    assert cut.total_bytes == columns["parallel=fsdp"].total_bytes and "1/16 of every weight" in cut.headline
+    assert cut.traffic is not None and cut.traffic["all_reduce_bytes"] == 0 < cut.traffic["reduce_scatter_bytes"]
+
+
+def test_what_shards_refuse(sltrain_plan: Run) -> None:
+    for more, words in (
+        (["per_layer_update=true"], "per_layer_update=false"),
+        (["parallel=hsdp", "parallel.replicas=3"], "parallel.replicas=3"),
+        (["stochastic_rounding=true"], "stochastic_rounding=false"),
+    ):
+        code, out, err = sltrain_plan(*TINY, "parallel=fsdp", "num_processes=4", *more)
+        assert code == 2 and words in err and len(err.splitlines()) == 1, err
+
+
 NOTES = {
     "global_batch_size=10 micro_batch_size=4": ["global_batch_size=10", "micro_batch_size=4"],
     "global_batch_size=4 num_processes=3": ["x 3"],

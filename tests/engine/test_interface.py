@@ -1,4 +1,4 @@
-"""Gloo is told through which interface the other machines are, unless the user said so; see also tests/test_nodes.py."""
+"""Gloo is told through which interface the other machines are, unless the user said so; see tests/test_nodes.py."""
 
 import os
 import socket
