@@ -85,6 +85,7 @@ def build_trainer(
         if strategy.is_sharded:  # indices come from a file that each process has read
             strategy.agree(model)
         ranks.on_main(lambda: folder.write_config(dataclasses.asdict(config)))
+        ranks.on_main(lambda: checkpointer.clean(checkpoint))
         _tell_resumed(step, checkpoint, stream)
     progress = Progress(**saved.get("progress", {}))
     arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)

@@ -188,6 +188,14 @@ class Checkpointer:
         found.sort(key=lambda item: (int(item[0][1]), item[0][2] is None))
         return [(int(match[1]), path) for match, path in found]
 
+    def clean(self, continued: Path) -> None:
+        """Delete what killed starts left beside the checkpoint that a run goes on from: if that is the last one, no
+        later save does it."""
+        for path in (*self.folder.glob("*.tmp"), *self.folder.glob("*.old")):
+            if path != continued:
+                with contextlib.suppress(OSError):
+                    remove(path)
+
     def _prune(self, step: int) -> None:
         """Delete what the save of `step` made superfluous. A failure to delete is no failure to save."""
         superfluous = [*self.folder.glob("*.tmp"), *self.folder.glob("*.old")]

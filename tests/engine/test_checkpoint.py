@@ -726,6 +726,17 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path:
     assert Checkpointer(tmp_path, 2).find_latest_step()[1] == 4
 
 
+def test_what_killed_starts_left_is_deleted_but_not_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    keeper = saved_steps(tmp_path, 4, 8)
+    (keeper.folder / "step_00000008").rename(keeper.folder / "step_00000008.old")
+    shutil.copytree(keeper.find(4), keeper.folder / "step_00000012.tmp")
+    shutil.copytree(keeper.find(4), keeper.folder / "step_00000004.old")
+    continued, step = keeper.find_latest_step()
+    assert continued is not None and continued.name == "step_00000008.old" and step == 8
+    keeper.clean(continued)
+    assert sorted(path.name for path in keeper.folder.glob("step_*")) == ["step_00000004", "step_00000008.old"]
+
+
 def test_a_damaged_checkpoint_that_was_written_again_counts(tmp_path: Path) -> None:
     saved_steps(tmp_path, 4, 8)
     (tmp_path / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"half")
