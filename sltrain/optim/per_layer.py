@@ -108,7 +108,8 @@ class PerLayerUpdate(WrappedOptimizer):
                 self._update(parameter)
         if self.reduce_grad is not None and not self._order_is_learned:
             self._learn_order(self.reduce_grad)
-        result = self._squared_norm, self._num_updated, self._num_skipped
+        # Exactly rounded: the sum does not depend on the order of gradients, which a continued run has yet to learn
+        result = math.fsum(self._squared_norms), self._num_updated, self._num_skipped
         self._begin()
         return result
 
@@ -116,7 +117,8 @@ class PerLayerUpdate(WrappedOptimizer):
         """Reset what belongs to one update."""
         self._is_armed = False
         self.has_begun = False  # whether the current update has changed weights or moments
-        self._squared_norm, self._num_updated, self._num_skipped = 0.0, 0, 0
+        self._squared_norms: list[float] = []
+        self._num_updated, self._num_skipped = 0, 0
         self._num_done = 0  # parameters of `_order` that had their turn
         self._arrived: dict[nn.Parameter, None] = {}  # those whose last gradient is complete, in order of arrival
 
@@ -143,7 +145,7 @@ class PerLayerUpdate(WrappedOptimizer):
             self.reduce_grad(grad)
         norm = norm_in_pieces(grad, torch.promote_types(grad.dtype, torch.float32))
         if math.isfinite(value := norm.item()):
-            self._squared_norm += value**2
+            self._squared_norms.append(value**2)
             self._num_updated += 1
             if self.grad_clip_per_parameter is not None:
                 grad.mul_(clip_factor(norm, self.grad_clip_per_parameter))

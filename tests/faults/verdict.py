@@ -189,9 +189,6 @@ def _problems_of_log(run: Path, undisturbed: Path) -> list[str]:
 def _numbers(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(event, what does not depend on the clock) of each line."""
     lines = read_lines(path)
-    for line in lines:  # with per_layer_update on several processes its sum has another order now and then
-        if line.get("grad_norm") is not None:
-            line["grad_norm"] = float(f"{line['grad_norm']:.13g}")
     return [(line["event"], {key: line.get(key) for key in COMPARED.get(line["event"], ("step",))}) for line in lines]
 
 

@@ -155,6 +155,21 @@ def test_norm_is_that_of_all_gradients_and_clipping_is_by_parameter() -> None:
         assert_same(optimizer, ordinary)
 
 
+def test_the_norm_does_not_depend_on_the_order_of_gradients() -> None:
+    """A continued run has yet to learn the order in which gradients come, and logs what one that never stopped logs."""
+    model, continued = Net(), Net()
+    orders = [list(net.parameters())[::way] for net, way in ((model, 1), (continued, -1))]
+    for step in range(1, 21):
+        squared = []
+        for net, order in zip((model, continued), orders, strict=True):
+            optimizer = PerLayerUpdate(build(net), parameters=order, reduce_grad=lambda tensor: None)
+            optimizer.before_backward(is_last=True)
+            loss_of(net, step).backward()
+            squared.append(optimizer.finish()[0])
+            optimizer.close()
+        assert squared[0] == squared[1]
+
+
 def test_groups_come_back_when_an_update_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     optimizer = PerLayerUpdate(build(model))
