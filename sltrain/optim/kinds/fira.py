@@ -9,7 +9,7 @@ that below 1 a share of the projection stays in the rest.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.galore import GaLore
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass
 class Fira(GaLore):
     """Options of optimizer=fira."""
+
+    copies_on_cpu: ClassVar[int] = 3
 
     def new_state(self, weight: "Tensor") -> dict[str, Any]:
         import torch

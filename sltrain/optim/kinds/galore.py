@@ -10,7 +10,7 @@ theirs.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.kinds.projected import Projected
@@ -18,6 +18,8 @@ from sltrain.optim.kinds.rule import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sltrain.parameters import ParamInfo
 
 
 @OPTIMIZERS.register("galore")
@@ -28,11 +30,25 @@ class GaLore(Projected):
     scale: float = 0.25
     svd: str = "exact"  # or randomized
 
+    copies_on_cpu: ClassVar[int] = 2  # of the gradient, while a direction is made of R
+
     def check(self) -> None:
         super().check()
         check_finite(scale=self.scale)
         if self.svd not in ("exact", "randomized"):
             raise ValueError(f"optimizer.svd={self.svd}: choose one of exact, randomized")
+
+    def step_bytes(self, parameter: "ParamInfo", device_type: str, rounding: bool) -> int:
+        """On a CPU: of a decomposition, which copies the gradient and makes singular vectors of both sides, or of a
+        direction and what has the shape of R. What LAPACK itself takes is not in it."""
+        others = super().step_bytes(parameter, device_type, rounding)
+        if device_type != "cpu":
+            return others
+        short, long = sorted(parameter.shape)
+        decomposition = 2 * short * long + short * short
+        direction = self.copies_on_cpu * short * long + self.rank * (short + 2 * long)
+        in_float32 = short * long if parameter.element_size < 4 else 0  # a copy of the gradient
+        return max(others, 4 * (max(decomposition, direction) + in_float32))
 
     def new_basis(self, grad: "Tensor", number: int) -> "Tensor":
         from sltrain.optim.basis import leading_directions, sketched_directions
