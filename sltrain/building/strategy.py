@@ -156,7 +156,7 @@ def build_strategy(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -
         Settings(
             replicas=num_replicas(config, ranks.world_size),
             param_dtype=_other_dtype(config.parallel.param_dtype, own),
-            reduce_dtype=_other_dtype(config.parallel.reduce_dtype, own),
+            reduce_dtype=None if config.parallel.reduce_dtype == "auto" else DTYPES[config.parallel.reduce_dtype],
             reshard_after_forward=config.parallel.reshard_after_forward,
             reduces_each_micro_batch=config.parallel.reduce_every == "micro_batch",
         ),

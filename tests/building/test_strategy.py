@@ -117,6 +117,20 @@ def test_one_process_is_single_whatever_is_asked(lines: list[str]) -> None:
     assert "there is one" in lines[-1]
 
 
+@pytest.mark.parametrize(("typed", "dtype"), [("float32", torch.float32), ("auto", None)])
+def test_gradients_of_narrow_weights_are_averaged_as_asked_for(
+    typed: str, dtype: torch.dtype | None, on_two_ranks: Callable[..., list[Any]]
+) -> None:
+    """None is for fully_shard the dtype of the gradients, which is that of the gathered weights."""
+    config = composed("parallel=fsdp", "parallel.param_dtype=bfloat16", f"parallel.reduce_dtype={typed}")
+
+    def reduced(ranks: Ranks) -> Any:
+        strategy: Any = build_strategy(config, model_of(config), ranks)
+        return strategy.settings.reduce_dtype
+
+    assert on_two_ranks(reduced) == [dtype] * 2
+
+
 def test_processes_with_other_settings_are_refused_on_all(on_two_ranks: Callable[..., list[Any]]) -> None:
     def compare(ranks: Ranks) -> str:
         config = composed(f"seed={ranks.rank}")
