@@ -158,8 +158,10 @@ class Sharded(Strategy):
         return [count > 0 for count in self.ranks.sum([int(flag) for flag in flags])]
 
     def after_forward(self, model: nn.Module) -> None:
-        """Drop the unit of embedding and head, which is kept for the backward that did not come."""
-        cast(FSDPModule, model).reshard()
+        """Drop the units that are kept for the backward that did not come: embedding and head, or all of them."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     # ---- whole tensors
 

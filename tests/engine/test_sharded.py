@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sltrain.building.model import allocate_own
 from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.ema import Average
 from sltrain.engine.evaluate import evaluate
 from sltrain.engine.memory import bytes_of, held_by
 from sltrain.engine.micro_batch import make_micro_batch
@@ -156,13 +157,34 @@ def test_a_state_goes_to_any_number_of_ranks_and_back_unchanged(world_size: int,
         assert all(torch.equal(found["state"][name][key], value) for key, value in state.items()), name
 
 
+class Batch:
+    num_bytes, source, positions = 50, "", None
+
+    def __init__(self, ids: Tensor) -> None:
+        self.input_ids = self.labels = ids
+
+
+def test_averaged_weights_of_an_evaluation_are_not_trained_on(on_two_ranks: OnRanks) -> None:
+    """Also where a layer's gathered weights stay after forward."""
+
+    def loss_after_evaluation(strategy: Strategy) -> float:
+        model, optimizer = built(strategy)
+        average = Average(model, 0.9, strategy.named_parameters(model))
+        for value in average.values.values():
+            value.mul_(2)
+        with average.in_model():
+            evaluate(model, [Batch(rows_of_step(1)[:2])], strategy.ranks, in_step=strategy.is_sharded)
+            strategy.after_forward(model)
+        step = OrdinaryStep(model, optimizer, strategy)
+        return step.run([make_micro_batch(*[rows_of_step(0)] * 2, CPU)], strategy.ranks.world_size * 96).loss
+
+    alone = loss_after_evaluation(Single(Ranks(0, 1, CPU)))
+    kept = Settings(reshard_after_forward=False)
+    losses = on_two_ranks(lambda ranks: loss_after_evaluation(Sharded(ranks, kept)))
+    assert losses == pytest.approx([alone] * 2, abs=1e-5)
+
+
 def test_ranks_with_fewer_batches_evaluate_in_step(on_two_ranks: OnRanks) -> None:
-    class Batch:
-        num_bytes, source, positions = 50, "", None
-
-        def __init__(self, ids: Tensor) -> None:
-            self.input_ids = self.labels = ids
-
     batches = [Batch(rows_of_step(number)[:2]) for number in range(3)]
 
     def evaluated(ranks: Ranks) -> Any:
