@@ -56,11 +56,13 @@ class RunLock:
         self._write()
         # A forked child shares the lock and would keep it after our death.
         os.register_at_fork(after_in_child=self._file.close)
-        threading.Thread(target=self._beat, name="sltrain-lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="sltrain-lock", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Release the lock. May be called twice."""
         self._stop.set()
+        self._thread.join(2 * BEAT_SECONDS)  # its beat may be under way, or hang where the file system does
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), len(_owner()))  # no beat: it ended properly

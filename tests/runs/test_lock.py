@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_an_owner_on_another_machine_is_known_by_its_beat(
         lock.release()
     finally:
         os.kill(owner, signal.SIGKILL)
+
+
+def test_a_beat_under_way_ends_before_the_lock_is_released(
+    tmp_path: Path, two_machines: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would write over what the release leaves, or into the next file that gets this one's number."""
+    beating, write = threading.Event(), os.pwrite
+
+    def slow(*args: Any) -> int:
+        beating.set()
+        time.sleep(0.2)
+        return write(*args)
+
+    two_machines("a")
+    lock = RunLock(tmp_path)
+    monkeypatch.setattr(os, "pwrite", slow)
+    assert beating.wait(10)
+    lock.release()
+    other = tmp_path / "other"
+    with open(other, "w"):
+        time.sleep(0.4)
+    assert other.read_text() == ""
+    assert len((tmp_path / ".lock").read_text().splitlines()) == 1
 
 
 def test_a_folder_that_was_released_is_taken_at_once(
