@@ -5,15 +5,18 @@ its machine is cut off), the others would wait until the backend gives up after 
 So each rank tells, by a thread of its own and through the store by which torchrun's processes find each other:
 
     beat         a number that grows while the process runs
-    collectives  how many operations of all ranks it has begun
-    at, age      what its main thread is at, and the seconds since it last moved
+    at, number   what its main thread is at, and how many such things it has begun: all ranks begin the same ones
+    collectives  how many operations of several ranks it has begun in it
+    age          the seconds since its main thread moved
     patience     how much longer than the limit that may take: without end while text is read or a checkpoint written
 
 A rank whose main thread waits reads what the others told, and ends the run when for `limit` seconds
 
     silent   a rank's beat has not grown,
-    behind   or a living rank has begun fewer collectives than this one, has not moved, and its patience is over,
+    behind   or a living rank has not come as far as this one, has not moved, and its patience is over,
     stuck    or nobody is behind: all began the same collective, and it does not end.
+
+Collectives are counted anew in each thing: in a save some ranks have fewer of them (parallel=hsdp).
 
 Only differences of a rank's own clock are compared, so clocks of machines need not agree. A process that was itself
 stopped, as by SLURM's suspend, begins to count anew.
@@ -48,12 +51,18 @@ class Told:
     """What a rank tells of itself."""
 
     beat: int
+    number: int
     collectives: int
     at: str  # "update 12"
     line: str  # the place in this package where its main thread is
     age: float  # seconds since its main thread moved
     patience: float  # seconds that this may take beyond the limit
     who: str  # host and process number
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has come."""
+        return self.number, self.collectives
 
 
 class Watch:
@@ -81,6 +90,7 @@ class Watch:
         self._main = threading.get_ident()
         self._who = f"process {os.getpid()} on {socket.gethostname()}"
         self._at, self._patience, self._moved, self._begun = "the start", ENDLESS, time.monotonic(), 0
+        self._start_of = 0, 0  # what the main thread is at: its number, and the collectives begun before
         self._beat = 0
         self._heard: dict[int, tuple[Told | None, float]] = {}  # of each other rank: what, and when its beat grew
         self._contact = time.monotonic()  # when the store last answered
@@ -104,6 +114,7 @@ class Watch:
 
     def at(self, what: str, patience: float = 0.0) -> None:
         """The main thread begins something, which may take `patience` seconds more than the limit."""
+        self._start_of = self._start_of[0] + 1, self._count()
         self._at, self._patience, self._moved = what, patience, time.monotonic()
 
     def tick(self) -> None:
@@ -118,9 +129,15 @@ class Watch:
         return time.monotonic() - self._moved
 
     def _told(self) -> Told:
-        age = self._age()
+        age, (number, collectives) = self._age(), self._place
         line = _line_of(sys._current_frames().get(self._main))
-        return Told(self._beat, self._begun, self._at, line, age, self._patience, self._who)
+        return Told(self._beat, number, collectives, self._at, line, age, self._patience, self._who)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """As Told.place, of this rank."""
+        number, before = self._start_of
+        return number, self._begun - before
 
     def _talk(self) -> None:
         """Tell, and listen while the main thread waits. The store may block, or be gone."""
@@ -185,9 +202,9 @@ class Watch:
         if len(heard) < self.world_size - 1:
             return None
         others = {rank: told for rank, (told, _) in heard.items() if told is not None}
-        behind = {rank: told for rank, told in others.items() if told.collectives < self._begun}
+        behind = {rank: told for rank, told in others.items() if told.place < self._place}
         if behind:
-            rank, told = min(behind.items(), key=lambda item: item[1].collectives)
+            rank, told = min(behind.items(), key=lambda item: item[1].place)
             if told.age < self.limit + told.patience:
                 return None
             return self._line(
@@ -205,7 +222,7 @@ class Watch:
     def _here(self) -> str:
         """The collective in which this rank waits."""
         line = _line_of(sys._current_frames().get(self._main))
-        return f"collective {self._begun:,} (of {self._at}; {line}), in which rank {self.rank} waits"
+        return f"collective {self._place[1]:,} (of {self._at}; {line}), in which rank {self.rank} waits"
 
     def _line(self, why: str) -> str:
         return f"{why}. What was saved is kept: start the same command again (hang_timeout={self.limit:g})"
@@ -214,16 +231,17 @@ class Watch:
         """Whether this rank prints the verdict: the first of those that wait."""
         waiting = [
             rank
-            for rank, (told, since) in self._heard.items()
-            if told is not None and told.collectives >= self._begun and time.monotonic() - since < self.limit
+            for rank, (told, since) in dict(self._heard).items()
+            if told is not None and told.place >= self._place and time.monotonic() - since < self.limit
         ]
         return all(self.rank < rank for rank in waiting)
 
     def _warn(self, now: float) -> None:
         """Say for whom this rank waits that long, if it is the one to say so."""
-        busy = {rank: told for rank, (told, _) in self._heard.items() if told and told.collectives < self._begun}
+        heard = dict(self._heard)  # the other thread may add to it
+        busy = {rank: told for rank, (told, _) in heard.items() if told and told.place < self._place}
         if busy and self._speaks():
-            rank, told = min(busy.items(), key=lambda item: item[1].collectives)
+            rank, told = min(busy.items(), key=lambda item: item[1].place)
             if told.age < self.limit:
                 return
             logger.warning(f"rank {rank} has been at {told.at} for {told.age:.0f} s; the others wait", extra=ANY_RANK)

@@ -21,15 +21,16 @@ def watch_that_heard(*others: tuple[Told | None, float], begun: int = 12) -> Wat
     """The watch of rank 0, whose main thread has waited for 100 seconds; `others`: what each other rank told, and how
     many seconds ago its beat grew."""
     now = time.monotonic()
-    watched = Watch(0, len(others) + 1, 10.0, connect=lambda: None, count=lambda: begun)
+    counts = iter([0])  # where `at` asks; then all of them
+    watched = Watch(0, len(others) + 1, 10.0, connect=lambda: None, count=lambda: next(counts, begun))
     watched.at("update 3")
     watched._moved, watched._begun, watched._contact = now - 100, begun, now
     watched._heard = {rank: (told, now - ago) for rank, (told, ago) in enumerate(others, start=1)}
     return watched
 
 
-def told(collectives: int, age: float = 100.0, patience: float = 0.0) -> Told:
-    return Told(5, collectives, "update 3", "engine/step.py:1", age, patience, "process 7 on b")
+def told(collectives: int, age: float = 100.0, patience: float = 0.0, number: int = 1) -> Told:
+    return Told(5, number, collectives, "update 3", "engine/step.py:1", age, patience, "process 7 on b")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,8 @@ def told(collectives: int, age: float = 100.0, patience: float = 0.0) -> Told:
         ([(told(12), 1.0), (told(11, patience=80.0), 1.0)], ["rank 2 hangs"]),
         ([(told(12), 1.0), (told(12), 1.0)], ["all ranks are at collective 12 (of update 3;", "GPU"]),
         ([(told(12), 1.0), (told(13, age=1.0), 1.0)], None),
+        ([(told(12), 1.0), (told(40, number=0), 1.0)], ["rank 2 hangs"]),  # in what came before
+        ([(told(12), 1.0), (told(1, number=2, age=1.0), 1.0)], None),  # it is at what comes next
     ],
 )
 def test_who_hangs(others: list[tuple[Told | None, float]], words: list[str] | None) -> None:
@@ -53,6 +56,23 @@ def test_who_hangs(others: list[tuple[Told | None, float]], words: list[str] | N
     else:
         assert verdict is not None and all(word in verdict for word in words), verdict
         assert "\n" not in verdict and "hang_timeout=10" in verdict
+
+
+def test_ranks_with_other_numbers_of_collectives_in_a_save_are_compared_anew_after_it() -> None:
+    """With parallel=hsdp the processes of the second copy have none of the first one's. Rank 2 is of it, and waits as
+    this one does for the text of rank 1."""
+    begun = 0
+    watched = Watch(0, 3, 10.0, connect=lambda: None, count=lambda: begun)
+    watched.at("the checkpoint of step 3")
+    begun += 500
+    watched.at("the text of update 4", ENDLESS)
+    watched.at("update 4")
+    begun += 1
+    assert watched._told().place == (3, 1)
+    now = time.monotonic()
+    watched._heard = {1: (told(0, number=2, patience=ENDLESS), now), 2: (told(1, number=3), now)}
+    watched._moved -= 100
+    assert watched.verdict(now) is None
 
 
 def test_a_store_that_is_gone_ends_a_rank_that_waits() -> None:
