@@ -146,7 +146,7 @@ def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, str
         phase.start(model, generator_for(config.seed, phase.name, 0))
     if start is not None:
         start.fill(model, strategy.ranks, config.micro_batch_size)
-    strategy.agree(model)
+    strategy.ranks.send_from_main(model)  # it is whole here, also one that will be cut
 
 
 def final_numbers(config: TrainConfig, model: LlamaForCausalLM, memory: RunMemory) -> Event:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ from hydra import compose, initialize_config_dir
 
 from sltrain.building import strategy as module
 from sltrain.building.model import build_model
+from sltrain.building.start_from import Start
 from sltrain.building.strategy import against_shards, build_strategy, check_parallel, check_sharding, compare_ranks
+from sltrain.building.trainer import give_memory
 from sltrain.compose import conf_dir, register_schema, to_train_config
 from sltrain.config import TrainConfig
 from sltrain.config_checks import validate
@@ -109,6 +111,23 @@ def test_auto_is_ddp_while_the_plan_fits(monkeypatch: pytest.MonkeyPatch, lines:
     assert module._choose(refused, model_of(refused), ranks) == "ddp" and "would need a change" in lines[-1]
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [10**12, 10**11])
     assert module._choose(config, model, ranks) == "ddp"
+
+
+def test_weights_that_machines_fit_differently_are_those_of_rank_0_before_they_are_cut(
+    on_two_ranks: Callable[..., list[Any]],
+) -> None:
+    class Fitted:
+        def fill(self, model: LlamaForCausalLM, ranks: Ranks, micro_batch_size: int) -> None:
+            torch.nn.init.constant_(model.lm_head.weight, ranks.rank)
+
+    def cut(ranks: Ranks) -> float:
+        config = composed("parallel=fsdp", "model.num_hidden_layers=1")
+        model, start = model_of(config), cast(Start, Fitted())
+        strategy = build_strategy(config, model, ranks)
+        give_memory(config, model, strategy, is_new=True, start=start)
+        return float(dict(strategy.named_parameters(model))["lm_head.weight"].mean())
+
+    assert on_two_ranks(cut) == [0.0, 0.0]
 
 
 def test_one_process_is_single_whatever_is_asked(lines: list[str]) -> None:
