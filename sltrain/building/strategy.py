@@ -19,7 +19,7 @@ import torch
 from sltrain.building.memory import plan_model
 from sltrain.building.memory_guard import free_share
 from sltrain.building.model import DTYPES
-from sltrain.config import TrainConfig, num_steps
+from sltrain.config import ParallelConfig, TrainConfig, num_steps
 from sltrain.engine.actions import Running
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.strategy import Replicated, Single, Strategy
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "datasets", "bitsandbytes")  # whose version may change a run
 SHARDED = ("fsdp", "hsdp")
+KEYS_OF_SHARDS = ("param_dtype", "reduce_dtype", "reshard_after_forward", "reduce_every")
 
 
 def compare_ranks(config: TrainConfig, ranks: Ranks) -> None:
@@ -79,6 +80,12 @@ def check_parallel(config: TrainConfig, world_size: int) -> None:
         )
     if replicas is not None and name != "hsdp":
         raise ValueError(f"parallel.replicas={replicas} is for parallel=hsdp, and parallel is {name}; set one of them")
+    for key in KEYS_OF_SHARDS if name in ("single", "ddp") else ():
+        if (value := getattr(config.parallel, key)) != getattr(ParallelConfig(), key):
+            raise ValueError(
+                f"parallel.{key}={str(value).lower()} is for parallel=fsdp and hsdp, and parallel is {name}; set one of"
+                f" them, or drop parallel.{key}"
+            )
     if name == "hsdp" and world_size % (count := num_replicas(config, world_size)):
         raise ValueError(
             f"parallel.replicas={count} x shards must be the number of processes, and {world_size} is no multiple of"

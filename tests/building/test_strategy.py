@@ -38,6 +38,12 @@ def model_of(config: TrainConfig) -> LlamaForCausalLM:
         (["parallel=single"], 2, "parallel=single is for one process, and there are 2"),
         (["parallel=fsdp", "parallel.replicas=2"], 4, "parallel.replicas=2 is for parallel=hsdp, and parallel is fsdp"),
         (["parallel=hsdp", "parallel.replicas=3"], 4, "set parallel.replicas to one of 1, 2, 4"),
+        (
+            ["parallel=ddp", "parallel.param_dtype=bfloat16"],
+            2,
+            "parallel.param_dtype=bfloat16 is for parallel=fsdp",
+        ),
+        (["parallel=single", "parallel.reshard_after_forward=false"], 1, "or drop parallel.reshard_after_forward"),
     ],
 )
 def test_processes_that_cannot_share_so(overrides: list[str], world_size: int, text: str) -> None:
