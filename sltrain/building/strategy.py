@@ -182,7 +182,8 @@ def _choose(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> str:
     """What parallel=auto means for several processes."""
     free = [each for each in ranks.gather(free_share(ranks)) if each is not None]
     try:
-        needed = plan_model(config, model, ranks.device, ranks.world_size).total_bytes
+        # Of one process: where a machine has no compiler for the kernel, its own plan is another one.
+        needed = ranks.on_main(lambda: plan_model(config, model, ranks.device, ranks.world_size).total_bytes)
     except ValueError:  # a layer that cannot be planned; the guard says so
         return "ddp"
     if not free or needed <= min(free):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -107,9 +108,25 @@ def test_what_works_on_shards(overrides: list[str]) -> None:
     assert against_shards(config, model_of(config)) is None
 
 
+def test_auto_is_the_same_on_all_ranks_where_plans_differ(
+    monkeypatch: pytest.MonkeyPatch, on_two_ranks: Callable[..., list[Any]]
+) -> None:
+    """As on machines of which one has no kernel."""
+    config = composed()
+
+    def chosen(ranks: Ranks) -> str:
+        plan = SimpleNamespace(total_bytes=100 + 100 * ranks.rank)
+        monkeypatch.setattr(module, "plan_model", lambda *args: plan)
+        monkeypatch.setattr(module, "free_share", lambda ranks: 150)
+        return module._choose(config, model_of(config), ranks)
+
+    assert on_two_ranks(chosen) == ["ddp", "ddp"]
+
+
 def test_auto_is_ddp_while_the_plan_fits(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
     """The memory of the process with least decides. What shards refuse stays with ddp."""
     config, ranks = composed(), Ranks(0, 4, CPU)
+    monkeypatch.setattr(Ranks, "on_main", lambda self, make: make())
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, None, 10**6])
     model = model_of(config)
     assert module._choose(config, model, ranks) == "fsdp" and "parallel   fsdp" in lines[-1]
