@@ -91,9 +91,16 @@ def _check_model(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _check_run_dir(config: TrainConfig, ranks: Ranks) -> None:
-    """The nearest folder that exists must be one that can be written to."""
+    """The nearest folder that exists must be one that can be written to. What torchrun starts again needs a name, since
+    a folder without one is a new one at every start."""
     if not ranks.is_main:
         return
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if config.run_dir is None and restarts != "0":
+        raise ValueError(
+            f"run_dir=null: after each of up to {restarts} restarts the run would begin anew in another folder; set"
+            " run_dir=outputs/NAME"
+        )
     wanted = Path(config.run_dir or "outputs").expanduser()
     place = wanted.absolute()
     try:
