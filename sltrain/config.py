@@ -22,6 +22,7 @@ from sltrain.optim.kinds.base import OptimizerConfig
 from sltrain.optim.schedule import RateSchedule, default_decay, effective_warmup
 
 ROPE_TYPES = ("default", "llama3")
+EVAL_PARTS = ("all", "a", "b")
 
 
 @dataclass
@@ -138,6 +139,7 @@ class TrainConfig:
     log_every: int = MISSING  # updates between train lines
     eval_every: int = MISSING  # updates between evaluations
     eval_tokens: int = MISSING  # predicted tokens an evaluation reads, all ranks together
+    eval_part: str = MISSING  # of the validation documents: all, or every second one: a (the first, ...) or b
     eval_tasks: list[str] = field(default_factory=list)  # downstream tasks of lm-eval, by name or YAML file
     eval_task_limit: int | None = None  # documents of each task that are asked; None: all
     checkpoint_every: int = MISSING  # updates between checkpoints
@@ -168,7 +170,7 @@ class TrainConfig:
 CHANGEABLE_ON_RESUME = (
     "run_dir resume extend tracker parallel path data.path repo data.repo data.commit data.mix data.settled_entries"
     " validation_path tokenizer on_bad_data data.on_bad_data data.delete_after_use log_every eval_every eval_tokens"
-    " eval_tasks eval_task_limit checkpoint_every keep_last checkpoint_async micro_batch_size device compile"
+    " eval_part eval_tasks eval_task_limit checkpoint_every keep_last checkpoint_async micro_batch_size device compile"
     " activation_checkpointing layer_path hang_timeout memory_guard per_layer_update peak_tflops profile_steps"
     " method.recompute"
 ).split()

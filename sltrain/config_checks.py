@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sltrain.config import ROPE_TYPES, RopeScaling, TrainConfig, num_steps, rate_schedule
+from sltrain.config import EVAL_PARTS, ROPE_TYPES, RopeScaling, TrainConfig, num_steps, rate_schedule
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.optim.schedule import SCHEDULES
 from sltrain.parameters import ROLES
@@ -26,6 +26,7 @@ CHOICES = {
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack", "best_fit"),
+    "eval_part": EVAL_PARTS,
     "schedule": SCHEDULES,
     "attention": ("full", "document"),
     "on_bad_data": ("skip", "stop"),

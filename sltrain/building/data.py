@@ -173,6 +173,7 @@ def build_eval_set(
             per_document=is_per_document(config.padding, config.attention),
             holdout_every=holdout_every,
             eval_tokens=eval_tokens,
+            part=config.eval_part,
             batch_size=config.micro_batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -6,6 +6,8 @@ that depends on their number alone: the first rows are a fair sample of long and
 `batch_size` rows belongs to rank b % world_size. Every rank tokenizes all rows once (10 million tokens: about half a
 minute on one core) and keeps its own, 4 bytes a token.
 
+`part` reads every second document: what is chosen by half a is judged on half b, whose text the choice has not seen.
+
 Each batch knows how many UTF-8 bytes of text its predicted tokens cover, so that the loss can be given in bits per
 byte, which does not depend on the tokenizer. The first token of a row is not predicted, and </s> covers no text.
 """
@@ -21,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from sltrain.data.best_fit import GROUP_ROWS, packed_group
-from sltrain.data.documents import DataError, Source, is_held_out
+from sltrain.data.documents import DataError, Document, Source, is_held_out
 from sltrain.data.logical_stream import DOCUMENTS_PER_CALL, Row
 from sltrain.data.rows import check_row_shape, rows_to_tensors
 from sltrain.data.token_folder import ids_with_bytes_of
@@ -61,6 +63,7 @@ class EvalSet:
     world_size: int = 1
     per_document: bool = False  # attention=document
     holdout_every: int = 0  # N: only the held-out documents, those that TrainStream with the same N skips; 0: all
+    part: str = "all"  # a: the first of these documents, the third, ...; b: the others
 
     sources: ClassVar[tuple[str, ...]] = ()  # this and the following: names of parts, see mixed_evaluation.py
     short_sources: ClassVar[tuple[str, ...]] = ()
@@ -173,7 +176,10 @@ class EvalSet:
     def _documents(self, max_len: int | None) -> Iterator[Sized]:
         """The ids of each validation document, and the bytes that each id covers."""
         documents = (d for shard in range(self.source.num_shards) for d in self.source.documents(shard))
+        own: Iterator[Document]
         own = (d for d in documents if not self.holdout_every or is_held_out(d.text, self.holdout_every))
+        if self.part != "all":
+            own = islice(own, "ab".index(self.part), None, 2)
         while group := list(islice(own, DOCUMENTS_PER_CALL)):
             yield from ids_with_bytes_of(group, self.tokenizer, max_len)
 

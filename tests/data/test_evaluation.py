@@ -71,6 +71,17 @@ def test_packed_rows_are_all_documents_in_order(source, tokenizer, texts):
     assert [i for row in found for i in row] == joined[: len(joined) - lost]
 
 
+@pytest.mark.parametrize("holdout", [0, 3])
+def test_the_two_halves_share_no_document_and_are_the_whole(source, tokenizer, texts, holdout):
+    own = [text for text in texts if not holdout or is_held_out(text, holdout)]
+    halves = {
+        part: kept(make(source, tokenizer, seq_len=512, padding="truncate_pad", part=part, holdout_every=holdout))
+        for part in ("a", "b", "all")
+    }
+    ids = [row for row in plain(tokenizer, own) if len(row) > 1]
+    assert (halves["a"], halves["b"], halves["all"]) == (ids[::2], ids[1::2], ids)
+
+
 def test_truncated_rows_are_the_documents_in_order(source, tokenizer, texts):
     found = kept(make(source, tokenizer, padding="truncate_pad"))
     assert found == [ids if len(ids) <= 24 else [*ids[:23], tokenizer.eos_id] for ids in plain(tokenizer, texts)]
