@@ -62,12 +62,11 @@ def vocab_size(train: TrainConfig) -> int:
 def describe_machine(bench: Bench) -> Row:
     """Hardware and software that the numbers depend on."""
     gpu = torch.cuda.get_device_properties(bench.device) if bench.device.type == "cuda" else None
-    cpu = re.search(r"^model name\s*: (.*)$", CPU_INFO.read_text(), re.MULTILINE) if CPU_INFO.exists() else None
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": gpu and gpu.name,
@@ -77,6 +76,12 @@ def describe_machine(bench: Bench) -> Row:
         "memory_bytes": gpu.total_memory if gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cpu_kernel": None if gpu else kernels.status() or "ready",
     }
+
+
+def cpu_name() -> str:
+    """The model of this machine's CPU."""
+    found = re.search(r"^model name\s*: (.*)$", CPU_INFO.read_text(), re.MULTILINE) if CPU_INFO.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def machine_line(machine: Row) -> str:

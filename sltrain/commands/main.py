@@ -20,6 +20,7 @@ MODULES = {
     "generate": "generate",
     "export": "export",
     "tokenize": "tokenize",
+    "compare": "compare",
 }  # command -> its file in this package
 
 

@@ -6,6 +6,7 @@
     sltrain-report outputs --json               the rows on stdout, as one JSON list
     sltrain-report outputs --best method        of each method its best run alone, in table, figures and page
     sltrain-report outputs/a --spectrum         and the singular values of W, BA and S, of one run
+    sltrain-report --study outputs/studies/a    the page of a study (sltrain-compare), from its ledger alone
 
 Runs may be finished, running, interrupted or crashed, of this machine or copied from another: they are only read.
 What is missing or damaged is named, and the rest reported. Where there is no run, the page cannot
@@ -50,6 +51,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--best", metavar="KEYS", help="one run for each value of a key, or of several: method,lr_scale.factor"
     )
+    parser.add_argument("--study", action="store_true", help="PATH is the folder of a study: draw its page, study.md")
     parser.add_argument("--spectrum", action="store_true", help="of one run: look inside its layers")
     parser.add_argument(
         "--layers",
@@ -78,6 +80,8 @@ def run_command(arguments: list[str]) -> ExitCode:
             raise ValueError("--layers and --step say of what to draw the spectrum; add --spectrum")
         if typed.spectrum and len(typed.paths) > 1:
             raise ValueError("--spectrum looks into one run; name one run folder")
+        if typed.study:
+            return study_page(typed)
         from sltrain.api.report import as_json, check_output, default_output, read_report, write_report
         from sltrain.reporting.table import aligned, text_table
 
@@ -97,6 +101,22 @@ def run_command(arguments: list[str]) -> ExitCode:
         write_line(f"page: {page}", "stderr" if typed.json else "stdout")
     except Exception as error:
         return report_error(error)
+    return ExitCode.OK
+
+
+def study_page(typed: argparse.Namespace) -> ExitCode:
+    """Draw the page of a study. Raises ValueError if there is none, or another kind of report is asked for too."""
+    if len(typed.paths) > 1 or typed.json or typed.best or typed.spectrum:
+        raise ValueError("--study draws the page of one study; name one folder, without --json, --best and --spectrum")
+    from sltrain.api.ledger import draw_study, read_ledger, study_table
+    from sltrain.reporting.table import aligned
+
+    folder = typed.paths[0].expanduser()
+    ledger = read_ledger(folder)
+    if (table := study_table(ledger)) is not None:
+        write_line(aligned(table))
+    page = draw_study(ledger, typed.output.expanduser() if typed.output else folder, f"{PROG} --study {folder}")
+    write_line(f"page: {page}")
     return ExitCode.OK
 
 

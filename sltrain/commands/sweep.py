@@ -110,7 +110,7 @@ class Sweep:
         num_gpus = hydra.launcher.get("gpus_per_node") or 1
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}", "-m"]
         module = ["-m", *(torchrun if num_gpus > 1 else []), "sltrain.train"]
-        code, is_stopped = _run_process([sys.executable, *module, *overrides, f'run_dir="{self.folder / name}"'])
+        code, is_stopped = run_process([sys.executable, *module, *overrides, f'run_dir="{self.folder / name}"'])
         self.codes[name] = code
         print(f"{place}: {in_words(code)}", flush=True)
         if is_stopped and hydra.launcher._target_.endswith("BasicLauncher"):
@@ -157,8 +157,9 @@ def job_name(overrides: list[Override], swept_keys: list[str]) -> str:
     return "_".join(parts) or "job"
 
 
-def _run_process(command: list[str]) -> tuple[int, bool]:
-    """Run a job; return its exit code (INTERRUPTED if a signal ended it) and whether the sweep is to stop.
+def run_process(command: list[str], log: Path | None = None) -> tuple[int, bool]:
+    """Run a job, what it prints appended to the file `log`, if given; return its exit code (INTERRUPTED if a signal
+    ended it) and whether the sweep is to stop.
 
     The job is asked to stop with SIGTERM: a terminal's Ctrl-C has reached it already, and a second SIGINT would end it
     without saving.
@@ -172,8 +173,9 @@ def _run_process(command: list[str]) -> tuple[int, bool]:
             process.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
+    output = None if log is None else open(log, "ab")
     try:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         if received:  # before there was a process to ask
             process.send_signal(signal.SIGTERM)
         code = process.wait()
@@ -184,6 +186,8 @@ def _run_process(command: list[str]) -> tuple[int, bool]:
         if process is not None and process.poll() is None:  # what ended this process did not ask the job
             process.terminate()
             process.wait()
+        if output is not None:
+            output.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -21,6 +21,7 @@ from sltrain.registry import Registry
 PLUGINS: dict[str, Registry[Any]] = {"method": METHODS, "optimizer": OPTIMIZERS, "data": SOURCES}
 
 logger = logging.getLogger(__name__)
+NO_GROUPS = ("hydra", "study")  # folders of conf/ that hold something else
 SCHEMA = "_schema"  # the end of the names under which Hydra knows schemas
 
 
@@ -141,7 +142,7 @@ def groups_of(schema: Schema) -> dict[str, list[str]]:
     """A command's config groups and their options, as files lie in conf/."""
     if not schema.has_groups:
         return {}
-    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir() and path.name not in NO_GROUPS)
     options = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
     return options | {group: sorted({*options[group], *registry.names()}) for group, registry in PLUGINS.items()}
 

@@ -157,7 +157,7 @@ def _results(
         **{key: result.get(key) for key in names},
         "perplexity_galore_protocol": published_perplexity(result),
         "evaluated_step": result.get("step"),
-        "eval_bytes": _eval_bytes(result),
+        "eval_bytes": eval_bytes(result),
         "tasks": _tasks(result),
         "peak_memory_bytes": _highest(measured, "peak_memory_bytes"),
         "peak_memory_measure": _measure(measured[-1]) if measured else None,
@@ -227,7 +227,7 @@ def _measure(event: Event) -> str | None:
     return "tensors" if is_cuda else "process"
 
 
-def _eval_bytes(event: Event) -> int | None:
+def eval_bytes(event: Event) -> int | None:
     """Bytes of the evaluated text, since loss * tokens nats are bits_per_byte * bytes bits."""
     loss, tokens, bits = event.get("loss"), event.get("eval_tokens"), event.get("bits_per_byte")
     if not (loss and tokens and bits) or not (math.isfinite(loss) and math.isfinite(bits)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sltrain.commands.sweep import Sweep, _run_process, in_words, job_name, with_swept_before
+from sltrain.commands.sweep import Sweep, in_words, job_name, run_process, with_swept_before
 from sltrain.compose import conf_dir, parse_overrides, register_schema
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_exit_codes_in_words() -> None:
     ],
 )
 def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected: tuple[int, bool]) -> None:
-    assert _run_process([sys.executable, "-c", code]) == expected
+    assert run_process([sys.executable, "-c", code]) == expected
 
 
 def test_a_run_that_finished_just_before_the_sweep_was_stopped_is_not_to_go(

@@ -1,0 +1,244 @@
+"""The ledger of a study: every run and what it depended on, a JSON object a line, only ever appended to.
+
+    {"event": "protocol", "name": "first", "common": [...], "reference": "dense", "trials": 4, ...}   the first line
+    {"event": "candidate", "name": "dense", "overrides": [...], "tune": {...}, "equal": {...}}        when it joins
+    {"event": "run", "role": "tuning", "candidate": "dense", "trial": 1, "seed": 1, "loss": 5.1, ...}  when it has ended
+
+Protocol and candidates of a ledger cannot change, or settings could be tried until one wins; candidates can join. A
+line that a power cut tore is left out, and its run is read again from its folder. A run that is in the ledger is never
+made again, so its folder may go.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sltrain.api.study import Study, StudyRun
+from sltrain.engine.metrics import to_strict_json
+from sltrain.events import Event
+from sltrain.reporting.rows import eval_bytes
+from sltrain.reporting.study import Entry, Protocol, Results, main_table, render
+from sltrain.reporting.table import Table
+from sltrain.runs.lock import RunLock
+from sltrain.runs.run_folder import write_atomically
+from sltrain.runs.run_record import read_run
+
+NAME, PAGE = "ledger.jsonl", "study.md"
+DIVERGED = "diverged"  # status of a run, see runs/run_record.py
+
+
+@dataclass
+class Ledger:
+    """What the ledger in `folder` holds."""
+
+    folder: Path
+    protocol: dict[str, Any]
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runs: dict[tuple[str, str, int, int], Entry] = field(default_factory=dict)  # by `Entry.key`, in order
+    notes: list[str] = field(default_factory=list)
+    lock: RunLock | None = None  # while this process writes to it
+
+    @property
+    def for_page(self) -> Protocol:
+        """What the page needs besides the runs."""
+        known = {item.name for item in fields(Protocol)} - {"candidates"}
+        return Protocol(**{key: self.protocol[key] for key in known}, candidates=self.candidates)
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Write a line to the disk. Raises OSError."""
+        path = self.folder / NAME
+        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        with open(path, "ab") as file:
+            file.write(b"\n" * is_torn + to_strict_json(event).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Let other processes write to it."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def add(self, entry: Entry) -> None:
+        """Append a run."""
+        self.append({"event": "run", "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(entry)})
+        self.runs[entry.key] = entry
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """The ledger in this folder. Raises ValueError if there is none, or its first line is gone."""
+    path = folder / NAME
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{folder} holds no ledger of a study ({NAME}: {error.strerror}); name its folder") from None
+    events, notes = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                events.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            notes.append(f"{NAME}: line {number} is damaged and left out.")
+    if not events or events[0].get("event") != "protocol":
+        raise ValueError(f"{path} does not begin with a protocol; it is damaged, or of something else")
+    ledger = Ledger(folder, {key: value for key, value in events[0].items() if key != "event"}, notes=notes)
+    known = {item.name for item in fields(Entry)}
+    for event in events[1:]:
+        kind = event.get("event")
+        if kind == "candidate":
+            ledger.candidates[event["name"]] = {key: event[key] for key in ("overrides", "tune", "equal")}
+        elif kind == "run":
+            loss = math.inf if event["loss"] is None else event["loss"]
+            entry = Entry(**{key: value for key, value in event.items() if key in known} | {"loss": loss})
+            ledger.runs.setdefault(entry.key, entry)
+    return ledger
+
+
+def open_ledger(folder: Path, study: Study, writes: bool) -> Ledger:
+    """The ledger of this study in `folder`. With `writes` it is begun if there is none, new candidates join, and no
+    other process may write to it until `close`. Raises ValueError if it is that of another protocol, or a run in it was
+    made from another configuration, or another process has it."""
+    ledger = _checked(folder, study)
+    if not writes:
+        return ledger
+    lock = RunLock(folder)
+    ledger = _checked(folder, study)
+    ledger.lock = lock
+    if not (folder / NAME).exists():
+        ledger.append({"event": "protocol", **ledger.protocol})
+        joining = ledger.candidates
+    else:
+        before = read_ledger(folder).candidates
+        joining = {name: own for name, own in ledger.candidates.items() if name not in before}
+    for name, candidate in joining.items():
+        ledger.append({"event": "candidate", "name": name, **candidate})
+    return ledger
+
+
+def _checked(folder: Path, study: Study) -> Ledger:
+    """What is in the ledger, or would be in a new one, with the candidates of the study. Raises ValueError."""
+    protocol = {"name": study.name, **study.protocol()}
+    ledger = read_ledger(folder) if (folder / NAME).exists() else Ledger(folder, protocol)
+    for key, now in protocol.items():
+        if (before := ledger.protocol.get(key)) != now:
+            raise ValueError(
+                f"run_dir={folder} holds a study with another protocol: {key} was {before!r}, is now {now!r}. Type what"
+                " was typed then, or choose another run_dir"
+            )
+    for name, candidate in study.file.candidates.items():
+        own = asdict(candidate)
+        if (before := ledger.candidates.setdefault(name, own)) != own:
+            raise ValueError(
+                f"run_dir={folder} holds a study with another candidate {name}: it was {before}, is now {own}. Give the"
+                " new one another name, or choose another run_dir"
+            )
+    _check_configs(ledger, study)
+    return ledger
+
+
+def _check_configs(ledger: Ledger, study: Study) -> None:
+    for run in study.tuning_runs():
+        entry = ledger.runs.get(run.key)
+        if entry is not None and entry.config != run.config:
+            raise ValueError(
+                f"run_dir={ledger.folder} holds {run.name} made from another configuration ({entry.config}, now"
+                f" {run.config}): the same overrides mean something else today. Take the version that made it"
+                f" ({entry.code}), or choose another run_dir"
+            )
+
+
+def entry_of(run: StudyRun, folder: Path, seconds: float, device: str) -> Entry:
+    """The line of the run in this folder, whose process has ended after `seconds`; `device` is auto, cpu or cuda."""
+    record = read_run(folder)
+    final: Event = record.final or {}
+    last: Event = record.last or {}
+    loss = final.get("loss", math.inf)
+    return Entry(
+        role=run.role,
+        candidate=run.candidate,
+        trial=run.trial,
+        setting=run.setting,
+        seed=run.seed,
+        loss=loss if record.status != DIVERGED and math.isfinite(loss) else math.inf,
+        updates=last.get("step", 0),
+        tokens=last.get("tokens"),
+        num_parameters=final.get("num_parameters", {}).get("total"),
+        flops_per_token=_flops_per_token(record.train),
+        seconds_per_update=_seconds_per_update(record.train),
+        seconds=round(max(seconds, last.get("wall_seconds", 0.0)), 1),
+        evals=[[event["step"], event["loss"]] for event in record.evals if math.isfinite(event["loss"])],
+        eval_tokens=final.get("eval_tokens"),
+        eval_bytes=eval_bytes(final),
+        config=run.config,
+        code=code_version(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
+        machine=machine_name(device),
+    )
+
+
+def _flops_per_token(train: list[Event]) -> float | None:
+    """From the newest train line: arithmetic a second over tokens a second, of one process on one device."""
+    known = [event for event in train if "tflops" in event and event.get("tokens_per_second")]
+    return float(round(known[-1]["tflops"] * 1e12 / known[-1]["tokens_per_second"])) if known else None
+
+
+def _seconds_per_update(train: list[Event]) -> float | None:
+    """The median over train lines but the first, outside evaluation and saving."""
+    times = [
+        (after["tokens"] - before["tokens"]) / after["tokens_per_second"] / (after["step"] - before["step"])
+        for before, after in pairwise(train)
+        if after.get("tokens_per_second") and after["step"] > before["step"]
+    ]
+    return round(statistics.median(times), 6) if times else None
+
+
+def draw_study(ledger: Ledger, output: Path, command: str) -> Path:
+    """Write the page of a study, finished or not, and return its path. Raises ValueError if it cannot be written."""
+    page = output / PAGE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(page, render(ledger.for_page, list(ledger.runs.values()), ledger.notes, command))
+    except OSError as error:
+        raise ValueError(f"{page} cannot be written ({error.strerror}); name a folder with --output DIR") from error
+    return page
+
+
+def study_table(ledger: Ledger) -> Table | None:
+    """The table on top of the page; None until the reference is reported."""
+    results = Results(ledger.for_page, list(ledger.runs.values()))
+    return main_table(results) if ledger.for_page.reference in results.runs else None
+
+
+def code_version() -> str:
+    """The commit of a checkout, with -dirty if files were changed; of an installed package its version."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        try:
+            return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return version("sltrain")
+
+
+@cache
+def machine_name(device: str) -> str:
+    """The device that device=auto, cpu or cuda means here: the card, or the CPU and the threads torch takes."""
+    import torch
+
+    from sltrain.benchmarks.base import cpu_name
+    from sltrain.engine.distributed import pick_device
+
+    if pick_device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,370 @@
+"""A study: candidates, each at its own best setting, compared under one protocol. conf/study/NAME.yaml -> its runs.
+
+    trials     every candidate is tuned by the same number of them: the grid of its `tune`, each point trained with the
+               tuning seeds and judged on half a of the validation documents (eval_part=a)
+    reports    the setting with the lowest mean loss is trained with the reporting seeds, which are others, and judged
+               on half b. A seed is that of weights, supports and data: runs of one seed read the same rows in order
+
+Everything is composed and checked before the first run starts: what no candidate may change (text, tokenizer, rows),
+that all are tried equally often, and what one has as much of as another (`equal`). The runs are made by
+commands/compare.py, kept in ledger.py, and read by reporting/study.py. No torch at the top.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sltrain.api.overrides import as_overrides
+from sltrain.api.plan_config import split_arguments
+from sltrain.compose import (
+    PLUGINS,
+    TRAIN,
+    Schema,
+    compose_config,
+    conf_dir,
+    defaults_of,
+    option_defaults,
+    parse_overrides,
+    run_config,
+)
+from sltrain.config import TrainConfig, num_steps
+from sltrain.log import first_line
+from sltrain.reporting.study import TOLERANCE
+from sltrain.runs.run_folder import flatten
+
+PARTS = {"tuning": "a", "reporting": "b"}  # role of a run -> the half of the validation documents it is judged on
+OWN = ("seed", "eval_part", "run_dir", "resume", "extend")  # keys that the study sets
+SAME = (  # keys that decide which tokens are read and predicted
+    "data path repo config split validation_path tokenizer tokenizer_eos padding attention seq_len on_bad_data"
+    " eval_tokens"
+).split()
+QUANTITIES = ("tokens", "parameters", "flops")
+
+
+@dataclass
+class CompareConfig:
+    """Keys of `sltrain-compare`."""
+
+    study: str = MISSING  # a name in conf/study, or a YAML file
+    run_dir: str | None = None  # where its runs, ledger and page are; None: outputs/studies/NAME
+    dry_run: bool = False  # print the cost, run nothing
+
+
+COMPARE = Schema(
+    "compare",
+    CompareConfig,
+    lambda config: None,
+    has_groups=False,
+    order="all keys of sltrain-train can be set too (sltrain-train --help)",
+    advice="choose a study: study=first",
+)
+
+
+@dataclass
+class Candidate:
+    """One entry of `candidates` in a study's YAML."""
+
+    overrides: list[str] = field(default_factory=list)  # as typed for sltrain-train, over the common ones
+    tune: dict[str, list[Any]] = field(default_factory=dict)  # key -> values; their grid are the trials
+    equal: dict[str, str] = field(default_factory=dict)  # tokens, parameters or flops -> who has as many
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The grid of `tune`."""
+        return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
+
+
+@dataclass
+class StudyFile:
+    """A study's YAML."""
+
+    common: list[str] = MISSING  # overrides of all runs
+    reference: str = MISSING  # the candidate that the others are compared with
+    trials: int = MISSING  # settings tried of each candidate
+    tuning_seeds: list[int] = MISSING
+    reporting_seeds: list[int] = MISSING
+    candidates: dict[str, Candidate] = MISSING
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    role: str  # tuning or reporting
+    candidate: str
+    trial: int  # the number of its setting in the candidate's grid, from 1
+    setting: dict[str, Any]
+    seed: int
+    overrides: list[str]  # for sltrain-train, without run_dir
+    updates: int
+    config: str  # hash of what it is composed of
+
+    @property
+    def name(self) -> str:
+        """Of its folder. Tuning and reporting seeds are different numbers."""
+        return f"{self.candidate}_trial-{self.trial}_seed-{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What it is in the study."""
+        return self.role, self.candidate, self.trial, self.seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study with the configuration of every trial."""
+
+    name: str
+    file: StudyFile
+    configs: dict[tuple[str, int], TrainConfig]  # (candidate, trial) -> its configuration, seed and half left out
+
+    def protocol(self) -> dict[str, Any]:
+        """What must stay while a ledger grows; candidates may join."""
+        return {key: value for key, value in asdict(self.file).items() if key != "candidates"}
+
+    def tuning_runs(self) -> Iterator[StudyRun]:
+        """Trial by trial, candidates in turn: what changes on the machine meanwhile meets all of them."""
+        for trial in range(1, self.file.trials + 1):
+            for seed in self.file.tuning_seeds:
+                for name in self.file.candidates:
+                    yield self._run("tuning", name, trial, seed)
+
+    def reporting_runs(self, chosen: Mapping[str, int]) -> Iterator[StudyRun]:
+        """Seed by seed, candidates in turn, each with its chosen trial."""
+        for seed in self.file.reporting_seeds:
+            for name in self.file.candidates:
+                yield self._run("reporting", name, chosen[name], seed)
+
+    def updates_of(self) -> dict[str, int]:
+        """Updates of all runs of each candidate."""
+        return {name: self.runs_of_each * num_steps(self.configs[name, 1]) for name in self.file.candidates}
+
+    @property
+    def runs_of_each(self) -> int:
+        """Runs of one candidate."""
+        return len(self.file.tuning_seeds) * self.file.trials + len(self.file.reporting_seeds)
+
+    @property
+    def num_runs(self) -> int:
+        return self.runs_of_each * len(self.file.candidates)
+
+    def _run(self, role: str, name: str, trial: int, seed: int) -> StudyRun:
+        setting = self.file.candidates[name].settings()[trial - 1]
+        config = replace(self.configs[name, trial], seed=seed, eval_part=PARTS[role])
+        texts = [*_overrides(self.file, name, setting), f"seed={seed}", f"eval_part={PARTS[role]}"]
+        return StudyRun(role, name, trial, setting, seed, texts, num_steps(config), config_hash(config))
+
+
+def read_arguments(arguments: list[str]) -> tuple[CompareConfig, Study]:
+    """What was typed for `sltrain-compare`, checked. Raises ValueError."""
+    own, others = split_arguments(arguments, asdict(CompareConfig()), "sltrain-compare")
+    settings = compose_config(own, COMPARE)
+    return settings, read_study(settings.study, others)
+
+
+def folder_of_study(settings: CompareConfig, study: Study) -> Path:
+    """Where the study's runs, ledger and page are."""
+    return Path(settings.run_dir or f"outputs/studies/{study.name}").expanduser()
+
+
+def read_study(name: str, typed: list[str]) -> Study:
+    """The study of this name or file, with the overrides `typed` after its common ones. Raises ValueError."""
+    path = _path_of(name)
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(StudyFile), OmegaConf.load(path))
+        missing = sorted(OmegaConf.missing_keys(content))
+        if missing:
+            raise ValueError(f"{path}: {missing[0]} is not set")
+        plain: Any = OmegaConf.to_container(content, resolve=False)  # ${...} is the business of the runs
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem}") from error
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    candidates = {key: Candidate(**own) for key, own in plain["candidates"].items()}
+    file = StudyFile(**{**plain, "common": [*plain["common"], *typed], "candidates": candidates})
+    try:
+        _check(file)
+        study = Study(path.stem, file, _compose(file))
+        _check_equal(study)
+    except ValueError as error:
+        raise ValueError(f"study={name}: {error}") from error
+    return study
+
+
+def _path_of(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise ValueError(f"study={name}: there is no such file")
+    names = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
+    if name in names:
+        return conf_dir() / "study" / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean study={near[0]}? " if near else ""
+    raise ValueError(f"study={name} does not exist; {hint}there are: {', '.join(names)}; or name a YAML file")
+
+
+def _check(file: StudyFile) -> None:
+    """What the values alone decide. Raises ValueError."""
+    names, tuning, reporting = list(file.candidates), file.tuning_seeds, file.reporting_seeds
+    if file.reference not in names:
+        raise ValueError(f"reference={file.reference} is none of the candidates {', '.join(names)}")
+    if len(names) < 2:
+        raise ValueError(f"{names[0]} is the only candidate; a comparison needs another one")
+    if len(reporting) < 2:
+        raise ValueError(f"reporting_seeds={reporting}: an interval needs two or more; 5 are usual")
+    if not tuning:
+        raise ValueError("tuning_seeds=[]: give at least one")
+    if len({*tuning, *reporting}) < len(tuning) + len(reporting):
+        raise ValueError(f"tuning_seeds={tuning} and reporting_seeds={reporting}: each seed may be there once only")
+    for name, candidate in file.candidates.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
+            raise ValueError(f"candidate {name!r}: a name is made of letters, digits and . + - _")
+        _check_candidate(file, name, candidate)
+
+
+def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
+    for key, values in candidate.tune.items():
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise ValueError(f"candidate {name}: tune has a value of {key} twice: {values}")
+    if (count := len(candidate.settings())) != file.trials:
+        grid = " x ".join(str(len(values)) for values in candidate.tune.values()) or "none"
+        raise ValueError(
+            f"candidate {name} has {count} settings to try ({grid}), and trials={file.trials} is for all; list more or"
+            " fewer values in its tune"
+        )
+    for quantity, other in candidate.equal.items():
+        if quantity not in QUANTITIES:
+            raise ValueError(f"candidate {name}: equal={quantity}: choose of {', '.join(QUANTITIES)}")
+        if other not in file.candidates:
+            raise ValueError(f"candidate {name}: equal says {quantity} of {other}, which is no candidate")
+    keys = [override.key_or_group for override in parse_overrides([*file.common, *candidate.overrides])]
+    for key in [*keys, *candidate.tune]:
+        if key in OWN:
+            raise ValueError(f"candidate {name} sets {key}, which the study sets; drop it")
+
+
+def _overrides(file: StudyFile, name: str, setting: Mapping[str, Any]) -> list[str]:
+    return [*file.common, *file.candidates[name].overrides, *as_overrides(setting)]
+
+
+def _compose(file: StudyFile) -> dict[tuple[str, int], TrainConfig]:
+    """The configuration of every trial. Raises ValueError for one that cannot be, or reads other text than the rest."""
+    configs = {}
+    first = next(iter(file.candidates))
+    for name, candidate in file.candidates.items():
+        for trial, setting in enumerate(candidate.settings(), start=1):
+            try:
+                config = run_config(_overrides(file, name, setting))
+            except ValueError as error:
+                raise ValueError(f"candidate {name}, trial {trial}: {error}") from error
+            configs[name, trial] = config
+            for key in SAME:
+                own, other = getattr(config, key), getattr(configs[first, 1], key)
+                if own != other:
+                    what = f"{key}={own}, and {first} {key}={other}" if isinstance(own, int | str) else f"another {key}"
+                    raise ValueError(f"candidate {name} has {what}: perplexities would not compare; set it in common")
+    return configs
+
+
+def _check_equal(study: Study) -> None:
+    """Whether candidates have as much of something as they say; those that say nothing, as many tokens as the
+    reference. Raises ValueError. What only a tokenizer could tell is left to the page."""
+    for name, candidate in study.file.candidates.items():
+        for quantity, other in (candidate.equal or {"tokens": study.file.reference}).items():
+            for trial in range(1, study.file.trials + 1):
+                if quantity == "tokens":
+                    own, others = (positions(study.configs[pair]) for pair in ((name, trial), (other, 1)))
+                    if own != others:
+                        raise ValueError(
+                            f"candidate {name}, trial {trial}, trains on {own:,} positions, {other} on {others:,}; set"
+                            " max_steps alike, or say what is equal instead (equal: {flops: NAME})"
+                        )
+        for quantity, other in candidate.equal.items():
+            if quantity != "tokens":
+                _check_size(study, name, quantity, other)
+
+
+def _check_size(study: Study, name: str, quantity: str, other: str) -> None:
+    own, others = (size_of(study.configs[one, 1]) for one in (name, other))
+    if own is None or others is None:
+        return
+    numbers = [one.parameters if quantity == "parameters" else one.flops for one in (own, others)]
+    ratio = numbers[0] / numbers[1]
+    if abs(ratio - 1) > TOLERANCE:
+        raise ValueError(
+            f"candidate {name} has {ratio:.3f} times the {quantity} of {other} ({numbers[0]:,} and {numbers[1]:,}), and"
+            f" equal says as many; change its shape or max_steps until they are within {TOLERANCE:.0%}"
+        )
+
+
+def positions(config: TrainConfig) -> int:
+    """Positions that the run trains on, pads included."""
+    return num_steps(config) * config.global_batch_size * config.seq_len
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run is made of, counted on its model without memory, at the end of its training."""
+
+    parameters: int
+    flops_per_token: int
+    flops: int  # of the whole training
+
+
+def size_of(config: TrainConfig) -> Size | None:
+    """None where the vocabulary is not known without the tokenizer, or a layer cannot count its arithmetic."""
+    vocab_size = config.model.vocab_size or _vocab_size(config.tokenizer)
+    if vocab_size is None:
+        return None
+    import torch
+
+    from sltrain.building.model import build_model
+    from sltrain.building.phases import change_until
+    from sltrain.planning.accounting import count_parameters
+    from sltrain.planning.flops import flops_per_token
+
+    model = build_model(config, vocab_size, torch.float32)
+    change_until(config, model, num_steps(config))
+    try:
+        of_token = flops_per_token(model, config.seq_len)
+    except ValueError:
+        return None
+    return Size(count_parameters(model)["total"], of_token, of_token * positions(config))
+
+
+def _vocab_size(tokenizer: str) -> int | None:
+    """That of bpe:SIZE, or of a file; None for a name on the Hub."""
+    if trained := re.fullmatch(r"bpe:(\d+)", tokenizer):
+        return int(trained[1])
+    if not Path(tokenizer).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(tokenizer).get_vocab_size()
+
+
+def config_hash(config: TrainConfig) -> str:
+    """12 hexadecimal digits of what differs from the defaults, the run's folder left out: a key that a later version
+    adds does not change it."""
+    defaults = flatten(defaults_of(TRAIN))
+    for group in PLUGINS:
+        own = flatten(option_defaults(group, getattr(config, group).name))
+        defaults |= {f"{group}.{key}": value for key, value in own.items()}
+    chosen = {
+        key: value
+        for key, value in flatten(asdict(config)).items()
+        if key != "run_dir" and not (key in defaults and defaults[key] == value)
+    }
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,320 @@
+"""`sltrain-compare`: a real study of tiny runs, stopped and continued, and what it says to mistakes.
+
+Runs are trained in this process, by the command that a process of their own would run; one test, marked slow, leaves
+them their processes and kills them.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sltrain.api.ledger import NAME, PAGE, read_ledger
+from sltrain.api.study import config_hash, read_study, size_of
+from sltrain.commands import compare, report, train
+from sltrain.compose import conf_dir, run_config
+from sltrain.engine.micro_batch import Feed
+from sltrain.errors import ExitCode
+from sltrain.reporting.study import Entry
+
+SEEDS = [11, 12]
+T1 = math.tan(0.95 * math.pi / 2)  # the quantile of Student's t with one degree of freedom, Cauchy's distribution
+
+
+@pytest.fixture
+def study(tiny: list[str]) -> dict[str, Any]:
+    """A study's YAML as a mapping: two candidates x two trials, one layer, six updates."""
+    return {
+        "common": [*tiny, "model.num_hidden_layers=1", "eval_every=2"],
+        "reference": "dense",
+        "trials": 2,
+        "tuning_seeds": [1],
+        "reporting_seeds": SEEDS,
+        "candidates": {
+            "dense": {"overrides": ["method=full"], "tune": {"lr": [1e-3, 1e-2]}},
+            "sltrain": {"overrides": ["method=sltrain", "alpha=8"], "tune": {"lr": [1e-2, 1e30]}},
+        },
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    def write(content: dict[str, Any]) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+@dataclass
+class Made:
+    """Runs that were trained: their folders' names, and a hash of each batch that each of them read."""
+
+    names: list[str] = field(default_factory=list)
+    read: dict[str, list[str]] = field(default_factory=dict)
+    stop_at: int | None = None  # of these runs the one that a signal interrupts
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
+    """Trains runs in this process."""
+    made, fetch = Made(), Feed.fetch
+
+    def run_here(command: list[str], log: Path | None = None) -> tuple[int, bool]:
+        assert command[1:3] == ["-m", "sltrain.train"]
+        if len(made.names) == made.stop_at:
+            return ExitCode.INTERRUPTED, True
+        made.names.append(Path(command[-1].strip('"')).name)
+        return int(train.run_command(command[3:])), False
+
+    def fetch_and_note(feed: Feed) -> Any:
+        batch = fetch(feed)
+        made.read.setdefault(made.names[-1], []).append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
+        return batch
+
+    monkeypatch.setattr(compare, "run_process", run_here)
+    monkeypatch.setattr(Feed, "fetch", fetch_and_note)
+    yield made
+
+
+@pytest.fixture
+def sltrain_compare(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = compare.run_command([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(code), out, err
+
+    return run
+
+
+def test_a_study_from_its_cost_to_its_page(
+    study: dict[str, Any], write: Callable, made: Made, sltrain_compare: Callable, tmp_path: Path, metrics_of: Callable
+) -> None:
+    folder = tmp_path / "out"
+    typed = [f"study={write(study)}", f"run_dir={folder}"]
+    code, out, err = sltrain_compare(*typed, "dry_run=true")
+    assert code == 0 and "cost       8 runs, 48 updates, 12.29K positions" in out, (out, err)
+    assert not made.names and not folder.exists()
+
+    made.stop_at = 3  # a signal, and a line that a power cut tore
+    code, out, err = sltrain_compare(*typed)
+    assert (
+        code == ExitCode.INTERRUPTED and "5 runs are left, about" in out and out.endswith("the same command goes on\n")
+    )
+    with open(folder / NAME, "a") as file:
+        file.write('{"event": "run", "role": "tun')
+    before, made.stop_at = (folder / NAME).read_bytes(), None
+    code, out, err = sltrain_compare(*typed)
+    assert code == 0, (out, err)
+    assert len(made.names) == len({*made.names}) == 8
+    assert (folder / NAME).read_bytes().startswith(before)
+
+    ledger = read_ledger(folder)
+    runs = list(ledger.runs.values())
+    assert [(run.role, run.seed) for run in runs] == [("tuning", 1)] * 4 + [("reporting", s) for s in (11, 11, 12, 12)]
+    for run, name in zip(runs, made.names, strict=True):  # what the ledger says is what the run's own folder says
+        check_entry(run, metrics_of(folder / "runs" / name))
+    tuning = {(run.candidate, run.trial): run.loss for run in runs if run.role == "tuning"}
+    assert tuning["sltrain", 2] == math.inf  # lr=1e30
+    best = {"dense": min((1, 2), key=lambda trial: tuning["dense", trial]), "sltrain": 1}
+    assert all(run.trial == best[run.candidate] for run in runs if run.role == "reporting")
+    texts = {run.role: (run.eval_tokens, run.eval_bytes) for run in runs if math.isfinite(run.loss)}
+    assert texts["tuning"] != texts["reporting"]  # halves of the validation documents
+
+    for seed in SEEDS:  # in the order in which they were read
+        rows = [made.read[f"{name}_trial-{trial}_seed-{seed}"] for name, trial in best.items()]
+        assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert made.read["sltrain_trial-1_seed-11"] != made.read["sltrain_trial-1_seed-12"]
+
+    page = (folder / PAGE).read_text()
+    losses = {name: [run.loss for run in runs if (run.role, run.candidate) == ("reporting", name)] for name in best}
+    d = [own - other for own, other in zip(losses["sltrain"], losses["dense"], strict=True)]
+    mean, half = sum(d) / 2, T1 * abs(d[0] - d[1]) / 2
+    assert f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})" in page
+    assert all(f"{math.exp(loss):,.2f}" in page for own in losses.values() for loss in own)
+    assert "| sltrain | lr=1e+30 | inf |  |" in page and "line 7 is damaged" in page
+
+    shutil.rmtree(folder / "runs")  # the ledger alone draws the page, and nothing is run again
+    (folder / PAGE).unlink()
+    assert report.run_command(["--study", str(folder)]) == 0
+    assert (folder / PAGE).read_text() == page
+    assert sltrain_compare(*typed)[0] == 0 and len(made.names) == 8
+
+    changed = {**study, "candidates": {**study["candidates"], "dense": {"tune": {"lr": [1, 2]}}}}
+    for content, typed_too, words in (
+        ({**study, "reporting_seeds": [12, 13]}, [], "another protocol: reporting_seeds was [11, 12], is now [12, 13]"),
+        (study, ["max_steps=7"], "another protocol: common was"),
+        (changed, [], "another candidate dense: it was"),
+    ):
+        code, out, err = sltrain_compare(f"study={write(content)}", f"run_dir={folder}", *typed_too)
+        assert code == ExitCode.BAD_INPUT and words in err and len(err.splitlines()) == 1, err
+
+
+def check_entry(run: Entry, events: list[dict[str, Any]]) -> None:
+    """Whether a line of the ledger is what metrics.jsonl has."""
+    if math.isinf(run.loss):
+        assert events[-1]["event"] == "stopped" and events[-1]["outcome"] == "diverged"
+        return
+    final = events[-1]
+    assert run.loss == final["loss"] and run.eval_tokens == final["eval_tokens"]
+    assert run.evals == [[event["step"], event["loss"]] for event in events if event["event"] == "eval"]
+    assert (run.updates, run.num_parameters) == (6, final["num_parameters"]["total"])
+    assert run.seconds_per_update and run.flops_per_token and run.machine and run.code and run.versions["torch"]
+
+
+def test_the_size_of_a_run_is_what_it_logs(tiny: list[str], tmp_path: Path, metrics_of: Callable) -> None:
+    """Parameters and FLOPs before the run, by the model without memory, against those of its log."""
+    config = run_config([*tiny, f"run_dir={tmp_path}", "max_steps=2"])
+    assert train.train(config) == ExitCode.OK
+    size, events = size_of(config), metrics_of(tmp_path)
+    logged = next(event for event in events if "tflops" in event)
+    assert size is not None and size.parameters == events[-1]["num_parameters"]["total"]
+    assert size.flops_per_token == pytest.approx(logged["tflops"] * 1e12 / logged["tokens_per_second"])
+    assert size.flops == size.flops_per_token * 2 * 8 * 32
+
+
+def test_the_hash_names_what_differs_from_the_defaults(tiny: list[str]) -> None:
+    base = config_hash(run_config(tiny))
+    assert config_hash(run_config([*tiny, "run_dir=/elsewhere", "grad_clip=null", "eval_part=all"])) == base
+    for key in ("seed=1", "eval_part=a", "method.residual=1", "lr=1"):
+        assert config_hash(run_config([*tiny, key])) != base
+
+
+@pytest.mark.slow
+def test_killed_with_its_run_it_goes_on(study: dict[str, Any], write: Callable, made: Made, tmp_path: Path) -> None:
+    """SIGKILL to the study and to the run that it waits for."""
+    folder = tmp_path / "out"
+    typed = [f"study={write(study)}", f"run_dir={folder}"]
+    process = subprocess.Popen([sys.executable, "-m", "sltrain", "compare", *typed], start_new_session=True)
+    deadline, second = time.monotonic() + 300, folder / "runs" / "sltrain_trial-1_seed-1" / "metrics.jsonl"
+    while not second.exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = read_ledger(folder)
+    assert [run.candidate for run in before.runs.values()] == ["dense"]
+    assert "finished: " in (folder / "runs" / "dense_trial-1_seed-1.log").read_text()
+    assert compare.run_command(typed) == ExitCode.OK
+    assert len(made.names) == 7 and "dense_trial-1_seed-1" not in made.names
+    assert len(read_ledger(folder).runs) == 8 and (folder / PAGE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((conf_dir() / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_package_compose(path: Path) -> None:
+    """Every trial, on a corpus that every machine has; and what is said to be equal, is."""
+    assert read_study(path.stem, ["data=stdlib"]).num_runs > 0
+    for field_name in ("Command:", "Cost:", "What it says:"):
+        assert f"# {field_name}" in path.read_text()
+
+
+def with_dense(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda study: {
+        **study,
+        "candidates": {**study["candidates"], "dense": {**study["candidates"]["dense"], **changes}},
+    }
+
+
+def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda study: {**study, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (but(reporting_seeds=[11]), "reporting_seeds=[11]: an interval needs two or more"),
+        (but(reporting_seeds=[1, 2]), "each seed may be there once only"),
+        (but(tuning_seeds=[]), "tuning_seeds=[]: give at least one"),
+        (but(reference="dence"), "reference=dence is none of the candidates dense, sltrain"),
+        (but(trials=3), "candidate dense has 2 settings to try (2), and trials=3 is for all"),
+        (but(wings=2), "wings"),
+        (but(trials="many"), "many"),
+        (lambda study: {key: value for key, value in study.items() if key != "trials"}, "trials is not set"),
+        (lambda study: {**study, "candidates": {"dense": study["candidates"]["dense"]}}, "the only candidate"),
+        (with_dense(overrides=["method=full", "rank=-3"]), "candidate dense, trial 1: rank=-3: must be at least 0"),
+        (with_dense(overrides=["seed=3"]), "candidate dense sets seed, which the study sets"),
+        (with_dense(overrides=["method=full", "seq_len=16"]), "seq_len=16"),
+        (with_dense(overrides=["method=full", "max_steps=9"]), "trains on 2,304 positions, dense on 2,304"),
+        (with_dense(tune={"lr": [1e-2, 1e-2]}), "tune has a value of lr twice"),
+        (with_dense(equal={"parameters": "sltrain"}), "times the parameters of sltrain"),
+        (with_dense(equal={"wings": "sltrain"}), "equal=wings: choose of tokens, parameters, flops"),
+    ],
+)
+def test_mistakes_in_a_study(
+    change: Callable, words: str, study: dict[str, Any], write: Callable, sltrain_compare: Callable, tmp_path: Path
+) -> None:
+    code, out, err = sltrain_compare(f"study={write(change(study))}", f"run_dir={tmp_path / 'out'}")
+    assert code == ExitCode.BAD_INPUT and words in err and len(err.splitlines()) == 1, err
+    assert not out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("study=frist", "study=frist does not exist; did you mean study=first? there are: first, headline"),
+        ("study=nowhere.yaml", "study=nowhere.yaml: there is no such file"),
+        ("dry_run=true", "study is not set; choose a study: study=first"),
+        ("stduy=first", "unknown key 'stduy'; did you mean study?"),
+        ("study=first --rank", "--rank: sltrain-compare knows KEY=VALUE and --help, and no other option"),
+    ],
+)
+def test_mistakes_on_the_command_line(typed: str, words: str, sltrain_compare: Callable) -> None:
+    code, out, err = sltrain_compare(*typed.split())
+    assert code == ExitCode.BAD_INPUT and words in err and len(err.splitlines()) == 1 and not out, err
+
+
+def test_a_name_twice(study: dict[str, Any], write: Callable, sltrain_compare: Callable) -> None:
+    path = write(study)
+    path.write_text(path.read_text().replace("  sltrain:\n", "  dense:\n"))
+    code, _, err = sltrain_compare(f"study={path}")
+    assert code == ExitCode.BAD_INPUT and "found duplicate key dense" in err and len(err.splitlines()) == 1
+
+
+def test_a_run_that_cannot_start_ends_the_study(
+    study: dict[str, Any], write: Callable, sltrain_compare: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What its process said last is the reason."""
+
+    def refuse(command: list[str], log: Path) -> tuple[int, bool]:
+        log.write_text("model ...\nerror: the corpus is gone\n")
+        return int(ExitCode.BAD_INPUT), False
+
+    monkeypatch.setattr(compare, "run_process", refuse)
+    code, _, err = sltrain_compare(f"study={write(study)}", f"run_dir={tmp_path / 'out'}")
+    assert code == ExitCode.BAD_INPUT
+    assert "dense_trial-1_seed-1 refused (exit code 2): the corpus is gone (all of it: " in err
+    assert not read_ledger(tmp_path / "out").runs
+
+
+def test_no_ledger_to_draw_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for content, words in ((None, "holds no ledger of a study"), ("{}\n", "does not begin with a protocol")):
+        if content is not None:
+            (tmp_path / NAME).write_text(content)
+        assert report.run_command(["--study", str(tmp_path)]) == ExitCode.BAD_INPUT
+        assert words in capfd.readouterr().err
+    assert report.run_command(["--study", str(tmp_path), "--json"]) == ExitCode.BAD_INPUT
+
+
+def test_the_ledger_is_strict_json(tmp_path: Path) -> None:
+    """A loss that is infinite is null in the file, and infinite when read."""
+    (tmp_path / NAME).write_text('{"event": "protocol", "name": "x"}\n')
+    ledger = read_ledger(tmp_path)
+    ledger.add(Entry("tuning", "dense", 1, {"lr": 1e9}, 1, math.inf, 5))
+    line = (tmp_path / NAME).read_text().splitlines()[1]
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert read_ledger(tmp_path).runs == ledger.runs
