@@ -2,15 +2,18 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from sltrain.api.plan import build_plan
 from sltrain.api.plan_config import read_arguments as read_plan_arguments
+from sltrain.api.plan_config import split_arguments
+from sltrain.api.study import COMPARE, CompareConfig, path_of_study
 from sltrain.benchmarks.settings import read_arguments
 from sltrain.commands import evaluate, export, generate, report
-from sltrain.compose import check_overrides, register_schema
+from sltrain.compose import check_overrides, compose_config, register_schema
 
 FLAGS = {
     "report": report.arguments_parser,
@@ -46,6 +49,12 @@ def test_commands_compose(line: str) -> None:
         return
     if "sltrain-plan" in line:
         read_plan_arguments(line.partition(" #")[0].partition("sltrain-plan")[2].split())
+        return
+    if "sltrain-compare" in line:
+        own, _ = split_arguments(
+            line.partition(" #")[0].partition("sltrain-compare")[2].split(), asdict(CompareConfig())
+        )
+        assert path_of_study(compose_config(own, COMPARE).study).exists()
         return
     if flags := re.search(r"sltrain-(report|export|eval|generate) (.*)", line.partition(" #")[0]):
         typed = FLAGS[flags[1]]().parse_args(shlex.split(flags[2]))

@@ -105,7 +105,6 @@ class StudyRun:
     setting: dict[str, Any]
     seed: int
     overrides: list[str]  # for sltrain-train, without run_dir
-    updates: int
     config: str  # hash of what it is composed of
 
     @property
@@ -161,7 +160,7 @@ class Study:
         setting = self.file.candidates[name].settings()[trial - 1]
         config = replace(self.configs[name, trial], seed=seed, eval_part=PARTS[role])
         texts = [*_overrides(self.file, name, setting), f"seed={seed}", f"eval_part={PARTS[role]}"]
-        return StudyRun(role, name, trial, setting, seed, texts, num_steps(config), config_hash(config))
+        return StudyRun(role, name, trial, setting, seed, texts, config_hash(config))
 
 
 def read_arguments(arguments: list[str]) -> tuple[CompareConfig, Study]:
@@ -178,7 +177,7 @@ def folder_of_study(settings: CompareConfig, study: Study) -> Path:
 
 def read_study(name: str, typed: list[str]) -> Study:
     """The study of this name or file, with the overrides `typed` after its common ones. Raises ValueError."""
-    path = _path_of(name)
+    path = path_of_study(name)
     try:
         content = OmegaConf.merge(OmegaConf.structured(StudyFile), OmegaConf.load(path))
         missing = sorted(OmegaConf.missing_keys(content))
@@ -201,7 +200,8 @@ def read_study(name: str, typed: list[str]) -> Study:
     return study
 
 
-def _path_of(name: str) -> Path:
+def path_of_study(name: str) -> Path:
+    """The YAML file that study=NAME means. Raises ValueError if there is none."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if path.is_file():
