@@ -249,7 +249,10 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (with_dense(overrides=["method=full", "rank=-3"]), "candidate dense, trial 1: rank=-3: must be at least 0"),
         (with_dense(overrides=["seed=3"]), "candidate dense sets seed, which the study sets"),
         (with_dense(overrides=["method=full", "seq_len=16"]), "seq_len=16"),
-        (with_dense(overrides=["method=full", "max_steps=9"]), "trains on 2,304 positions, dense on 2,304"),
+        (
+            with_dense(overrides=["method=full", "max_steps=9"]),
+            "sltrain, trial 1, trains on 1,536 positions, dense on 2,304",
+        ),
         (with_dense(tune={"lr": [1e-2, 1e-2]}), "tune has a value of lr twice"),
         (with_dense(equal={"parameters": "sltrain"}), "times the parameters of sltrain"),
         (with_dense(equal={"wings": "sltrain"}), "equal=wings: choose of tokens, parameters, flops"),
