@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,10 @@ def code_version() -> str:
             return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             pass
-    return version("sltrain")
+    try:
+        return version("sltrain")
+    except PackageNotFoundError:  # files without a history, not installed
+        return "unknown"
 
 
 @cache
