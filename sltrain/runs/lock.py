@@ -65,7 +65,8 @@ class RunLock:
         self._thread.join(2 * BEAT_SECONDS)  # its beat may be under way, or hang where the file system does
         if not self._file.closed:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), len(_owner()))  # no beat: it ended properly
+                if self._is_ours():
+                    os.ftruncate(self._file.fileno(), len(_owner()))  # no beat: it ended properly
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
@@ -111,7 +112,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             try:
-                if self._path.read_text(errors="replace") not in (self._text, ""):
+                if not self._is_ours():
                     logger.error(
                         f"{self._run_dir} was taken by another process while this one was stopped: end one of them"
                     )
@@ -119,6 +120,10 @@ class RunLock:
                 self._write()
             except (OSError, ValueError):  # a disk that is full or gone; the file was closed
                 continue
+
+    def _is_ours(self) -> bool:
+        """Whether no other process has taken the folder."""
+        return self._path.read_text(errors="replace") in (self._text, "")
 
     def _write(self) -> None:
         """Say who owns the folder, and that it lives. Every beat has the same length, so no reader sees a part."""

@@ -145,12 +145,14 @@ def test_whoever_loses_the_folder_says_so(
 ) -> None:
     two_machines("a")
     lock = RunLock(tmp_path)
-    (tmp_path / ".lock").write_text("process 1 on elsewhere\nb\n00000000000000000001\n")
+    others = "process 1 on elsewhere\nb\n00000000000000000001\n"
+    (tmp_path / ".lock").write_text(others)
     deadline = time.monotonic() + 20
     while not lines and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "was taken by another process" in lines[0]
     lock.release()
+    assert (tmp_path / ".lock").read_text() == others
 
 
 def test_after_a_restart_by_torchrun_the_process_before_is_waited_for(
