@@ -42,10 +42,6 @@ class Sharding:
     reduces_each: bool = True
     reshards: bool = True
 
-    @property
-    def num_processes(self) -> int:
-        return self.num_shards * self.replicas
-
     def gathered_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of these parameters gathered, padding included."""
         sizes = ((p, self.gathered_element or p.element_size()) for p in parameters)
