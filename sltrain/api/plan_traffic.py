@@ -7,7 +7,7 @@ several machines that of the slowest link that its ring crosses, shared by the p
 
 from sltrain.api.plan_columns import plan_device, planned_model
 from sltrain.api.plan_config import PlanConfig
-from sltrain.building.memory import sharding_of, update_shape
+from sltrain.building.memory import sharding_of, update_shape, whole_bytes
 from sltrain.config import TrainConfig
 from sltrain.planning.traffic import Traffic, compute_seconds, plan_traffic
 
@@ -15,13 +15,16 @@ from sltrain.planning.traffic import Traffic, compute_seconds, plan_traffic
 def traffic_lines(config: TrainConfig, plan: PlanConfig) -> tuple[list[str], dict[str, float]]:
     """The communication of a run with several processes: as lines, and as numbers in bytes and seconds."""
     model, device = planned_model(config), plan_device(config)
-    shape = update_shape(config, device, model, plan.num_processes, sharding_of(config, plan.num_processes))
-    traffic = plan_traffic(model, shape, plan.num_processes)
+    sharding = sharding_of(config, plan.num_processes)
+    shape = update_shape(config, device, model, plan.num_processes, sharding)
+    whole = 0 if sharding is None else whole_bytes(config, model, sharding.num_shards)
+    traffic = plan_traffic(model, shape, plan.num_processes, whole)
     numbers = {
         "all_gather_forward_bytes": traffic.gather_forward,
         "all_gather_backward_bytes": traffic.gather_backward,
         "reduce_scatter_bytes": traffic.reduce_scatter,
         "all_reduce_bytes": traffic.all_reduce,
+        "whole_tensors_bytes": traffic.whole_tensors,
         "total_bytes": traffic.total,
     }
     line = f"an update sends {traffic.total / 1e9:.2f} GB from each process ({_parts(traffic)})"
@@ -50,5 +53,6 @@ def _parts(traffic: Traffic) -> str:
         "all-gather backward": traffic.gather_backward,
         "reduce-scatter": traffic.reduce_scatter,
         "all-reduce": traffic.all_reduce,
+        "whole tensors for the optimizer": traffic.whole_tensors,
     }
     return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)

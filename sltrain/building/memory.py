@@ -122,6 +122,12 @@ def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int
     return state_bytes(config.optimizer, local_infos(cut, num_shards), config.stochastic_rounding) + owned
 
 
+def whole_bytes(config: TrainConfig, model: nn.Module, num_shards: int) -> int:
+    """Bytes of the parameters that are updated as a whole, of a model in so many shards."""
+    _, whole = _cut_and_whole(config, model, num_shards)
+    return sum(info.numel * info.element_size for info in whole)
+
+
 def _cut_and_whole(config: TrainConfig, model: nn.Module, num_shards: int) -> tuple[list[ParamInfo], list[ParamInfo]]:
     """The parameters of which the optimizer gets shards, and those that one rank gets whole (optim/whole_tensors.py);
     of one process, all are in the first."""

@@ -9,6 +9,8 @@ github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md):
     fsdp   all-gather of all weights in forward, and of the decoder layers again in backward; reduce-scatter of the
            gradients: each micro-batch
     hsdp   the same over the ranks of one replica, and an all-reduce of a shard over the replicas
+    both   where the optimizer works on whole tensors (engine/owners.py), of S bytes in all: rows of weight and gradient
+           to the owner, and of the weight back, 3 (n - 1) / n^2 S, once an update
 
     seconds of communication   bytes / bandwidth
     seconds of arithmetic      FLOPs / peak: 6 a multiply-add, with activation checkpointing 8 in decoder layers
@@ -17,6 +19,7 @@ Both are lower bounds, and they overlap: what is less than the arithmetic can be
 and checkpoints are not counted.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from sltrain.models.llama import LlamaForCausalLM
@@ -33,22 +36,26 @@ class Traffic:
     gather_backward: float = 0.0
     reduce_scatter: float = 0.0
     all_reduce: float = 0.0
+    whole_tensors: float = 0.0  # to their owners and back
 
     @property
     def total(self) -> float:
-        return self.gather_forward + self.gather_backward + self.reduce_scatter + self.all_reduce
+        return sum(dataclasses.astuple(self))
 
     def seconds(self, bandwidth: float) -> float:
         """At least so long; `bandwidth` in 1e9 bytes a second that a rank can send while it receives."""
         return self.total / (bandwidth * 1e9)
 
 
-def plan_traffic(model: LlamaForCausalLM, shape: UpdateShape, num_processes: int) -> Traffic:
-    """The traffic of an update of `shape` on each of `num_processes`. Works on the meta device."""
+def plan_traffic(model: LlamaForCausalLM, shape: UpdateShape, num_processes: int, whole_bytes: int = 0) -> Traffic:
+    """The traffic of an update of `shape` on each of `num_processes`, where tensors of `whole_bytes` are updated as a
+    whole. Works on the meta device."""
     if shape.sharding is None:
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return Traffic(all_reduce=2 * _share(num_processes) * gradients)
-    return _sharded(model, shape.sharding, shape.num_micro_batches)
+    of_weights = _sharded(model, shape.sharding, shape.num_micro_batches)
+    n = shape.sharding.num_shards
+    return dataclasses.replace(of_weights, whole_tensors=3 * _share(n) / n * whole_bytes)
 
 
 def _sharded(model: LlamaForCausalLM, sharding: Sharding, num_micro_batches: int) -> Traffic:

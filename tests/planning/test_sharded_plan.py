@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from sltrain.building.memory import plan_model, update_shape
+from sltrain.building.memory import plan_model, update_shape, whole_bytes
 from sltrain.building.model import allocate, build_model, weight_dtype
+from sltrain.building.trainer import build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
+from sltrain.engine.sharded import Settings, Sharded
 from sltrain.layers.cost import set_paths
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.memory_plan import GROUPS, NUM_STORED
@@ -203,6 +205,44 @@ def test_the_traffic_is_what_torch_asks_for(
     assert planned.reduce_scatter == sent.get("reduce_scatter_single", 0)
     assert planned.all_reduce == sent.get("all_reduce", 0)
     assert planned.total > 0
+
+
+def test_whole_tensors_travel_to_their_owners_and_back(
+    on_two_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On average over ranks, as owners have about as many elements."""
+    config = config_of("method=full optimizer=muon model.num_hidden_layers=2 model.hidden_size=64 parallel=fsdp")
+
+    def count(ranks: Ranks) -> int:
+        model, strategy = model_of(config), Sharded(ranks, Settings())
+        allocate(model, CPU)
+        model.init_weights(0)
+        strategy.shard(model, list(model.model.layers))
+        optimizer = build_updates(config, model, strategy)
+        for _, parameter in strategy.named_parameters(model):
+            parameter.grad = torch.ones_like(parameter)
+        sent = 0
+        gather, scatter = torch.distributed.gather, torch.distributed.scatter
+
+        def gathered(tensor: Tensor, *args: Any, group_dst: int, **options: Any) -> None:
+            nonlocal sent
+            sent += tensor.nbytes if ranks.rank != group_dst else 0
+            gather(tensor, *args, group_dst=group_dst, **options)
+
+        def scattered(tensor: Tensor, *args: Any, group_src: int, **options: Any) -> None:
+            nonlocal sent
+            sent += tensor.nbytes if ranks.rank == group_src else 0  # the other rank's rows are as many
+            scatter(tensor, *args, group_src=group_src, **options)
+
+        monkeypatch.setattr(torch.distributed, "gather", gathered)
+        monkeypatch.setattr(torch.distributed, "scatter", scattered)
+        optimizer.step()
+        return sent
+
+    model = model_of(config)
+    shape, whole = update_shape(config, CPU, model, 2, Sharding(2)), whole_bytes(config, model, 2)
+    planned = plan_traffic(model, shape, 2, whole).whole_tensors
+    assert sum(on_two_ranks(count)) / 2 == planned > 0
 
 
 def test_ddp_sends_the_gradients_twice_less_a_share() -> None:
