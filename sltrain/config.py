@@ -76,6 +76,7 @@ class ParallelConfig:
     reduce_dtype: str = "float32"  # fsdp, hsdp: in which gradients are averaged over processes; auto: their own
     reshard_after_forward: bool = True  # fsdp, hsdp: a layer's weights are gathered in backward again
     reduce_every: str = "micro_batch"  # fsdp, hsdp: micro_batch (shares of gradients are held), or update (whole ones)
+    checkpoint: str = "whole"  # fsdp, hsdp: whole (rank 0 gathers and writes all), or sharded (each writes its share)
 
 
 @dataclass

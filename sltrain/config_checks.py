@@ -22,6 +22,7 @@ CHOICES = {
     "parallel.param_dtype": ("auto", "float32", "bfloat16"),
     "parallel.reduce_dtype": ("auto", "float32", "bfloat16"),
     "parallel.reduce_every": ("micro_batch", "update"),
+    "parallel.checkpoint": ("whole", "sharded"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),

@@ -24,6 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict]]
 Start = Callable[..., Any]
 ASYNC = "checkpoint_async=true"
+SHARES = ["parallel=fsdp", "parallel.checkpoint=sharded", "micro_batch_size=2"]  # each of two ranks writes
 
 
 def assert_same_checkpoint(one: Path, two: Path, step: int) -> None:
@@ -108,19 +109,20 @@ def test_two_ranks_go_on_while_one_writes(
     assert kinds.index(("checkpoint", 2)) > kinds.index(("train", 3)), "it did go on"
 
 
+@pytest.mark.parametrize("shares", [[], SHARES])
 def test_kill_while_a_checkpoint_is_written(
+    shares: list[str],
     tiny: list[str],
     tmp_path: Path,
-    sltrain_train: Run,
     fork_train: Start,
     metrics_of: Metrics,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The one before remains and is continued, to the end of a run that was never stopped."""
-    recipe, run = [*tiny, "checkpoint_every=2"], tmp_path / "run"
-    assert sltrain_train(*recipe, f"run_dir={tmp_path}/straight")[0] == 0
+    recipe, run, num_ranks = [*tiny, *shares, "checkpoint_every=2"], tmp_path / "run", 2 if shares else 1
+    assert fork_train(*recipe, f"run_dir={tmp_path}/straight", num_ranks=num_ranks).wait() == 0
     slow_disk(monkeypatch)
-    process = fork_train(*recipe, ASYNC, f"run_dir={run}")
+    process = fork_train(*recipe, ASYNC, f"run_dir={run}", num_ranks=num_ranks)
     while not ((run / "metrics.jsonl").exists() and 2 in noted(metrics_of(run)) and list(run.glob("*/*04.tmp"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -128,23 +130,25 @@ def test_kill_while_a_checkpoint_is_written(
     process.wait()
     monkeypatch.undo()
     assert steps_saved(run) == ["step_00000002", "step_00000004.tmp"]
-    code, out, err = sltrain_train(f"run_dir={run}")
-    assert code == 0 and "from step 2 " in out, err
+    process = fork_train(*shares, f"run_dir={run}", num_ranks=num_ranks)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "from step 2 " in out, err
     assert_same_checkpoint(run, tmp_path / "straight", 6)
     losses = [[line["loss"] for line in metrics_of(tmp_path / n) if "loss" in line] for n in ("run", "straight")]
     assert losses[0] == losses[1] and steps_saved(run) == ["step_00000004", "step_00000006"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "shares"), [(1, []), (2, []), (2, SHARES)])
 def test_a_full_disk_ends_the_run_before_its_next_update(
     num_ranks: int,
+    shares: list[str],
     tiny: list[str],
     tmp_path: Path,
     fork_train: Start,
     metrics_of: Metrics,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, recipe = sealed_folder._seal, [*tiny, ASYNC, "micro_batch_size=2", "checkpoint_every=2"]
+    real, recipe = sealed_folder._seal, [*tiny, ASYNC, "micro_batch_size=2", *shares, "checkpoint_every=2"]
 
     def full(path: Path) -> dict[str, Any]:
         if "step_00000004" in str(path):

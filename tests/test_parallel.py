@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import assert_equal
 from safetensors.torch import load_file
 from torch import Tensor
 
 import sltrain
+from sltrain.engine.checkpoint import MODEL_FILE, object_file
+from sltrain.engine.sharded_files import ShardedFiles, read_all
 
 Run = Callable[..., tuple[int, str, str]]
 Metrics = Callable[[Path], list[dict[str, Any]]]
@@ -49,6 +52,34 @@ def test_a_run_goes_on_in_shards_and_back(
     }
     assert tensors.keys() == load_file(straight / "checkpoints" / "step_00000006" / "model.safetensors").keys()
     assert sltrain.evaluate(run)["loss"] == pytest.approx(metrics_of(run)[-1]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adam8bit"])
+def test_shares_hold_what_a_gathered_checkpoint_holds(
+    optimizer: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Any, metrics_of: Metrics
+) -> None:
+    """Of two runs that differ in this alone; both are then continued by one process."""
+    recipe = [*tiny, "schedule=constant", "micro_batch_size=2", "sparsity=0.06", f"optimizer={optimizer}", "ema=0.9"]
+    recipe += ["max_steps=3", "warmup_steps=0", "keep_last=9", "checkpoint_async=true"]
+    runs = {form: tmp_path / form for form in ("whole", "sharded")}
+    for form, run in runs.items():
+        fork(fork_train, *recipe, "parallel=fsdp", f"parallel.checkpoint={form}", f"run_dir={run}", num_ranks=2)
+    whole, shares = (run / "checkpoints/step_00000003" for run in runs.values())
+    files = ShardedFiles(shares)
+    assert_equal({name: each.read(None) for name, each in files.tensors().items()}, load_file(whole / MODEL_FILE))
+    assert files.objects == {"optimizer", "action/ema"}
+    for name in files.objects:
+        assert_equal(read_all(files.state(name)), torch.load(whole / object_file(name), weights_only=True))
+    assert sltrain.evaluate(runs["sharded"])["loss"] == sltrain.evaluate(runs["whole"])["loss"]
+    texts = [sltrain.generate(run, "def ", max_new_tokens=8, temperature=0) for run in runs.values()]
+    assert texts[0] == texts[1]
+    for run in runs.values():
+        assert sltrain_train("extend=3", f"run_dir={run}")[0] == 0
+    last = [load_file(run / "checkpoints/step_00000006" / MODEL_FILE) for run in runs.values()]
+    assert_equal(last[0], last[1])
+    whole_lines, lines = (metrics_of(run) for run in runs.values())
+    assert [line.get("loss") for line in whole_lines] == [line.get("loss") for line in lines]
 
 
 @pytest.mark.slow

@@ -165,8 +165,11 @@ def notes(config: TrainConfig, num_processes: int) -> list[str]:
             f"={config.micro_batch_size} x {num_processes}: sltrain-train would refuse it"
         )
     lines += update_notes(config, num_processes)
-    if config.checkpoint_async and (copied := host_bytes(config, planned_model(config, dtype), device)):
-        lines.append(f"checkpoint_async=true: rank 0 takes {copied / 1e9:.3f} GB of the host's memory")
+    sharding = sharding_of(config, num_processes)
+    num_shards = 1 if sharding is None else sharding.num_shards
+    if config.checkpoint_async and (copied := host_bytes(config, planned_model(config, dtype), device, num_shards)):
+        who = "each process" if num_shards > 1 and config.parallel.checkpoint == "sharded" else "rank 0"
+        lines.append(f"checkpoint_async=true: {who} takes {copied / 1e9:.3f} GB of the host's memory")
     if config.compile:
         lines.append("compile=true: the compiler keeps and fuses what it likes; the plan is for the eager run")
     try:

@@ -55,7 +55,7 @@ def plan_model(
             {
                 **stored_bytes(structure, num_shards),
                 **average_bytes(config, structure, num_shards),
-                **copy_bytes(config, structure, device),
+                **copy_bytes(config, structure, device, num_shards),
             },
             update_temporaries=update_temporaries(config, structure, device, num_shards)
             + sum(a.before_bytes for a in actions),
@@ -95,22 +95,25 @@ def average_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) ->
     return {"averaged_weights": 4 * sum(info.numel for info in trained)}
 
 
-def copied_bytes(config: TrainConfig, model: nn.Module) -> int:
-    """The bytes that rank 0 copies to host memory for a save in the background: all that a checkpoint holds."""
-    lasting = [*stored_bytes(model).values(), *average_bytes(config, model).values()]
-    return sum(lasting) + optimizer_state_bytes(config, model)
+def copied_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:
+    """The bytes that rank 0 copies to host memory for a save in the background: all that a checkpoint holds, or its
+    share of that."""
+    num_shards = num_shards if config.parallel.checkpoint == "sharded" else 1
+    lasting = [*stored_bytes(model, num_shards).values(), *average_bytes(config, model, num_shards).values()]
+    return sum(lasting) + optimizer_state_bytes(config, model, num_shards)
 
 
-def copy_bytes(config: TrainConfig, model: nn.Module, device: torch.device) -> dict[str, int]:
+def copy_bytes(config: TrainConfig, model: nn.Module, device: torch.device, num_shards: int = 1) -> dict[str, int]:
     """`copied_bytes` as a group of a plan: on a GPU none, because it is in the memory of the host."""
-    return {"checkpoint_copy": copied_bytes(config, model)} if config.checkpoint_async and device.type == "cpu" else {}
+    copies = config.checkpoint_async and device.type == "cpu"
+    return {"checkpoint_copy": copied_bytes(config, model, num_shards)} if copies else {}
 
 
-def host_bytes(config: TrainConfig, model: LlamaForCausalLM, device: torch.device) -> int:
+def host_bytes(config: TrainConfig, model: LlamaForCausalLM, device: torch.device, num_shards: int = 1) -> int:
     """Of a run on a GPU: the most that its rank 0 takes of the host's memory for these copies, in any phase."""
     if not config.checkpoint_async or device.type == "cpu":
         return 0
-    return max(copied_bytes(config, structure) for _, structure in structures(config, model))
+    return max(copied_bytes(config, structure, num_shards) for _, structure in structures(config, model))
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:

@@ -67,7 +67,9 @@ def guard_memory(
         logger.info(f"memory     cannot be planned: {error}")
         return None
     if ranks.is_main:
-        _guard_host(config, host_bytes(config, model, device))
+        num_copies = 1 if strategy.savers is None else ranks.num_on_this_machine
+        num_shards = 1 if sharding is None else sharding.num_shards
+        _guard_host(config, num_copies * host_bytes(config, model, device, num_shards))
     free = free_share(ranks)
     logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:

@@ -19,7 +19,8 @@ from sltrain.config import ROPE_TYPES, ModelConfig, RopeScaling, TrainConfig
 from sltrain.data.special_tokens import AS_TEXT, read_settings
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine import ema
-from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint import Checkpointer, is_in_shares
+from sltrain.engine.checkpoint_files import Stored
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.formats.folder import COMPRESSED, DENSE, READABLE_VERSIONS, Facts, read_json, weights_stem
 from sltrain.formats.weights import WeightFiles
@@ -43,6 +44,35 @@ class AveragedFiles(WeightFiles):
     def read(self, name: str) -> torch.Tensor:
         average = self._averages.get(name)
         return super().read(name) if average is None else average.to(self.dtype(name))
+
+
+class SharedFiles(WeightFiles):
+    """The same of a checkpoint to which every process wrote its share; averages only if the run has them."""
+
+    def __init__(self, folder: Path, averages: bool) -> None:
+        from sltrain.engine.sharded_files import ShardedFiles  # DCP takes seconds to import
+
+        self.folder, shares = folder, ShardedFiles(folder)
+        self._tensors = shares.tensors()
+        self._averages = shares.tensors(f"action/{ema.NAME}") if averages else {}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._averages.get(name, self._stored(name)).read(None).to(self.dtype(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._stored(name).dtype)
+        return dtype
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self._tensors:
+            raise ValueError(f"{self.folder} holds no tensor {name}")
+        return self._tensors[name]
 
 
 @dataclass
@@ -121,7 +151,10 @@ def open_run(path: Path, step: int | None) -> Saved:
         if folder.is_finished:
             raise ValueError(f"{path} is a finished run without checkpoints/; copy that from where the run was made")
         raise ValueError(f"{path} holds no checkpoint; a run saves every checkpoint_every updates, and at its end")
-    files = AveragedFiles(checkpoint) if averages else WeightFiles(checkpoint)
+    if is_in_shares(checkpoint):
+        files: WeightFiles = SharedFiles(checkpoint, bool(averages))
+    else:
+        files = AveragedFiles(checkpoint) if averages else WeightFiles(checkpoint)
     vocab_size = files.shape(EMBEDDING)[0]
     state = checkpointer.read_state(checkpoint)
     model = build_model(config, vocab_size, files.dtype(EMBEDDING))

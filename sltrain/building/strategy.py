@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "datasets", "bitsandbytes")  # whose version may change a run
 SHARDED = ("fsdp", "hsdp")
-KEYS_OF_SHARDS = ("param_dtype", "reduce_dtype", "reshard_after_forward", "reduce_every")
+KEYS_OF_SHARDS = ("param_dtype", "reduce_dtype", "reshard_after_forward", "reduce_every", "checkpoint")
 
 
 def compare_ranks(config: TrainConfig, ranks: Ranks) -> None:
@@ -166,6 +166,7 @@ def build_strategy(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -
             reduce_dtype=None if config.parallel.reduce_dtype == "auto" else DTYPES[config.parallel.reduce_dtype],
             reshard_after_forward=config.parallel.reshard_after_forward,
             reduces_each_micro_batch=config.parallel.reduce_every == "micro_batch",
+            saves_shares=config.parallel.checkpoint == "sharded",
         ),
     )
     copies = f", {strategy.settings.replicas} copies" if strategy.settings.replicas > 1 else ""

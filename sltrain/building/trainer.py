@@ -67,7 +67,7 @@ def build_trainer(
     it needs to train."""
     ranks = strategy.ranks
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
-    checkpointer = Checkpointer(folder.path, config.keep_last)
+    checkpointer = Checkpointer(folder.path, config.keep_last, together=strategy.savers)
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
     give_memory(config, model, strategy, is_new=checkpoint is None, start=start)

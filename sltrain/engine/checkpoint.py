@@ -6,18 +6,19 @@
                            object with a state of its own
         state.json         step, counters, position of the data stream: plain data from the caller
         manifest.json      size and SHA-256 of the others, written last
+        .metadata, __RANK_0.distcp   instead of model and optimizer, with parallel.checkpoint=sharded (sharded_files.py)
     run_dir/checkpoints/latest  symbolic link to the newest, for people and shells
 
 A folder of such a name is always complete (sealed_folder.py), and older ones are deleted only after it is. If the disk
-damages it later, the one before is used. Only rank 0 saves and searches; every rank loads. Whether training waits for
-a save or goes on meanwhile: saving.py.
+damages it later, the one before is used. Only rank 0 searches, and saves what is whole; every rank loads. Whether
+training waits for a save or goes on meanwhile: saving.py.
 """
 
 import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ from torch import Tensor, nn
 
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint_files import (
-    ADVICE,
+    METADATA_FILE,
     CheckpointError,
     Contents,
+    Part,
     all_rows,
     load_model,
     load_object,
+    refuse_other_objects,
     save_object,
     save_tensors,
 )
+from sltrain.engine.distributed import Ranks
 from sltrain.engine.sealed_folder import (
     disk_reason,
     find_damage,
@@ -59,14 +63,20 @@ class Checkpointer:
         run_dir: the run's folder, created by the first save.
         keep_last: how many checkpoints remain after a save; 0 or None keeps all.
         to_train: False to read only the model: the other objects' files may then be missing, but for those of `needed`.
+        together: the processes that write each a share, over a group of their own; None: rank 0 writes everything.
     """
 
     def __init__(
-        self, run_dir: Path, keep_last: int | None, to_train: bool = True, needed: Collection[str] = ()
+        self,
+        run_dir: Path,
+        keep_last: int | None,
+        to_train: bool = True,
+        needed: Collection[str] = (),
+        together: Ranks | None = None,
     ) -> None:
         self.folder = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last or 0
-        self.to_train, self.needed = to_train, needed
+        self.to_train, self.needed, self.together = to_train, needed, together
         self._damaged: set[Path] = set()  # found while searching; they do not count among those that are kept
 
     def save(
@@ -89,7 +99,8 @@ class Checkpointer:
         return self.write(Contents.of(step, model, objects, state))
 
     def write(self, contents: Contents) -> Path:
-        """`save`, of contents that were gathered before; from any thread, one at a time."""
+        """`save`, of contents that were gathered before; from any thread, one at a time. If processes write together,
+        each gives its share, and all raise what fails on one."""
         step = contents.step
         final = self.folder / f"step_{step:08d}"
 
@@ -97,11 +108,23 @@ class Checkpointer:
             save_tensors(folder / MODEL_FILE, contents.tensors)
             for name, state in contents.objects.items():
                 save_object(folder / object_file(name), state)
+            add_state(folder)
+
+        def add_state(folder: Path) -> None:
             (folder / STATE_FILE).write_text(contents.state)
 
-        try:
-            write_sealed(final, fill, {"step": step})
+        def point() -> None:
             point_to(final, self.folder / "latest")
+
+        try:
+            if self.together is None:
+                write_sealed(final, fill, {"step": step})
+                point()
+            else:
+                from sltrain.engine.sharded_files import write_shares  # DCP takes seconds to import
+
+                write_shares(final, contents, self.together, add_state, {"step": step})
+                self.together.on_main(point)
         except Exception as error:
             reason = disk_reason(error)
             if reason is None:
@@ -111,7 +134,8 @@ class Checkpointer:
                 "Earlier ones are untouched: free space there, or lower keep_last, and start the same command again."
             ) from error
         self._damaged.discard(final)
-        self._prune(step)
+        if self.together is None or self.together.is_main:
+            self._prune(step)
         return final
 
     def find_latest(self) -> Path | None:
@@ -150,22 +174,22 @@ class Checkpointer:
         path: Path,
         model: nn.Module,
         objects: Mapping[str, Stateful] | None,
-        part: Callable[[Tensor], tuple[Tensor, slice | None]] = all_rows,
+        part: Part = all_rows,
     ) -> dict[str, Any]:
         """Load the folder `path` into the model and, unless None, into these objects; return the saved state with
-        "step". `part`: see `load_model`.
+        "step". `part(tensor)` is what to fill of the model's tensor, and with which rows of the saved one; None: all.
 
         Raises CheckpointError when a tensor's name, shape or dtype differs (the model is then untouched), when it
         holds the state of other objects, or when a file cannot be read.
         """
         path = Path(path)
         try:
-            if objects is not None:
-                _refuse_other_objects(path, objects)
-            load_model(path / MODEL_FILE, model, part)
-            is_on_cpu = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
-            for name, stateful in (objects or {}).items():
-                load_object(path / object_file(name), stateful, is_on_cpu)
+            if is_in_shares(path):
+                from sltrain.engine.sharded_files import load_shares  # DCP takes seconds to import
+
+                load_shares(path, model, objects, part)
+            else:
+                _load_whole(path, model, objects, part)
             return self.read_state(path)
         except (CheckpointError, AssertionError):
             raise
@@ -179,6 +203,8 @@ class Checkpointer:
         return state
 
     def _find_damage(self, path: Path) -> str | None:
+        if is_in_shares(path):  # each has a part of the model
+            return find_damage(path, (METADATA_FILE, STATE_FILE))
         return find_damage(path, (MODEL_FILE, STATE_FILE, *self.needed), has_more=self.to_train)
 
     def _list(self) -> list[tuple[int, Path]]:
@@ -213,10 +239,20 @@ def object_file(name: str) -> str:
     return f"{name.replace('/', '.')}.pt"
 
 
-def _refuse_other_objects(path: Path, objects: Mapping[str, Stateful]) -> None:
-    """Raise CheckpointError, naming it, for an object whose state only the run or only the checkpoint has."""
-    wanted = {object_file(name) for name in objects}
-    found = {name for name in sealed_files(path) if name.endswith(".pt")}
-    for name in sorted(found ^ wanted):
-        what = f"has no {name}, which this run needs" if name in wanted else f"has {name}, unknown to this run"
-        raise CheckpointError(f"checkpoint {path} {what}. {ADVICE}")
+def is_in_shares(path: Path) -> bool:
+    """Whether the checkpoint in the folder `path` was written by all processes together."""
+    try:
+        return METADATA_FILE in sealed_files(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _load_whole(path: Path, model: nn.Module, objects: Mapping[str, Stateful] | None, part: Part) -> None:
+    """Fill the model and, unless None, these objects from files that rank 0 wrote."""
+    if objects is not None:
+        found = {name for name in sealed_files(path) if name.endswith(".pt")}
+        refuse_other_objects(path, found, map(object_file, objects))
+    load_model(path / MODEL_FILE, model, part)
+    is_on_cpu = all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+    for name, stateful in (objects or {}).items():
+        load_object(path / object_file(name), stateful, is_on_cpu)

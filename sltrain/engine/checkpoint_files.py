@@ -1,11 +1,12 @@
-"""The files of a checkpoint: a model's tensors in safetensors, the state of any other object by torch.save.
+"""The files of a checkpoint: a model's tensors in safetensors, the state of any other object by torch.save. Those of a
+checkpoint to which every process writes its share: sharded_files.py.
 
 `Contents` is what they will hold, gathered without a copy. Tensors are read one by one into the memory that the model
 already holds, and never cast. Other files are loaded with weights_only=True: code in them is not run.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sltrain.engine.actions import Stateful
 
+METADATA_FILE = ".metadata"  # of shares, see sharded_files.py
 ADVICE = "Use the settings it was made with, or another run_dir."
+Place = tuple[Any, ...]  # of a tensor in the contents: keys and positions from the outside to the inside
+Read = Callable[[slice | None], Tensor]  # some rows of a tensor, as a new one; None: all
+Part = Callable[[Tensor], tuple[Tensor, slice | None]]  # of a tensor: what to fill, with which rows; None: all
 SAFETENSORS_TYPES = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "BOOL": "bool"}  # before the digits
 
 
@@ -44,6 +49,9 @@ class Contents:
     tensors: dict[str, Tensor]  # parameters and persistent buffers by name, a tied one under its first name only
     objects: dict[str, dict[str, Any]]  # the states of everything else, by name
     state: str  # JSON, with "step"
+    # Of a share: which tensors are only rows, the first of them and how many there are on all processes; None: rank 0
+    # has everything
+    cuts: dict[Place, tuple[int, int]] | None = None
 
     @classmethod
     def of(
@@ -52,11 +60,26 @@ class Contents:
         model: nn.Module | Mapping[str, Tensor],
         objects: Mapping[str, Stateful],
         state: Mapping[str, Any],
+        cuts: dict[Place, tuple[int, int]] | None = None,
     ) -> "Contents":
         """The present values, not copied: see Checkpointer.save."""
         states = {name: stateful.state_dict() for name, stateful in objects.items()}
         tensors = named_tensors(model) if isinstance(model, nn.Module) else dict(model)
-        return cls(step, tensors, states, json.dumps({**state, "step": step}))
+        return cls(step, tensors, states, json.dumps({**state, "step": step}), cuts)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, to be read when it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as in torch.float32
+    read: Read
+
+
+def taken(tensor: Tensor | Stored, rows: slice | None) -> Tensor:
+    """Some rows of a tensor, as a new one; None: all."""
+    return tensor.read(rows) if isinstance(tensor, Stored) else tensor[rows or ...].clone()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,23 +92,34 @@ def all_rows(tensor: Tensor) -> tuple[Tensor, None]:
     return tensor, None
 
 
-def load_model(path: Path, model: nn.Module, part: Callable[[Tensor], tuple[Tensor, slice | None]] = all_rows) -> None:
-    """Fill the model from the file. Raises CheckpointError when a name, shape or dtype differs; the model is then
-    untouched. `part(tensor)` is what to fill of it, and with which rows of the one in the file; None: all."""
+def load_model(path: Path, model: nn.Module, part: Part = all_rows) -> None:
+    """Fill the model from the file: see `fill_model`."""
+    with safe_open(path, framework="pt") as file:  # maps the file: one tensor at a time is in memory
+
+        def stored(name: str) -> Stored:
+            header = file.get_slice(name)
+            letters = header.get_dtype().rstrip("0123456789")
+            dtype = header.get_dtype().replace(letters, SAFETENSORS_TYPES.get(letters, letters))
+
+            def read(rows: slice | None) -> Tensor:
+                tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                return tensor
+
+            return Stored(tuple(header.get_shape()), dtype, read)
+
+        fill_model(path, model, {name: stored(name) for name in file.keys()}, part)
+
+
+def fill_model(path: Path, model: nn.Module, found: Mapping[str, Stored], part: Part = all_rows) -> None:
+    """Fill the model from what was found in `path`. Raises CheckpointError when a name, shape or dtype differs; the
+    model is then untouched."""
     expected = named_tensors(model)
     assert not any(tensor.is_meta for tensor in expected.values()), "give the model memory (to_empty) before loading"
-    with safe_open(path, framework="pt") as file:  # maps the file: one tensor at a time is in memory
-        found = {}
-        for name in file.keys():
-            stored = file.get_slice(name)
-            letters = stored.get_dtype().rstrip("0123456789")
-            dtype = stored.get_dtype().replace(letters, SAFETENSORS_TYPES.get(letters, letters))
-            found[name] = f"{dtype} {tuple(stored.get_shape())}"
-        _refuse_differences(path, expected, found)
-        with torch.no_grad():
-            for name, tensor in expected.items():
-                here, rows = part(tensor)
-                here.copy_(file.get_tensor(name) if rows is None else file.get_slice(name)[rows])
+    _refuse_differences(path, expected, {name: f"{each.dtype} {each.shape}" for name, each in found.items()})
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            here, rows = part(tensor)
+            here.copy_(found[name].read(rows))
 
 
 def save_object(path: Path, state: dict[str, Any]) -> None:
@@ -103,10 +137,15 @@ def load_object(path: Path, stateful: Stateful, is_on_cpu: bool) -> None:
     """
     is_copied = getattr(stateful, "copies", False)
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_copied or not is_on_cpu)
+    give_state(path, path.stem, stateful, state)
+
+
+def give_state(path: Path, name: str, stateful: Stateful, state: dict[str, Any]) -> None:
+    """Give an object the state that was found in `path`. Raises CheckpointError for that of another object."""
     try:
         stateful.load_state_dict(state)
     except ValueError as error:
-        raise CheckpointError(f"checkpoint of another {path.stem}: {error} ({path}). {ADVICE}") from error
+        raise CheckpointError(f"checkpoint of another {name}: {error} ({path}). {ADVICE}") from error
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -130,3 +169,11 @@ def _refuse_differences(path: Path, tensors: Mapping[str, Tensor], found: Mappin
         raise CheckpointError(
             f"checkpoint of another model: {names[0]}: this run expects {want}, {path} has {have}{rest}. {ADVICE}"
         )
+
+
+def refuse_other_objects(path: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise CheckpointError, naming it, for an object whose state only the run or only the checkpoint has."""
+    wanted = set(wanted)
+    for name in sorted(wanted ^ set(found)):
+        what = f"has no {name}, which this run needs" if name in wanted else f"has {name}, unknown to this run"
+        raise CheckpointError(f"checkpoint {path} {what}. {ADVICE}")

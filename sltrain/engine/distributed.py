@@ -8,7 +8,7 @@ processes share a model is strategy.py's.
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from sltrain.engine.interface import name_interface
-from sltrain.engine.watch import Watch, connect_to_store
+from sltrain.engine.watch import BESIDE, Watch, connect_to_store
 from sltrain.log import first_line
 from sltrain.numeric import is_stand_in
 
@@ -69,6 +69,7 @@ class Ranks:
     world_size: int
     device: torch.device
     watch: Watch | None = None  # ends the run when another rank hangs
+    group: dist.ProcessGroup | None = None  # over which they talk; None: the one that all of a run begin with
 
     @classmethod
     def start(cls, device: torch.device, hang_timeout: float = 0.0) -> "Ranks":
@@ -84,9 +85,8 @@ class Ranks:
                 connect = partial(connect_to_store, timeout=max(hang_timeout / 2, 5.0))
                 ranks.watch = Watch(ranks.rank, ranks.world_size, hang_timeout, connect)
                 ranks.watch.start()
-            # Watched, a rank may wait for another that works: for hours while it trains a tokenizer, for instance.
             try:
-                ranks._join(backend, timedelta(days=1) if hang_timeout else timedelta(minutes=30))
+                ranks._join(backend, ranks._timeout)
             except BaseException:
                 ranks.stop()
                 raise
@@ -99,6 +99,17 @@ class Ranks:
         store.set_timeout(timeout)
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+    @property
+    def _timeout(self) -> timedelta:
+        """Watched, a rank may wait for another that works: for hours while it trains a tokenizer, for instance."""
+        return timedelta(minutes=30) if self.watch is None else timedelta(days=1)
+
+    def beside(self) -> "Ranks":
+        """The same processes on a group of their own, for a thread: collectives of one group come in one order. All
+        ranks call it together."""
+        group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc=BESIDE)
+        return replace(self, group=group)
 
     def stop(self) -> None:
         """Leave the group; safe to call twice."""
@@ -131,13 +142,13 @@ class Ranks:
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place, on its own device."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def send_from_main(self, model: nn.Module) -> None:
@@ -148,21 +159,22 @@ class Ranks:
                 if is_stand_in(tensor):  # what it stands for are buffers
                     continue
                 values = tensor.detach()  # integers byte by byte: not every backend sends uint16
-                dist.broadcast(values if values.is_floating_point() else values.view(-1).view(torch.uint8), src=0)
+                sent = values if values.is_floating_point() else values.view(-1).view(torch.uint8)
+                dist.broadcast(sent, src=0, group=self.group)
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def on_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; its ValueError or OSError is raised on every rank."""
         answer: list[Any] = [self.everywhere(lambda: make() if self.is_main else None)]
         if self.world_size > 1:
-            dist.broadcast_object_list(answer, src=0)
+            dist.broadcast_object_list(answer, src=0, group=self.group)
         return answer[0]
 
     def everywhere(self, make: Callable[[], T]) -> T:

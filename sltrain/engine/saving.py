@@ -1,7 +1,7 @@
 """When a checkpoint is written: at once, or by a thread while training goes on (checkpoint_async=true).
 
     copy to host memory              training waits (snapshot.py)
-    write, hash, fsync, rename       a thread of rank 0; training goes on
+    write, hash, fsync, rename       a thread of rank 0, or of every process for its share; training goes on
     "checkpoint" line, `saved_step`  before the next update after that, or where a save is waited for
 
 One checkpoint is written at a time: the next save, the final line and the end of the run wait for it. It counts as
@@ -9,8 +9,9 @@ saved once its folder has its final name, never before. If the disk refuses, eve
 next update, as it would have done without the thread. Splitting a save into these two parts is from CheckFreq (Mohan et
 al., FAST 2021).
 
-The thread needs no process group. Its work is in safetensors, torch and the operating system, which let other threads
-of Python run meanwhile.
+The thread of rank 0 needs no process group; threads that write together have one of their own, as collectives of a
+group come in one order. Their work is in safetensors, torch and the operating system, which let other threads of
+Python run meanwhile.
 """
 
 import logging
@@ -55,13 +56,15 @@ class Saves:
         self.checkpointer, self.ranks, self.in_background = checkpointer, ranks, in_background
         self.begun_step = self.saved_step = step or -1  # of the newest save; saved: as far as this rank knows
         self.host = HostCopy()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background and ranks.is_main else None
+        writes = ranks.is_main or checkpointer.together is not None
+        self._on_writers = ranks.on_main if checkpointer.together is None else ranks.everywhere
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background and writes else None
         self._pending: Save | None = None  # begun and not finished, on all ranks
-        self._writing: Future[tuple[Path, float]] | None = None  # what rank 0 has not told of yet
+        self._writing: Future[tuple[Path, float]] | None = None  # what was not told of yet, where it is written
 
     @property
     def has_failed(self) -> bool:
-        """Whether the thread's last error waits to be raised by `finish`; on rank 0."""
+        """Whether the thread's last error waits to be raised by `finish`; where there is one."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def reserve(self, contents: Callable[[], Contents]) -> None:
@@ -70,17 +73,17 @@ class Saves:
             self.host.take(contents())
 
     def begin(self, save: Save, contents: Callable[[], Contents], in_background: bool = True) -> None:
-        """Save what `contents` returns on rank 0, in the background if both this call and the run say so; after
-        `finish`."""
+        """Save what `contents` returns where it is written, in the background if both this call and the run say so;
+        after `finish`."""
         assert self._pending is None
         copies = in_background and self.in_background
-        self.ranks.on_main(lambda: self._submit(contents(), copies))
+        self._on_writers(lambda: self._submit(contents(), copies))
         save.blocked_seconds = time.perf_counter() - save.began
         self.begun_step = save.step
         self._pending = save
 
     def written(self) -> Save | None:
-        """On rank 0, once: what has been written since it began; None if nothing was, or it failed."""
+        """Once, where it is written: what has been written since it began; None if nothing was, or it failed."""
         save = self._pending
         if save is None or self._writing is None or not self._writing.done() or self.has_failed:
             return None
@@ -97,7 +100,7 @@ class Saves:
         if self._pending is None:
             return None
         try:
-            self.ranks.on_main(self._wait)
+            self._on_writers(self._wait)
             self.saved_step = self._pending.step
             return self.written()
         finally:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,26 +31,42 @@ def write_sealed(final: Path, fill: Callable[[Path], None], facts: dict[str, Any
     """Write the folder `final`: the files that `fill(folder)` writes, and a manifest that includes `facts`. An existing
     folder of that name is replaced once the new one is complete. After an error nothing new remains; after a kill, a
     `.tmp`."""
-    partial = final.with_name(f"{final.name}.tmp")
+    partial = partial_of(final)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        fsync(final.parent.parent)
-        remove(partial)
-        partial.mkdir()
+        begin_sealed(final)
         fill(partial)
-        files = {path.name: _seal(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST_FILE).write_text(json.dumps({**facts, "files": files}, indent=1))
-        fsync(partial / MANIFEST_FILE)
-        fsync(partial)
-        if final.exists():  # a kill between these two renames leaves `.old`, which counts as complete
-            replaced = final.with_name(f"{final.name}.old")
-            remove(replaced)
-            os.rename(final, replaced)
-        os.rename(partial, final)
-        fsync(final.parent)
+        publish_sealed(final, {}, facts)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_of(final: Path) -> Path:
+    """Where a folder is before it is complete."""
+    return final.with_name(f"{final.name}.tmp")
+
+
+def begin_sealed(final: Path) -> None:
+    """Make an empty folder to fill, `partial_of(final)`."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    fsync(final.parent.parent)
+    remove(partial_of(final))
+    partial_of(final).mkdir()
+
+
+def publish_sealed(final: Path, sealed: Mapping[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Give a filled folder its manifest and its name. `sealed`: what `seal` returned for files that are sealed."""
+    partial = partial_of(final)
+    files = {**sealed, **seal(path for path in partial.iterdir() if path.name not in sealed)}
+    (partial / MANIFEST_FILE).write_text(json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=1))
+    fsync(partial / MANIFEST_FILE)
+    fsync(partial)
+    if final.exists():  # a kill between these two renames leaves `.old`, which counts as complete
+        replaced = final.with_name(f"{final.name}.old")
+        remove(replaced)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync(final.parent)
 
 
 def point_to(folder: Path, pointer: Path) -> None:
@@ -131,6 +147,11 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def seal(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Force written files to disk; the manifest entry of each, by name."""
+    return {path.name: _seal(path) for path in sorted(paths)}
 
 
 def _seal(path: Path) -> dict[str, Any]:

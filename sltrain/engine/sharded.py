@@ -34,10 +34,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sltrain.engine.actions import Stateful
+from sltrain.engine.checkpoint_files import Place, Stored, taken
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.owners import Owners, without_memory
 from sltrain.engine.shards import Shard, gather_rows, rows_of
-from sltrain.engine.strategy import Model, Strategy
+from sltrain.engine.strategy import ForCheckpoint, Strategy
 
 OPTIMIZER = "optimizer"  # its name among the objects of a checkpoint
 
@@ -51,6 +52,7 @@ class Settings:
     reduce_dtype: torch.dtype | None = None  # of gradients while they are averaged; None: their own
     reshard_after_forward: bool = True
     reduces_each_micro_batch: bool = True  # False: whole gradients are held until the last one
+    saves_shares: bool = False  # every process writes its share of a checkpoint; False: rank 0 gathers and writes all
 
 
 class Sharded(Strategy):
@@ -71,6 +73,7 @@ class Sharded(Strategy):
         self._replica, self._position = divmod(ranks.rank, self.num_shards)
         self._shards: dict[str, Shard] = {}
         self.owners: Owners | None = None  # of parameters that are updated as a whole, if there are such
+        self.savers = ranks.beside() if settings.saves_shares else None
 
     # ---- building
 
@@ -188,8 +191,10 @@ class Sharded(Strategy):
             for owner, name, parameter in sharded:
                 owner._parameters[name] = parameter
 
-    def for_checkpoint(self, model: nn.Module, objects: Mapping[str, Stateful]) -> tuple[Model, Mapping[str, Stateful]]:
-        """Tensor by tensor to the host memory of rank 0, which then holds all of them."""
+    def for_checkpoint(self, model: nn.Module, objects: Mapping[str, Stateful]) -> ForCheckpoint:
+        """Tensor by tensor to the host memory of rank 0, which then holds all of them; or this process's share."""
+        if self.savers is not None:
+            return self._share(model, objects)
         tensors = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             part, rows = self.part(tensor.detach())
@@ -198,22 +203,51 @@ class Sharded(Strategy):
         for name, stateful in objects.items():
             state = stateful.state_dict()
             states[name] = Held(self._gathered_optimizer(state) if name == OPTIMIZER else self._gathered(state, None))
-        return tensors, states
+        return ForCheckpoint(tensors, states)
+
+    def _share(self, model: nn.Module, objects: Mapping[str, Stateful]) -> ForCheckpoint:
+        """What this process holds, and which rows of whole tensors these are. Nothing is sent."""
+        tensors, states, cuts = {}, {}, {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensors[name], rows = self.part(tensor.detach())
+            if rows is not None:
+                cuts["model", name] = rows.start, len(tensor)
+        for name, stateful in objects.items():
+            state, owned = stateful.state_dict(), set[str]()
+            if name == OPTIMIZER and self.owners is not None:
+                state, owned = {**self.owners.labels, "state": state["state"]}, {*self.owners.of}
+            cuts |= self._cuts(state, (name,), owned, None)
+            states[name] = Held(state)
+        return ForCheckpoint(tensors, states, cuts)
+
+    def _cuts(self, state: Any, place: Place, owned: set[str], shard: Shard | None) -> dict[Place, tuple[int, int]]:
+        """Of each tensor in a state that `cut` would cut the first row here, and the number of all."""
+        if isinstance(state, Mapping):
+            found: dict[Place, tuple[int, int]] = {}
+            for key, value in state.items():
+                inner = None if key in owned else self._shards.get(key, shard)
+                found |= self._cuts(value, (*place, key), owned, inner)
+            return found
+        if shard is None or not isinstance(state, Tensor) or not shard.is_cut or state.shape != shard.local.shape:
+            return {}
+        _, rows = self.part(shard.parameter.detach())
+        return {} if rows is None else {place: (rows.start, len(shard.parameter))}
 
     def from_checkpoint(self, objects: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         return {name: Cut(stateful, self, name == OPTIMIZER) for name, stateful in objects.items()}
 
     def cut(self, state: Any, copies: dict[int, Tensor], shard: Shard | None = None) -> Any:
         """This process's part of a whole state: rows of each tensor of a parameter's shape, under that parameter's
-        name. Tensors are copied, each once: `copies` has them by id."""
+        name. Tensors are copied or read, each once: `copies` has them by id."""
         if isinstance(state, Mapping):
             return {key: self.cut(value, copies, self._shards.get(key, shard)) for key, value in state.items()}
-        if not isinstance(state, Tensor):
+        if not isinstance(state, Tensor | Stored):
             return state
         if shard is not None and state.shape == shard.parameter.shape:
-            _, rows = self.part(shard.parameter.detach())
-            return state[rows or slice(None)].clone()
-        return copies.setdefault(id(state), state.clone())
+            return taken(state, self.part(shard.parameter.detach())[1])
+        if id(state) not in copies:
+            copies[id(state)] = taken(state, None)
+        return copies[id(state)]
 
     def cut_optimizer(self, saved: Mapping[str, Any], class_here: str) -> dict[str, Any]:
         """The same of an optimizer's state; of parameters with an owner the whole state there, and none elsewhere."""

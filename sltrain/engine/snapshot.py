@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltrain.engine.checkpoint_files import Contents
+from sltrain.engine.checkpoint_files import Contents, Place
 from sltrain.engine.memory import bytes_of
-
-Place = tuple[Any, ...]  # of a tensor in the contents: keys and positions from the outside to the inside
 
 
 class HostCopy:

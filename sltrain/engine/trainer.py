@@ -293,9 +293,9 @@ class Trainer:
             self._note(self.saves.close())
 
     def _contents(self, state: Mapping[str, Any]) -> Callable[[], Contents]:
-        """What gives rank 0 the contents of a checkpoint of the present step. All ranks call it."""
-        model, objects = self.strategy.for_checkpoint(self.model, self.objects)
-        return lambda: Contents.of(self.step, model, objects, state)
+        """What gives those who write it the contents of a checkpoint of the present step. All ranks call it."""
+        model, objects, cuts = self.strategy.for_checkpoint(self.model, self.objects)
+        return lambda: Contents.of(self.step, model, objects, state, cuts)
 
     def _finish_last(self, save: Save) -> None:
         """Wait for the save before this one, and say so if that took long: the disk is slower than the saves come."""

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 6  # errors.ExitCode.RANK_LOST, which this part may not import
 ENDLESS = math.inf  # patience
+BESIDE = "beside training"  # description of a group in which threads work: nobody's main thread waits there
 
 
 @dataclass
@@ -248,13 +249,14 @@ class Watch:
 
 
 def collectives_begun() -> int:
-    """How many collective operations this process has begun, in all its groups; 0 before there is one."""
+    """How many collective operations this process has begun, in all groups of main threads; 0 before there is one."""
     if not dist.is_initialized():
         return 0
     try:
         backends: dict[int, Any] = {
             id(backend): backend  # one backend may serve several kinds of device
             for group in list(dist.distributed_c10d._world.pg_map)
+            if group.group_desc != BESIDE
             for backend in map(group._get_backend, group._device_types)
         }
         return sum(backend._get_sequence_number_for_group() for backend in backends.values())

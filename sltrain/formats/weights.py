@@ -103,7 +103,7 @@ class WeightFiles:
         expected = model.state_dict()
         for name, tensor in expected.items():
             self._check(name, tensor)
-        if more := self._files.keys() - expected.keys():
+        if more := set(self.names()) - expected.keys():
             raise ValueError(f"{self.folder} holds {min(more)}, which the model does not have")
 
     def _file(self, name: str) -> safe_open:

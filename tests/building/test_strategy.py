@@ -45,6 +45,7 @@ def model_of(config: TrainConfig) -> LlamaForCausalLM:
             "parallel.param_dtype=bfloat16 is for parallel=fsdp",
         ),
         (["parallel=single", "parallel.reshard_after_forward=false"], 1, "or drop parallel.reshard_after_forward"),
+        (["parallel=ddp", "parallel.checkpoint=sharded"], 2, "is for parallel=fsdp and hsdp, and parallel is ddp"),
     ],
 )
 def test_processes_that_cannot_share_so(overrides: list[str], world_size: int, text: str) -> None:
@@ -70,6 +71,7 @@ def test_hsdp_has_a_copy_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("param_dtype", "float16"),
         ("reduce_dtype", "fp32"),
         ("reduce_every", "step"),
+        ("checkpoint", "dcp"),
         ("replicas", 0),
     ],
 )

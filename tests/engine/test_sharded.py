@@ -73,7 +73,7 @@ def trained(strategy: Strategy, steps: int = STEPS, **clip: float) -> dict[str, 
         results.append(update.run([make_micro_batch(each, each, CPU) for each in ids.split(1)], NUM_ROWS * 8))
     optimizer.zero_grad()
     norms = weight_norms(model, strategy.whole)
-    tensors, objects = strategy.for_checkpoint(model, {"optimizer": OptimizerState(optimizer, [])})
+    tensors, objects, _ = strategy.for_checkpoint(model, {"optimizer": OptimizerState(optimizer, [])})
     named = model.state_dict() if isinstance(tensors, nn.Module) else tensors
     return {
         "losses": [result.loss for result in results],
