@@ -20,6 +20,7 @@ from sltrain.benchmarks.settings import LAYER_CANDIDATES, USUAL
 from sltrain.benchmarks.timing import Task, compare, fill_zeros, in_turns, product_task
 from sltrain.engine.memory import bytes_of
 from sltrain.layers.base import LAYERS, ReplacedLinear
+from sltrain.layers.started import StartedLinear
 from sltrain.planning.flops import linear_multiply_adds
 
 SPARSITY = 0.03  # the paper's, from 60M to 1B
@@ -91,7 +92,9 @@ def build_layer(bench: Bench, kind: str, shape: list[int], settings: dict[str, A
     cls = REFERENCES.get(kind) or LAYERS.load(kind)
     sparsity = bench.config.sparsity or SPARSITY
     offered = {"bias": False, "rank": rank, "sparsity": sparsity, "alpha": ALPHA, **settings}
-    taken = {key: value for key, value in offered.items() if key in inspect.signature(cls).parameters}
+    taking = (cls, cls.prepare) if issubclass(cls, StartedLinear) else (cls,)
+    names = {name for each in taking for name in inspect.signature(each).parameters}
+    taken = {key: value for key, value in offered.items() if key in names}
     try:
         layer: nn.Module = cls(in_features, out_features, **bench.like, **taken)
     except (TypeError, ValueError) as error:

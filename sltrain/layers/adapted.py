@@ -1,14 +1,13 @@
 """W = W0 + (alpha / rank) B A with a frozen W0: what layers share whose factors move into W0 as training goes on."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
-from sltrain.layers.factors import FactoredLinear, StartedLinear
+from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, Rows, cast_bytes, fill_normal, gradient_bytes
+from sltrain.layers.factors import FactoredLinear
 from sltrain.layers.parts import DensePart, Part
 from sltrain.numeric import stochastic_round
 
@@ -16,7 +15,7 @@ FROZEN_DTYPES = ("float32", "bfloat16")
 ROUNDINGS = ("nearest", "stochastic")
 
 
-class AdaptedLinear(StartedLinear):
+class AdaptedLinear(FactoredLinear):
     """y = x W^T + bias with W = W0 + (alpha / rank) B A; x (..., in_features) -> (..., out_features).
 
     Parameters W0 (out, in), frozen, A (rank, in), B (out, rank), bias (out,) or None. W0 starts normal with standard
@@ -28,7 +27,16 @@ class AdaptedLinear(StartedLinear):
 
     GROUPS = {"W0": "frozen"} | FactoredLinear.GROUPS
 
-    def prepare(self, *, frozen_dtype: str | None = None, frozen_rounding: str = "nearest") -> None:
+    def prepare(
+        self,
+        like: dict[str, Any],
+        rank: int,
+        alpha: float,
+        *,
+        frozen_dtype: str | None = None,
+        frozen_rounding: str = "nearest",
+    ) -> None:
+        self.make_factors(like, rank, alpha)
         if frozen_dtype is not None and frozen_dtype not in FROZEN_DTYPES:
             raise ValueError(f"frozen_dtype is {frozen_dtype!r}; choose one of {', '.join(FROZEN_DTYPES)}")
         if frozen_rounding not in ROUNDINGS:
@@ -45,11 +53,9 @@ class AdaptedLinear(StartedLinear):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        for piece in self.W0.view(-1).split(DRAWN_AT_ONCE):
-            piece.copy_(torch.empty(len(piece), device="cpu").normal_(0, self.init_std, generator=generator))
+        fill_normal(self.W0, self.init_std, generator)
         self.start_factors(generator)
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
 
     def start_factors(self, generator: torch.Generator | None) -> None:
         """Fill A and B."""

@@ -26,34 +26,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain.layers.base import ReplacedLinear, fill_uniform
+from sltrain.layers.base import fill_uniform
 from sltrain.layers.parts import LowRankPart, Part
 from sltrain.layers.residual import folded, residual_factor
+from sltrain.layers.started import StartedLinear
 
 
-class FactoredLinear(ReplacedLinear):
-    """The base of layers with factors A (rank, in), B (out, rank). `like` are their device and dtype. Raises ValueError
-    for a rank outside [0, min(in, out)] and an alpha that is not above 0."""
+class FactoredLinear(StartedLinear):
+    """The base of layers with the parameters A (rank, in) and B (out, rank), whose product is scaled by alpha / rank;
+    alpha None: by 1. `prepare` calls `make_factors`. Raises ValueError for a rank above min(in, out) or below LEAST_RANK, and an alpha that is not
+    above 0."""
 
     GROUPS = {"A": "low_rank", "B": "low_rank"}
+    LEAST_RANK = 1
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, alpha: float, bias: bool, path: str = "auto", **like: Any
-    ) -> None:
-        super().__init__(in_features, out_features, path)
-        limit = min(in_features, out_features)
+    def make_factors(self, like: dict[str, Any], rank: int, alpha: float | None = None) -> None:
+        """A and B, without values."""
+        limit = min(self.in_features, self.out_features)
         if not 0 <= rank <= limit:
             raise ValueError(
-                f"rank must be between 0 and {limit} for a {out_features} x {in_features} matrix, got {rank}"
+                f"rank must be between 0 and {limit} for a {self.out_features} x {self.in_features} matrix, got {rank}"
             )
+        alpha = float(rank) if alpha is None else alpha
         if rank > 0 and not alpha > 0:
             raise ValueError(f"alpha must be above 0 (the low-rank product is scaled by alpha / rank), got {alpha}")
+        if rank < self.LEAST_RANK:
+            raise ValueError(f"a layer of kind {self.kind} needs a rank of at least {self.LEAST_RANK}, got {rank}")
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / rank if rank else 0.0
         self.residual = self.factor = 0.0
-        self.A = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.B = nn.Parameter(torch.empty(out_features, rank, **like))
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
+        self.A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.B = nn.Parameter(torch.empty(self.out_features, rank, **like))
 
     def set_residual(self, residual: float) -> None:
         """Let a subclass compute y + residual / sqrt(K) Expand(A x); 0: y. Raises ValueError for what is no number."""
@@ -79,14 +82,12 @@ class FactoredLinear(ReplacedLinear):
     @torch.no_grad()
     def reset_factors(self, generator: torch.Generator | None, zero_B: bool) -> None:
         """Fill A, B and the bias uniformly, by the table at the top."""
-        bound = 1 / math.sqrt(self.in_features)
-        fill_uniform(self.A, bound, generator)
+        fill_uniform(self.A, 1 / math.sqrt(self.in_features), generator)
         if zero_B:
             nn.init.zeros_(self.B)
         else:  # uniform in +-b has the variance b^2 / 3
             fill_uniform(self.B, math.sqrt(3 / self.rank) / self.scale, generator)
-        if self.bias is not None:
-            fill_uniform(self.bias, bound, generator)
+        self.reset_bias(generator)
 
     @torch.no_grad()
     def reset_spectral(self, std: float, generator: torch.Generator | None) -> None:
@@ -160,38 +161,6 @@ class FactoredLinear(ReplacedLinear):
     def balance_bytes(self) -> int:
         """What `balance` allocates: both factors in float64, before and after QR, and five (r, r) matrices."""
         return 8 * self.rank * (2 * (self.in_features + self.out_features) + 5 * self.rank)
-
-
-class StartedLinear(FactoredLinear):
-    """A FactoredLinear of rank 1 at least that starts like a dense matrix of normal entries, whose standard deviation
-    is `init_std`, by default nn.Linear's, 1/sqrt(3 in). Ready after construction, unless on the meta device; bias,
-    device and dtype are nn.Linear's, `generator` as in SLTrainLinear. A subclass has its further tensors and settings,
-    the keywords `own`, in `prepare`, and defines `reset_parameters`."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-        **own: Any,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, device=device, dtype=dtype)
-        if rank == 0:
-            raise ValueError(f"a layer of kind {self.kind} needs a rank of at least 1, got 0")
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        self.prepare(**own)
-        if not self.A.is_meta:
-            self.reset_parameters(generator)
-
-    def prepare(self, *args: Any, **own: Any) -> None:
-        """Make what the kind has besides A, B and bias, without values. Raises ValueError for settings it cannot
-        have."""
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:

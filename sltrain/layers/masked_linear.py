@@ -7,21 +7,21 @@ inputs that `fit` brings, where kept entries take over what pruned ones did (spa
 "magnitude", as for inputs that are not correlated and of one size.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, ReplacedLinear, Rows, cast_bytes, fill_uniform, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.masked import MaskedPart, gather, keep_largest, kept_per_row, pack, product_bytes
 from sltrain.layers.parts import Part
 from sltrain.layers.sparsegpt import prune as prune_by_inputs
+from sltrain.layers.started import StartedLinear
 
 CHOICES = ("random", "magnitude", "sparsegpt")
 
 
-class MaskedLinear(ReplacedLinear):
+class MaskedLinear(StartedLinear):
     """The base of layers whose W keeps `keep` of every `of` neighbouring entries of a row. Parameters values
     (out, kept), bias (out,) or None; buffer mask (out, ceil(in / 8)) uint8. `like` are device and dtype. Raises
     ValueError unless 1 <= keep <= of <= in_features, and for an unknown `prune`."""
@@ -30,38 +30,25 @@ class MaskedLinear(ReplacedLinear):
 
     mask: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        keep: int,
-        of: int,
-        bias: bool,
-        init_std: float | None,
-        prune: str,
-        **like: Any,
-    ) -> None:
-        super().__init__(in_features, out_features)
+    def make_values(self, like: dict[str, Any], keep: int, of: int, prune: str) -> None:
+        """Values and mask, without values."""
         if prune not in CHOICES:
             raise ValueError(f"prune is {prune!r}; choose one of {', '.join(CHOICES)}")
         self.keep, self.of, self.prune = keep, of, prune
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        self.values = nn.Parameter(torch.empty(out_features, kept_per_row(in_features, keep, of), **like))
-        self.register_buffer("mask", self.values.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
+        kept = kept_per_row(self.in_features, keep, of)
+        self.values = nn.Parameter(torch.empty(self.out_features, kept, **like))
+        bits = self.values.new_empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8)
+        self.register_buffer("mask", bits)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the matrix, the mask and the bias."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="cpu")
-        for piece in weight.view(-1).split(DRAWN_AT_ONCE):
-            piece.normal_(0, self.init_std, generator=generator)
+        weight = self.drawn_weight(generator)
         is_random = self.prune == "random"
         scores = torch.empty_like(weight).uniform_(generator=generator) if is_random else weight.abs()
         self._choose(scores)
         self._take(weight)
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:

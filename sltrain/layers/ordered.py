@@ -10,6 +10,8 @@ so that the ranks from some b on can be cut. Cut ranks are 0 in both factors, wh
 those of a low-rank layer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ class OrderedLinear(LowRankLinear):
     """A low-rank layer with two numbers that are no tensors: `kept`, the ranks that are not cut, and `active`, those
     that are used while the module is in training mode."""
 
-    def __init__(self, *sizes: int, **options: object) -> None:
-        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+    def prepare(self, *sizes: Any, **settings: Any) -> None:
+        super().prepare(*sizes, **settings)
         self.kept = self.active = self.rank
 
     def forward(self, x: Tensor) -> Tensor:

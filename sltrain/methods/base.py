@@ -3,8 +3,8 @@
     @METHODS.register("low_rank")
     @dataclass
     class LowRank(Method):
-        rank: int = MISSING                       # the keys under `method.`, with defaults in conf/method/low_rank.yaml
-        def replace(self, model, chosen): ...     # puts its layers in place of the chosen linears
+        rank: int = MISSING                      # the keys under `method.`, with defaults in conf/method/low_rank.yaml
+        def layer(self, name, linear, like): ... # what takes the place of a linear
 
 `method=NAME` chooses it, and `config.method` is the object. This file and the files of methods import torch only inside
 functions, so that a mistyped key is reported before torch is loaded.
@@ -12,9 +12,9 @@ functions, so that a mistyped key is reported before torch is loaded.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING
 
@@ -28,21 +28,35 @@ if TYPE_CHECKING:
 
     Chosen = Callable[[str, nn.Linear], bool]  # (name, linear) -> whether a method replaces this linear
 
+L = TypeVar("L")
+
 
 @dataclass
 class Method:
-    """A method. Fields of a subclass are its options; only `replace` must be defined."""
+    """A method. Fields of a subclass are its options; only `layer` must be defined, or `replace`."""
 
     name: str = MISSING
 
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for options out of range or in contradiction."""
 
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+        """What takes the place of a chosen linear. `like` are arguments of a layer (layers/started.py): the linear's
+        sides, bias, device and dtype, and the standard deviation of a dense start, `gain` included."""
+        raise TypeError(f"{type(self).__name__} defines neither layer() nor replace()")
+
     def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
         """Replace in place the linears that `chosen(name, linear)` picks, keeping device and dtype (meta included);
         return their names. Raises ValueError for options a layer cannot have, for an override whose pattern fits no
         layer, and if no linear was chosen."""
-        raise TypeError(f"{type(self).__name__} does not define replace()")
+        std = dense_std(model, getattr(self, "gain", 1.0))
+        overrides = {each.name: getattr(self, each.name) for each in fields(self) if each.name.endswith("_overrides")}
+
+        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
+            sides = {"in_features": linear.in_features, "out_features": linear.out_features}
+            return self.layer(name, linear, {**sides, **like, "init_std": std})
+
+        return replace_each(model, chosen, make, overrides)
 
     def num_calibration_rows(self) -> int:
         """Rows of the training text that go through the model while it takes the weights of `init_from`: each layer's
@@ -105,6 +119,23 @@ class Method:
         """The options shown by the start-up line, the table of a report and the model card, in this order."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "name"}
         return {key: value for key, value in shown.items() if isinstance(value, int | float | str)}
+
+
+@dataclass
+class Ranked(Method):
+    """A method whose layers have a rank of at least 1."""
+
+    rank: int = MISSING  # of each layer: the inner size of B A
+    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
+
+    def check(self) -> None:
+        super().check()
+        check_ranks(self.name, self.rank, self.rank_overrides)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of one layer."""
+        rank: int = resolve(self.rank, self.rank_overrides, name)
+        return rank
 
 
 METHODS: Registry[Method] = Registry(
@@ -177,6 +208,26 @@ def resolve(value: Any, overrides: dict[str, Any], name: str) -> Any:
     """The value of one layer: that of the last override whose pattern fits its name, else `value`."""
     fitting = [override for pattern, override in overrides.items() if pattern_fits(pattern, name)]
     return fitting[-1] if fitting else value
+
+
+def dense_std(model: "nn.Module", gain: float = 1.0) -> float:
+    """`gain` times the standard deviation of the model's dense start."""
+    return gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
+
+
+def layers_of(model: "nn.Module", kind: type[L]) -> dict[str, L]:
+    """The layers of a class by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def on_each(kind: type[Any], do: Callable[..., None]) -> Callable[..., None]:
+    """A function of a model that calls `do(layer, ...)` for each of its layers of a class; for phases."""
+
+    def do_on_each(model: "nn.Module", *given: Any) -> None:
+        for layer in layers_of(model, kind).values():
+            do(layer, *given)
+
+    return do_on_each
 
 
 def replace_each(

@@ -6,12 +6,10 @@ For a fair comparison, products are computed on aligned sides (5461 in LLaMA 1B 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from sltrain.methods.base import Chosen
 
 
 @METHODS.register("full")
@@ -24,10 +22,7 @@ class Full(Method):
     def check(self) -> None:
         check_above_zero(gain=self.gain)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.aligned import AlignedLinear
 
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            return AlignedLinear.of(linear, self.gain)
-
-        return replace_each(model, chosen, make)
+        return AlignedLinear.of(linear, self.gain)

@@ -11,52 +11,32 @@ to |V| before each update, so that what m learned is lost. Here the layer is as 
 gradient, and the projection stays an optimizer's, which other methods share.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import (
-    METHODS,
-    Method,
-    check_above_zero,
-    check_frozen,
-    check_ranks,
-    frozen_settings,
-    replace_each,
-    resolve,
-)
+from sltrain.methods.base import METHODS, Ranked, check_above_zero, check_frozen, frozen_settings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sltrain.methods.base import Chosen
-
 
 @METHODS.register("gradnorm_lorp")
 @dataclass
-class GradNormLoRP(Method):
+class GradNormLoRP(Ranked):
     """Options of method=gradnorm_lorp."""
 
-    rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     frozen_dtype: str = "auto"  # of W0: float32, bfloat16, or auto, that of the other weights
 
     def check(self) -> None:
-        check_ranks("gradnorm_lorp", self.rank, self.rank_overrides)
+        super().check()
         check_above_zero(alpha=self.alpha)
         check_frozen(self.frozen_dtype)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.gradnorm_lorp import GradNormLoRPLinear
 
-        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            sides = linear.in_features, linear.out_features
-            own = like | frozen_settings(self.frozen_dtype)
-            return GradNormLoRPLinear(*sides, rank, self.alpha, **own, init_std=std)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        frozen = frozen_settings(self.frozen_dtype)
+        return GradNormLoRPLinear(rank=self.rank_of(name), alpha=self.alpha, **frozen, **like)

@@ -10,12 +10,10 @@ paper's method; gradients are dense, so that per_layer_update=true belongs to it
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from sltrain.methods.base import Chosen
 
 
 @METHODS.register("int8")
@@ -28,15 +26,10 @@ class Int8(Method):
     def check(self) -> None:
         check_above_zero(gain=self.gain)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.int8 import Int8Linear
 
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            return Int8Linear(linear.in_features, linear.out_features, **like, init_std=std)
-
-        return replace_each(model, chosen, make)
+        return Int8Linear(**like)
 
     def against_ema(self) -> str | None:
         return "holds W in codes, which cannot be averaged"

@@ -10,19 +10,18 @@ their rank (Mo, Huang, Pan, "Parameter and Memory Efficient Pretraining via Low-
 How an action learns the optimizer's step, of any optimizer: it keeps the factors before it, and takes the difference.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_at_least, check_one_of, check_ranks, replace_each, resolve
-from sltrain.methods.restarts import climb
+from sltrain.methods.base import METHODS, Ranked, check_at_least, check_one_of, layers_of
+from sltrain.methods.restarts import jagged
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sltrain.engine.actions import Action, Moment, Running
-    from sltrain.methods.base import Chosen
     from sltrain.parameters import ParamInfo
 
 LOWEST = 1e-6  # of the schedule's learning rate, in the first update after an exact step
@@ -30,18 +29,17 @@ LOWEST = 1e-6  # of the schedule's learning rate, in the first update after an e
 
 @METHODS.register("loro")
 @dataclass
-class LORO(Method):
+class LORO(Ranked):
     """Options of method=loro."""
 
-    rank: int = MISSING
     exact_every: int = 500  # updates from exact step to exact step; 0: none
     lr_width: int = MISSING  # between them the factors learn at rank / lr_width of the rate; 0: at the whole rate
     refresh: str = "all"  # whose moments begin again after an exact step: all, factors or none
     restart_warmup: int = 5  # updates after an exact step in which the learning rate climbs; 0: none
     start: str = "xavier"  # xavier: each factor as a layer; spectral: nearest to a dense start (layers/factors.py)
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
 
     def check(self) -> None:
+        super().check()
         check_at_least(0, exact_every=self.exact_every, lr_width=self.lr_width, restart_warmup=self.restart_warmup)
         check_one_of(("all", "factors", "none"), refresh=self.refresh)
         check_one_of(("xavier", "spectral"), start=self.start)
@@ -49,19 +47,12 @@ class LORO(Method):
             raise ValueError(
                 f"method.restart_warmup={self.restart_warmup}: must be at most method.exact_every={self.exact_every}"
             )
-        check_ranks("loro", self.rank, self.rank_overrides)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers import LowRankLinear
 
-        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            sides = linear.in_features, linear.out_features
-            return LowRankLinear(*sides, rank, alpha=rank, **like, start=self.start, init_std=std)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        rank = self.rank_of(name)
+        return LowRankLinear(rank=rank, alpha=rank, start=self.start, **like)
 
     def group_options(self, parameter: "ParamInfo") -> dict[str, float]:
         is_factor = parameter.role == "factor" and self.lr_width > 0
@@ -71,9 +62,7 @@ class LORO(Method):
         return rank / self.lr_width if self.lr_width else 1.0
 
     def lr_factor(self, step: int, max_steps: int) -> float:
-        if not 0 < self.exact_every < step:
-            return 1.0
-        return climb((step - 1) % self.exact_every, self.restart_warmup + 1, LOWEST)
+        return jagged(step, self.exact_every, self.restart_warmup + 1, LOWEST)
 
     def exchanges_factors(self) -> bool:
         return self.exact_every > 0
@@ -86,8 +75,7 @@ class LORO(Method):
         from sltrain.layers import LowRankLinear
         from sltrain.layers.riemannian import riemannian_step, step_bytes
 
-        model = running.model
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+        layers = layers_of(running.model, LowRankLinear)
         kept: dict[str, tuple[Tensor, Tensor]] = {}  # the factors, while the optimizer makes its step
 
         def before() -> None:
@@ -104,7 +92,7 @@ class LORO(Method):
                 if new_B.isfinite().all() and new_A.isfinite().all():  # without full rank the plain step stays
                     layer.B.copy_(new_B)
                     layer.A.copy_(new_A)
-            everything = [name for name, p in model.named_parameters() if p.requires_grad]
+            everything = [name for name, p in running.model.named_parameters() if p.requires_grad]
             factors = [f"{name}.{leaf}" for name in layers for leaf in "AB"]
             running.reset_state({"all": everything, "factors": factors, "none": []}[self.refresh])
 

@@ -1,44 +1,30 @@
 """LOST: every projection is gamma B A x + (1 - gamma) V x[columns], both from the singular values of one dense start
 (arXiv 2508.02668)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import (
-    ACTIVATIONS,
-    METHODS,
-    Method,
-    check_above_zero,
-    check_at_least,
-    check_one_of,
-    check_ranks,
-    replace_each,
-    resolve,
-)
+from sltrain.methods.base import ACTIVATIONS, METHODS, Ranked, check_above_zero, check_at_least, check_one_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from sltrain.methods.base import Chosen
-
 
 @METHODS.register("lost")
 @dataclass
-class LOST(Method):
+class LOST(Ranked):
     """Options of method=lost."""
 
-    rank: int = MISSING  # inner size of B A
     sparsity: float = MISSING  # fraction of the columns that are trained whole
     gamma: float = 0.5  # share of B A in y; the columns have the rest
     activation: str = "none"  # between A and B: none, or silu, gelu, relu; then there is no W to merge
     complement: int | None = None  # singular triplets after the rank that choose the columns; None: all
     gain: float = 1.0  # the dense start's standard deviation over model.initializer_range
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
 
     def check(self) -> None:
-        check_ranks("lost", self.rank, self.rank_overrides)
+        super().check()
         check_one_of(ACTIVATIONS, activation=self.activation)
         check_at_least(1, complement=self.complement)
         check_above_zero(gain=self.gain)
@@ -50,14 +36,8 @@ class LOST(Method):
                 " without columns it is method=low_rank"
             )
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.lost import LOSTLinear
 
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-        own = (self.sparsity, self.gamma, self.activation, self.complement)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            return LOSTLinear(linear.in_features, linear.out_features, rank, *own, **like, init_std=std)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        own: dict[str, Any] = {"gamma": self.gamma, "activation": self.activation, "complement": self.complement}
+        return LOSTLinear(rank=self.rank_of(name), sparsity=self.sparsity, **own, **like)

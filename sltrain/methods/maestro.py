@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, check_at_least, check_one_of, replace_each, resolve
+from sltrain.methods.base import METHODS, Method, check_at_least, check_one_of, layers_of, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from sltrain.engine.actions import Action, Moment, Running
     from sltrain.layers.ordered import OrderedLinear
-    from sltrain.methods.base import Chosen
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +45,12 @@ class Maestro(Method):
             if rank is not None and rank < 1:
                 raise ValueError(f"{name}={rank}: must be at least 1")
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.ordered import OrderedLinear
 
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            sides = linear.in_features, linear.out_features
-            rank = resolve(self.max_rank, self.rank_overrides, name) or min(sides)
-            return OrderedLinear(*sides, rank, rank, **like, init_std=std)  # alpha = rank: a scale of 1
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        smaller = min(linear.in_features, linear.out_features)
+        rank = resolve(self.max_rank, self.rank_overrides, name) or smaller
+        return OrderedLinear(rank=rank, alpha=rank, **like)
 
     def against_ema(self) -> str | None:
         cuts = "cuts ranks, whose averages would not be 0, unless method.shrink_every=0"
@@ -69,7 +63,7 @@ class Maestro(Method):
         from sltrain.engine.actions import Action, every
         from sltrain.layers.ordered import OrderedLinear
 
-        layers = {name: layer for name, layer in running.model.named_modules() if isinstance(layer, OrderedLinear)}
+        layers = layers_of(running.model, OrderedLinear)
 
         def penalize() -> None:
             for layer in layers.values():

@@ -13,22 +13,22 @@ The published code prunes each moment by itself. Where the first stays and the s
 divides by eps, and training diverges: A has no gradient while B is zero. Here both stay or neither.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from sltrain.methods.base import (
     METHODS,
-    Method,
+    Ranked,
     check_above_zero,
     check_at_least,
     check_frozen,
     check_one_of,
-    check_ranks,
+    dense_std,
     frozen_settings,
-    replace_each,
-    resolve,
+    layers_of,
+    on_each,
 )
 from sltrain.methods.restarts import climb
 
@@ -37,19 +37,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sltrain.engine.actions import Action, Moment, Phase, Running
-    from sltrain.methods.base import Chosen
 
 MOMENTS = ("magnitude", "random", "reset", "keep")
 
 
 @METHODS.register("relora")
 @dataclass
-class ReLoRA(Method):
+class ReLoRA(Ranked):
     """Options of method=relora."""
 
-    rank: int = MISSING  # inner size of B A
     alpha: float = MISSING  # the product is scaled by alpha / rank
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     warm_start: float = 0.25  # share of the updates that train W0; 0: none
     merge_every: int = 1000  # updates from merge to merge; 0: never (LoRA)
     merge_warmup: int = 50  # updates until the learning rate is that of the schedule; 0: at once
@@ -59,9 +56,9 @@ class ReLoRA(Method):
     frozen_rounding: str = "nearest"  # of a bfloat16 W0 that takes up a change; or stochastic, right on average
 
     def check(self) -> None:
+        super().check()
         check_at_least(0, merge_every=self.merge_every, merge_warmup=self.merge_warmup)
         check_above_zero(alpha=self.alpha)
-        check_ranks("relora", self.rank, self.rank_overrides)
         check_frozen(self.frozen_dtype, self.frozen_rounding)
         if not 0 <= self.warm_start < 1:
             raise ValueError(f"method.warm_start={self.warm_start}: must be at least 0 and below 1, a share of the run")
@@ -76,14 +73,11 @@ class ReLoRA(Method):
         if self.pruned != 0.99 and self.moments in ("reset", "keep"):
             raise ValueError(f"method.pruned={self.pruned} is not read by method.moments={self.moments}; drop one")
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.relora import WarmLinear
 
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            frozen = frozen_settings(self.frozen_dtype, self.frozen_rounding)
-            return WarmLinear(linear, resolve(self.rank, self.rank_overrides, name), self.alpha, **frozen)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        frozen = frozen_settings(self.frozen_dtype, self.frozen_rounding)
+        return WarmLinear(linear, self.rank_of(name), self.alpha, **frozen)
 
     def exchanges_factors(self) -> bool:
         return self.merge_every > 0
@@ -100,7 +94,7 @@ class ReLoRA(Method):
         from sltrain.layers.kinds.relora import ReLoRALinear, WarmLinear
 
         def change(model: "nn.Module") -> None:
-            std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+            std = dense_std(model)
 
             def adapted(name: str, linear: "nn.Linear") -> "nn.Module":
                 assert isinstance(linear, WarmLinear)
@@ -108,11 +102,7 @@ class ReLoRA(Method):
 
             replace_linears(model, lambda name, linear: isinstance(linear, WarmLinear), adapted)
 
-        def start(model: "nn.Module", generator: "torch.Generator") -> None:
-            for layer in model.modules():
-                if isinstance(layer, ReLoRALinear):
-                    layer.start_factors(generator)
-
+        start = on_each(ReLoRALinear, ReLoRALinear.start_factors)
         return [Phase("adapters", self._warm_steps(max_steps), change, start)]
 
     def actions(self, running: "Running") -> "list[Action]":
@@ -120,7 +110,7 @@ class ReLoRA(Method):
         from sltrain.layers.kinds.relora import ReLoRALinear
 
         first = self._warm_steps(running.max_steps)
-        layers = {name: m for name, m in running.model.named_modules() if isinstance(m, ReLoRALinear)}
+        layers = layers_of(running.model, ReLoRALinear)
         factors = [f"{name}.{factor}" for name in layers for factor in "AB"]
 
         def is_due(step: int) -> bool:

@@ -55,9 +55,7 @@ class Restarts(Method):
         return self.restart_every > 0 and self.restart_balance
 
     def lr_factor(self, step: int, max_steps: int) -> float:
-        if not 0 < self.restart_every < step:
-            return 1.0
-        return climb((step - 1) % self.restart_every, self.restart_warmup, LOWEST)
+        return jagged(step, self.restart_every, self.restart_warmup, LOWEST)
 
     def actions(self, running: "Running") -> "list[Action]":
         from sltrain.engine.actions import Action, every
@@ -82,3 +80,9 @@ def climb(number: int, warmup: int, lowest: float) -> float:
     """A factor of the learning rate, `number` updates after a restart: from `lowest` linearly to 1 in `warmup`
     updates, the first of which has number 0."""
     return 1.0 if number >= warmup - 1 else lowest + (1.0 - lowest) * number / (warmup - 1)
+
+
+def jagged(step: int, interval: int, warmup: int, lowest: float) -> float:
+    """The factor of update `step`, from 1, when a restart with such a climb follows every `interval` updates; 0: none
+    does."""
+    return climb((step - 1) % interval, warmup, lowest) if 0 < interval < step else 1.0

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_one_of, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_one_of, on_each
 from sltrain.methods.sparse import BY_SIZE, read_pattern
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sltrain.engine.actions import Phase
-    from sltrain.methods.base import Chosen
 
 
 @METHODS.register("slope")
@@ -46,38 +44,18 @@ class SLoPe(Method):
                 f"method.adapter_share={self.adapter_share}: must be between 0 and 1; it is a share of the updates"
             )
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.slope import SLoPeLinear
 
         keep, of = read_pattern(self.pattern)
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            sides = linear.in_features, linear.out_features
-            return SLoPeLinear(*sides, keep, of, self.rank, **like, init_std=std, prune=self.prune)
-
-        return replace_each(model, chosen, make)
+        return SLoPeLinear(keep=keep, of=of, rank=self.rank, prune=self.prune, **like)
 
     def phases(self, max_steps: int) -> "list[Phase]":
         """The last updates, at least one, train adapters."""
         from sltrain.engine.actions import Phase
+        from sltrain.layers.kinds.slope import SLoPeLinear
 
         if self.adapter_share == 0:
             return []
-
-        def change(model: "nn.Module") -> None:
-            for layer in layers_of(model):
-                layer.add_adapters()
-
-        def start(model: "nn.Module", generator: "torch.Generator") -> None:
-            for layer in layers_of(model):
-                layer.start_adapters(generator)
-
-        return [Phase("adapters", max_steps - max(1, round(self.adapter_share * max_steps)), change, start)]
-
-
-def layers_of(model: "nn.Module") -> "list[Any]":
-    """The layers of this method, in the model's order."""
-    from sltrain.layers.kinds.slope import SLoPeLinear
-
-    return [module for module in model.modules() if isinstance(module, SLoPeLinear)]
+        add, start = (on_each(SLoPeLinear, do) for do in (SLoPeLinear.add_adapters, SLoPeLinear.start_adapters))
+        return [Phase("adapters", max_steps - max(1, round(self.adapter_share * max_steps)), add, start)]

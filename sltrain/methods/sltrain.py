@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from sltrain.methods.base import METHODS, check_above_zero, check_at_least, check_residual, replace_each, resolve
+from sltrain.methods.base import METHODS, check_above_zero, check_at_least, check_residual, resolve
 from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from sltrain.methods.base import Chosen
 
 SUPPORTS = ("uniform", "stratified", "block", "column")
 
@@ -68,16 +66,10 @@ class SLTrain(Restarts):
                 " add support=block, or drop block_size"
             )
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers import SLTrainLinear
 
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
-            shape = (linear.in_features, linear.out_features, rank, sparsity, self.alpha)
-            return SLTrainLinear(
-                *shape, support=self.support, block_size=self.block_size, residual=self.residual, **like
-            )
-
-        patterns = {"rank_overrides": [*self.rank_overrides], "sparsity_overrides": [*self.sparsity_overrides]}
-        return replace_each(model, chosen, make, patterns)
+        rank = resolve(self.rank, self.rank_overrides, name)
+        sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
+        own: dict[str, Any] = {"support": self.support, "block_size": self.block_size, "residual": self.residual}
+        return SLTrainLinear(rank=rank, sparsity=sparsity, alpha=self.alpha, **own, **like)

@@ -11,12 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_one_of, replace_each
+from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_one_of
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from sltrain.methods.base import Chosen
 
 BY_SIZE = ("random", "magnitude")
 CHOICES = (*BY_SIZE, "sparsegpt")  # as in layers/masked_linear.py, which cannot be read from here: it imports torch
@@ -53,17 +51,11 @@ class Sparse(Method):
         if self.pattern is not None:
             read_pattern(self.pattern)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.sparse import SparseLinear
 
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            keep, of = self.pair(linear.in_features)
-            sides = linear.in_features, linear.out_features
-            return SparseLinear(*sides, keep, of, **like, init_std=std, prune=self.prune)
-
-        return replace_each(model, chosen, make)
+        keep, of = self.pair(linear.in_features)
+        return SparseLinear(keep=keep, of=of, prune=self.prune, **like)
 
     def num_calibration_rows(self) -> int:
         if self.prune != "sparsegpt":

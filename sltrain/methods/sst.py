@@ -10,34 +10,30 @@ trained (Zhao et al., arXiv 2405.15481, ICML 2025; algorithm 1).
 The gradients of vectors are the paper's enhanced ones, without the factor s: see layers/kinds/sst.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
-from sltrain.methods.base import METHODS, Method, check_above_zero, check_at_least, check_ranks, replace_each, resolve
-from sltrain.methods.restarts import climb
+from sltrain.methods.base import METHODS, Ranked, check_above_zero, check_at_least, layers_of
+from sltrain.methods.restarts import jagged
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sltrain.engine.actions import Action, Moment, Running
-    from sltrain.methods.base import Chosen
 
 
 @METHODS.register("sst")
 @dataclass
-class SST(Method):
-    """Options of method=sst."""
+class SST(Ranked):
+    """Options of method=sst. `rank` singular vectors of either side are trained at a time."""
 
-    rank: int = MISSING  # singular vectors that are trained at a time
     select_every: int = 200  # updates of an iteration, T3 in the paper; 0: the first vectors for ever
     iterations: int | None = None  # of a round, T2; None: min(in, out) / rank, rounded up
     restart_warmup: int = 20  # updates of an iteration, but the first, in which the learning rate climbs; 0: none
     gain: float = 1.0  # the start's standard deviation over model.initializer_range
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
 
     def check(self) -> None:
+        super().check()
         check_at_least(0, select_every=self.select_every, restart_warmup=self.restart_warmup)
         check_at_least(1, iterations=self.iterations)
         check_above_zero(gain=self.gain)
@@ -45,23 +41,14 @@ class SST(Method):
             raise ValueError(
                 f"method.restart_warmup={self.restart_warmup}: must be at most method.select_every={self.select_every}"
             )
-        check_ranks("sst", self.rank, self.rank_overrides)
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.sst import SpectralLinear
 
-        std = self.gain * getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            return SpectralLinear(linear.in_features, linear.out_features, rank, **like, init_std=std)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        return SpectralLinear(rank=self.rank_of(name), **like)
 
     def lr_factor(self, step: int, max_steps: int) -> float:
-        if not 0 < self.select_every < step:
-            return 1.0
-        return climb((step - 1) % self.select_every, self.restart_warmup, 1 / max(self.restart_warmup, 1))
+        return jagged(step, self.select_every, self.restart_warmup, 1 / max(self.restart_warmup, 1))
 
     def exchanges_factors(self) -> bool:
         return self.select_every > 0
@@ -70,7 +57,7 @@ class SST(Method):
         from sltrain.engine.actions import Action, every
         from sltrain.layers.kinds.sst import SpectralLinear
 
-        layers = {name: layer for name, layer in running.model.named_modules() if isinstance(layer, SpectralLinear)}
+        layers = layers_of(running.model, SpectralLinear)
 
         def tidy(moment: "Moment") -> None:
             for layer in layers.values():

@@ -20,12 +20,12 @@ from sltrain.methods.base import (
     check_above_zero,
     check_at_least,
     check_one_of,
+    layers_of,
+    on_each,
     pattern_fits,
-    replace_each,
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sltrain.engine.actions import Action, Moment, Phase, Running
@@ -61,19 +61,18 @@ class StructuredFFN(Method):
     def multiplies_factors(self) -> bool:
         return self.structure == "low_rank"
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.aligned import AlignedLinear
         from sltrain.layers.kinds.structured_ffn import StructuredLinear
 
-        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+        if not self._is_structured(name):
+            return AlignedLinear.of(linear)
+        gain = 1.0 if self.structure == "low_rank" else self.gain  # of a start near a dense one `like` has it
+        own: dict[str, Any] = {"structure": self.structure, "rank": self.rank, "blocks": self.blocks}
+        return StructuredLinear(gain=gain, **own, **like)
 
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            if not self._is_structured(name):
-                return AlignedLinear.of(linear)
-            shape = linear.in_features, linear.out_features, self.structure, self.rank, self.blocks
-            return StructuredLinear(*shape, **like, init_std=std, gain=self.gain)
-
-        names = replace_each(model, chosen, make)
+    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+        names = super().replace(model, chosen)
         if not any(map(self._is_structured, names)):
             raise ValueError(f"method.dense_layers={self.dense_layers} leaves no MLP to structure; choose fewer")
         return names
@@ -85,29 +84,20 @@ class StructuredFFN(Method):
     def phases(self, max_steps: int) -> "list[Phase]":
         """With and without the guide. The first name says how long, so that `extend` changes no share that was."""
         from sltrain.engine.actions import Phase
+        from sltrain.layers.kinds.structured_ffn import StructuredLinear
 
         if not self.guided:
             return []
         num = self._num_guided(max_steps)
-
-        def add(model: "nn.Module") -> None:
-            for layer in layers_of(model):
-                layer.add_guide()
-
-        def start(model: "nn.Module", generator: "torch.Generator") -> None:
-            for layer in layers_of(model):
-                layer.start_guide(share(1, num))
-
-        def drop(model: "nn.Module") -> None:
-            for layer in layers_of(model):
-                layer.drop_guide()
-
+        add, drop = (on_each(StructuredLinear, do) for do in (StructuredLinear.add_guide, StructuredLinear.drop_guide))
+        start = on_each(StructuredLinear, lambda layer, generator: layer.start_guide(share(1, num)))
         return [Phase(f"guide for {num}", 0, add, start), Phase("structured alone", num, drop)]
 
     def actions(self, running: "Running") -> "list[Action]":
         from sltrain.engine.actions import Action
+        from sltrain.layers.kinds.structured_ffn import StructuredLinear
 
-        layers = [layer for layer in layers_of(running.model) if layer.has_guide]
+        layers = [layer for layer in layers_of(running.model, StructuredLinear).values() if layer.has_guide]
         num = self._num_guided(running.max_steps)
 
         def fade(moment: "Moment") -> None:
@@ -123,10 +113,3 @@ class StructuredFFN(Method):
 def share(update: int, num_guided: int) -> float:
     """What the guide counts in this update, from 1, of `num_guided`."""
     return 0.5 * (1 + math.cos(math.pi * update / num_guided))
-
-
-def layers_of(model: "nn.Module") -> "list[Any]":
-    """The structured layers, in the model's order."""
-    from sltrain.layers.kinds.structured_ffn import StructuredLinear
-
-    return [module for module in model.modules() if isinstance(module, StructuredLinear)]

@@ -13,38 +13,32 @@ The authors reset second moments, too, and count updates a vector for Adam's bia
 a tensor: a second moment of zero would then make steps several times too large, so the second moments stay.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from omegaconf import MISSING
 
 from sltrain.methods.base import (
     METHODS,
-    Method,
+    Ranked,
     check_above_zero,
     check_at_least,
     check_frozen,
     check_ranks,
     frozen_settings,
-    replace_each,
-    resolve,
+    layers_of,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sltrain.engine.actions import Action, Moment, Running
-    from sltrain.methods.base import Chosen
 
 
 @METHODS.register("switchlora")
 @dataclass
-class SwitchLoRA(Method):
+class SwitchLoRA(Ranked):
     """Options of method=switchlora."""
 
-    rank: int = MISSING  # inner size of B A
     alpha: float = 1.0  # the product is scaled by alpha / rank; the start is made for 1
-    rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     candidates: int | None = None  # vectors of A, and of B, to exchange among; None: the smaller side of each matrix
     switch_every: float = 40.0  # updates in which every vector is exchanged once, at the beginning; 0: never (LoRA)
     switch_decay: float = 0.1  # share of the run after which exchanges are 0.3 as frequent
@@ -64,18 +58,11 @@ class SwitchLoRA(Method):
                 " half of the vectors would always be frozen; exchange less often, or freeze for less"
             )
 
-    def replace(self, model: "nn.Module", chosen: "Chosen") -> list[str]:
+    def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.switchlora import SwitchLoRALinear
 
-        std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
-
-        def make(name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
-            rank = resolve(self.rank, self.rank_overrides, name)
-            sides = linear.in_features, linear.out_features
-            own = like | frozen_settings(self.frozen_dtype, self.frozen_rounding)
-            return SwitchLoRALinear(*sides, rank, self.alpha, **own, init_std=std, candidates=self.candidates)
-
-        return replace_each(model, chosen, make, {"rank_overrides": self.rank_overrides})
+        own = frozen_settings(self.frozen_dtype, self.frozen_rounding) | {"candidates": self.candidates}
+        return SwitchLoRALinear(rank=self.rank_of(name), alpha=self.alpha, **own, **like)
 
     def exchanges_factors(self) -> bool:
         return self.switch_every > 0
@@ -96,7 +83,7 @@ class SwitchLoRA(Method):
         from sltrain.engine.actions import Action, every
         from sltrain.layers.kinds.switchlora import SwitchLoRALinear
 
-        layers = {name: m for name, m in running.model.named_modules() if isinstance(m, SwitchLoRALinear)}
+        layers = layers_of(running.model, SwitchLoRALinear)
 
         def switch(moment: "Moment") -> None:
             draws = torch.rand(len(layers), generator=moment.generator).tolist()

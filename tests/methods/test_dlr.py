@@ -69,7 +69,7 @@ def test_it_folds_into_b(out_features: int, in_features: int, rank: int) -> None
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_without_the_residual_it_is_the_layer_of_kind_cola_bit_for_bit(activation: str) -> None:
-    layer = DLRLinear(40, 24, 7, 0.0, activation, generator=torch.Generator().manual_seed(1))
+    layer = DLRLinear(40, 24, 7, activation, residual=0.0, generator=torch.Generator().manual_seed(1))
     other = CoLALinear(40, 24, 7, activation, generator=torch.Generator().manual_seed(1))
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(layer(x), other(x))
@@ -78,7 +78,7 @@ def test_without_the_residual_it_is_the_layer_of_kind_cola_bit_for_bit(activatio
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("rank", [5, 10])
 def test_gradients_are_those_of_autograd(activation: str, rank: int) -> None:
-    layer = DLRLinear(12, 21, rank, 0.9, activation, bias=True, dtype=torch.float64)
+    layer = DLRLinear(12, 21, rank, activation, residual=0.9, bias=True, dtype=torch.float64)
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
 

@@ -25,27 +25,13 @@ class CoLALinear(FactoredLinear, kind="cola"):
 
     CODE = "_cola_code.py"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        activation: str = "silu",
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-        gain: float = 1.0,
+    def prepare(
+        self, like: dict[str, Any], rank: int, activation: str = "silu", recompute: bool = False, gain: float = 1.0
     ) -> None:
-        super().__init__(in_features, out_features, rank, float(rank), bias, device=device, dtype=dtype)
-        if rank == 0:
-            raise ValueError("a layer of kind cola needs a rank of at least 1, got 0")
+        self.make_factors(like, rank)
         check_activation(activation)
         self.activation, self.is_mergeable, self.recompute = activation, activation == NONE, recompute
         self.gain = gain
-        if not self.A.is_meta:
-            self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         std = self.gain**0.5 * (self.rank * (self.in_features + self.out_features)) ** -0.25

@@ -1,14 +1,13 @@
 """y = x (B A)^T + beta y', y' the output of the same projection one decoder layer before: CR-Net's (Kong et al.,
 arXiv 2509.18993, section 3)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 
 
@@ -26,32 +25,15 @@ class CRNetLinear(FactoredLinear, kind="cr_net"):
     takes_previous = True
     is_mergeable = False
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-        start_beta: float = 1.0,
-    ) -> None:
-        super().__init__(in_features, out_features, rank, float(rank), bias, device=device, dtype=dtype)
-        if rank == 0:
-            raise ValueError("a layer of kind cr_net needs a rank of at least 1, got 0")
-        self.beta = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
+    def prepare(self, like: dict[str, Any], rank: int, start_beta: float = 1.0) -> None:
+        self.make_factors(like, rank)
+        self.beta = nn.Parameter(torch.empty(1, **like))
         self.start_beta = start_beta
-        if not self.A.is_meta:
-            self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         self.reset_spectral(self.init_std, generator)
         nn.init.constant_(self.beta, self.start_beta)
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         y = aligned_linear(aligned_linear(x, self.A), self.B, self.bias)

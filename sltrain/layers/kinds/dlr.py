@@ -21,21 +21,10 @@ class DLRLinear(CoLALinear, kind="dlr"):
 
     CODE = "_dlr_code.py"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        residual: float = 1.0,
-        activation: str = NONE,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        recompute: bool = False,
-        gain: float = 1.0,
+    def prepare(
+        self, like: dict[str, Any], rank: int, activation: str = NONE, *own: Any, residual: float = 1.0, **settings: Any
     ) -> None:
-        super().__init__(in_features, out_features, rank, activation, bias, generator, device, dtype, recompute, gain)
+        super().prepare(like, rank, activation, *own, **settings)
         self.set_residual(residual)
 
     def output(self, hidden: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class GradNormLoRPLinear(AdaptedLinear, kind="gradnorm_lorp"):
 
     GROUPS = AdaptedLinear.GROUPS | {"m": "magnitude"}
 
-    def prepare(self, **frozen: Any) -> None:
-        super().prepare(**frozen)
+    def prepare(self, like: dict[str, Any], rank: int, alpha: float, **frozen: Any) -> None:
+        super().prepare(like, rank, alpha, **frozen)
         self.m = nn.Parameter(self.A.new_empty(self.out_features))
 
     @torch.no_grad()

@@ -7,7 +7,6 @@
 in memory. What an update makes of W is written back to the codes, rounded at random (optim/rounding.py).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from sltrain.affine import CodedTensor
 from sltrain.layers.aligned import aligned, aligned_linear, autocast_dtype, cast_to
-from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, ReplacedLinear, Rows, fill_uniform, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, gradient_bytes
 from sltrain.layers.parts import Part
+from sltrain.layers.started import StartedLinear
 from sltrain.parameters import PIECE
 
 DECODING = 4  # bytes that reading takes for each entry of a piece
 
 
-class Int8Linear(ReplacedLinear, kind="int8"):
+class Int8Linear(StartedLinear, kind="int8"):
     """y = x W^T + bias; x (..., in_features) -> (..., out_features).
 
     Buffers codes (out, in), uint8, and for each 256 entries of W in row-major order a step (int32: the bits of a
@@ -35,28 +35,14 @@ class Int8Linear(ReplacedLinear, kind="int8"):
 
     GROUPS = {"weight": "int8", "codes": "int8", "steps": "int8", "zeros": "int8"}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features)
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        self._stand_for_weight(torch.zeros((), device=device, dtype=dtype))
+    def prepare(self, like: dict[str, Any]) -> None:
+        self._stand_for_weight(torch.zeros((), **like))
         held = CodedTensor.zero(self.weight)
         self.codes: Tensor
         self.steps: Tensor
         self.zeros: Tensor
         for name in ("codes", "steps", "zeros"):
             self.register_buffer(name, getattr(held, name))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        if not self.codes.is_meta:
-            self.reset_parameters(generator)
 
     @property
     def held(self) -> CodedTensor:
@@ -68,12 +54,8 @@ class Int8Linear(ReplacedLinear, kind="int8"):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        drawn = torch.empty(self.codes.shape, dtype=torch.float32, device="cpu")
-        for piece in drawn.view(-1).split(DRAWN_AT_ONCE):  # the numbers of a dense layer's start
-            piece.normal_(0, self.init_std, generator=generator)
-        self.set_weight(drawn.to(self.codes.device))
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.set_weight(self.drawn_weight(generator).to(self.codes.device))
+        self.reset_bias(generator)
 
     def set_weight(self, weight: Tensor) -> None:
         """The nearest codes."""

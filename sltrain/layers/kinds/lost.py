@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sltrain.layers.activated import NONE, activated_linear, check_activation
 from sltrain.layers.aligned import aligned_linear, autocast_dtype, cast_to
-from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_normal, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.factors import FactoredLinear
 from sltrain.layers.parts import Part, SparsePart
 from sltrain.layers.support import make_support
@@ -40,47 +40,33 @@ class LOSTLinear(FactoredLinear, kind="lost"):
 
     indices: Tensor
 
-    def __init__(
+    def prepare(
         self,
-        in_features: int,
-        out_features: int,
+        like: dict[str, Any],
         rank: int,
         sparsity: float,
         gamma: float = 0.5,
         activation: str = NONE,
         complement: int | None = None,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
     ) -> None:
         if not 0 < gamma < 1:
             raise ValueError(f"gamma is {gamma}; it must be above 0 and below 1, the share of the low-rank product")
-        super().__init__(in_features, out_features, rank, gamma * rank or 1.0, bias, device=device, dtype=dtype)
-        if rank == 0:
-            raise ValueError("a layer of kind lost needs a rank of at least 1, got 0")
+        self.make_factors(like, rank, gamma * rank)
         if complement is not None and complement < 1:
             raise ValueError(f"complement is {complement}; at least one singular triplet must choose the columns")
-        if 0 <= sparsity < 0.5 / in_features:
-            raise ValueError(
-                f"sparsity {sparsity} trains no column of {in_features}; use {1 / in_features:.2g} or more"
-            )
+        if 0 <= sparsity < 0.5 / self.in_features:
+            least = f"{1 / self.in_features:.2g}"
+            raise ValueError(f"sparsity {sparsity} trains no column of {self.in_features}; use {least} or more")
         check_activation(activation)
-        self.support = make_support(out_features, in_features, sparsity, "column")
+        self.support = make_support(self.out_features, self.in_features, sparsity, "column")
         self.gamma, self.activation, self.complement = gamma, activation, complement
         self.is_mergeable = activation == NONE
-        self.init_std = (3 * in_features) ** -0.5 if init_std is None else init_std
-        self.values = nn.Parameter(torch.empty(self.support.num_nonzero, device=device, dtype=dtype))
-        self.register_buffer("indices", torch.empty(self.support.num_indices, device=device, dtype=torch.int32))
-        if not self.values.is_meta:
-            self.reset_parameters(generator)
+        self.values = nn.Parameter(torch.empty(self.support.num_nonzero, **like))
+        self.register_buffer("indices", self.values.new_empty(self.support.num_indices, dtype=torch.int32))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        drawn = torch.empty(self.out_features, self.in_features, device="cpu")
-        fill_normal(drawn, self.init_std, generator)
-        self._start(drawn.to(self.A.device), 1.0)
+        self._start(self.drawn_weight(generator).to(self.A.device), 1.0)
         if self.bias is not None:
             self.bias.zero_()
 

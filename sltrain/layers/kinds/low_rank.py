@@ -1,18 +1,18 @@
 """W = (alpha / rank) B A: the paper's low-rank baseline."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import Footprint, Rows, cast_bytes, fill_uniform, gradient_bytes
-from sltrain.layers.factors import StartedLinear
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
+from sltrain.layers.factors import FactoredLinear
 
 STARTS = ("spectral", "uniform", "xavier")
 
 
-class LowRankLinear(StartedLinear, kind="low_rank"):
+class LowRankLinear(FactoredLinear, kind="low_rank"):
     """y = x W^T + bias with W = (alpha / rank) B A; x (..., in_features) -> (..., out_features).
 
     Computed as (x A^T) B^T, which needs no dense matrix and fewer operations when rank < in * out / (in + out).
@@ -21,7 +21,8 @@ class LowRankLinear(StartedLinear, kind="low_rank"):
     Construction as in StartedLinear; raises ValueError for a rank outside [1, min(in, out)] and another start.
     """
 
-    def prepare(self, *, start: str = "spectral") -> None:
+    def prepare(self, like: dict[str, Any], rank: int, alpha: float, *, start: str = "spectral") -> None:
+        self.make_factors(like, rank, alpha)
         if start not in STARTS:
             raise ValueError(f"start is {start!r}; choose one of {', '.join(STARTS)}")
         self.start = start
@@ -34,8 +35,7 @@ class LowRankLinear(StartedLinear, kind="low_rank"):
             self.reset_xavier(generator)
         else:
             self.reset_spectral(self.init_std, generator)
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
 
     def set_weight(self, weight: Tensor) -> None:
         """The nearest matrix of this rank."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import DRAWN_AT_ONCE, Footprint, Rows
+from sltrain.layers.base import Footprint, Rows, fill_normal
 from sltrain.layers.masked import compose, gather, keep_largest, masked_linear, pack
 from sltrain.layers.masked_linear import MaskedLinear
 from sltrain.layers.parts import LowRankPart, Part
@@ -26,36 +26,28 @@ class SLoPeLinear(MaskedLinear, kind="slope"):
 
     again: Tensor
 
-    def __init__(
+    def prepare(
         self,
-        in_features: int,
-        out_features: int,
+        like: dict[str, Any],
         keep: int,
         of: int,
         rank: int,
         has_adapters: bool = False,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
         prune: str = "random",
     ) -> None:
-        super().__init__(in_features, out_features, keep, of, bias, init_std, prune, device=device, dtype=dtype)
-        if of > out_features:
-            raise ValueError(f"cannot keep {keep} of every {of} entries of a column of {out_features}")
-        limit = min(in_features, out_features)
+        self.make_values(like, keep, of, prune)
+        if of > self.out_features:
+            raise ValueError(f"cannot keep {keep} of every {of} entries of a column of {self.out_features}")
+        limit = min(self.in_features, self.out_features)
         if not 1 <= rank <= limit:
             raise ValueError(
-                f"rank must be between 1 and {limit} for a {out_features} x {in_features} matrix, got {rank}"
+                f"rank must be between 1 and {limit} for a {self.out_features} x {self.in_features} matrix, got {rank}"
             )
         self.rank, self.scale, self.has_adapters = rank, 1 / rank, False
-        bits = self.values.new_empty(out_features, -(-self.values.shape[1] // 8), dtype=torch.uint8)
+        bits = self.values.new_empty(self.out_features, -(-self.values.shape[1] // 8), dtype=torch.uint8)
         self.register_buffer("again", bits)
         if has_adapters:
             self.add_adapters()
-        if not self.values.is_meta:
-            self.reset_parameters(generator)
 
     def add_adapters(self) -> None:
         """Make A and B, without values."""
@@ -66,8 +58,7 @@ class SLoPeLinear(MaskedLinear, kind="slope"):
     @torch.no_grad()
     def start_adapters(self, generator: torch.Generator | None) -> None:
         """A standard normal, B zero, as the authors start them: the function stays."""
-        for piece in self.A.view(-1).split(DRAWN_AT_ONCE):
-            piece.copy_(torch.empty(len(piece), device="cpu").normal_(generator=generator))
+        fill_normal(self.A, 1, generator)
         self.B.zero_()
 
     @torch.no_grad()

@@ -39,37 +39,31 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     indices: Tensor
 
-    def __init__(
+    LEAST_RANK = 0
+
+    def prepare(
         self,
-        in_features: int,
-        out_features: int,
+        like: dict[str, Any],
         rank: int,
         sparsity: float,
         alpha: float,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         *,
         support: str = "uniform",
         block_size: int | None = None,
-        path: str = "auto",
         residual: float = 0.0,
     ) -> None:
-        super().__init__(in_features, out_features, rank, alpha, bias, path, device=device, dtype=dtype)
+        self.make_factors(like, rank, alpha)
         self.set_residual(residual)
-        self.support = make_support(out_features, in_features, sparsity, support, block_size)
+        self.support = make_support(self.out_features, self.in_features, sparsity, support, block_size)
         nnz = self.support.num_nonzero
         if rank == 0 and nnz == 0:
             raise ValueError(
-                f"rank {rank} and sparsity {sparsity} leave nothing to train in a {out_features} x {in_features} "
-                "matrix; raise one of them"
+                f"rank {rank} and sparsity {sparsity} leave nothing to train in a {self.out_features} x "
+                f"{self.in_features} matrix; raise one of them"
             )
-        self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
-        indices = torch.empty(self.support.num_indices, device=device, dtype=self.support.index_dtype)
+        self.values = nn.Parameter(torch.empty(nnz, **like))
+        indices = self.values.new_empty(self.support.num_indices, dtype=self.support.index_dtype)
         self.register_buffer("indices", indices)
-        if not self.values.is_meta:
-            self.reset_parameters(generator)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

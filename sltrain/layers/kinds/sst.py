@@ -14,7 +14,6 @@ Stored are two pairs of tensors, so that gradients and moments exist for the tra
 V (rank, in), trained, and U_rest, V_rest, frozen. `order` says which singular values are theirs.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sltrain.layers.aligned import autocast_dtype, cast_to
-from sltrain.layers.base import Footprint, ReplacedLinear, Rows, cast_bytes, fill_uniform, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.factors import largest_singular_values, orthonormal
 from sltrain.layers.parts import LowRankPart, Part
+from sltrain.layers.started import StartedLinear
 
 
-class SpectralLinear(ReplacedLinear, kind="sst"):
+class SpectralLinear(StartedLinear, kind="sst"):
     """y = x W^T + bias with W = U diag(s) V; x (..., in_features) -> (..., out_features).
 
     With m = min(in, out): parameters U (out, rank), V (rank, in), s (m,), bias (out,) or None; frozen U_rest
@@ -49,35 +49,20 @@ class SpectralLinear(ReplacedLinear, kind="sst"):
 
     order: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features)
+    def prepare(self, like: dict[str, Any], rank: int) -> None:
+        out_features, in_features = self.out_features, self.in_features
         self.rank, self.full_rank = rank, min(in_features, out_features)
         if not 1 <= rank <= self.full_rank:
             raise ValueError(
                 f"rank must be between 1 and {self.full_rank} for a {out_features} x {in_features} matrix, got {rank}"
             )
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
         rest = self.full_rank - rank
         self.U = nn.Parameter(torch.empty(out_features, rank, **like))
         self.s = nn.Parameter(torch.empty(self.full_rank, **like))
         self.V = nn.Parameter(torch.empty(rank, in_features, **like))
         self.U_rest = nn.Parameter(torch.empty(out_features, rest, **like), requires_grad=False)
         self.V_rest = nn.Parameter(torch.empty(rest, in_features, **like), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
-        self.register_buffer("order", torch.empty(self.full_rank, device=device, dtype=torch.int64))
-        if not self.U.is_meta:
-            self.reset_parameters(generator)
+        self.register_buffer("order", self.s.new_empty(self.full_rank, dtype=torch.int64))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -87,8 +72,7 @@ class SpectralLinear(ReplacedLinear, kind="sst"):
         left = orthonormal(self.out_features, self.full_rank, generator)
         right = orthonormal(self.in_features, self.full_rank, generator).t()
         self._place(left, right, self._sample(generator))
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:

@@ -1,6 +1,5 @@
 """W of a structure with fewer parameters (layers/blocks.py), which a dense matrix may guide at the beginning."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from sltrain.layers.aligned import aligned_linear
-from sltrain.layers.base import Footprint, ReplacedLinear, Rows, cast_bytes, fill_uniform, gradient_bytes
+from sltrain.layers.base import Footprint, Rows, cast_bytes, gradient_bytes
 from sltrain.layers.blocks import Structure, StructuredPart
 from sltrain.layers.factors import largest_singular_values, orthonormal
 from sltrain.layers.parts import DensePart, Part
+from sltrain.layers.started import StartedLinear
 
 
-class StructuredLinear(ReplacedLinear, kind="structured_ffn"):
+class StructuredLinear(StartedLinear, kind="structured_ffn"):
     """y = x W^T + bias, with a guide y = g x G^T + (1 - g) x W^T + bias; x (..., in) -> (..., out).
 
     Parameters A, B as `Structure` has them, bias (out,) or None; with a guide also guide (out, in) and the buffer
@@ -27,32 +27,20 @@ class StructuredLinear(ReplacedLinear, kind="structured_ffn"):
 
     share: Tensor
 
-    def __init__(
+    def prepare(
         self,
-        in_features: int,
-        out_features: int,
+        like: dict[str, Any],
         structure: str,
         rank: int,
         blocks: int,
         has_guide: bool = False,
-        bias: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        init_std: float | None = None,
         gain: float = 1.0,
     ) -> None:
-        super().__init__(in_features, out_features)
-        self.structure = Structure(structure, in_features, out_features, rank, blocks)
-        self.init_std = 1 / math.sqrt(3 * in_features) if init_std is None else init_std
+        self.structure = Structure(structure, self.in_features, self.out_features, rank, blocks)
         self.gain, self.has_guide = gain, False
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.A, self.B = (nn.Parameter(torch.empty(shape, **like)) for shape in self.structure.shapes)
-        self.bias = nn.Parameter(torch.empty(out_features, **like)) if bias else None
         if has_guide:
             self.add_guide()
-        if not self.A.is_meta:
-            self.reset_parameters(generator)
 
     def add_guide(self) -> None:
         """Make the dense matrix and its share, without values."""
@@ -84,8 +72,7 @@ class StructuredLinear(ReplacedLinear, kind="structured_ffn"):
                 block.copy_(semi_orthonormal(block.shape[0], block.shape[1], generator))
             for block in self.B.chunk(self.structure.blocks if self.structure.kind == "block_shuffle" else 1):
                 block.copy_(self.gain * semi_orthonormal(block.shape[0], block.shape[1], generator))
-        if self.bias is not None:
-            fill_uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+        self.reset_bias(generator)
         if self.has_guide:
             self.start_guide(1.0)
 

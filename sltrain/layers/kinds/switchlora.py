@@ -44,8 +44,10 @@ class SwitchLoRALinear(AdaptedLinear, kind="switchlora"):
     rest_B: Tensor
     num_switched: Tensor
 
-    def prepare(self, *, candidates: int | None = None, **frozen: Any) -> None:
-        super().prepare(**frozen)
+    def prepare(
+        self, like: dict[str, Any], rank: int, alpha: float, *, candidates: int | None = None, **frozen: Any
+    ) -> None:
+        super().prepare(like, rank, alpha, **frozen)
         self.candidates = min(self.in_features, self.out_features) if candidates is None else candidates
         if self.candidates < self.rank:
             raise ValueError(f"candidates={self.candidates} are fewer than rank={self.rank}, which are among them")
