@@ -100,7 +100,6 @@ COPIED = {
     "layers/kinds/_cola_code.py",
     "layers/kinds/_cr_net_code.py",
     "layers/kinds/_lost_code.py",
-    "layers/kinds/_dlr_code.py",
 }
 
 FORBIDDEN_OUTSIDERS = {"config.py": "torch", "config_checks.py": "torch", "optim/schedule.py": "torch"}

@@ -34,19 +34,15 @@ from sltrain.layers.started import StartedLinear
 
 class FactoredLinear(StartedLinear):
     """The base of layers with the parameters A (rank, in) and B (out, rank), whose product is scaled by alpha / rank;
-    alpha None: by 1. `prepare` calls `make_factors`. Raises ValueError for a rank above min(in, out) or below LEAST_RANK, and an alpha that is not
-    above 0."""
+    alpha None: by 1. `prepare` calls `make_factors`. Raises ValueError for a rank above min(in, out) or below
+    LEAST_RANK, and an alpha that is not above 0."""
 
     GROUPS = {"A": "low_rank", "B": "low_rank"}
     LEAST_RANK = 1
 
     def make_factors(self, like: dict[str, Any], rank: int, alpha: float | None = None) -> None:
         """A and B, without values."""
-        limit = min(self.in_features, self.out_features)
-        if not 0 <= rank <= limit:
-            raise ValueError(
-                f"rank must be between 0 and {limit} for a {self.out_features} x {self.in_features} matrix, got {rank}"
-            )
+        self.check_rank(rank, least=0)
         alpha = float(rank) if alpha is None else alpha
         if rank > 0 and not alpha > 0:
             raise ValueError(f"alpha must be above 0 (the low-rank product is scaled by alpha / rank), got {alpha}")

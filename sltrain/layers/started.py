@@ -42,6 +42,13 @@ class StartedLinear(ReplacedLinear):
         and settings that the kind cannot have."""
         raise self._undefined("prepare")
 
+    def check_rank(self, rank: int, least: int = 1) -> None:
+        """Raise ValueError for a rank outside [least, min(in, out)]."""
+        limit = min(self.in_features, self.out_features)
+        if not least <= rank <= limit:
+            sides = f"{self.out_features} x {self.in_features}"
+            raise ValueError(f"rank must be between {least} and {limit} for a {sides} matrix, got {rank}")
+
     def drawn_weight(self, generator: torch.Generator | None) -> Tensor:
         """A dense start, normal with standard deviation `init_std`: (out, in) float32, on the CPU."""
         drawn = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="cpu")

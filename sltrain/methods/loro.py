@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from sltrain.methods.base import METHODS, Ranked, check_at_least, check_one_of, layers_of
-from sltrain.methods.restarts import jagged
+from sltrain.methods.restarts import check_climb, jagged
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,10 +43,7 @@ class LORO(Ranked):
         check_at_least(0, exact_every=self.exact_every, lr_width=self.lr_width, restart_warmup=self.restart_warmup)
         check_one_of(("all", "factors", "none"), refresh=self.refresh)
         check_one_of(("xavier", "spectral"), start=self.start)
-        if 0 < self.exact_every < self.restart_warmup:
-            raise ValueError(
-                f"method.restart_warmup={self.restart_warmup}: must be at most method.exact_every={self.exact_every}"
-            )
+        check_climb(self.restart_warmup, exact_every=self.exact_every)
 
     def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers import LowRankLinear

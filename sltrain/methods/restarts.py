@@ -76,6 +76,13 @@ class Restarts(Method):
         return [Action("restart", every(self.restart_every), restart, temporary, decomposes=self.restart_balance)]
 
 
+def check_climb(restart_warmup: int, **interval: int) -> None:
+    """Raise ValueError for a climb after a restart that is not over before the next one."""
+    for name, every in interval.items():
+        if 0 < every < restart_warmup:
+            raise ValueError(f"method.restart_warmup={restart_warmup}: must be at most method.{name}={every}")
+
+
 def climb(number: int, warmup: int, lowest: float) -> float:
     """A factor of the learning rate, `number` updates after a restart: from `lowest` linearly to 1 in `warmup`
     updates, the first of which has number 0."""

@@ -2,19 +2,18 @@
 trained (Zhao et al., arXiv 2405.15481, ICML 2025; algorithm 1).
 
     every update               trained vectors get length one, negative singular values become 0
-    every `select_every`       an iteration ends: `rank` other vectors are drawn, with weights (1/m + s_i / sum s) / 2,
-                               and the moments of U and V begin again
+    every `select_every`       an iteration ends: `rank` other vectors are drawn, the moments of U and V begin again
     every `iterations` of them a round ends: U, s and V become a singular value decomposition of W again, and the
                                moments of s begin again, too
 
-The gradients of vectors are the paper's enhanced ones, without the factor s: see layers/kinds/sst.py.
+Gradients and the weights of the draw are those of layers/kinds/sst.py.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sltrain.methods.base import METHODS, Ranked, check_above_zero, check_at_least, layers_of
-from sltrain.methods.restarts import jagged
+from sltrain.methods.base import METHODS, Ranked, check_above_zero, check_at_least, layers_of, on_each
+from sltrain.methods.restarts import check_climb, jagged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,10 +36,7 @@ class SST(Ranked):
         check_at_least(0, select_every=self.select_every, restart_warmup=self.restart_warmup)
         check_at_least(1, iterations=self.iterations)
         check_above_zero(gain=self.gain)
-        if 0 < self.select_every < self.restart_warmup:
-            raise ValueError(
-                f"method.restart_warmup={self.restart_warmup}: must be at most method.select_every={self.select_every}"
-            )
+        check_climb(self.restart_warmup, select_every=self.select_every)
 
     def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.kinds.sst import SpectralLinear
@@ -59,10 +55,6 @@ class SST(Ranked):
 
         layers = layers_of(running.model, SpectralLinear)
 
-        def tidy(moment: "Moment") -> None:
-            for layer in layers.values():
-                layer.tidy()
-
         def select(moment: "Moment") -> None:
             fresh = []
             for name, layer in layers.items():
@@ -76,4 +68,5 @@ class SST(Ranked):
 
         temporary = max((layer.select_bytes for layer in layers.values()), default=0)
         chosen = Action("select", every(self.select_every), select, temporary, decomposes=True)
-        return [Action("tidy", every(1), tidy), chosen]
+        tidy = on_each(SpectralLinear, SpectralLinear.tidy)
+        return [Action("tidy", every(1), lambda moment: tidy(running.model)), chosen]

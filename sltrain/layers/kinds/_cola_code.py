@@ -1,4 +1,5 @@
-"""A projection of kind cola, y = B act(A x) (CoLA, arXiv 2502.10940), on torch alone."""
+"""A projection of kind cola, y = B z with z = act(A x) (CoLA, arXiv 2502.10940), or dlr, which adds c Expand(z) (DLR,
+arXiv 2606.28932), on torch alone."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,17 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, layer: dict, tensors: dict | None) -> None:
         super().__init__()
-        self.activation = layer["activation"]
+        self.activation, self.times = layer["activation"], -(-out_features // layer["rank"])
+        self.factor = layer.get("residual", 0.0) / self.times**0.5
         self.A = nn.Parameter(torch.empty(layer["rank"], in_features))
         self.B = nn.Parameter(torch.empty(out_features, layer["rank"]))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.A)
+        z = F.linear(x, self.A)
         if self.activation != "none":
-            hidden = getattr(F, self.activation)(hidden)
-        return F.linear(hidden, self.B, self.bias)
+            z = getattr(F, self.activation)(z)
+        y = F.linear(z, self.B, self.bias)
+        if self.factor:
+            y = y + self.factor * z.repeat_interleave(self.times, -1)[..., : len(self.B)]
+        return y

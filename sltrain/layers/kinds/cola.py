@@ -16,11 +16,9 @@ class CoLALinear(FactoredLinear, kind="cola"):
 
     Parameters A (rank, in), B (out, rank), bias (out,) or None. Both factors start normal with standard deviation
     sqrt(gain) rank^(-1/4) (in + out)^(-1/4), so that B A has entries of variance gain^2 / (in + out); gain 1 is the
-    authors' code. There is no alpha. `activation` is one of ACTIVATIONS (layers/activated.py), or none: W = B A. With
-    an activation there is no W. `recompute` tells the decoder to keep `hidden(x)` alone for backward (models/llama.py);
-    the layer by itself keeps x and that.
-    Construction, meta and `generator` as in SLTrainLinear; raises ValueError for a rank outside [1, min(in, out)] and
-    an unknown activation.
+    authors' code. `activation` is one of ACTIVATIONS (layers/activated.py); then there is no W. With none, W = B A.
+    `recompute` tells the decoder to keep `hidden(x)` alone for backward (models/llama.py); the layer by itself keeps x
+    and that. Raises ValueError for a rank outside [1, min(in, out)] and an unknown activation.
     """
 
     CODE = "_cola_code.py"

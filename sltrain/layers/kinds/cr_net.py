@@ -14,10 +14,8 @@ from sltrain.layers.factors import FactoredLinear
 class CRNetLinear(FactoredLinear, kind="cr_net"):
     """y = x A^T B^T + beta previous + bias; x (..., in_features), previous and y (..., out_features).
 
-    Parameters A (rank, in), B (out, rank), beta (1,), bias (out,) or None. B A starts as kind low_rank's, spectrally
-    for a dense start of standard deviation `init_std` (None: nn.Linear's, 1/sqrt(3 in)), beta as `start_beta`. There is
-    no alpha, and no W: y depends on more than x. Construction, meta and `generator` as in SLTrainLinear; raises
-    ValueError for a rank outside [1, min(in, out)].
+    Parameters A (rank, in), B (out, rank), beta (1,), bias (out,) or None. B A starts as kind low_rank's, beta as
+    `start_beta`. There is no W: y depends on more than x. Raises ValueError for a rank outside [1, min(in, out)].
     """
 
     GROUPS = {**FactoredLinear.GROUPS, "beta": "scale"}

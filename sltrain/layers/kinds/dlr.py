@@ -14,12 +14,10 @@ class DLRLinear(CoLALinear, kind="dlr"):
     """y = z B^T + residual / sqrt(K) Expand(z) + bias, z = act(x A^T), K = ceil(out / rank); x (..., in_features) ->
     (..., out_features).
 
-    Expand and R, its matrix, as in layers/residual.py: without an activation W = (B + residual / sqrt(K) R) A, and with
-    one the layer with that B is one of kind cola. Parameters, start and errors as CoLALinear's; also raises ValueError
-    for a residual that is no number.
+    With Expand and its matrix R of layers/residual.py W = (B + residual / sqrt(K) R) A; with an activation the layer
+    with that B is one of kind cola. Parameters, start and errors as CoLALinear's; also raises ValueError for a residual
+    that is no number.
     """
-
-    CODE = "_dlr_code.py"
 
     def prepare(
         self, like: dict[str, Any], rank: int, activation: str = NONE, *own: Any, residual: float = 1.0, **settings: Any

@@ -29,8 +29,7 @@ class Int8Linear(StartedLinear, kind="int8"):
 
     Buffers codes (out, in), uint8, and for each 256 entries of W in row-major order a step (int32: the bits of a
     float32) and a zero, uint8; parameters weight (out, in), without memory of its own, and bias (out,) or None. W
-    starts as a dense one does, normal with standard deviation `init_std` (by default nn.Linear's, 1/sqrt(3 in)),
-    rounded to the nearest codes. Construction, meta and `generator` as in SLTrainLinear.
+    starts normal with standard deviation `init_std`, rounded to the nearest codes. Construction as in StartedLinear.
     """
 
     GROUPS = {"weight": "int8", "codes": "int8", "steps": "int8", "zeros": "int8"}

@@ -29,10 +29,9 @@ class LOSTLinear(FactoredLinear, kind="lost"):
     """y = gamma act(x A^T) B^T + (1 - gamma) x[..., columns] V^T + bias; x (..., in_features) -> (..., out_features).
 
     Parameters A (rank, in), B (out, rank), values (V row after row), bias (out,) or None; buffer indices, the columns.
-    `init_std` is the standard deviation of the dense start, by default that of nn.Linear. `activation` is one of
-    ACTIVATIONS (layers/activated.py) or none; with one there is no W. Construction, meta and `generator` as in
-    SLTrainLinear; raises ValueError for a rank outside [1, min(in, out)], a sparsity that is no column, a gamma outside
-    (0, 1), a complement below 1 and an unknown activation.
+    `init_std` is the standard deviation of the dense start. With an activation, one of ACTIVATIONS
+    (layers/activated.py), there is no W. Raises ValueError for a rank outside [1, min(in, out)], a sparsity that is no
+    column, a gamma outside (0, 1), a complement below 1 and an unknown activation.
     """
 
     CODE = "_lost_code.py"

@@ -16,9 +16,9 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
     """y = x W^T + bias with W = (alpha / rank) B A; x (..., in_features) -> (..., out_features).
 
     Computed as (x A^T) B^T, which needs no dense matrix and fewer operations when rank < in * out / (in + out).
-    Parameters A (rank, in), B (out, rank), bias (out,) or None. `start`, by default spectral, is one of STARTS, see
-    layers/factors.py; `init_std` is the standard deviation of the dense matrix that the spectral one is nearest to.
-    Construction as in StartedLinear; raises ValueError for a rank outside [1, min(in, out)] and another start.
+    Parameters A (rank, in), B (out, rank), bias (out,) or None. `start` is one of STARTS, see layers/factors.py;
+    `init_std` is the standard deviation of the dense matrix that the spectral one is nearest to. Raises ValueError for
+    a rank outside [1, min(in, out)] and another start.
     """
 
     def prepare(self, like: dict[str, Any], rank: int, alpha: float, *, start: str = "spectral") -> None:

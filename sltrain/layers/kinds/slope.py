@@ -15,11 +15,10 @@ from sltrain.layers.parts import LowRankPart, Part
 class SLoPeLinear(MaskedLinear, kind="slope"):
     """y = x W^T + bias; x (..., in_features) -> (..., out_features). S as MaskedLinear's W, with its arguments.
 
-    In backward dx = dy S2, where S2 keeps of every `of` entries in a column of S the `keep` largest of its start, so
-    that S2^T has the pattern too; other gradients are exact. The buffer again (out, ceil(kept / 8)) uint8 holds a bit a
-    kept entry: with the mask 1 + keep / of bits an entry of W. The parameters A (rank, in), B (out, rank) exist with
-    `has_adapters`, or once `add_adapters` is called. Construction, meta and `generator` as in SLTrainLinear. Raises
-    ValueError as MaskedLinear, for a column shorter than `of`, and for a rank outside [1, min(in, out)].
+    In backward dx = dy S2, where S2 keeps of every `of` entries in a column of S the `keep` largest of its start; other
+    gradients are exact. The buffer again (out, ceil(kept / 8)) uint8 holds a bit a kept entry of S: whether S2 has it.
+    A (rank, in), B (out, rank) exist with `has_adapters`, or once `add_adapters` is called. Raises ValueError as
+    MaskedLinear, for a column shorter than `of`, and for a rank outside [1, min(in, out)].
     """
 
     GROUPS = MaskedLinear.GROUPS | {"again": "mask", "A": "low_rank", "B": "low_rank"}
@@ -27,22 +26,12 @@ class SLoPeLinear(MaskedLinear, kind="slope"):
     again: Tensor
 
     def prepare(
-        self,
-        like: dict[str, Any],
-        keep: int,
-        of: int,
-        rank: int,
-        has_adapters: bool = False,
-        prune: str = "random",
+        self, like: dict[str, Any], keep: int, of: int, rank: int, has_adapters: bool = False, prune: str = "random"
     ) -> None:
         self.make_values(like, keep, of, prune)
         if of > self.out_features:
             raise ValueError(f"cannot keep {keep} of every {of} entries of a column of {self.out_features}")
-        limit = min(self.in_features, self.out_features)
-        if not 1 <= rank <= limit:
-            raise ValueError(
-                f"rank must be between 1 and {limit} for a {self.out_features} x {self.in_features} matrix, got {rank}"
-            )
+        self.check_rank(rank)
         self.rank, self.scale, self.has_adapters = rank, 1 / rank, False
         bits = self.values.new_empty(self.out_features, -(-self.values.shape[1] // 8), dtype=torch.uint8)
         self.register_buffer("again", bits)

@@ -25,9 +25,8 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     sparsity = 0 trains B A alone. `support` and `block_size` choose where the entries lie (support/), `path` how the
     product is computed (functional.py): composed, factored, or auto, the cheaper of the two for the first x. It
     changes rounding, not the function, and may be set at any time. `residual` adds residual / sqrt(K) Expand(x A^T),
-    K = ceil(out / rank), to y, and R A to W accordingly (residual.py). The layer is ready after construction; on the
-    meta device only shapes exist, and `reset_parameters` fills the layer after `to_empty(device=...)`. `generator` is a
-    CPU generator (None: torch's default one).
+    K = ceil(out / rank), to y, and R A to W accordingly (residual.py). bias, generator, device and dtype are keywords,
+    see StartedLinear.
 
     Parameters A (rank, in), B (out, rank), values (nnz,), bias (out,) or None; buffer indices, as the support draws
     them. Raises ValueError for a rank outside [0, min(in, out)], a sparsity or block size that the support cannot have,

@@ -1,17 +1,9 @@
 """W = U diag(s) V of full rank, of which all singular values and a few singular vectors are trained (Sparse Spectral
 Training, Zhao et al., arXiv 2405.15481, section 4).
 
-With G = dL/dW, u a column of U and v the row of V that belongs to it, and s their singular value:
-
-    gradient of s                u^T G v^T
-    gradient of u, of v          G v^T, (G^T u)^T        equation 8: the factor s of the true gradient is left out
-
-so that a direction is learned at one rate however small its singular value is. `tidy` after each update gives the
-trained vectors length one and takes negative singular values back to 0; `select` chooses other vectors to train;
-`decompose` makes the factors a singular value decomposition again. W stays in both.
-
-Stored are two pairs of tensors, so that gradients and moments exist for the trained vectors alone: U (out, rank) and
-V (rank, in), trained, and U_rest, V_rest, frozen. `order` says which singular values are theirs.
+With G = dL/dW, u a column of U and v the row of V that belongs to it, s has the gradient u^T G v^T, but u has G v^T and
+v has (G^T u)^T: equation 8 leaves the factor s out, so that a direction is learned at one rate however small its
+singular value is. Two pairs of tensors give gradients and moments to the trained vectors alone.
 """
 
 from typing import Any
@@ -32,42 +24,28 @@ class SpectralLinear(StartedLinear, kind="sst"):
 
     With m = min(in, out): parameters U (out, rank), V (rank, in), s (m,), bias (out,) or None; frozen U_rest
     (out, m - rank), V_rest (m - rank, in); buffer order (m,), whose first `rank` entries are the places in s of the
-    trained vectors. It starts at the singular values and vectors of a random matrix of standard deviation `init_std`
-    (None: that of nn.Linear). Raises ValueError for a rank outside [1, m].
+    trained vectors. Raises ValueError for a rank outside [1, m].
     """
 
-    GROUPS = {
-        "U": "low_rank",
-        "V": "low_rank",
-        "s": "singular",
-        "U_rest": "frozen",
-        "V_rest": "frozen",
-        "order": "indices",
-    }
-
+    GROUPS = dict(U="low_rank", V="low_rank", s="singular", U_rest="frozen", V_rest="frozen", order="indices")
     CODE = "_sst_code.py"
 
     order: Tensor
 
     def prepare(self, like: dict[str, Any], rank: int) -> None:
-        out_features, in_features = self.out_features, self.in_features
-        self.rank, self.full_rank = rank, min(in_features, out_features)
-        if not 1 <= rank <= self.full_rank:
-            raise ValueError(
-                f"rank must be between 1 and {self.full_rank} for a {out_features} x {in_features} matrix, got {rank}"
-            )
+        self.check_rank(rank)
+        self.rank, self.full_rank = rank, min(self.in_features, self.out_features)
         rest = self.full_rank - rank
-        self.U = nn.Parameter(torch.empty(out_features, rank, **like))
+        self.U = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.s = nn.Parameter(torch.empty(self.full_rank, **like))
-        self.V = nn.Parameter(torch.empty(rank, in_features, **like))
-        self.U_rest = nn.Parameter(torch.empty(out_features, rest, **like), requires_grad=False)
-        self.V_rest = nn.Parameter(torch.empty(rest, in_features, **like), requires_grad=False)
+        self.V = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.U_rest = nn.Parameter(torch.empty(self.out_features, rest, **like), requires_grad=False)
+        self.V_rest = nn.Parameter(torch.empty(rest, self.in_features, **like), requires_grad=False)
         self.register_buffer("order", self.s.new_empty(self.full_rank, dtype=torch.int64))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw W, its vectors uniformly distributed and its singular values by the law of Marchenko and Pastur, and
-        which vectors are trained first."""
+        """Draw the singular values and vectors of a random matrix of standard deviation `init_std`, and the order."""
         self.s.copy_(self.init_std * largest_singular_values(self.out_features, self.in_features, self.full_rank))
         left = orthonormal(self.out_features, self.full_rank, generator)
         right = orthonormal(self.in_features, self.full_rank, generator).t()
@@ -103,28 +81,25 @@ class SpectralLinear(StartedLinear, kind="sst"):
 
     @torch.no_grad()
     def decompose(self) -> None:
-        """Make U, s and V the singular value decomposition of W, found in float64; W stays, up to the rounding of its
-        factors."""
+        """Make U, s and V the singular value decomposition of W again; W stays, up to the rounding of its factors."""
         self.set_weight(self.dense_weight())
 
     @property
     def select_bytes(self) -> int:
-        """Tensors that `select` and `decompose` allocate at most: W, and in float64 W twice and both sides of its
-        decomposition. What LAPACK allocates by itself, with MKL three (m, m) matrices, is in no plan."""
+        """Of `select` and `decompose`: W, and in float64 W twice and both sides of its decomposition. LAPACK's own
+        memory, with MKL three (m, m) matrices, is in no plan."""
         size, sides = self.out_features * self.in_features, self.out_features + self.in_features
         return self.U.element_size() * size + 8 * (2 * size + self.full_rank * sides)
 
     def _sample(self, generator: torch.Generator | None) -> Tensor:
         values = self.s.detach().double().cpu()
         weights = 1 / self.full_rank + values / values.sum().clamp_min(1e-300)
-        chosen = torch.multinomial(weights, self.rank, generator=generator).sort().values
-        is_chosen = torch.zeros(self.full_rank, dtype=torch.bool)
-        is_chosen[chosen] = True
-        return torch.cat([chosen, (~is_chosen).nonzero().flatten()])
+        is_rest = torch.ones(self.full_rank, dtype=torch.uint8)
+        is_rest[torch.multinomial(weights, self.rank, generator=generator)] = 0
+        return is_rest.argsort(stable=True)
 
     def _place(self, left: Tensor, right: Tensor, order: Tensor) -> None:
-        """Store all vectors, columns of `left` and rows of `right` in the order of s, the first of `order` as trained
-        ones."""
+        """Store all vectors, columns of `left` and rows of `right` in the order of s, as `order` says."""
         self.order.copy_(order)
         own = order.to(left.device)
         self.U.copy_(left[:, own[: self.rank]])
@@ -133,8 +108,7 @@ class SpectralLinear(StartedLinear, kind="sst"):
         self.V_rest.copy_(right[own[self.rank :]])
 
     def parts(self) -> dict[str, Part]:
-        values = self.s.detach()[self.order]
-        trained, frozen = values[: self.rank], values[self.rank :]
+        trained, frozen = self.s.detach()[self.order].split([self.rank, self.full_rank - self.rank])
         return {
             "trained": LowRankPart(self.U.detach() * trained, self.V.detach()),
             "frozen": LowRankPart(self.U_rest.detach() * frozen, self.V_rest.detach()),

@@ -18,9 +18,8 @@ class StructuredLinear(StartedLinear, kind="structured_ffn"):
     """y = x W^T + bias, with a guide y = g x G^T + (1 - g) x W^T + bias; x (..., in) -> (..., out).
 
     Parameters A, B as `Structure` has them, bias (out,) or None; with a guide also guide (out, in) and the buffer
-    share, g, 0-d float32. low_rank starts as the nearest matrix to a normal one of standard deviation `init_std` (None:
-    nn.Linear's, 1/sqrt(3 in)); the others with orthonormal rows or columns in each block, times `gain`. Construction,
-    meta and `generator` as in SLTrainLinear. Raises ValueError as `Structure`.
+    share, g, 0-d float32. low_rank starts as the nearest matrix to a normal one of standard deviation `init_std`; the
+    others with orthonormal rows or columns in each block, times `gain`. Raises ValueError as `Structure`.
     """
 
     GROUPS = {"A": "low_rank", "B": "low_rank"}
@@ -28,13 +27,7 @@ class StructuredLinear(StartedLinear, kind="structured_ffn"):
     share: Tensor
 
     def prepare(
-        self,
-        like: dict[str, Any],
-        structure: str,
-        rank: int,
-        blocks: int,
-        has_guide: bool = False,
-        gain: float = 1.0,
+        self, like: dict[str, Any], structure: str, rank: int, blocks: int, has_guide: bool = False, gain: float = 1.0
     ) -> None:
         self.structure = Structure(structure, self.in_features, self.out_features, rank, blocks)
         self.gain, self.has_guide = gain, False
