@@ -23,7 +23,7 @@ CHOICES = ("random", "magnitude", "sparsegpt")
 
 class MaskedLinear(StartedLinear):
     """The base of layers whose W keeps `keep` of every `of` neighbouring entries of a row. Parameters values
-    (out, kept), bias (out,) or None; buffer mask (out, ceil(in / 8)) uint8. `like` are device and dtype. Raises
+    (out, kept), bias (out,) or None; buffer mask (out, ceil(in / 8)) uint8. `prepare` calls `make_values`. Raises
     ValueError unless 1 <= keep <= of <= in_features, and for an unknown `prune`."""
 
     GROUPS = {"values": "sparse", "mask": "mask"}
@@ -31,7 +31,7 @@ class MaskedLinear(StartedLinear):
     mask: Tensor
 
     def make_values(self, like: dict[str, Any], keep: int, of: int, prune: str) -> None:
-        """Values and mask, without values."""
+        """The tensors of W, empty."""
         if prune not in CHOICES:
             raise ValueError(f"prune is {prune!r}; choose one of {', '.join(CHOICES)}")
         self.keep, self.of, self.prune = keep, of, prune

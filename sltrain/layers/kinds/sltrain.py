@@ -35,10 +35,9 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     GROUPS = FactoredLinear.GROUPS | {"values": "sparse", "indices": "indices"}
     PATHS = ("composed", "factored")
+    LEAST_RANK = 0
 
     indices: Tensor
-
-    LEAST_RANK = 0
 
     def prepare(
         self,
