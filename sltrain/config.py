@@ -80,6 +80,14 @@ class ParallelConfig:
 
 
 @dataclass
+class ParametrizationConfig:
+    """The rule for starts and learning rates of tensors (building/parametrization.py)."""
+
+    name: str = "paper"  # paper: starts as each method says, one rate; spectral: both by the shape of each layer
+    base_width: int | None = None  # spectral: inputs of the dense layer that initializer_range and lr are meant for
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -89,6 +97,7 @@ class TrainConfig:
     data: SourceConfig = field(default_factory=SourceConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
 
     # W = (alpha / rank) B A + S: a recipe's values, read by the methods that have these options
     rank: int = MISSING  # inner size of B A; 0: S alone

@@ -13,6 +13,7 @@ from typing import Any
 
 from sltrain.config import EVAL_PARTS, ROPE_TYPES, RopeScaling, TrainConfig, num_steps, rate_schedule
 from sltrain.methods.sltrain import SUPPORTS
+from sltrain.optim.kinds.adamw import AdamOptions
 from sltrain.optim.schedule import SCHEDULES
 from sltrain.parameters import ROLES
 
@@ -23,6 +24,7 @@ CHOICES = {
     "parallel.reduce_dtype": ("auto", "float32", "bfloat16"),
     "parallel.reduce_every": ("micro_batch", "update"),
     "parallel.checkpoint": ("whole", "sharded"),
+    "parametrization.name": ("paper", "spectral"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
     "support": SUPPORTS,
     "layer_path": ("auto", "composed", "factored"),
@@ -64,6 +66,7 @@ AT_LEAST = {
     "keep_last": 1,
     "hang_timeout": 0,
     "parallel.replicas": 1,
+    "parametrization.base_width": 1,
     "seed": 0,
 }
 ABOVE_ZERO = (
@@ -88,6 +91,7 @@ def validate(config: TrainConfig) -> None:
     change."""
     _check_limits(config)
     _check_rates(config)
+    _check_parametrization(config)
     config.optimizer.check()
     config.method.check()
     if config.init_from is None and (reason := config.method.against_random_start()) is not None:
@@ -119,6 +123,8 @@ def _disagreements(config: TrainConfig) -> Iterator[str]:
         )
     if config.ema is not None and (reason := method.against_ema()) is not None:
         yield f"ema={config.ema} averages each tensor by itself, and method={method.name} {reason}; set ema=null"
+    if config.parametrization.name == "spectral":
+        yield from _against_spectral(config)
     if optimizer.whole_update and not method.multiplies_factors():
         yield (
             f"optimizer={optimizer.name} is for factors whose product B A is W, and those of"
@@ -150,6 +156,23 @@ def _disagreements(config: TrainConfig) -> Iterator[str]:
         yield (
             f"moments_dtype={config.moments_dtype} is for optimizers that take it, as adamw and galore do, and"
             f" optimizer={optimizer.name} has {own}{'' if own.endswith('kind') else ' ones'}; drop one of the two"
+        )
+
+
+def _against_spectral(config: TrainConfig) -> Iterator[str]:
+    """Why parametrization=spectral has no starts and rates for this run, a line each."""
+    name, remedy = "parametrization=spectral", "or set parametrization=paper"
+    if (reason := config.method.against_spectral()) is not None:
+        yield f"{name}: {reason}, {remedy}"
+    if not isinstance(config.optimizer, AdamOptions):
+        yield (
+            f"{name} gives tensors the rates of Adam's steps, and optimizer={config.optimizer.name} makes others; set"
+            f" optimizer=adamw or adam8bit, {remedy}"
+        )
+    if config.model.tie_word_embeddings:
+        yield (
+            f"{name} starts and trains the head unlike the embedding, and model.tie_word_embeddings=true makes them one"
+            f" matrix; set it to false, {remedy}"
         )
 
 
@@ -186,6 +209,16 @@ def _check_rates(config: TrainConfig) -> None:
         raise ValueError(f"z_loss={config.z_loss}: must be a number of at least 0 (1e-4 is usual; 0 is none)")
     if not 0 <= config.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={config.min_lr_ratio}: must be between 0 and 1 (0.1 ends at a tenth of lr)")
+
+
+def _check_parametrization(config: TrainConfig) -> None:
+    name, width = config.parametrization.name, config.parametrization.base_width
+    if name == "paper" and width is not None:
+        raise ValueError(
+            f"parametrization.base_width={width} is for parametrization=spectral, and it is paper; drop one of the two"
+        )
+    if name == "spectral" and width is None:
+        raise ValueError("parametrization=spectral needs parametrization.base_width, a width such as 128")
 
 
 def _check_rows(config: TrainConfig) -> None:

@@ -14,7 +14,15 @@ import sltrain
 from sltrain.building.model import build_model
 from sltrain.compose import PLUGINS, TRAIN, compose_config, conf_dir, read_config, register_schema, to_train_config
 from sltrain.compose.earlier import run_config
-from sltrain.config import RETIRED_KEYS, ModelConfig, ParallelConfig, TrackerConfig, TrainConfig, num_steps
+from sltrain.config import (
+    RETIRED_KEYS,
+    ModelConfig,
+    ParallelConfig,
+    ParametrizationConfig,
+    TrackerConfig,
+    TrainConfig,
+    num_steps,
+)
 from sltrain.config_checks import validate
 from sltrain.methods.sltrain import SUPPORTS
 from sltrain.planning.accounting import count_parameters
@@ -124,12 +132,14 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     """By the code, or by a plug-in whose defaults refer to it."""
     code = "".join(path.read_text() for path in Path(sltrain.__file__).parent.rglob("*.py"))
     defaults = "".join(path.read_text() for path in conf_dir().rglob("*.yaml"))
-    schemas: list[type] = [TrainConfig, ModelConfig, TrackerConfig, ParallelConfig]
+    schemas: list[type] = [TrainConfig, ModelConfig, TrackerConfig, ParallelConfig, ParametrizationConfig]
     for registry in PLUGINS.values():
         schemas += [registry.load(name) for name in registry.names()]
     for schema in schemas:
         for item in fields(schema):
-            is_read = re.search(rf"\b(config|c|self|shape|run|data|tracker|parallel)\.{item.name}\b", code)
+            is_read = re.search(
+                rf"\b(config|c|self|shape|run|data|tracker|parallel|parametrization)\.{item.name}\b", code
+            )
             assert is_read or f"${{{item.name}}}" in defaults, f"{schema.__name__}.{item.name}"
 
 

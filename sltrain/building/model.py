@@ -6,6 +6,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from sltrain.building.parametrization import set_starts
 from sltrain.config import TrainConfig, num_steps
 from sltrain.engine.actions import begun
 from sltrain.models.llama import LlamaForCausalLM, is_projection
@@ -27,6 +28,7 @@ def build_model(config: TrainConfig, vocab_size: int, dtype: torch.dtype) -> Lla
         model = LlamaForCausalLM(shape, config.activation_checkpointing, compute_dtype, config.z_loss)
     model.to(dtype)
     config.method.replace(model, is_projection)
+    set_starts(config, model)
     for phase in begun(config.method.phases(num_steps(config)), 0):
         phase.change(model)
     return model

@@ -44,7 +44,7 @@ def describe(
         f"update     {c.global_batch_size} sequences x {c.seq_len} tokens = {positions:,} positions"
         f" ({processes} {micro_batches})",
         f"budget     {max_steps:,} updates = {max_steps * positions:,} positions; lr {c.lr:g}{_shape(c)},"
-        f" {c.optimizer.name}",
+        f" {c.optimizer.name}{_rule(c)}",
         f"data       {source.name}, padding={c.padding}; tokenizer {c.tokenizer}, vocabulary {tokenizer.vocab_size:,}",
         f"machine    {ranks.device}, {dtype}, {threads} CPU thread{'s' if threads > 1 else ''}",
     ]
@@ -78,6 +78,12 @@ def _shape(config: TrainConfig) -> str:
     if config.schedule == "wsd":
         return f" (wsd, decay over the last {rate_schedule(config).decay_steps:,})"
     return "" if config.schedule == "cosine" else f" ({config.schedule})"
+
+
+def _rule(config: TrainConfig) -> str:
+    """The parametrization, unless it is the usual one."""
+    own = config.parametrization
+    return "" if own.name == "paper" else f", parametrization {own.name} (base width {own.base_width})"
 
 
 def _short(number: int) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from sltrain import kernels
 from sltrain.affine import CodedTensor
 from sltrain.building.model import allocate, allocate_own, precision_name
+from sltrain.building.parametrization import Scale, scales
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.building.start_from import Start
 from sltrain.config import TrainConfig, num_steps, rate_schedule
@@ -258,7 +259,7 @@ def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> 
         stochastic_rounding=config.stochastic_rounding,
         seed=config.seed,
         infos=parameters_of(model),
-        group_options=partial(group_options, config),
+        group_options=partial(group_options, config, scales(config, model)),
         in_codes=held_in_codes(model),
     )
     if strategy.is_sharded:
@@ -282,9 +283,12 @@ def held_in_codes(model: nn.Module) -> dict[nn.Parameter, CodedTensor]:
     return {parameter: held for layer in layers for parameter, held in layer.held_in_codes().items()}
 
 
-def group_options(config: TrainConfig, parameter: ParamInfo) -> dict[str, float]:
-    """Optimizer settings of one parameter that differ from the run's: the method's, and `lr_scale` of its role."""
+def group_options(config: TrainConfig, scales: Mapping[str, Scale], parameter: ParamInfo) -> dict[str, float]:
+    """Optimizer settings of one parameter that differ from the run's: the method's, the parametrization's by name, and
+    `lr_scale` of its role."""
     options = config.method.group_options(parameter)
+    if parameter.name in scales:
+        options = {**options, "lr_scale": scales[parameter.name].rate * options.get("lr_scale", 1.0)}
     scale = config.lr_scale.get(parameter.role)
     return options if scale is None else {**options, "lr_scale": scale * options.get("lr_scale", 1.0)}
 

@@ -22,7 +22,7 @@ def help_text(schema: Schema = TRAIN) -> str:
     in the schema."""
     groups, defaults = groups_of(schema), defaults_of(schema)
     lines = ["Groups (GROUP=OPTION):"] if groups else []
-    lines += [f"  {group:11} {', '.join(options)}" for group, options in groups.items()]
+    lines += [f"  {group:15} {', '.join(options)}" for group, options in groups.items()]
     lines += ["", f"Keys (KEY=VALUE, with their defaults); {schema.order}:"]
     lines += [_line(2, key, defaults, comment) for key, comment in _comments(schema.type) if key not in groups]
     for group in PLUGINS if groups else ():

@@ -20,7 +20,7 @@ the meta device). Temporaries are bounds of the largest terms: in a whole model 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +68,7 @@ class ReplacedLinear(nn.Module):
     takes_previous: ClassVar[bool] = False
 
     is_mergeable: bool = True  # False where W is not one matrix; then there are no parts and no dense weight
+    starts: Mapping[str, float] = {}  # tensor -> standard deviation of a normal start instead of the kind's own
     path: str  # one of PATHS, or auto until the first forward chooses
     bias: nn.Parameter | None
 

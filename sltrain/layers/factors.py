@@ -7,7 +7,8 @@
     values   uniform in +-1/sqrt(in)                           the paper
     bias     uniform in +-1/sqrt(in)                           nn.Linear
 
-(`start=uniform` and `start=xavier` are others for A and B without S.) A residual (residual.py) changes no start.
+(`start=uniform` and `start=xavier` are others for A and B without S; parametrization=spectral has its own, which come
+as `starts`.) A residual (residual.py) changes no start.
 
 Without S a zero B makes W zero. Zero query, key, value and output projections pass no gradient to each other, so a
 model made of them never starts to learn. The spectral start makes scale * B A what is nearest, at this rank, to a dense
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain.layers.base import fill_uniform
+from sltrain.layers.base import fill_normal, fill_uniform
 from sltrain.layers.parts import LowRankPart, Part
 from sltrain.layers.residual import folded, residual_factor
 from sltrain.layers.started import StartedLinear
@@ -100,6 +101,14 @@ class FactoredLinear(StartedLinear):
         for factor in (self.A, self.B):
             drawn = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
             factor.copy_(drawn.normal_(0, math.sqrt(2 / sum(factor.shape)), generator=generator))
+
+    @torch.no_grad()
+    def reset_by_starts(self, generator: torch.Generator | None) -> None:
+        """Fill the tensors that `starts` names normally, and the bias with zeros."""
+        for name, std in self.starts.items():
+            fill_normal(self.get_parameter(name), std, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def set_factors(self, weight: Tensor) -> None:

@@ -88,6 +88,11 @@ class Method:
             return None
         return "exchanges B and A now and then while W stays: their averages would be no average of W"
 
+    def against_spectral(self) -> str | None:
+        """Why parametrization=spectral is refused, with the remedy; None: it is not, since building/parametrization.py
+        knows the tensors of its layers."""
+        return f"method={self.name} is not one of those that it has rules for; set method=full, low_rank or sltrain"
+
     def agrees(self, step: int, before: int, after: int) -> bool:
         """Whether a run of `before` updates does in its first `step` what one of `after` does, phases apart. Runs are
         extended only then (`extend=`)."""

@@ -22,6 +22,9 @@ class Full(Method):
     def check(self) -> None:
         check_above_zero(gain=self.gain)
 
+    def against_spectral(self) -> str | None:
+        return None
+
     def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers.aligned import AlignedLinear
 

@@ -28,6 +28,10 @@ class LowRank(Ranked, Restarts):
         if self.start != "spectral" and self.gain != 1:
             raise ValueError(f"method.gain={self.gain:g} is read by method.start=spectral only; drop one of the two")
 
+    def against_spectral(self) -> str | None:
+        own = self.start != "spectral"
+        return f"method.start={self.start} is a start of its own; drop it" if own else None
+
     def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers import LowRankLinear
 

@@ -66,6 +66,9 @@ class SLTrain(Restarts):
                 " add support=block, or drop block_size"
             )
 
+    def against_spectral(self) -> str | None:
+        return f"it has no rule for method.residual={self.residual:g}; set it to 0" if self.residual else None
+
     def layer(self, name: str, linear: "nn.Linear", like: dict[str, Any]) -> "nn.Module":
         from sltrain.layers import SLTrainLinear
 

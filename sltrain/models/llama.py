@@ -418,9 +418,9 @@ class LlamaForCausalLM(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int, modules: Collection[nn.Module] | None = None) -> None:
         """Fill every parameter and buffer, or the own ones of these modules: norms 1, embeddings, head and dense
-        projections normal(0, initializer_range), replaced projections by their `reset_parameters(generator)`. Each
-        module has a generator seeded by (seed, its name) and draws on the CPU in float32, so the values do not depend
-        on build order, rank, device or dtype."""
+        projections normal(0, initializer_range) or as their `starts` say, replaced projections by their
+        `reset_parameters(generator)`. Each module has a generator seeded by (seed, its name) and draws on the CPU in
+        float32, so the values do not depend on build order, rank, device or dtype."""
         for name, module in self.named_modules():
             if modules is not None and module not in modules:
                 continue
@@ -429,7 +429,8 @@ class LlamaForCausalLM(nn.Module):
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
             elif isinstance(module, nn.Linear | nn.Embedding):
-                std = self.config.initializer_range * getattr(module, "gain", 1.0)
+                usual = self.config.initializer_range * getattr(module, "gain", 1.0)
+                std = getattr(module, "starts", {}).get("weight", usual)
                 for piece in module.weight.view(-1).split(DRAWN_AT_ONCE):  # no float32 copy of the whole
                     drawn = torch.empty(len(piece), dtype=torch.float32, device="cpu")
                     piece.copy_(drawn.normal_(0, std, generator=generator))

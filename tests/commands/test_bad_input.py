@@ -35,6 +35,32 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no budget": (["max_steps=null"], ["max_steps=", "max_tokens="]),
     "learning rate": (["lr=-1"], ["lr=-1", "above 0"]),
     "learning rate nan": (["lr=nan"], ["lr=nan"]),
+    "parametrization": (["parametrization=mup"], ["parametrization=mup", "paper, spectral"]),
+    "parametrization of another method": (
+        ["parametrization=spectral", "method=cola"],
+        ["method=cola", "method=full, low_rank or sltrain", "parametrization=paper"],
+    ),
+    "parametrization of another optimizer": (
+        ["parametrization=spectral", "optimizer=muon"],
+        ["optimizer=muon", "optimizer=adamw"],
+    ),
+    "parametrization and start": (
+        ["parametrization=spectral", "method=low_rank", "method.start=xavier"],
+        ["method.start=xavier", "drop it"],
+    ),
+    "parametrization and residual": (["parametrization=spectral", "method.residual=1"], ["method.residual=1", "to 0"]),
+    "parametrization and tied head": (
+        ["parametrization=spectral", "model.tie_word_embeddings=true"],
+        ["model.tie_word_embeddings=true", "to false"],
+    ),
+    "parametrization paper with a width": (
+        ["parametrization.base_width=64"],
+        ["base_width=64", "parametrization=spectral"],
+    ),
+    "parametrization without width": (
+        ["parametrization=spectral", "parametrization.base_width=0"],
+        ["base_width=0", "at least 1"],
+    ),
     "schedule": (["schedule=step"], ["schedule=step", "wsd"]),
     "decay of another schedule": (["decay_steps=2"], ["decay_steps=2", "schedule=wsd", "cosine"]),
     "decay too long": (["schedule=wsd", "decay_steps=5"], ["decay_steps=5", "6 updates", "4 or less"]),

@@ -28,7 +28,7 @@ def test_defaults_are_those_of_a_composed_run(lines: list[str]) -> None:
     """llama_tiny sets what a model sets; everything else has the value that is shown."""
     config = compose_config(["model=llama_tiny", "max_steps=null", "max_tokens=1"], TRAIN)
     plain = {True: "true", False: "false", None: "null"}
-    groups = {"model", "method", "optimizer", "data", "parallel", "tracker"}
+    groups = {"model", "method", "optimizer", "data", "parallel", "parametrization", "tracker"}
     for key in {item.name for item in fields(TrainConfig)} - groups - {"max_tokens", "tokenizer"}:
         value = getattr(config, key)
         if key in SET_BY_A_MODEL:

@@ -28,6 +28,9 @@ class LowRankLinear(FactoredLinear, kind="low_rank"):
         self.start = start
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.starts:
+            self.reset_by_starts(generator)
+            return
         if self.start == "uniform":
             self.reset_factors(generator, zero_B=False)
             return

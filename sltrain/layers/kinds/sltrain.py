@@ -67,6 +67,9 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the support and every parameter."""
         self.indices.copy_(self.support.draw(generator))
+        if self.starts:
+            self.reset_by_starts(generator)
+            return
         self.reset_factors(generator, zero_B=self.support.num_nonzero > 0)
         fill_uniform(self.values, 1 / math.sqrt(self.in_features), generator)
 
