@@ -22,7 +22,7 @@ from sltrain.commands.sweep import in_words, run_process
 from sltrain.config import num_steps
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
-from sltrain.reporting.study import Entry, chosen_trial, setting_text
+from sltrain.reporting.study import Entry, chosen_trial, counted, setting_text
 from sltrain.reporting.table import Table, aligned, duration, perplexity, short
 
 
@@ -73,9 +73,9 @@ class Work:
             f", {each * sum(size.flops for size in sizes.values() if size):.2g} FLOPs" if all(sizes.values()) else ""
         )
         return (
-            f"study      {self.study.name}: {len(rows)} candidates x {file.trials} trials x"
-            f" {_seeds(file.tuning_seeds, 'tuning')} on validation half a, then x"
-            f" {_seeds(file.reporting_seeds, 'reporting')} on half b\n"
+            f"study      {self.study.name}: {len(rows)} candidates x {counted(file.trials, 'trial')} x"
+            f" {counted(len(file.tuning_seeds), 'tuning seed')} on validation half a, then x"
+            f" {counted(len(file.reporting_seeds), 'reporting seed')} on half b\n"
             f"{aligned(Table(headings, rows, headings[:2]))}\n"
             f"cost       {self.study.num_runs} runs, {sum(self.study.updates_of().values()):,} updates,"
             f" {short(each * sum(map(positions, configs.values())))} positions{flops}; {self._left()}"
@@ -87,12 +87,12 @@ class Work:
         left = self.study.num_runs - len(done)
         timed = [entry for entry in done if entry.seconds and entry.updates]
         if not left or not timed:
-            return f"{left} runs are left" if done else "the first run will tell the time"
+            return f"{counted(left, 'run')} left" if done else "the first run will tell the time"
         rates = {name: _rate([e for e in timed if e.candidate == name] or timed) for name in self.study.file.candidates}
         updates = self.study.updates_of()
         for entry in done:
             updates[entry.candidate] -= num_steps(self.study.configs[entry.candidate, 1])
-        return f"{left} runs are left, about {duration(sum(rates[name] * updates[name] for name in rates))}"
+        return f"{counted(left, 'run')} left, about {duration(sum(rates[name] * updates[name] for name in rates))}"
 
     def run(self) -> ExitCode:
         """Make every run that is not in the ledger, and draw the page after each part. Returns how that ended."""
@@ -139,11 +139,6 @@ class Work:
         result = f"perplexity {perplexity(math.exp(entry.loss))}" if math.isfinite(entry.loss) else "diverged"
         print(f"    {result}; {self._left()}", flush=True)
         return ExitCode.OK
-
-
-def _seeds(seeds: list[int], kind: str) -> str:
-    """5 reporting seeds."""
-    return f"{len(seeds)} {kind} seed{'s' * (len(seeds) != 1)}"
 
 
 def _rate(entries: list[Entry]) -> float:

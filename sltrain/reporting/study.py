@@ -165,7 +165,7 @@ def render(protocol: Protocol, entries: Sequence[Entry], notes: Sequence[str], c
 
 def _how(protocol: Protocol) -> str:
     return (
-        f"{len(protocol.candidates)} candidates. Each was tuned by {protocol.trials} trials with tuning seeds"
+        f"{len(protocol.candidates)} candidates. Each was tuned by {counted(protocol.trials, 'trial')} with seeds"
         f" {_listed(protocol.tuning_seeds)}, judged on half a of the validation documents, and reported with seeds"
         f" {_listed(protocol.reporting_seeds)} on half b. Runs of one seed read the same rows in the same order. All"
         f" runs: `{' '.join(protocol.common)}`."
@@ -321,6 +321,11 @@ def _exp(loss: float) -> float:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else short(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _listed(values: Sequence[Any]) -> str:

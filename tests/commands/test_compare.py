@@ -112,9 +112,7 @@ def test_a_study_from_its_cost_to_its_page(
 
     made.stop_at = 3  # a signal, and a line that a power cut tore
     code, out, err = sltrain_compare(*typed)
-    assert (
-        code == ExitCode.INTERRUPTED and "5 runs are left, about" in out and out.endswith("the same command goes on\n")
-    )
+    assert code == ExitCode.INTERRUPTED and "5 runs left, about" in out and out.endswith("the same command goes on\n")
     with open(folder / NAME, "a") as file:
         file.write('{"event": "run", "role": "tun')
     before, made.stop_at = (folder / NAME).read_bytes(), None
