@@ -127,13 +127,15 @@ def open_ledger(folder: Path, study: Study, writes: bool) -> Ledger:
 
 def _checked(folder: Path, study: Study) -> Ledger:
     """What is in the ledger, or would be in a new one, with the candidates of the study. Raises ValueError."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_dir={folder} is a file; name a folder for the study")
     protocol = {"name": study.name, **study.protocol()}
     ledger = read_ledger(folder) if (folder / NAME).exists() else Ledger(folder, protocol)
     for key, now in protocol.items():
         if (before := ledger.protocol.get(key)) != now:
             raise ValueError(
-                f"run_dir={folder} holds a study with another protocol: {key} was {before!r}, is now {now!r}. Type what"
-                " was typed then, or choose another run_dir"
+                f"run_dir={folder} holds a study with another protocol: {_change(key, before, now)}. Type what was typed"
+                " then, or choose another run_dir"
             )
     for name, candidate in study.file.candidates.items():
         own = asdict(candidate)
@@ -144,6 +146,15 @@ def _checked(folder: Path, study: Study) -> Ledger:
             )
     _check_configs(ledger, study)
     return ledger
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """What is another value, in words; of the common overrides those that differ."""
+    if key != "common" or before is None or set(before) == set(now):
+        return f"{key} was {before!r}, is now {now!r}"
+    gone, new = ([text for text in one if text not in other] for one, other in ((before, now), (now, before)))
+    parts = [f"{what} {' '.join(texts)}" for what, texts in (("had", gone), ("now has", new)) if texts]
+    return f"{key} {', '.join(parts)}"
 
 
 def _check_configs(ledger: Ledger, study: Study) -> None:

@@ -153,9 +153,10 @@ def test_a_study_from_its_cost_to_its_page(
     assert sltrain_compare(*typed)[0] == 0 and len(made.names) == 8
 
     changed = {**study, "candidates": {**study["candidates"], "dense": {"tune": {"lr": [1, 2]}}}}
+    assert sltrain_compare(typed[0], f"run_dir={folder / NAME}")[2].endswith("is a file; name a folder for the study\n")
     for content, typed_too, words in (
         ({**study, "reporting_seeds": [12, 13]}, [], "another protocol: reporting_seeds was [11, 12], is now [12, 13]"),
-        (study, ["max_steps=7"], "another protocol: common was"),
+        (study, ["max_steps=7"], "another protocol: common now has max_steps=7. Type"),
         (changed, [], "another candidate dense: it was"),
     ):
         code, out, err = sltrain_compare(f"study={write(content)}", f"run_dir={folder}", *typed_too)
