@@ -134,8 +134,8 @@ def _checked(folder: Path, study: Study) -> Ledger:
     for key, now in protocol.items():
         if (before := ledger.protocol.get(key)) != now:
             raise ValueError(
-                f"run_dir={folder} holds a study with another protocol: {_change(key, before, now)}. Type what was typed"
-                " then, or choose another run_dir"
+                f"run_dir={folder} holds a study with another protocol: {_change(key, before, now)}. Type what was"
+                " typed then, or choose another run_dir"
             )
     for name, candidate in study.file.candidates.items():
         own = asdict(candidate)
