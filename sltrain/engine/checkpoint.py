@@ -37,7 +37,7 @@ from sltrain.engine.checkpoint_files import (
     save_object,
     save_tensors,
 )
-from sltrain.engine.distributed import Ranks
+from sltrain.engine.distributed import Ranks, is_lost_rank
 from sltrain.engine.sealed_folder import (
     disk_reason,
     find_damage,
@@ -126,6 +126,11 @@ class Checkpointer:
                 write_shares(final, contents, self.together, add_state, {"step": step})
                 self.together.on_main(point)
         except Exception as error:
+            if is_lost_rank(error):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} was not finished, as another process of the run is gone; earlier"
+                    " ones are untouched"
+                ) from error
             reason = disk_reason(error)
             if reason is None:
                 raise
