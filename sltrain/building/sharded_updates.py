@@ -9,6 +9,7 @@ from sltrain.config import TrainConfig
 from sltrain.engine.sharded import Sharded
 from sltrain.optim.build import member_for
 from sltrain.optim.named_state import named_state
+from sltrain.optim.per_unit import PerUnitUpdate
 from sltrain.optim.whole_tensors import WholeTensors
 from sltrain.planning.roles import parameters_of
 
@@ -16,8 +17,16 @@ Build = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 
 
 def build_on_shards(config: TrainConfig, model: nn.Module, strategy: Sharded, build: Build) -> Optimizer:
-    """What `build` makes of this process's rows of parameters, and of the whole tensors that it owns. Raises ValueError
-    if a process would have nothing to update."""
+    """What `build` makes of this process's rows of parameters, and of the whole tensors that it owns; with
+    per_layer_update, to work inside backward. Raises ValueError if a process would have nothing to update."""
+    optimizer = _build(config, model, strategy, build)
+    if not config.per_layer_update:
+        return optimizer
+    clip = config.grad_clip_per_parameter
+    return PerUnitUpdate(optimizer, strategy.units, strategy.take, strategy.whole_norms, clip)
+
+
+def _build(config: TrainConfig, model: nn.Module, strategy: Sharded, build: Build) -> Optimizer:
     infos, rounds = parameters_of(model), config.stochastic_rounding
     whole = [name for name, info in infos.items() if not member_for(config.optimizer, info).works_on_shards(rounds)]
     if not whole:
@@ -27,7 +36,7 @@ def build_on_shards(config: TrainConfig, model: nn.Module, strategy: Sharded, bu
     owners.labels = {key: of_one[key] for key in ("class", "groups")}
     mine = owners.updated_here()
     strategy.ranks.everywhere(lambda: _check_has_some(config, mine))
-    return WholeTensors(build(mine), owners.turns())
+    return WholeTensors(build(mine), owners.turns)
 
 
 def _check_has_some(config: TrainConfig, mine: list[tuple[str, nn.Parameter]]) -> None:

@@ -114,11 +114,6 @@ def check_sharding(config: TrainConfig, model: LlamaForCausalLM, world_size: int
 
 def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     """Why the configuration does not go with shards, with the remedy; None: it does."""
-    if config.per_layer_update:
-        return (
-            "per_layer_update=true needs whole gradients inside backward, and each process gets its share of them a"
-            " layer at a time; set per_layer_update=false"
-        )
     if config.compile:
         return "compile=true compiles the model as one, and shards are gathered layer by layer; set compile=false"
     if config.eval_tasks:

@@ -42,7 +42,7 @@ from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.optim.build import build_optimizer, check_updates, set_learning_rate
 from sltrain.optim.named_state import OptimizerState, rebuild_optimizer
-from sltrain.optim.per_layer import PerLayerUpdate
+from sltrain.optim.per_layer import PerLayerUpdate, UpdateInsideBackward
 from sltrain.optim.schedule import effective_warmup
 from sltrain.parameters import ParamInfo
 from sltrain.planning.accounting import count_parameters, stored_bytes
@@ -248,7 +248,7 @@ def check_updates_of(config: TrainConfig, dtype: torch.dtype) -> None:
 
 
 def build_updates(config: TrainConfig, model: nn.Module, strategy: Strategy) -> torch.optim.Optimizer:
-    """The optimizer; with per_layer_update, one that works inside backward and sums gradients over ranks itself."""
+    """The optimizer; with per_layer_update, one that works inside backward."""
     ranks = strategy.ranks
     build = partial(
         build_optimizer,
@@ -310,8 +310,8 @@ def build_step(
     config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy
 ) -> UpdateStep:
     """What makes an update of the model with what `build_updates` returned. All ranks call it together."""
-    if isinstance(optimizer, PerLayerUpdate):
-        return PerLayerStep(model, optimizer, strategy.ranks)
+    if isinstance(optimizer, UpdateInsideBackward):
+        return PerLayerStep(model, optimizer, strategy)
     return OrdinaryStep(model, optimizer, strategy, config.grad_clip, config.grad_clip_per_parameter)
 
 

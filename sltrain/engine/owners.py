@@ -7,9 +7,8 @@ their rows of the new weight back (scatter). What updates them is optim/whole_te
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,17 +34,14 @@ class Owners:
         for name in names:
             members.setdefault(name.rpartition(".")[0], []).append(name)
         sizes = {module: sum(shards[name].parameter.numel() for name in own) for module, own in members.items()}
-        loads, modules = [0] * num_owners, [list[str]() for _ in range(num_owners)]
+        self._modules = [list[list[str]]() for _ in range(num_owners)]  # each's own, as the names of parameters
+        loads = [0] * num_owners
         self.of: dict[str, int] = {}  # parameter -> position of its owner
         for module in sorted(members, key=lambda module: -sizes[module]):
             owner = loads.index(min(loads))
             loads[owner] += sizes[module]
-            modules[owner].append(module)
+            self._modules[owner].append(members[module])
             self.of |= dict.fromkeys(members[module], owner)
-        self._rounds = [
-            [name for module in together if module is not None for name in members[module]]
-            for together in itertools.zip_longest(*modules)
-        ]
         self._mine = {
             name: without_memory(shards[name].parameter) for name, owner in self.of.items() if owner == self._position
         }
@@ -60,13 +56,15 @@ class Owners:
             if self.of.get(name, self._position) == self._position
         ]
 
-    def turns(self) -> list[Callable[[], AbstractContextManager[None]]]:
-        """The turns of an update, for optim/whole_tensors.py."""
-        return [partial(self._turn, names) for names in self._rounds]
+    def turns(self) -> list[AbstractContextManager[None]]:
+        """The turns of an update by the present gradients, for optim/whole_tensors.py."""
+        has_gradient = {name for name in self.of if self._shards[name].local.grad is not None}
+        parts = [[[n for n in names if n in has_gradient] for names in own] for own in self._modules]
+        rounds = itertools.zip_longest(*(filter(None, part) for part in parts), fillvalue=[])
+        return [self._turn([name for names in together for name in names]) for together in rounds]
 
     @contextlib.contextmanager
-    def _turn(self, names: Sequence[str]) -> Iterator[None]:
-        taken = [name for name in names if self._shards[name].local.grad is not None]
+    def _turn(self, taken: Sequence[str]) -> Iterator[None]:
         for name in taken:
             local, where = self._shards[name].local, self._where(name)
             assert local.grad is not None

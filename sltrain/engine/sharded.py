@@ -22,7 +22,7 @@ are averaged inside a group first, then over groups.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -72,6 +72,8 @@ class Sharded(Strategy):
         self._group = mesh.get_group("shard")
         self._replica, self._position = divmod(ranks.rank, self.num_shards)
         self._shards: dict[str, Shard] = {}
+        self._local: dict[nn.Parameter, nn.Parameter] = {}  # of a parameter of the model what is held here
+        self.units: list[list[nn.Parameter]] = []  # trained parameters of the model, those together that are summed so
         self.owners: Owners | None = None  # of parameters that are updated as a whole, if there are such
         self.savers = ranks.beside() if settings.saves_shares else None
 
@@ -102,6 +104,10 @@ class Sharded(Strategy):
             name: Shard(p, nn.Parameter(self.part(p.detach())[0], p.requires_grad), isinstance(p, DTensor))
             for name, p in model.named_parameters()
         }
+        self._local = {shard.parameter: shard.local for shard in self._shards.values()}
+        unit_of = {p: number for number, unit in enumerate(units) for p in unit.parameters()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.units = [[p for p in trained if unit_of.get(p, len(units)) == n] for n in range(len(units) + 1)]
 
     def agree(self, model: nn.Module) -> None:
         """Raise ValueError, on all ranks, if a buffer differs between them: those of the others would be of another
@@ -144,12 +150,17 @@ class Sharded(Strategy):
         yield
 
     def gradients(self, model: nn.Module) -> list[nn.Parameter]:
+        return self.take(self._local)
+
+    def take(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """The same of these parameters of the model alone, which give up their gradients."""
         found = []
-        for shard in self._shards.values():
-            grad, shard.parameter.grad = shard.parameter.grad, None
-            shard.local.grad = None if grad is None else self.part(grad)[0]
+        for parameter in parameters:
+            local, grad = self._local[parameter], parameter.grad
+            local.grad = None if grad is None else self.part(grad)[0]
+            parameter.grad = None
             if grad is not None:
-                found.append(shard.local)
+                found.append(local)
         return found
 
     def whole_norms(self, norms: list[Tensor]) -> list[Tensor]:

@@ -9,10 +9,11 @@ so every micro-batch's summed loss is divided by the global token count, which i
 OrdinaryStep   collects all gradients, then lets the optimizer update all weights. Its strategy (strategy.py) averages
                over ranks, hence a factor world_size. An update whose loss or gradient is not finite is skipped; the
                one host synchronization of a step serves that test and the log.
-PerLayerStep   lets the optimizer update each weight inside the last backward, and sum its gradient over ranks itself:
-               the model is bare and there is no factor. Gradients are used before all of them are known, so the loss
-               of all micro-batches and ranks is checked before the last backward: if it is not finite the whole update
-               is skipped; a gradient that is not finite skips its own tensor.
+PerLayerStep   lets the optimizer update each weight inside the last backward. It sums the gradient over ranks itself:
+               the model is bare and there is no factor; of a model in shards the strategy has averaged it. Gradients
+               are used before all of them are known, so the loss of all micro-batches and ranks is checked before the
+               last backward: if it is not finite the whole update is skipped; a gradient that is not finite skips its
+               own tensor.
 """
 
 import math
@@ -24,7 +25,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sltrain.engine.distributed import Ranks
 from sltrain.engine.strategy import Strategy
 from sltrain.numeric import clip_factor, norm_in_pieces
 
@@ -174,12 +174,12 @@ class OrdinaryStep(UpdateStep):
 
 
 class PerLayerOptimizer(Protocol):
-    """What PerLayerStep needs besides torch's protocol; optim/per_layer.py documents and implements it."""
+    """What PerLayerStep needs besides torch's protocol; UpdateInsideBackward (optim/per_layer.py) documents it."""
 
     has_begun: bool
 
     def zero_grad(self) -> None: ...
-    def before_backward(self, is_last: bool) -> None: ...
+    def before_backward(self, is_last: bool, is_bad: bool) -> None: ...
     def finish(self) -> tuple[float, int, int]: ...
 
 
@@ -187,13 +187,13 @@ class PerLayerStep(UpdateStep):
     """Updates each weight inside the last backward.
 
     Args:
-        model: the bare model.
-        optimizer: a torch optimizer that is a PerLayerOptimizer and sums gradients over `ranks`.
+        model: the bare model, or one that the strategy has sharded.
+        optimizer: a torch optimizer that is a PerLayerOptimizer; of a bare model it sums gradients over ranks.
     """
 
-    def __init__(self, model: nn.Module, optimizer: PerLayerOptimizer, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, optimizer: PerLayerOptimizer, strategy: Strategy) -> None:
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.model, self.optimizer, self.ranks = model, optimizer, ranks
+        self.model, self.optimizer, self.strategy = model, optimizer, strategy
         self._per_layer: PerLayerOptimizer = optimizer
 
     @property
@@ -202,18 +202,22 @@ class PerLayerStep(UpdateStep):
 
     def _update(self, micro_batches: Inputs, num_targets: int, before_step: Callable[[], None]) -> StepResult:
         self._per_layer.zero_grad()
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
+        ranks, is_bad = self.strategy.ranks, False
+        loss_sum = torch.zeros((), dtype=torch.float32, device=ranks.device)
+        scale = (ranks.world_size if self.strategy.is_sharded else 1) / num_targets
         for i, micro_batch in enumerate(micro_batches):
-            self.ranks.tick()
+            ranks.tick()
             is_last = i + 1 == len(micro_batches)
-            loss = self.model(*micro_batch)
-            loss_sum += loss.detach()
-            if is_last and not math.isfinite(self.ranks.sum_(loss_sum).item()):  # from here on the sum of all ranks
-                self._per_layer.zero_grad()
-                return StepResult(loss_sum.item() / num_targets, math.nan, num_skipped_tensors=0, not_finite="loss")
-            self._per_layer.before_backward(is_last)
-            (loss * (1 / num_targets)).backward()
-
+            with self.strategy.accumulating(self.model, is_last):
+                loss = self.model(*micro_batch)
+                loss_sum += loss.detach()
+                if is_last:
+                    is_bad = not math.isfinite(ranks.sum_(loss_sum).item())  # from here on the sum of all ranks
+                self._per_layer.before_backward(is_last, is_bad)
+                (loss * scale).backward()  # of a bad loss too: what shards hold of earlier micro-batches goes with it
+        if is_bad:
+            self._per_layer.zero_grad()
+            return StepResult(loss_sum.item() / num_targets, math.nan, num_skipped_tensors=0, not_finite="loss")
         squared_norm, num_updated, num_skipped = self._per_layer.finish()
         not_finite = "every gradient" if num_updated == 0 else None
         return StepResult(loss_sum.item() / num_targets, math.sqrt(squared_norm), num_skipped, not_finite)

@@ -172,9 +172,9 @@ class Replicated(Strategy):
             self._has_ordered_buckets = True
 
     def accumulating(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-        """One all-reduce an update: before the last micro-batch backward adds to the local gradients."""
-        assert isinstance(wrapped, DistributedDataParallel)
-        return nullcontext() if is_last else wrapped.no_sync()
+        """One all-reduce an update: before the last micro-batch backward adds to the local gradients. Of a bare model,
+        whose optimizer sums them, there is none."""
+        return nullcontext() if is_last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
 
 def whole_strategy(ranks: Ranks) -> Strategy:

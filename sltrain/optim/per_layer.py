@@ -24,10 +24,11 @@ each parameter's own norm is offered.
 All ranks must reduce the same tensor at a time, but autograd promises no order (rows may be padded on one rank only).
 So one order is fixed for all ranks, and a gradient that is complete before its turn waits. In the first update the
 order is the model's, reversed; then the positions at which gradients arrived, summed over ranks, order all later ones.
-DDP does the same with its buckets.
+DDP does the same with its buckets. Where processes hold shards, gradients come a unit at a time: per_unit.py.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,37 +40,22 @@ from sltrain.numeric import clip_factor, norm_in_pieces
 from sltrain.optim.wrapper import WrappedOptimizer, only
 
 
-class PerLayerUpdate(WrappedOptimizer):
-    """Makes `inner` update each parameter inside backward.
-
-    The model is used bare, without DDP, and with activation checkpointing of use_reentrant=False. A parameter must get
-    a gradient on all ranks or on none.
+class UpdateInsideBackward(WrappedOptimizer):
+    """What all updates inside backward share; a subclass says when a gradient is used, and how.
 
     Args:
         inner: any optimizer of build.py.
-        parameters: all parameters of the model in its order; needed with several ranks, for the order of reduction.
-        reduce_grad: sums a tensor over ranks, in place; None for one process.
+        parameters: those of the model whose gradients are used.
         grad_clip_per_parameter: largest norm of one parameter's gradient, summed over ranks and micro-batches; a larger
             one is scaled down.
     """
 
     def __init__(
-        self,
-        inner: Optimizer,
-        *,
-        parameters: Iterable[nn.Parameter] = (),
-        reduce_grad: Callable[[Tensor], object] | None = None,
-        grad_clip_per_parameter: float | None = None,
+        self, inner: Optimizer, parameters: Iterable[nn.Parameter], grad_clip_per_parameter: float | None
     ) -> None:
         super().__init__(inner)
-        self.reduce_grad = reduce_grad
         self.grad_clip_per_parameter = grad_clip_per_parameter
-        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._groups]
-        model_order = {parameter: number for number, parameter in enumerate(parameters)}
-        assert self.reduce_grad is None or self._groups.keys() <= model_order.keys()
-        self._order = sorted(self._groups, key=lambda parameter: model_order.get(parameter, 0), reverse=True)
-        self._order_is_learned = False
+        self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in parameters]
         self._begin()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -89,9 +75,10 @@ class PerLayerUpdate(WrappedOptimizer):
             hook.remove()
         super().close()
 
-    def before_backward(self, is_last: bool) -> None:
-        """Announce the backward of one micro-batch, the update's last one or not."""
-        self._is_armed = is_last
+    def before_backward(self, is_last: bool, is_bad: bool = False) -> None:
+        """Announce the backward of one micro-batch, the update's last one or not. The gradients of a bad one are freed
+        as they come and not used: those of a loss that is not finite."""
+        self._is_armed, self._is_bad = is_last, is_bad
 
     @torch.no_grad()
     def finish(self) -> tuple[float, int, int]:
@@ -103,11 +90,7 @@ class PerLayerUpdate(WrappedOptimizer):
             how many tensors were skipped because their gradients were not finite.
         """
         self._is_armed = False
-        for parameter in self._order[self._num_done :]:
-            if parameter.grad is not None:
-                self._update(parameter)
-        if self.reduce_grad is not None and not self._order_is_learned:
-            self._learn_order(self.reduce_grad)
+        self._use_rest()
         # Exactly rounded: the sum does not depend on the order of gradients, which a continued run has yet to learn
         result = math.fsum(self._squared_norms), self._num_updated, self._num_skipped
         self._begin()
@@ -115,19 +98,83 @@ class PerLayerUpdate(WrappedOptimizer):
 
     def _begin(self) -> None:
         """Reset what belongs to one update."""
-        self._is_armed = False
+        self._is_armed = self._is_bad = False
         self.has_begun = False  # whether the current update has changed weights or moments
         self._squared_norms: list[float] = []
         self._num_updated, self._num_skipped = 0, 0
-        self._num_done = 0  # parameters of `_order` that had their turn
-        self._arrived: dict[nn.Parameter, None] = {}  # those whose last gradient is complete, in order of arrival
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
         """Called by autograd when the gradient of `parameter` is complete for this micro-batch."""
-        if not self._is_armed:
-            return
         assert isinstance(parameter, nn.Parameter)
+        if self._is_bad:
+            parameter.grad = None
+        elif self._is_armed:
+            self._use(parameter)
+
+    @abstractmethod
+    def _use(self, parameter: nn.Parameter) -> None:
+        """The gradient of `parameter` is complete for this update."""
+
+    @abstractmethod
+    def _use_rest(self) -> None:
+        """Update by the gradients that are still there."""
+
+    def _admit(self, grad: Tensor, norm: Tensor, value: float) -> bool:
+        """Whether a gradient of this norm, on its device and on the host, is used: clipped, if it is finite. Counts
+        it."""
+        if not math.isfinite(value):
+            self._num_skipped += 1
+            return False
+        self._squared_norms.append(value**2)
+        self._num_updated += 1
+        if self.grad_clip_per_parameter is not None:
+            grad.mul_(clip_factor(norm, self.grad_clip_per_parameter))
+        return True
+
+
+class PerLayerUpdate(UpdateInsideBackward):
+    """Makes `inner` update each parameter inside backward.
+
+    The model is used bare, without DDP, and with activation checkpointing of use_reentrant=False. A parameter must get
+    a gradient on all ranks or on none.
+
+    Args:
+        inner: any optimizer of build.py.
+        parameters: all parameters of the model in its order; needed with several ranks, for the order of reduction.
+        reduce_grad: sums a tensor over ranks, in place; None for one process.
+        grad_clip_per_parameter: see UpdateInsideBackward.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        *,
+        parameters: Iterable[nn.Parameter] = (),
+        reduce_grad: Callable[[Tensor], object] | None = None,
+        grad_clip_per_parameter: float | None = None,
+    ) -> None:
+        self.reduce_grad = reduce_grad
+        self._groups = {parameter: group for group in inner.param_groups for parameter in group["params"]}
+        model_order = {parameter: number for number, parameter in enumerate(parameters)}
+        assert self.reduce_grad is None or self._groups.keys() <= model_order.keys()
+        self._order = sorted(self._groups, key=lambda parameter: model_order.get(parameter, 0), reverse=True)
+        self._order_is_learned = False
+        super().__init__(inner, self._groups, grad_clip_per_parameter)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._num_done = 0  # parameters of `_order` that had their turn
+        self._arrived: dict[nn.Parameter, None] = {}  # those whose last gradient is complete, in order of arrival
+
+    def _use_rest(self) -> None:
+        for parameter in self._order[self._num_done :]:
+            if parameter.grad is not None:
+                self._update(parameter)
+        if self.reduce_grad is not None and not self._order_is_learned:
+            self._learn_order(self.reduce_grad)
+
+    def _use(self, parameter: nn.Parameter) -> None:
         self._arrived[parameter] = None
         if self.reduce_grad is None:
             self._update(parameter)
@@ -144,15 +191,9 @@ class PerLayerUpdate(WrappedOptimizer):
         if self.reduce_grad is not None and grad.numel():
             self.reduce_grad(grad)
         norm = norm_in_pieces(grad, torch.promote_types(grad.dtype, torch.float32))
-        if math.isfinite(value := norm.item()):
-            self._squared_norms.append(value**2)
-            self._num_updated += 1
-            if self.grad_clip_per_parameter is not None:
-                grad.mul_(clip_factor(norm, self.grad_clip_per_parameter))
+        if self._admit(grad, norm, norm.item()):
             with only(self.inner, self._groups[parameter], parameter):
                 self.inner.step()
-        else:
-            self._num_skipped += 1
         parameter.grad = None
 
     def _learn_order(self, reduce: Callable[[Tensor], object]) -> None:

@@ -13,6 +13,7 @@ distributed Muon gathers its matrices too (Liu et al., arXiv 2502.16982, section
 optimizers are updated where their rows are.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,19 +28,20 @@ class WholeTensors(WrappedOptimizer):
 
     Args:
         inner: any optimizer of build.py.
-        turns: each a context in which some tensors that this process owns have their whole weight and gradient; the new
-            weights are sent when it ends. All processes enter the same turns in the same order.
+        turns: gives those that the present gradients need, each a context in which some tensors that this process owns
+            have their whole weight and gradient; the new weights are sent when it ends. All processes enter the same
+            turns in the same order.
     """
 
-    def __init__(self, inner: Optimizer, turns: Sequence[Callable[[], AbstractContextManager[None]]]) -> None:
+    def __init__(self, inner: Optimizer, turns: Callable[[], Sequence[AbstractContextManager[None]]]) -> None:
         super().__init__(inner)
         self.turns = turns
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the gradients are dropped. Shares are updated in the first
-        turn."""
+        """Update every parameter that has a gradient, shares first; the gradients are dropped."""
         assert closure is None, "evaluate the loss before the step"
-        for turn in self.turns:
-            with turn():
+        of_shares: AbstractContextManager[None] = contextlib.nullcontext()
+        for turn in (of_shares, *self.turns()):
+            with turn:
                 self.inner.step()
             self.inner.zero_grad()

@@ -107,7 +107,7 @@ def test_it_equals_the_ordinary_update_bit_for_bit(path: str, checkpoint: bool, 
     for step in range(1, 4):
         for each in (optimizer, ordinary):
             set_learning_rate(each, 3e-3 / step)
-        ours = PerLayerStep(model, optimizer, ONE).run(micro_batches(step, number), num_targets(number))
+        ours = PerLayerStep(model, optimizer, ALONE).run(micro_batches(step, number), num_targets(number))
         theirs = OrdinaryStep(reference, ordinary, ALONE).run(micro_batches(step, number), num_targets(number))
         assert ours.loss == theirs.loss and ours.num_skipped_tensors == 0 and not ours.skipped
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
@@ -121,7 +121,7 @@ def test_it_equals_the_ordinary_update_in_bfloat16(how: dict[str, Any]) -> None:
     model, reference = build_model(dtype=torch.bfloat16), build_model(dtype=torch.bfloat16)
     optimizer, ordinary = build_per_layer(model, **how), build_ordinary(reference, **how)
     for step in range(1, 4):
-        PerLayerStep(model, optimizer, ONE).run(micro_batches(step, 2), num_targets(2))
+        PerLayerStep(model, optimizer, ALONE).run(micro_batches(step, 2), num_targets(2))
         OrdinaryStep(reference, ordinary, ALONE).run(micro_batches(step, 2), num_targets(2))
     assert_same_model(model, reference)
 
@@ -131,7 +131,7 @@ def test_clipping_by_parameter_equals_the_ordinary_steps() -> None:
     optimizer, ordinary, free = build_per_layer(model, clip=0.1), build_ordinary(reference), build_ordinary(unclipped)
     for step in range(1, 4):
         batch = micro_batches(step, 1)
-        ours = PerLayerStep(model, optimizer, ONE).run(batch, num_targets(1))
+        ours = PerLayerStep(model, optimizer, ALONE).run(batch, num_targets(1))
         theirs = OrdinaryStep(reference, ordinary, ALONE, grad_clip_per_parameter=0.1).run(batch, num_targets(1))
         OrdinaryStep(unclipped, free, ALONE).run(batch, num_targets(1))
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5) and ours.grad_norm > 0.1
@@ -160,7 +160,7 @@ def test_it_skips_an_update_whose_loss_is_not_finite(factors: tuple[float, ...])
     optimizer = build_per_layer(model)
     named: list[str] = []
     batch = spoiled(micro_batches(1, 2), *factors)
-    result = PerLayerStep(Spoiled(model), optimizer, ONE).run(batch, num_targets(2), named.append)
+    result = PerLayerStep(Spoiled(model), optimizer, ALONE).run(batch, num_targets(2), named.append)
     assert result.skipped and named == ["loss"] and not optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
     assert_same_model(model, reference)
@@ -178,7 +178,7 @@ def test_update_of_bad_gradients_alone_is_skipped() -> None:
             return loss + (loss - loss.detach()).abs().sqrt()
 
     batch = micro_batches(1, 2)
-    result = PerLayerStep(Cliff(), optimizer, ONE).run(batch, num_targets(2), named.append)
+    result = PerLayerStep(Cliff(), optimizer, ALONE).run(batch, num_targets(2), named.append)
     num_gradients = len(list(model.parameters()))
     assert result.skipped and named == ["every gradient"] and result.num_skipped_tensors == num_gradients
     assert_same_model(model, reference)
@@ -189,7 +189,7 @@ def test_update_of_bad_gradients_alone_is_skipped() -> None:
 def test_resumed_run_equals_straight_run(how: dict[str, Any], tmp_path: Path) -> None:
     def run(model: nn.Module, optimizer: PerLayerUpdate, first: int, last: int) -> None:
         for step in range(first, last + 1):
-            PerLayerStep(model, optimizer, ONE).run(micro_batches(step, 2), num_targets(2))
+            PerLayerStep(model, optimizer, ALONE).run(micro_batches(step, 2), num_targets(2))
 
     dtype = torch.bfloat16 if "stochastic_rounding" in how else torch.float32
     straight, first, second = (build_model(dtype=dtype) for _ in range(3))
@@ -217,7 +217,7 @@ def run_per_layer(ranks: Ranks, number: int, **how: Any) -> tuple[dict[str, Tens
     results = []
     for step in range(1, 4):
         batch = micro_batches(step, number)[ranks.rank :: ranks.world_size]
-        results.append(PerLayerStep(model, optimizer, ranks).run(batch, num_targets(number)))
+        results.append(PerLayerStep(model, optimizer, whole_strategy(ranks)).run(batch, num_targets(number)))
     return model.state_dict(), results
 
 
@@ -264,7 +264,7 @@ def test_ranks_whose_gradients_come_in_other_orders(on_two_ranks: TwoRanks) -> N
         ddp = OrdinaryStep(reference, build_ordinary(reference), whole_strategy(ranks))
         for step in range(3):
             x = torch.randn(3, 8, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
-            PerLayerStep(model, optimizer, ranks).run([(x,)], 6)
+            PerLayerStep(model, optimizer, whole_strategy(ranks)).run([(x,)], 6)
             ddp.run([(x,)], 6)
         return model.state_dict(), reference.state_dict()
 
@@ -280,7 +280,8 @@ def test_bad_micro_batch_of_one_rank_skips_the_update_on_all(on_two_ranks: TwoRa
             model = build_model()
             optimizer = build_per_layer(model, ranks)
             batch = spoiled(micro_batches(ranks.rank, 2), *(factors if ranks.rank else (1.0, 1.0)))
-            answers.append((model.state_dict(), PerLayerStep(Spoiled(model), optimizer, ranks).run(batch, 44)))
+            step = PerLayerStep(Spoiled(model), optimizer, whole_strategy(ranks))
+            answers.append((model.state_dict(), step.run(batch, 44)))
         return answers
 
     reference = build_model().state_dict()
@@ -299,7 +300,7 @@ def test_bad_gradient_of_one_rank(on_two_ranks: TwoRanks) -> None:
         if ranks.rank == 1:
             head.register_hook(lambda grad: grad * float("nan"))
         optimizer = build_per_layer(model, ranks)
-        result = PerLayerStep(model, optimizer, ranks).run(micro_batches(ranks.rank, 1), num_targets(2))
+        result = PerLayerStep(model, optimizer, whole_strategy(ranks)).run(micro_batches(ranks.rank, 1), num_targets(2))
         return model.state_dict(), result
 
     (left, result), (right, _) = on_two_ranks(run)

@@ -18,13 +18,14 @@ from sltrain.engine.memory import bytes_of, held_by
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.sharded import Settings, Sharded
 from sltrain.engine.shards import gather_rows, rows_of
-from sltrain.engine.step import OrdinaryStep
+from sltrain.engine.step import OrdinaryStep, PerLayerStep
 from sltrain.engine.strategy import Replicated, Single, Strategy
 from sltrain.methods.advice import weight_norms
 from sltrain.models.llama import LlamaForCausalLM, is_projection
 from sltrain.optim.build import build_optimizer
 from sltrain.optim.kinds.adamw import AdamWOptions
 from sltrain.optim.named_state import OptimizerState
+from sltrain.optim.per_unit import PerUnitUpdate
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -216,6 +217,60 @@ def test_a_gradient_that_is_not_finite_is_named_on_every_rank(on_two_ranks: OnRa
 
     names, kept = zip(*on_two_ranks(run), strict=True)
     assert names[0] == names[1] and names[0] is not None and all(kept)
+
+
+def inside_backward(ranks: Ranks, settings: Settings, clip: float | None) -> tuple[Any, ...]:
+    """Three updates by the ordinary step and inside backward; before the last one of these a micro-batch of rank 1 is
+    bad. Weights and results of both; whenever the optimizer steps, of how many units there are gradients, which share
+    a piece of memory; and the number of units."""
+    sides = []
+    for _ in range(2):
+        strategy = Sharded(ranks, settings)
+        sides.append((strategy, *built(strategy)))
+    (strategy, model, optimizer), (ours, mine, inner) = sides
+    ordinary = OrdinaryStep(model, optimizer, strategy, grad_clip_per_parameter=clip)
+    per_unit = PerUnitUpdate(inner, ours.units, ours.take, ours.whole_norms, clip)
+    step = PerLayerStep(mine, per_unit, ours)
+    held: list[int] = []
+
+    def grads() -> list[Tensor]:
+        return [ours.part(p.grad)[0] for p in tensors if p.grad is not None]
+
+    tensors = [p for p in (*mine.parameters(), *(local for _, local in ours.named_parameters(mine)))]
+    inner.register_step_pre_hook(lambda *_: held.append(len({g.untyped_storage().data_ptr() for g in grads()})))
+    results = []
+    for number in range(STEPS):
+        ids = rows_of_step(number)[ranks.rank :: ranks.world_size].split(2)
+        batch = [make_micro_batch(each, each, CPU) for each in ids]
+        if number == 2:
+            name, head = list(ours.named_parameters(mine))[-1]
+            good, head.data[-1, 0] = head.detach().clone(), torch.inf
+            before = [local.detach().clone() for _, local in ours.named_parameters(mine)]
+            assert step.run(batch, NUM_ROWS * 8).not_finite == "loss"
+            after = [local.detach() for _, local in ours.named_parameters(mine)]
+            assert all(map(torch.equal, before, after)) and not grads()
+            head.data.copy_(good)
+        results.append((ordinary.run(batch, NUM_ROWS * 8), step.run(batch, NUM_ROWS * 8)))
+    weights = [[local.detach() for _, local in s.named_parameters(m)] for s, m in ((strategy, model), (ours, mine))]
+    return weights, results, held, len(ours.units)
+
+
+@pytest.mark.parametrize(
+    ("settings", "clip"),
+    [(Settings(), 0.05), (Settings(reduces_each_micro_batch=False), None), (Settings(replicas=2), None)],
+)
+def test_an_update_inside_backward_is_the_ordinary_one(
+    settings: Settings, clip: float | None, on_two_ranks: OnRanks
+) -> None:
+    """Bit for bit, while gradients of one unit at most are held. With several micro-batches those of the others wait,
+    where each micro-batch is summed."""
+    for (theirs, ours), results, held, num_units in on_two_ranks(lambda ranks: inside_backward(ranks, settings, clip)):
+        assert all(map(torch.equal, theirs, ours))
+        for ordinary, inside in results:
+            assert inside.loss == ordinary.loss and inside.num_skipped_tensors == 0 and not inside.skipped
+            assert inside.grad_norm == pytest.approx(ordinary.grad_norm, rel=1e-5)
+        assert len(held) == STEPS * num_units
+        assert max(held) == (num_units if settings.reduces_each_micro_batch else 1)
 
 
 def test_indices_that_differ_are_named(on_two_ranks: OnRanks) -> None:
