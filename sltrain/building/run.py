@@ -79,7 +79,7 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     logger.info(f"run folder {folder.path}")
     trainer = build_trainer(config, folder, model, stream, eval_set, strategy, plan, start)
     if config.eval_tasks:
-        trainer.tasks = task_evaluation(config, tasks, model, tokenizer, ranks)
+        trainer.tasks = task_evaluation(config, tasks, model, tokenizer, trainer.strategy)
     for sink in trainer.sinks:
         resources.callback(sink.close)
     if trainer.profile is not None:

@@ -116,11 +116,6 @@ def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     """Why the configuration does not go with shards, with the remedy; None: it does."""
     if config.compile:
         return "compile=true compiles the model as one, and shards are gathered layer by layer; set compile=false"
-    if config.eval_tasks:
-        return (
-            "eval_tasks asks each process for other forward passes, and a sharded one needs all processes at once;"
-            " set eval_tasks=[] and run sltrain-eval RUN --tasks on checkpoints"
-        )
     if config.stochastic_rounding:
         return (
             "stochastic_rounding=true draws random numbers for whole tensors, of which each process has a part; set"

@@ -24,6 +24,7 @@ import torch
 
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.in_step import InStep, Stopped
 from sltrain.log import Pace, first_line
 from sltrain.models.generation import Sampling, generate
 from sltrain.models.llama import LlamaForCausalLM
@@ -31,10 +32,6 @@ from sltrain.models.scoring import Likelihood, Passage, batches, passage, score,
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Stopped(Exception):
-    """A signal asked some rank to stop."""
 
 
 class Unanswered(Exception):
@@ -67,6 +64,12 @@ class TaskModel:
     max_positions: int  # of a batch, pads included
     should_stop: Callable[[], bool] = lambda: False
     tell: Callable[[str], None] = logger.info  # shows how far the answers are
+    in_step: InStep | None = None  # of a model in shards
+
+    @property
+    def is_out_of_step(self) -> bool:
+        """Whether an error came in the middle of a pass for which other ranks wait: nothing can be asked any more."""
+        return self.in_step is not None and self.in_step.is_inside
 
     @property
     def longest(self) -> int:
@@ -130,11 +133,17 @@ class TaskModel:
         own: list[Any] | _Failure | None
         try:
             own = self._answers(jobs)
+        except Stopped:
+            own = None
         except Exception as error:
+            if self.is_out_of_step:
+                raise
             where = f"rank {self.ranks.rank}: " if self.ranks.world_size > 1 else ""
             own = _Failure(f"{where}{type(error).__name__}: {first_line(error)[:300]}")
         if isinstance(own, _Failure) and self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # outside `except`: the error keeps the tensors of its frames
+        if self.in_step is not None:
+            self.in_step.finish()
         return self.ranks.gather(own)
 
     def _answers(self, jobs: list[Any]) -> list[Any] | None:

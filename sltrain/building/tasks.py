@@ -30,11 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sltrain.building.task_model import Prompt, Stopped, TaskModel, Unanswered
+from sltrain.building.task_model import Prompt, TaskModel, Unanswered
 from sltrain.config import TrainConfig
 from sltrain.data.download import is_of_network
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.in_step import InStep, Stopped
+from sltrain.engine.strategy import Strategy
 from sltrain.events import TaskNumbers
 from sltrain.log import first_line
 from sltrain.models.generation import Sampling
@@ -88,6 +90,8 @@ class Tasks:
             except Stopped:
                 raise
             except Exception as error:  # of the harness, the task's own code, or the model on some rank
+                if model.is_out_of_step:
+                    raise
                 reason = str(error) if isinstance(error, Unanswered) else _reason(error)
                 logger.warning(f"task {name} could not be evaluated ({reason}); its numbers are left out")
         return found
@@ -103,13 +107,22 @@ def open_tasks(config: TrainConfig, ranks: Ranks) -> Tasks | None:
 
 
 def task_evaluation(
-    config: TrainConfig, tasks: Tasks | None, model: LlamaForCausalLM, tokenizer: Tokenizer, ranks: Ranks
+    config: TrainConfig, tasks: Tasks | None, model: LlamaForCausalLM, tokenizer: Tokenizer, strategy: Strategy
 ) -> Callable[[Callable[[], bool]], TaskNumbers | None]:
     """What a trainer calls on every rank, with what says whether to stop: `evaluate_tasks` of its model. A pass of it
     has at most the positions of one in training."""
     own = tokenizer.copy()  # the stream's thread uses the other
-    max_positions = config.micro_batch_size * config.seq_len
-    return lambda should_stop: evaluate_tasks(tasks, TaskModel(model, own, ranks, max_positions, should_stop))
+    ranks, max_positions = strategy.ranks, config.micro_batch_size * config.seq_len
+
+    def evaluate(should_stop: Callable[[], bool]) -> TaskNumbers | None:
+        asked = TaskModel(model, own, ranks, max_positions, should_stop)
+        if not strategy.is_sharded:
+            return evaluate_tasks(tasks, asked)
+        in_step = InStep(model.model, ranks, should_stop)
+        with strategy.by_modules(model), in_step:
+            return evaluate_tasks(tasks, replace(asked, in_step=in_step))
+
+    return evaluate
 
 
 def check_package(key: str) -> None:

@@ -177,6 +177,15 @@ class Sharded(Strategy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    @contextlib.contextmanager
+    def by_modules(self, model: nn.Module) -> Iterator[None]:
+        """Layers are gathered as they are called; embedding and head from here on."""
+        cast(FSDPModule, model).unshard()
+        try:
+            yield
+        finally:
+            self.after_forward(model)
+
     # ---- whole tensors
 
     def part(self, tensor: Tensor) -> tuple[Tensor, slice | None]:

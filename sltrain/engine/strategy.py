@@ -111,6 +111,11 @@ class Strategy:
     def after_forward(self, model: nn.Module) -> None:
         """After forward passes without a backward."""
 
+    def by_modules(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context in which modules of a model may be called by themselves instead of all of it, without backward;
+        decoder layers by all ranks together."""
+        return nullcontext()
+
     # ---- whole tensors
 
     def part(self, tensor: Tensor) -> tuple[Tensor, slice | None]:

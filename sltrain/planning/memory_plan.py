@@ -45,11 +45,9 @@ def plan_memory(
     `action_temporaries` what an action between updates does; `stored` are the stored bytes of another layout than the
     model's own (published.py).
     """
-    parts = Parts(model, shape) if shape.sharding is None else ShardedParts(model, shape)
+    parts = (Parts if shape.sharding is None else ShardedParts)(model, shape, update_temporaries)
     always = {**(stored or stored_bytes(model)), "optimizer_state": optimizer_state}
     stages = {name: parts.stage(name) for name in STAGES}
-    for name in parts.update_stages():
-        stages[name]["temporaries"] += update_temporaries
     stages["action"]["temporaries"] += action_temporaries
     highest = max(STAGES, key=lambda name: sum(stages[name].values()))
     at_peak = {**always, **stages[highest]}

@@ -14,7 +14,8 @@
     root is summed      R_root + g_root + s of everything
     optimizer step      s of everything
 
-With per-layer updates s_i is gone when layer i is updated. With several micro-batches s of everything waits for the
+With per-layer updates s_i is gone when layer i is updated, beside R_i. With replicas PyTorch keeps s_j, in the dtype of
+the sum, until backward is over, and nothing is gone before. With several micro-batches s of everything waits for the
 last one, or, where only the last one is summed, g of everything. Where gathered weights stay after forward, those of
 all layers below are there too, and nothing is fetched. On a CPU gloo gathers into a second buffer; its threads may free
 one a little later, which is not counted. Source: FSDPParamGroup and foreach_reduce in torch 2.13, measured by
@@ -28,8 +29,8 @@ from sltrain.planning.stages import BETWEEN_UPDATES, Groups, Parts, UpdateShape
 class ShardedParts(Parts):
     """The terms of the stages, in bytes, for `shape.sharding`."""
 
-    def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
-        super().__init__(model, shape)
+    def __init__(self, model: LlamaForCausalLM, shape: UpdateShape, update_temporaries: int = 0) -> None:
+        super().__init__(model, shape, update_temporaries)
         assert shape.sharding is not None
         self.sharding = sharding = shape.sharding
         self.on_gloo = shape.device_type == "cpu"
@@ -47,10 +48,8 @@ class ShardedParts(Parts):
         self.root_shards = sharding.gradient_shard_bytes(root)
 
     def update_stages(self) -> list[str]:
-        """Where the optimizer works: of per-layer updates, as soon as a layer's gradients are summed."""
-        if self.shape.per_layer_update:
-            return ["first layer backward", "last layer backward", "embedding backward"]
-        return ["update"]
+        """Where the optimizer works; of per-layer updates that is a moment of its own, see `_updated`."""
+        return [] if self.shape.per_layer_update else ["update"]
 
     def stage(self, name: str) -> Groups:
         """Bytes by group in one of STAGES at its highest moment, besides what is always there."""
@@ -119,7 +118,7 @@ class ShardedParts(Parts):
             "gathered_weights": kept + fetched,
             "reduce_buffers": self.reduced[i],
         }
-        return [self._in_order(moment) for moment in (fetches, inside, summed)]
+        return [self._in_order(moment) for moment in (fetches, inside, summed, *self._updated(summed, self.whole[i]))]
 
     def _root(self) -> list[Groups]:
         """When the embedding's gradient comes, and when those of the root are summed."""
@@ -139,16 +138,28 @@ class ShardedParts(Parts):
             "gathered_weights": 0,
             "reduce_buffers": self.root_reduced,
         }
-        return [self._in_order(moment) for moment in (arrives, summed)]
+        return [self._in_order(moment) for moment in (arrives, summed, *self._updated(summed, root))]
+
+    def _updated(self, summed: Groups, whole: int) -> list[Groups]:
+        """With per-layer updates, when the optimizer works: whole gradients are gone then."""
+        if not self.shape.per_layer_update:
+            return []
+        gradients = summed["gradients"] - (0 if self.adds_in_place else whole)
+        return [{**summed, "gradients": gradients, "temporaries": summed["temporaries"] + self.update_temporaries}]
 
     def _finished(self, i: int) -> int:
         """Bytes of gradients that exist while layer i (-1: the root) is in backward, besides its own."""
-        above = sum(self.shards[i + 1 :])
+        sums = sum(self.reduced[i + 1 :]) // self.sharding.num_shards if self.sharding.replicas > 1 else 0
+        above = 0 if self.shape.per_layer_update else sum(self.shards[i + 1 :])
+        if self.shape.num_micro_batches > 1 and self.sharding.reduces_each:
+            return sum(self.shards) + self.root_shards + sums
+        if not any(self.rounded):  # gradients are views of the sums
+            above = max(above, sums)
+        else:
+            above += sums
         if self.shape.num_micro_batches > 1:
-            if self.sharding.reduces_each:
-                return sum(self.shards) + self.root_shards
             return sum(self.waiting[: i + 1]) + self.root_waiting + above
-        return 0 if self.shape.per_layer_update else above
+        return above
 
     def _in_order(self, moment: Groups) -> Groups:
         return {"logits": 0, "ddp_buckets": 0, **moment}

@@ -78,10 +78,10 @@ class UpdateShape:
 
 
 class Parts:
-    """The terms of the stages, in bytes."""
+    """The terms of the stages, in bytes; `update_temporaries` are those of the optimizer while it works."""
 
-    def __init__(self, model: LlamaForCausalLM, shape: UpdateShape) -> None:
-        self.shape, self.config = shape, model.config
+    def __init__(self, model: LlamaForCausalLM, shape: UpdateShape, update_temporaries: int = 0) -> None:
+        self.shape, self.config, self.update_temporaries = shape, model.config, update_temporaries
         embedding, head = model.model.embed_tokens, model.lm_head
         self.element, self.weight_element = model.compute_dtype.itemsize, head.weight.element_size()
         self.is_mixed = self.element < self.weight_element
@@ -278,7 +278,7 @@ class Parts:
             "gradients": finished + new,
             "activations": activations,
             "logits": logits,
-            "temporaries": temporaries,
+            "temporaries": temporaries + (self.update_temporaries if name in self.update_stages() else 0),
         }
 
     def _loss(self) -> tuple[int, int, int]:

@@ -86,7 +86,6 @@ def test_unknown_values(key: str, value: Any) -> None:
     ("overrides", "text"),
     [
         (["compile=true"], "set compile=false"),
-        (["eval_tasks=[piqa]"], "run sltrain-eval RUN --tasks"),
         (["dtype=bfloat16", "stochastic_rounding=true"], "set stochastic_rounding=false"),
         (["method=int8"], "method=int8 holds weights as codes"),
         (["method=relora"], "method=relora changes whole matrices between updates"),

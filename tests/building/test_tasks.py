@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 import sltrain
 from sltrain.building import task_model
 from sltrain.building import tasks as tasks_module
-from sltrain.building.task_model import Prompt, Stopped, TaskModel
+from sltrain.building.task_model import Prompt, TaskModel, Unanswered
 from sltrain.building.tasks import Tasks, _numbers, _prompt
 from sltrain.commands.evaluate import run_command as sltrain_eval
 from sltrain.config import ModelConfig
 from sltrain.data.tokenizer import Tokenizer
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.in_step import InStep, Stopped
+from sltrain.engine.sharded import Settings, Sharded
 from sltrain.models.generation import Sampling
 from sltrain.models.llama import LlamaForCausalLM
 
@@ -122,6 +124,53 @@ def test_several_ranks_answer_as_one_does(
     alone = answers(ONE)
     for world_size in (2, 3):
         assert on_two_ranks(answers, world_size)[0] == alone
+
+
+@pytest.mark.parametrize(("world_size", "reshards"), [(2, True), (3, False)])
+def test_ranks_with_shards_answer_in_step(
+    world_size: int,
+    reshards: bool,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    on_two_ranks: Callable[..., list[Any]],
+) -> None:
+    """As one process; after an error of a rank between two passes too, and until one is asked to stop."""
+
+    def answers(asked: TaskModel) -> list[Any]:
+        prompts = [Prompt(text[:9], ("\n",), 5, Sampling()) for text in TEXTS]
+        likelihoods = [value for one in asked.likelihoods(PAIRS) for value in one]
+        return [*likelihoods, *asked.text_likelihoods(TEXTS[:1]), *asked.continuations(prompts)]
+
+    def on_shards(ranks: Ranks) -> Any:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        strategy = Sharded(ranks, Settings(reshard_after_forward=reshards))
+        strategy.shard(model, list(model.model.layers))
+        two = torch.ones(1, 2, dtype=torch.int64)
+        model(two, two)  # as a run evaluates perplexity first
+        strategy.after_forward(model)
+        bad = Prompt("b", None, 9, Sampling())  # type: ignore[arg-type]
+        is_asked = list[int]()
+        in_step = InStep(model.model, ranks, lambda: bool(is_asked) and ranks.rank == 1)
+        asked = TaskModel(model, tokenizer, ranks, 30, in_step.should_stop, in_step=in_step)
+        with torch.no_grad(), strategy.by_modules(model), in_step:
+            if not ranks.is_main:
+                asked.serve()  # up to the first `done`
+                is_asked.append(1)
+                asked.serve()
+                return None
+            found = answers(asked)
+            with pytest.raises(Unanswered, match="rank 1: "):
+                asked.continuations([Prompt("a", (), 9, Sampling()), bad])
+            found = found, answers(asked)
+            asked.done()
+            with pytest.raises(Stopped):
+                answers(asked)
+            asked.done()
+            return found
+
+    alone = answers(TaskModel(model, tokenizer, ONE, 30))
+    for found in on_two_ranks(on_shards, world_size)[0]:
+        assert found == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_stop_of_any_rank_ends_the_questions_on_all(
