@@ -1,6 +1,6 @@
 """Numbers and small functions of tensors that several packages share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ _LOWER_HALF = 2**16  # values of the bits that a bfloat16 lacks
 IGNORED_LABEL = -100  # label of a position without a target, as in torch and transformers
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """Views of the same up to PIECE elements of each of these contiguous tensors of one shape, one tuple after the
-    other."""
-    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+    other. Of tensors that are rows of others, from element `first` on, they are cut where pieces of those end."""
+    head = min(-first % PIECE, tensors[0].numel())
+    rest = tensors[0].numel() - head
+    sizes = [*([head] if head else []), *[PIECE] * (rest // PIECE), *([rest % PIECE] if rest % PIECE else [])]
+    return zip(*(tensor.view(-1).split(sizes or [0]) for tensor in tensors), strict=True)
 
 
 def is_stand_in(tensor: Tensor) -> bool:
@@ -38,8 +41,17 @@ def clip_factor(norm: Tensor, largest: float) -> Tensor:
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     """float32 values, any shape, as bfloat16, up or down at random so that the mean is right; inf and nan stay.
     How: see optim/rounding.py."""
+    return round_by(values, random_bits(values.shape, generator))
+
+
+def random_bits(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """16 bits a number, int32, on the generator's device."""
+    return torch.randint(_LOWER_HALF, shape, dtype=torch.int32, device=generator.device, generator=generator)
+
+
+def round_by(values: Tensor, bits: Tensor) -> Tensor:
+    """`stochastic_round` by these random bits, which it overwrites."""
     assert values.dtype == torch.float32, values.dtype
-    noise = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
+    rounded = bits.add_(values.view(torch.int32)).bitwise_and_(-_LOWER_HALF).view(torch.float32)
     # A nan's pattern is no magnitude: noise could make it a number.
     return torch.where(values.isnan(), values, rounded).bfloat16()

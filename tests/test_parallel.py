@@ -27,12 +27,20 @@ def fork(fork_train: Any, *arguments: str, num_ranks: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adam8bit"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["optimizer=adamw", "grad_clip=0.5"],
+        ["optimizer=muon", "grad_clip=0.5"],
+        ["optimizer=adam8bit", "grad_clip=0.5"],
+        ["optimizer=muon", "grad_clip=null", "per_layer_update=true"],
+    ],
+)
 def test_a_run_goes_on_in_shards_and_back(
-    optimizer: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Any, metrics_of: Metrics
+    how: list[str], tiny: list[str], tmp_path: Path, sltrain_train: Run, fork_train: Any, metrics_of: Metrics
 ) -> None:
-    recipe = [*tiny, "schedule=constant", "micro_batch_size=2", "sparsity=0.06", f"optimizer={optimizer}", "ema=0.9"]
-    recipe += ["grad_clip=0.5", "max_steps=2", "warmup_steps=0", "keep_last=9"]
+    recipe = [*tiny, "schedule=constant", "micro_batch_size=2", "sparsity=0.06", *how, "ema=0.9"]
+    recipe += ["max_steps=2", "warmup_steps=0", "keep_last=9"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     assert sltrain_train(*recipe, "max_steps=6", f"run_dir={straight}")[0] == 0
     assert sltrain_train(*recipe, f"run_dir={run}")[0] == 0

@@ -10,6 +10,7 @@ from sltrain.engine.sharded import Sharded
 from sltrain.optim.build import member_for
 from sltrain.optim.named_state import named_state
 from sltrain.optim.per_unit import PerUnitUpdate
+from sltrain.optim.rounding import draw_as
 from sltrain.optim.whole_tensors import WholeTensors
 from sltrain.planning.roles import parameters_of
 
@@ -29,14 +30,20 @@ def build_on_shards(config: TrainConfig, model: nn.Module, strategy: Sharded, bu
 def _build(config: TrainConfig, model: nn.Module, strategy: Sharded, build: Build) -> Optimizer:
     infos, rounds = parameters_of(model), config.stochastic_rounding
     whole = [name for name, info in infos.items() if not member_for(config.optimizer, info).works_on_shards(rounds)]
-    if not whole:
+    if not whole and not rounds:
         return build(strategy.named_parameters(model))
-    owners = strategy.give_owners(whole)
-    of_one = named_state(build(strategy.stand_ins()))  # how a checkpoint of one process names class and groups
-    owners.labels = {key: of_one[key] for key in ("class", "groups")}
-    mine = owners.updated_here()
+    of_one, owners = build(strategy.stand_ins()), None  # what one process would have
+    mine = strategy.named_parameters(model)
+    if whole:
+        owners = strategy.give_owners(whole)
+        state = named_state(of_one)
+        owners.labels = {key: state[key] for key in ("class", "groups")}
+        mine = owners.updated_here()
     strategy.ranks.everywhere(lambda: _check_has_some(config, mine))
-    return WholeTensors(build(mine), owners.turns)
+    optimizer = build(mine)
+    if rounds:
+        draw_as(optimizer, of_one, {name: at for name, at in strategy.places().items() if name not in whole})
+    return optimizer if owners is None else WholeTensors(optimizer, owners.turns)
 
 
 def _check_has_some(config: TrainConfig, mine: list[tuple[str, nn.Parameter]]) -> None:

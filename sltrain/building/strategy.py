@@ -25,6 +25,7 @@ from sltrain.engine.distributed import Ranks
 from sltrain.engine.strategy import Replicated, Single, Strategy
 from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
+from sltrain.optim.build import members, works_in_pieces
 from sltrain.planning.roles import parameters_of
 
 logger = logging.getLogger(__name__)
@@ -116,10 +117,11 @@ def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     """Why the configuration does not go with shards, with the remedy; None: it does."""
     if config.compile:
         return "compile=true compiles the model as one, and shards are gathered layer by layer; set compile=false"
-    if config.stochastic_rounding:
+    pieces = [m.name for m in members(config.optimizer) if works_in_pieces(m, config.stochastic_rounding)]
+    if pieces:
         return (
-            "stochastic_rounding=true draws random numbers for whole tensors, of which each process has a part; set"
-            " stochastic_rounding=false (precision=mixed has nothing to round)"
+            f"stochastic_rounding=true with optimizer={pieces[0]} updates pieces of whole tensors, which no process"
+            " keeps; set optimizer=adamw, or stochastic_rounding=false"
         )
     for info in parameters_of(model).values():
         if info.in_codes:

@@ -138,6 +138,12 @@ class Sharded(Strategy):
         self.owners = Owners(self._shards, [n for n in names if self._shards[n].is_cut], self._group)
         return self.owners
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Of each parameter that is cut, the first element that is held here, and how many it has as a whole."""
+        cut = ((name, shard.parameter) for name, shard in self._shards.items() if shard.is_cut)
+        rows = ((name, p, rows_of(len(p), self._position, self.num_shards)) for name, p in cut)
+        return {name: (own.start * (p.numel() // len(p)), p.numel()) for name, p, own in rows}
+
     def stand_ins(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters of the whole shapes, without memory."""
         return [(name, without_memory(shard.parameter)) for name, shard in self._shards.items()]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sltrain.numeric import pieces
-from sltrain.optim.rounding import generator_of_update, round_into
+from sltrain.optim.rounding import Draws, round_into
 from sltrain.optim.wrapper import with_gradients
 
 
@@ -50,9 +50,9 @@ class AdamW(Optimizer):
         moments_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.seed, self.moments_dtype = seed, moments_dtype
+        self.moments_dtype = moments_dtype
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        self.draws = {} if seed is None else {p: Draws(seed, number) for number, p in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -71,12 +71,13 @@ class AdamW(Optimizer):
                 )
         state["step"] += 1
         update, (beta1, beta2), lr = int(state["step"]), group["betas"], group["lr"]
-        generator = None
-        if self.seed is not None and parameter.dtype == torch.bfloat16:
-            generator = generator_of_update(parameter.device, self.seed, self._numbers[parameter], update)
+        bits = None
+        if self.draws and parameter.dtype == torch.bfloat16:
+            bits = self.draws[parameter].bits(parameter, update)
         assert parameter.grad is not None
         tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], parameter.grad.contiguous())
-        for stored_w, stored_m, stored_v, stored_g in pieces(*tensors):
+        first = 0 if bits is None else bits.position
+        for stored_w, stored_m, stored_v, stored_g in pieces(*tensors, first=first):
             w, m, v, g = _exact(stored_w), _exact(stored_m), _exact(stored_v), _exact(stored_g)
             m.mul_(beta1).add_(g, alpha=1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -87,10 +88,10 @@ class AdamW(Optimizer):
             scale = v.sqrt().div_(math.sqrt(1 - beta2**update)).add_(group["eps"])
             w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, scale, value=-lr / (1 - beta1**update))
             del scale
-            if generator is None:
+            if bits is None:
                 stored_w.copy_(w)
             else:
-                round_into(stored_w, w, generator)
+                round_into(stored_w, w, bits)
             del w, m, v  # before the copies of the next piece
 
 

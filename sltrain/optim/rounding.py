@@ -12,11 +12,13 @@ bfloat16, Zamirai et al., arXiv 2010.06192.)
 Weights that are held as 8-bit codes (affine.py) are decoded for an update, and rounded to codes in the same way.
 
 The random numbers of an update depend only on (seed, number of the parameter, its updates so far): all ranks draw the
-same, and a resumed run needs no generator state.
+same, and a resumed run needs no generator state. They are drawn for pieces of the whole parameter. A process that holds
+some rows of it draws those of the rows before too, and drops them, so the numbers do not depend on how it is cut.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +26,74 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sltrain.affine import CodedTensor
-from sltrain.numeric import pieces, stochastic_round
+from sltrain.numeric import pieces, random_bits, round_by
+from sltrain.optim.named_state import named_parameters
 from sltrain.optim.wrapper import WrappedOptimizer, only, with_gradients
+from sltrain.parameters import PIECE
 
 
-def round_into(target: Tensor, values: Tensor, generator: torch.Generator) -> None:
+class Bits:
+    """The random bits of one update of a parameter of `numel` elements, for those from `first` on."""
+
+    def __init__(self, generator: torch.Generator, first: int, numel: int) -> None:
+        self.position, self._generator, self._numel = first, generator, numel
+        for _ in range(first // PIECE):
+            random_bits((PIECE,), generator)
+
+    def take(self, number: int) -> Tensor:
+        """Those of the next elements, which must lie in one piece of the whole parameter, up to its end or that of
+        what is held here."""
+        before = self.position % PIECE
+        bits = random_bits((min(PIECE, self._numel - self.position + before),), self._generator)
+        self.position += number
+        return bits[before : before + number]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which random numbers a parameter gets: those of the `number`-th of an optimizer with this seed; where rows of it
+    are held, for the elements from `first` on of `numel` (None: it is held whole)."""
+
+    seed: int
+    number: int
+    first: int = 0
+    numel: int | None = None
+
+    def generator(self, parameter: Tensor, update: int) -> torch.Generator:
+        return generator_of_update(parameter.device, self.seed, self.number, update)
+
+    def bits(self, parameter: Tensor, update: int) -> Bits:
+        numel = parameter.numel() if self.numel is None else self.numel
+        return Bits(self.generator(parameter, update), self.first, numel)
+
+
+def draw_as(optimizer: Optimizer, whole: Optimizer, places: Mapping[str, tuple[int, int]]) -> None:
+    """Let an optimizer of some parameters, and of rows of some, draw the numbers that `whole` would, which has all of
+    them whole. `places` are `first` and `numel` of those of which there are rows, by name."""
+    known = {name: each.draws[parameter] for each in _drawing(whole) for name, parameter in _named(each)}
+    for each in _drawing(optimizer):
+        for name, parameter in _named(each):
+            first, numel = places.get(name, (0, None))
+            each.draws[parameter] = replace(known[name], first=first, numel=numel)
+
+
+def _drawing(optimizer: Optimizer) -> Iterator[Any]:
+    """Those that an optimizer works through, itself included, which draw random numbers."""
+    if getattr(optimizer, "draws", None):
+        yield optimizer
+    for member in optimizer.members if isinstance(optimizer, WrappedOptimizer) else ():
+        yield from _drawing(member)
+
+
+def _named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    named: dict[str, Any] = named_parameters(optimizer)
+    return list(named.items())
+
+
+def round_into(target: Tensor, values: Tensor, bits: Bits) -> None:
     """Write float32 values, stochastically rounded, into a contiguous bfloat16 tensor of the same shape."""
-    for to, piece in pieces(target, values):
-        to.copy_(stochastic_round(piece, generator))
+    for to, piece in pieces(target, values, first=bits.position):
+        to.copy_(round_by(piece, bits.take(len(piece))))
 
 
 def generator_of_update(device: torch.device, seed: int, parameter_number: int, update: int) -> torch.Generator:
@@ -50,9 +112,9 @@ class StochasticRounding(WrappedOptimizer):
 
     def __init__(self, inner: Optimizer, seed: int, in_codes: Mapping[nn.Parameter, CodedTensor] | None = None) -> None:
         super().__init__(inner)
-        self.seed, self.in_codes = seed, in_codes or {}
+        self.in_codes = in_codes or {}
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        self.draws = {parameter: Draws(seed, number) for number, parameter in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -76,9 +138,8 @@ class StochasticRounding(WrappedOptimizer):
         finally:
             if exact in state:
                 state[parameter] = state.pop(exact)
-        number, update = self._numbers[parameter], int(state[parameter]["step"])
-        generator = generator_of_update(parameter.device, self.seed, number, update)
+        draws, update = self.draws[parameter], int(state[parameter]["step"])
         if held is None:
-            round_into(parameter, exact.detach(), generator)
+            round_into(parameter, exact.detach(), draws.bits(parameter, update))
         else:
-            held.write(exact.detach(), generator)
+            held.write(exact.detach(), draws.generator(parameter, update))

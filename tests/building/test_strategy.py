@@ -86,7 +86,7 @@ def test_unknown_values(key: str, value: Any) -> None:
     ("overrides", "text"),
     [
         (["compile=true"], "set compile=false"),
-        (["dtype=bfloat16", "stochastic_rounding=true"], "set stochastic_rounding=false"),
+        (["dtype=bfloat16", "stochastic_rounding=true", "optimizer=lion"], "set optimizer=adamw"),
         (["method=int8"], "method=int8 holds weights as codes"),
         (["method=relora"], "method=relora changes whole matrices between updates"),
         (["method.restart_every=5"], "set method=sltrain, low_rank, full or cola without restarts"),

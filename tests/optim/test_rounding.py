@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from optimizers import make_optimizer
 from torch import Tensor, nn
 
-from sltrain.optim.rounding import StochasticRounding, generator_of_update, stochastic_round
+from sltrain.numeric import stochastic_round
+from sltrain.optim.rounding import StochasticRounding, draw_as, generator_of_update
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "device": CPU}
@@ -126,3 +127,27 @@ def test_two_ranks_draw_the_same(name: str) -> None:
         optimizer.step()
         results.append(parameter.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 8), slice(8, 10), slice(10, 10)])
+def test_rows_are_rounded_as_in_the_whole(rows: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else the process holds, and where pieces end: here every 64 of 170 elements."""
+    for module in ("sltrain.numeric", "sltrain.optim.rounding"):
+        monkeypatch.setattr(f"{module}.PIECE", 64)
+
+    def make(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "device": CPU}
+        return make_optimizer(named.items(), name="adamw", stochastic_rounding=True, seed=5, **settings)
+
+    start = torch.randn(10, 17, generator=generator()).bfloat16()
+    whole = {"first": nn.Parameter(torch.ones(3, 3).bfloat16()), "second": nn.Parameter(start.clone())}
+    held = nn.Parameter(start[rows].clone())
+    of_one, ours = make(whole), make({"second": held})
+    draw_as(ours, of_one, {"second": (rows.start * 17, 170)})
+    for step in range(3):
+        grad = torch.randn(10, 17, generator=generator(step)).bfloat16()
+        whole["first"].grad, whole["second"].grad, held.grad = torch.ones(3, 3).bfloat16(), grad, grad[rows].clone()
+        of_one.step()
+        ours.step()
+    assert torch.equal(held, whole["second"][rows])
+    assert not torch.equal(whole["second"], start)

@@ -68,8 +68,9 @@ class OptimizerConfig:
 
     def works_on_shards(self, rounded: bool) -> bool:
         """Whether it gives the same numbers on any rows of a parameter as on all: an element-wise optimizer whose state
-        has the parameter's shape. Blocks of 256 and random numbers of `rounded` weights belong to whole tensors."""
-        return self.locality == "element" and self.whole_moments and not rounded
+        has the parameter's shape. Blocks of 256 belong to whole tensors, and so do `rounded` weights, unless it rounds
+        them itself."""
+        return self.locality == "element" and self.whole_moments and (self.rounds or not rounded)
 
     def check(self) -> None:
         """Raise ValueError, naming key, value and remedy, for impossible options."""
