@@ -152,6 +152,8 @@ class ShardedParts(Parts):
         sums = sum(self.reduced[i + 1 :]) // self.sharding.num_shards if self.sharding.replicas > 1 else 0
         above = 0 if self.shape.per_layer_update else sum(self.shards[i + 1 :])
         if self.shape.num_micro_batches > 1 and self.sharding.reduces_each:
+            if self.shape.per_layer_update and self.shape.num_micro_batches == 2:  # the second frees those of the first
+                return max(sum(self.shards[i + 1 :]), sum(self.shards[: i + 1]) + self.root_shards + sums)
             return sum(self.shards) + self.root_shards + sums
         if not any(self.rounded):  # gradients are views of the sums
             above = max(above, sums)
