@@ -71,7 +71,8 @@ class ShardedParts(Parts):
             gradients = 0 if self.shape.per_layer_update else sum(self.shards) + self.root_shards
         gathered = self.root_gathered + (self.gathered[last] if self.sharding.reshards else sum(self.gathered))
         if name == "task answers":
-            gathered = self.root_gathered + 2 * max(self.gathered)
+            layers = 2 * max(self.gathered) if self.sharding.reshards else sum(self.gathered)
+            gathered = self.root_gathered + layers
         elif name in ("update", "action"):
             gathered = 0
         return [{**alone, "gradients": gradients, "gathered_weights": gathered, "reduce_buffers": 0}]
