@@ -115,8 +115,6 @@ def check_sharding(config: TrainConfig, model: LlamaForCausalLM, world_size: int
 
 def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     """Why the configuration does not go with shards, with the remedy; None: it does."""
-    if config.compile:
-        return "compile=true compiles the model as one, and shards are gathered layer by layer; set compile=false"
     pieces = [m.name for m in members(config.optimizer) if works_in_pieces(m, config.stochastic_rounding)]
     if pieces:
         return (

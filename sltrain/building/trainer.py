@@ -90,7 +90,7 @@ def build_trainer(
         _tell_resumed(step, checkpoint, stream)
     progress = Progress(**saved.get("progress", {}))
     arithmetic = fix_arithmetic(config, model, saved.get("arithmetic", {}), ranks.device)
-    compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    compiled = compile_model(model, strategy) if config.compile else model
     trainer = Trainer(
         model=compiled,
         update_step=build_step(config, compiled, live.optimizer, strategy),
@@ -148,6 +148,16 @@ def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, str
     if start is not None:
         start.fill(model, strategy.ranks, config.micro_batch_size)
     strategy.ranks.send_from_main(model)  # it is whole here, also one that will be cut
+
+
+def compile_model(model: LlamaForCausalLM, strategy: Strategy) -> nn.Module:
+    """The model as torch.compile makes it in its first pass; of one in shards each decoder layer, which is gathered
+    before it and dropped after it."""
+    if not strategy.is_sharded:
+        return cast(nn.Module, torch.compile(model))
+    for layer in model.model.layers:
+        layer.compile()
+    return model
 
 
 def final_numbers(config: TrainConfig, model: LlamaForCausalLM, memory: RunMemory) -> Event:

@@ -185,10 +185,13 @@ class Sharded(Strategy):
 
     @contextlib.contextmanager
     def by_modules(self, model: nn.Module) -> Iterator[None]:
-        """Layers are gathered as they are called; embedding and head from here on."""
+        """Layers are gathered as they are called; embedding and head from here on. Compiled ones are called as they
+        are: here each call may have other shapes."""
+        is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         cast(FSDPModule, model).unshard()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+                yield
         finally:
             self.after_forward(model)
 

@@ -85,7 +85,6 @@ def test_unknown_values(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["compile=true"], "set compile=false"),
         (["dtype=bfloat16", "stochastic_rounding=true", "optimizer=lion"], "set optimizer=adamw"),
         (["method=int8"], "method=int8 holds weights as codes"),
         (["method=relora"], "method=relora changes whole matrices between updates"),
@@ -104,7 +103,7 @@ def test_what_shards_refuse(overrides: list[str], text: str) -> None:
     [["method=sltrain"], ["method=full", "optimizer=muon"], ["method=low_rank", "optimizer=adam8bit"], ["method=cola"]],
 )
 def test_what_works_on_shards(overrides: list[str]) -> None:
-    for more in (["ema=0.9", "grad_clip=1"], ["per_layer_update=true", "grad_clip=null"]):
+    for more in (["ema=0.9", "grad_clip=1"], ["compile=true"], ["per_layer_update=true", "grad_clip=null"]):
         config = composed(*overrides, *more)
         assert against_shards(config, model_of(config)) is None
 
@@ -131,7 +130,7 @@ def test_auto_is_ddp_while_the_plan_fits(monkeypatch: pytest.MonkeyPatch, lines:
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, None, 10**6])
     model = model_of(config)
     assert module._choose(config, model, ranks) == "fsdp" and "parallel   fsdp" in lines[-1]
-    refused = composed("compile=true")
+    refused = composed("method=relora")
     assert module._choose(refused, model_of(refused), ranks) == "ddp" and "would need a change" in lines[-1]
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [10**12, 10**11])
     assert module._choose(config, model, ranks) == "ddp"

@@ -10,6 +10,7 @@ from small_run import method_of
 from torch import Tensor, nn
 
 from sltrain.building.model import allocate_own
+from sltrain.building.trainer import compile_model
 from sltrain.config import ModelConfig
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.ema import Average
@@ -217,6 +218,35 @@ def test_a_gradient_that_is_not_finite_is_named_on_every_rank(on_two_ranks: OnRa
 
     names, kept = zip(*on_two_ranks(run), strict=True)
     assert names[0] == names[1] and names[0] is not None and all(kept)
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_one_by_one(on_two_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the part of the compiler that traces; it takes a second instead of a minute."""
+    compile_layer = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda layer: compile_layer(layer, backend="aot_eager"))
+
+    def losses(ranks: Ranks, compiles: bool) -> list[float]:
+        strategy = Sharded(ranks, Settings())
+        model, optimizer = built(strategy)
+        step = OrdinaryStep(compile_model(model, strategy) if compiles else model, optimizer, strategy)
+        batches = [rows_of_step(number)[ranks.rank :: ranks.world_size] for number in range(STEPS)]
+        found = [step.run([make_micro_batch(ids, ids, CPU)], NUM_ROWS * 8).loss for ids in batches]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        with strategy.by_modules(model), torch.no_grad():
+            hidden = model.model(rows_of_step(0)[:1, :5])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return [*found, float(hidden.norm())]
+
+    graphs = list[int]()
+
+    def run(ranks: Ranks) -> tuple[list[float], list[float], list[int]]:
+        return losses(ranks, False), losses(ranks, True), graphs
+
+    for eager, compiled, num_graphs in on_two_ranks(run):
+        assert compiled == pytest.approx(eager, abs=1e-5)
+        assert num_graphs[:2] == [0, 0] and 1 <= num_graphs[2] <= 2 * CONFIG.num_hidden_layers
+        assert num_graphs[3] == num_graphs[2], "other shapes are not compiled for"
 
 
 def inside_backward(ranks: Ranks, settings: Settings, clip: float | None) -> tuple[Any, ...]:
