@@ -13,9 +13,9 @@ NUMBERS = ("step", "loss", "lr", "grad_norm")  # of a train line; the others dep
 
 def resumes_bit_for_bit(
     overrides: list[str], train: Callable[..., tuple[int, str, str]], folder: Path, at: Iterable[int]
-) -> None:
+) -> Path:
     """Train once with a checkpoint of every step, then again from the checkpoints of the steps `at`; the numbers of
-    all later updates and the files of the last checkpoint must be equal."""
+    all later updates and the files of the last checkpoint must be equal. Returns the first run's folder."""
     straight = folder / "straight"
     code, _, err = train(*overrides, f"run_dir={straight}", "checkpoint_every=1", "keep_last=99")
     assert code == 0, err
@@ -30,6 +30,7 @@ def resumes_bit_for_bit(
         assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), step
         for file in theirs.glob("*.pt"):
             assert_equal(*(torch.load(there / file.name, weights_only=True) for there in (ours, theirs)))
+    return straight
 
 
 def stopped_at(run: Path, step: int, copy: Path) -> Path:

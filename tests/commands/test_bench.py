@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sltrain.api.bench import measure
+from sltrain.benchmarks import step
 from sltrain.benchmarks.base import format_table, write
 from sltrain.benchmarks.settings import COMMON, KEYS, BenchConfig, read_arguments
 from sltrain.commands.bench import run_command
@@ -70,7 +71,9 @@ def test_step_as_json(sltrain_bench: Run) -> None:
     assert "uniform" in err and "alone" in err
 
 
-def test_an_optimizer_beside_adamw(sltrain_bench: Run) -> None:
+def test_an_optimizer_beside_adamw(sltrain_bench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: `test_step_as_json` measures in processes of their own."""
+    monkeypatch.setattr(step, "run_alone", lambda function, *arguments: function(*arguments))
     code, out, err = sltrain_bench(*STEP, "optimizers=[scale]")
     assert code == 0, err
     lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]

@@ -37,30 +37,21 @@ def case(method: str, base: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", NAMES)
-def test_a_method_resumes_bit_for_bit(method: str, tiny: list[str], sltrain_train: Train, tmp_path: Path) -> None:
+def test_a_method_resumes_bit_for_bit_and_two_processes_train_what_one_does(
+    method: str, tiny: list[str], sltrain_train: Train, fork_train: Callable, metrics_of: Metrics, tmp_path: Path
+) -> None:
+    """Two processes take the sums over rows in another order."""
     overrides = case(method, tiny)
     config = compose_config(overrides, TRAIN)
     actions = actions_of(config, build_model(config, 512, torch.float32))
     due = {step for step in range(1, STEPS) if any(action.is_due(step) for action in actions)}
     due |= {phase.after for phase in phases_of(config)} or {STEPS // 2}
     around = {step + offset for step in due for offset in (-1, 0, 1)} & set(range(1, STEPS))
-    resumes_bit_for_bit(overrides, sltrain_train, tmp_path, sorted(around)[:5])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", NAMES)
-def test_two_processes_train_what_one_does(
-    method: str, tiny: list[str], fork_train: Callable, metrics_of: Metrics, tmp_path: Path
-) -> None:
-    """The sums over rows are taken in another order."""
-    overrides = case(method, tiny)
-    runs = [
-        fork_train(*overrides, f"run_dir={tmp_path}/{num_ranks}", "eval_every=0", num_ranks=num_ranks)
-        for num_ranks in (1, 2)
-    ]
-    assert [run.wait() for run in runs] == [0, 0]
+    straight = resumes_bit_for_bit(overrides, sltrain_train, tmp_path, sorted(around)[:5])
+    assert fork_train(*overrides, f"run_dir={tmp_path}/two", num_ranks=2).wait() == 0
     one, two = (
-        [line["loss"] for line in metrics_of(tmp_path / name) if line["event"] in ("train", "final")] for name in "12"
+        [line["loss"] for line in metrics_of(run) if line["event"] in ("train", "final")]
+        for run in (straight, tmp_path / "two")
     )
     assert len(one) == STEPS + 1 and two == pytest.approx(one, rel=1e-4)
 
