@@ -41,9 +41,14 @@ class NormalizedSGD(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
             size = None if self.dim == 1 else root_mean_square(grad, self.dim)
             for rows, piece in row_pieces(grad):
-                exact = piece.float()
-                along = exact.square().mean(1, keepdim=True).sqrt_() if size is None else size
-                parameter[rows].add_((exact / along.clamp_min(1e-8)).to(parameter.dtype), alpha=-group["lr"])
+                along = rms_of_rows(piece) if size is None else size
+                parameter[rows].addcdiv_(piece, along.clamp_min(1e-8), value=-group["lr"])  # float32 inside
+
+
+def rms_of_rows(piece: Tensor) -> Tensor:
+    """(rows, 1), float32."""
+    norms = torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=torch.float32)
+    return norms.div_(piece.shape[1] ** 0.5)
 
 
 def root_mean_square(grad: Tensor, dim: int | None) -> Tensor:

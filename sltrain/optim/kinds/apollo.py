@@ -51,4 +51,4 @@ class Apollo(Projected):
             factor = adapted.norm() / (projected.norm() + 1e-8)
         else:
             factor = channel_norms(adapted, self.rank) / (channel_norms(projected, self.rank) + 1e-8)
-        return self.correction(state["step"]) * self.scale**0.5 * limit_growth(grad * factor, state)
+        return limit_growth(grad * factor, state).mul_(self.correction(state["step"]) * self.scale**0.5)

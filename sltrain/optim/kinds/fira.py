@@ -36,4 +36,4 @@ class Fira(GaLore):
         adapted = self.adam(projected, state)
         phi = channel_norms(adapted, self.rank) / (channel_norms(projected, self.rank) + 1e-8)
         rest = limit_growth((grad - self.scale * self.back(projected, state)) * phi, state)
-        return self.correction(state["step"]) * (self.scale * self.back(adapted, state) + rest)
+        return rest.add_(self.back(adapted, state), alpha=self.scale).mul_(self.correction(state["step"]))

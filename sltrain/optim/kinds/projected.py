@@ -129,11 +129,11 @@ def channel_norms(projected: "Tensor", rank: int) -> "Tensor":
 
 
 def limit_growth(added: "Tensor", state: dict[str, Any]) -> "Tensor":
-    """`added`, made smaller if its norm exceeds MAX_GROWTH times that of the update before (Fira, section 4.3).
+    """`added`, made smaller in place if its norm exceeds MAX_GROWTH times that of the update before (Fira, section 4.3).
     state["norm"] keeps the norm; it is 0 before the first update."""
     norm, before = added.norm(), state["norm"]
     largest = before * MAX_GROWTH
     shrink = ((norm > largest) & (before > 0)).float()
     factor = 1 + shrink * (largest / norm.clamp_min(1e-30) - 1)
     before.copy_(norm * factor)
-    return added * factor
+    return added.mul_(factor)
