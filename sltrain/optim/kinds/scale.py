@@ -44,7 +44,9 @@ class Normalized(OptimizerConfig):
         return parameter.numel * parameter.element_size if self.settings()[2] else 0
 
     def step_bytes(self, parameter: ParamInfo, device_type: str, rounding: bool) -> int:
-        return 3 * 4 * min(parameter.numel, PIECE)
+        """Of a piece: copies in float32 of both operands and the result, or the squares that are summed across rows."""
+        copies = 3 if parameter.element_size < 4 else int(self.settings()[1] != 1)
+        return copies * 4 * min(parameter.numel, PIECE)
 
 
 @OPTIMIZERS.register("scale")
