@@ -129,8 +129,8 @@ def channel_norms(projected: "Tensor", rank: int) -> "Tensor":
 
 
 def limit_growth(added: "Tensor", state: dict[str, Any]) -> "Tensor":
-    """`added`, made smaller in place if its norm exceeds MAX_GROWTH times that of the update before (Fira, section 4.3).
-    state["norm"] keeps the norm; it is 0 before the first update."""
+    """`added`, made smaller in place if its norm exceeds MAX_GROWTH times that of the update before (Fira, section
+    4.3). state["norm"] keeps the norm; it is 0 before the first update."""
     norm, before = added.norm(), state["norm"]
     largest = before * MAX_GROWTH
     shrink = ((norm > largest) & (before > 0)).float()
