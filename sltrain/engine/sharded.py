@@ -365,4 +365,4 @@ def _refuse(reason: str) -> None:
 
 def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(values.numpy().data).hexdigest()
