@@ -1,4 +1,4 @@
-"""Six schedules of the campaign, kills at file operations of a whole run, and whether a loss would be noticed."""
+"""Ten schedules of the campaign, kills at file operations of a whole run, and whether a loss would be noticed."""
 
 import json
 import shutil
@@ -23,7 +23,6 @@ from faults.verdict import history_of, newest, problems_of_documents, problems_o
 from faults.world import RECIPES
 
 WHOLE = ((1, MAX_STEPS),)
-SEEDS = (1, 2, 4, 5, 6, 7)  # of the first ten: every recipe and every class of fault that these draw
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(10))
 def test_a_schedule_loses_nothing(seed: int, campaign: Campaign) -> None:
     record = campaign.run(draw(seed, list(RECIPES)))
     assert not record.problems, "\n".join([*record.faults, *record.problems])
@@ -42,11 +41,11 @@ def test_a_schedule_loses_nothing(seed: int, campaign: Campaign) -> None:
 
 @pytest.mark.slow
 def test_a_kill_before_a_file_operation_loses_nothing(campaign: Campaign) -> None:
-    """Every 43rd of a run; `python -m tests.faults sweep` takes all of them."""
+    """Every 29th of a run; `python -m tests.faults sweep` takes all of them."""
     total, saves = campaign.count_operations("sltrain")
     assert total > 100 and max(map(len, saves[2:])) >= SAVE_OPERATIONS
     assert total - sum(map(len, saves)) >= STARTUP_OPERATIONS
-    for operation in range(3, total, 43):
+    for operation in range(3, total, 29):
         record = campaign.run(Schedule(operation, "sltrain", 1, [Fault("save", "kill", 0, "startup", operation)]))
         assert not record.problems, (operation, record.problems)
         assert record.starts == 2, record.faults
@@ -117,9 +116,6 @@ def test_schedules() -> None:
     schedules = [draw(seed, list(RECIPES)) for seed in range(400)]
     assert schedules[7].as_json() == draw(7, list(RECIPES)).as_json() != schedules[8].as_json()
     json.dumps(schedules[7].as_json())
-    run, drawn = ({fault.kind for seed in seeds for fault in schedules[seed].faults} for seeds in (SEEDS, range(10)))
-    assert run == drawn
-    assert {schedules[seed].recipe for seed in SEEDS} == {schedule.recipe for schedule in schedules[:10]}
     faults = [fault for schedule in schedules for fault in schedule.faults]
     assert all(len(schedule.faults) == NUM_FAULTS for schedule in schedules)
     for schedule in schedules:
