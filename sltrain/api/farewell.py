@@ -57,6 +57,7 @@ def _out_of_memory(config: TrainConfig, trainer: Trainer, again: str) -> str:
     options = {
         f"micro_batch_size below {c.micro_batch_size}": c.micro_batch_size > 1,
         "activation_checkpointing=true": not c.activation_checkpointing,
+        "checkpoint_async=false": c.checkpoint_async and t.ranks.device.type == "cpu",
         "per_layer_update=true": one_pass and c.grad_clip is None and not (c.per_layer_update or c.compile),
     }
     smaller = " or ".join(text for text, helps in options.items() if helps) or "a smaller model"

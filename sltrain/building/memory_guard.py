@@ -1,7 +1,6 @@
 """A run that does not fit into memory is refused before it begins, with settings that would fit."""
 
 import logging
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from sltrain.planning.sharding import Sharding
 from sltrain.runs.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-# What may change so that a run in shards fits.
-WITH_SHARDS = {"micro_batch_size", "global_batch_size", "activation_checkpointing", "optimizer", "moments_dtype"}
 
 
 def planned_sharding(strategy: Strategy) -> Sharding | None:
@@ -74,9 +70,7 @@ def guard_memory(
     logger.info(f"memory     {memory_size(plan.total_bytes)} planned for tensors, {memory_size(free)} free on {device}")
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
-    keys: Collection[str] | None = CHANGEABLE_ON_RESUME if folder.has_progress else None
-    if sharding is not None:  # which refuses updates inside backward
-        keys = WITH_SHARDS.intersection(WITH_SHARDS if keys is None else keys)
+    keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
     found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
     advice = "a smaller model" if found is None else f"{found[0]} ({memory_size(found[1].total_bytes)})"
     raise ValueError(

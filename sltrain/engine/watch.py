@@ -12,7 +12,7 @@ So each rank tells, by a thread of its own and through the store by which torchr
 
 A rank whose main thread waits reads what the others told, and ends the run when for `limit` seconds
 
-    silent   a rank's beat has not grown,
+    silent   a rank's beat has not grown, unless it waits for this one, which has patience,
     behind   or a living rank has not come as far as this one, has not moved, and its patience is over,
     stuck    or nobody is behind: all began the same collective, and it does not end.
 
@@ -193,8 +193,10 @@ class Watch:
                 "one is cut off"
             )
         heard = dict(self._heard)
+        may_work = self._age() < self.limit + self._patience  # itself: in a save, for instance
         for rank, (told, since) in sorted(heard.items()):
-            if now - since >= self.limit:
+            waits_for_this = told is not None and told.place > self._place and may_work
+            if now - since >= self.limit and not waits_for_this:
                 who = "it never joined" if told is None else told.who
                 return self._line(
                     f"rank {rank} hangs ({who}): no sign of it for {self.limit:g} s, so its process is stopped, or its "

@@ -75,6 +75,14 @@ def test_ranks_with_other_numbers_of_collectives_in_a_save_are_compared_anew_aft
     assert watched.verdict(now) is None
 
 
+def test_a_rank_that_saves_ends_its_save_though_one_that_waits_for_it_falls_silent() -> None:
+    saves = watch_that_heard((told(12), 1.0), (told(13), 11.0))
+    saves._patience = ENDLESS
+    assert saves.verdict(time.monotonic()) is None
+    saves._patience = 0.0
+    assert "rank 2 hangs" in (saves.verdict(time.monotonic()) or "")
+
+
 def test_a_store_that_is_gone_ends_a_rank_that_waits() -> None:
     watched = watch_that_heard((told(12), 1.0))
     watched._contact -= 11
