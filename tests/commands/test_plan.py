@@ -329,9 +329,8 @@ def test_seventy_billion_on_sixteen_cards() -> None:
 
 def test_what_shards_refuse(sltrain_plan: Run) -> None:
     for more, words in (
-        (["per_layer_update=true"], "per_layer_update=false"),
         (["parallel=hsdp", "parallel.replicas=3"], "parallel.replicas=3"),
-        (["stochastic_rounding=true"], "stochastic_rounding=false"),
+        (["optimizer=lion", "stochastic_rounding=true"], "optimizer=adamw"),
     ):
         code, out, err = sltrain_plan(*TINY, "parallel=fsdp", "num_processes=4", *more)
         assert code == 2 and words in err and len(err.splitlines()) == 1, err
