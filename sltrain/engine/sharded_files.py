@@ -106,7 +106,9 @@ def _reasons() -> Iterator[None]:
         yield
     except Exception as error:
         reason = disk_reason(error)
-        raise error if reason is None else OSError(reason) from error
+        if reason is None:
+            raise
+        raise OSError(reason) from error
 
 
 def _save(folder: Path, contents: Contents, ranks: Ranks) -> None:
@@ -132,7 +134,8 @@ class _Writer(FileSystemWriter):
     """DCP's, whose metadata names no path of this machine."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=False)  # `seal` does it
+        # `seal` syncs. Everything is in host memory: a loader that copies ahead would take GPU 0 from any thread.
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with _reasons():
@@ -212,7 +215,11 @@ class ShardedFiles:
             inner, (*outer, last) = state, place
             for key in outer:
                 inner = inner.setdefault(key, {})
-            inner[last] = self._stored(place)
+            stored = self._stored(place)
+            if stored != {}:  # empty on one process, it may have entries of others
+                inner[last] = stored
+            else:
+                inner.setdefault(last, {})
         found: dict[str, Any] = state[name]
         return found
 

@@ -15,7 +15,7 @@ import torch
 from resuming import assert_equal
 from torch import Tensor, nn
 
-from sltrain.engine import sealed_folder
+from sltrain.engine import sealed_folder, sharded_files
 from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.checkpoint_files import CheckpointError, Contents
 from sltrain.engine.distributed import Ranks
@@ -230,6 +230,13 @@ def test_what_fails_on_one_rank_is_raised_on_all(
         assert saved and step == 4
     assert named(tmp_path / "run/checkpoints") == {"step_00000002", "latest"}
     assert Training(ALONE).open(tmp_path / "run")["step"] == 2
+
+
+def test_an_error_that_is_not_of_the_disk_is_raised_as_it_was() -> None:
+    """Were it its own cause, whoever looks for the disk's reason in it would look for ever."""
+    with pytest.raises(RuntimeError, match="no thread") as raised, sharded_files._reasons():
+        raise RuntimeError("no thread")
+    assert raised.value.__cause__ is None and sealed_folder.disk_reason(raised.value) is None
 
 
 def test_only_the_newest_remain(tmp_path: Path, on_two_ranks: OnRanks) -> None:
