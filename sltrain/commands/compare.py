@@ -122,14 +122,14 @@ class Work:
         log.parent.mkdir(parents=True, exist_ok=True)
         place = f"[{len(self.ledger.runs) + 1}/{self.study.num_runs}] {run.role} {run.candidate}, seed {run.seed}"
         print(f"{place}: {setting_text(run.setting)}", flush=True)
-        begin = time.monotonic()
+        begin, said_before = time.monotonic(), log.stat().st_size if log.exists() else 0
         command = [sys.executable, "-m", "sltrain.train", *run.overrides, f'run_dir="{folder}"']
         code, is_stopped = run_process(command, log)
         if is_stopped:
             print(f"interrupted; {self._left()}; the same command goes on", flush=True)
             return ExitCode.INTERRUPTED
         if code not in (ExitCode.OK, ExitCode.DIVERGED):
-            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            said = log.read_bytes()[said_before:].decode(errors="replace").strip().splitlines() or ["it said nothing"]
             reason = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
             reason = reason.removeprefix("error: ")
             return report_error(ValueError(f"{run.name} {in_words(code)}: {reason} (all of it: {log})"))

@@ -302,7 +302,9 @@ def setting_text(setting: Mapping[str, Any]) -> str:
 
 
 def ratio_text(difference: Difference) -> str:
-    """0.973 (0.951 to 0.996)."""
+    """0.973 (0.951 to 0.996); of means that are no number, who diverged."""
+    if math.isnan(difference.mean) or difference.mean == -math.inf:
+        return "both diverged" if math.isnan(difference.mean) else "the other diverged"
     low, high = difference.interval
     text = f"{difference.ratio:.3f}"
     return f"{text} ({low:.3f} to {high:.3f})" if math.isfinite(low) and math.isfinite(high) else text

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sltrain.reporting.study import Entry, Protocol, Results, chosen_trial, loss_at, remarks_on, render
+from sltrain.reporting.paired import paired_difference
+from sltrain.reporting.study import Entry, Protocol, Results, chosen_trial, loss_at, ratio_text, remarks_on, render
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "dense": {"overrides": [], "tune": {"lr": [1, 2, 3]}, "equal": {}},
@@ -85,3 +86,9 @@ def test_a_candidate_that_diverged_is_infinite_and_stays() -> None:
 def test_a_study_that_is_not_done() -> None:
     page = render(PROTOCOL, entries()[:5], [], "")
     assert "The reporting runs of dense, the reference, are not done yet." in page and "| dense | lr=1 |" not in page
+
+
+def test_a_ratio_with_runs_that_diverged_says_whose() -> None:
+    assert ratio_text(paired_difference([4.0, 4.0], [math.inf, 4.0])) == "the other diverged"
+    assert ratio_text(paired_difference([math.inf, 4.0], [4.0, math.inf])) == "both diverged"
+    assert ratio_text(paired_difference([math.inf, 4.0], [4.0, 4.0])) == "inf"
