@@ -290,16 +290,20 @@ def test_a_name_twice(study: dict[str, Any], write: Callable, sltrain_compare: C
 def test_a_run_that_cannot_start_ends_the_study(
     study: dict[str, Any], write: Callable, sltrain_compare: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What its process said last is the reason."""
+    """What its process said last is the reason, and not what an earlier attempt said."""
+    says = ["model ...\nerror: the corpus is gone\n", "memory is short\n"]
 
     def refuse(command: list[str], log: Path) -> tuple[int, bool]:
-        log.write_text("model ...\nerror: the corpus is gone\n")
+        with open(log, "a") as file:
+            file.write(says.pop(0))
         return int(ExitCode.BAD_INPUT), False
 
     monkeypatch.setattr(compare, "run_process", refuse)
     code, _, err = sltrain_compare(f"study={write(study)}", f"run_dir={tmp_path / 'out'}")
     assert code == ExitCode.BAD_INPUT
     assert "dense_trial-1_seed-1 refused (exit code 2): the corpus is gone (all of it: " in err
+    _, _, err = sltrain_compare(f"study={write(study)}", f"run_dir={tmp_path / 'out'}")
+    assert "memory is short" in err and "the corpus is gone" not in err
     assert not read_ledger(tmp_path / "out").runs
 
 
