@@ -149,14 +149,14 @@ def _records(out: Path) -> list[dict]:
 
 def _summary(records: list[dict]) -> str:
     """The table of verdicts, and what was lost in all."""
-    lines = [f"{'seed':>5} {'recipe':<10} {'faults':<58} {'starts':>6} {'goodput':>8} {'verdict'}"]
+    lines = [f"{'seed':>5} {'recipe':<18} {'faults':<58} {'starts':>6} {'goodput':>8} {'verdict'}"]
     for record in sorted(records, key=lambda record: record["schedule"]["seed"]):
         schedule = record["schedule"]
         kinds = " ".join(fault["kind"] for fault in schedule["faults"])
         goodput = f"{record['useful_updates'] / max(record['begun_updates'], 1):.0%}"
         verdict = "LOST" if record["problems"] else "nothing lost"
         lines.append(
-            f"{schedule['seed']:>5} {schedule['recipe']:<10} {kinds:<58} {record['starts']:>6} {goodput:>8} {verdict}"
+            f"{schedule['seed']:>5} {schedule['recipe']:<18} {kinds:<58} {record['starts']:>6} {goodput:>8} {verdict}"
         )
     useful, begun = (sum(record[key] for record in records) for key in ("useful_updates", "begun_updates"))
     busy, needed = (sum(record[key] for record in records) for key in ("cpu_seconds", "useful_cpu_seconds"))

@@ -15,6 +15,7 @@ NUM_FAULTS = 5
 # File operations of a save of one process, from the making of its folder to the deletion of older ones, and of a start
 # before its first update; test_campaign.py counts them.
 SAVE_OPERATIONS = 22
+SHARE_OPERATIONS = 3  # of a process that writes a share alone: it asks for the folder, opens its file, and syncs it
 STARTUP_OPERATIONS = 8
 SIGNALS = ("SIGTERM", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
@@ -80,6 +81,8 @@ def draw(seed: int, recipes: list[str], most_processes: int = 2) -> Schedule:
     processes = schedule.processes
     for step in steps:
         fault = _draw_fault(rng, step, processes, most_processes)
+        if schedule.recipe.startswith("sharded"):
+            _move_to_a_share(rng, fault, processes)
         if fault.then == "processes":
             processes = fault.detail
         schedule.faults.append(fault)
@@ -97,6 +100,14 @@ def _draw_fault(rng: random.Random, step: int, processes: int, most_processes: i
         if kind == "processes" and most_processes == 1:
             continue
         return _fault(rng, kind, step, processes)
+
+
+def _move_to_a_share(rng: random.Random, fault: Fault, processes: int) -> None:
+    """Let a fault of a save hit any of the processes that write it."""
+    if fault.trigger in ("operation", "bytes"):
+        fault.rank = rng.randrange(processes)
+    if fault.trigger == "operation" and fault.rank:
+        fault.at %= SHARE_OPERATIONS
 
 
 def _fault(rng: random.Random, kind: str, step: int, processes: int) -> Fault:

@@ -52,6 +52,14 @@ def test_a_kill_before_a_file_operation_loses_nothing(campaign: Campaign) -> Non
 
 
 @pytest.mark.slow
+def test_a_kill_of_a_process_that_writes_its_share_loses_nothing(campaign: Campaign) -> None:
+    kill = Fault("save", "kill", 8, "operation", 2, rank=1)
+    record = campaign.run(Schedule(0, "sharded", 2, [kill]))
+    assert not record.problems, record.problems
+    assert record.starts == 2 and "-> start 1, at fsync checkpoints/step_00000008.tmp/__1_0.distcp" in record.faults[0]
+
+
+@pytest.mark.slow
 def test_a_kill_under_torchrun_loses_nothing(campaign: Campaign) -> None:
     """As a user starts it: torchrun, two processes, one of which dies; then `python -m sltrain train`."""
     commands = Campaign(campaign.folder / "commands", "commands")
@@ -125,6 +133,8 @@ def test_schedules() -> None:
     assert kinds.keys() >= {*published_weights(), "save", "torn", "full", "truncated", "flipped", "leftover", "clock"}
     assert 0.3 < kinds["process"] / len(faults) < 0.4  # half of the faults by the table, of which 0.69
     assert all(draw(seed, ["dense"], 1).processes == 1 for seed in range(50))
+    in_saves = [(s.recipe, f) for s in schedules for f in s.faults if f.trigger in ("operation", "bytes")]
+    assert {recipe for recipe, fault in in_saves if fault.rank} == {"sharded", "sharded_background"}
 
 
 def test_published_weights() -> None:

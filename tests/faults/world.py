@@ -18,6 +18,7 @@ FIRST_DOCUMENT = len(SPECIAL)  # the token of d000
 GLOBAL_BATCH = 8
 EPOCH = NUM_DOCUMENTS // GLOBAL_BATCH  # updates, with a document a row
 
+SHARDED = ["parallel=fsdp", "parallel.checkpoint=sharded"]  # every process writes a file of a checkpoint
 RECIPES: dict[str, list[str]] = {
     "sltrain": ["method=sltrain", "padding=truncate_pad"],
     "dense": ["method=full", "padding=pack", "ema=0.9", "grad_clip=0.5"],
@@ -30,6 +31,8 @@ RECIPES: dict[str, list[str]] = {
     ],
     "background": ["method=sltrain", "padding=truncate_pad", "checkpoint_async=true"],
     "fsdp": ["method=sltrain", "padding=truncate_pad", "parallel=fsdp"],
+    "sharded": ["method=sltrain", "padding=truncate_pad", *SHARDED],
+    "sharded_background": ["method=full", "padding=pack", "ema=0.9", "checkpoint_async=true", *SHARDED],
     "per_layer": ["method=sltrain", "padding=truncate_pad", "per_layer_update=true"],
 }
 
