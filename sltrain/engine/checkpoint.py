@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint_files import (
@@ -79,28 +79,13 @@ class Checkpointer:
         self.to_train, self.needed, self.together = to_train, needed, together
         self._damaged: set[Path] = set()  # found while searching; they do not count among those that are kept
 
-    def save(
-        self,
-        step: int,
-        model: nn.Module | Mapping[str, Tensor],
-        objects: Mapping[str, Stateful],
-        state: Mapping[str, Any],
-    ) -> Path:
-        """Write the checkpoint of `step` (updates done) and return its folder; one of the same step is replaced.
-
-        Args:
-            model: may be wrapped in DDP and torch.compile; or its tensors by name.
-            objects: everything else with a state, by name: the optimizer, what actions keep.
-            state: JSON data (so its dict keys are strings); `step` is added.
+    def write(self, contents: Contents) -> Path:
+        """Write the checkpoint of a step and return its folder; one of the same step is replaced. From any thread, one
+        at a time. If processes write together, each gives its share, and all raise what fails on one.
 
         Raises CheckpointError when the disk refuses (full, over quota, read-only); earlier checkpoints are untouched
         and no partial one remains.
         """
-        return self.write(Contents.of(step, model, objects, state))
-
-    def write(self, contents: Contents) -> Path:
-        """`save`, of contents that were gathered before; from any thread, one at a time. If processes write together,
-        each gives its share, and all raise what fails on one."""
         step = contents.step
         final = self.folder / f"step_{step:08d}"
 

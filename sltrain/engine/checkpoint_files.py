@@ -6,7 +6,7 @@ already holds, and never cast. Other files are loaded with weights_only=True: co
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class Contents:
     """What the checkpoint of one step holds. Its tensors may be those that are trained, which must then not change
-    before it is written; snapshot.py copies them."""
+    before it is written; snapshot.py copies them, unless they are `fresh`."""
 
     step: int  # updates done
     tensors: dict[str, Tensor]  # parameters and persistent buffers by name, a tied one under its first name only
@@ -52,20 +52,19 @@ class Contents:
     # Of a share: which tensors are only rows, the first of them and how many there are on all processes; None: rank 0
     # has everything
     cuts: dict[Place, tuple[int, int]] | None = None
+    fresh: Collection[int] = ()  # ids of tensors that were made for these contents: nobody will change them
 
     @classmethod
-    def of(
-        cls,
-        step: int,
-        model: nn.Module | Mapping[str, Tensor],
-        objects: Mapping[str, Stateful],
-        state: Mapping[str, Any],
-        cuts: dict[Place, tuple[int, int]] | None = None,
-    ) -> "Contents":
-        """The present values, not copied: see Checkpointer.save."""
+    def of(cls, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]) -> "Contents":
+        """The present values, not copied.
+
+        Args:
+            model: may be wrapped in DDP and torch.compile.
+            objects: everything else with a state, by name: the optimizer, what actions keep.
+            state: JSON data (so its dict keys are strings); `step` is added.
+        """
         states = {name: stateful.state_dict() for name, stateful in objects.items()}
-        tensors = named_tensors(model) if isinstance(model, nn.Module) else dict(model)
-        return cls(step, tensors, states, json.dumps({**state, "step": step}), cuts)
+        return cls(step, named_tensors(model), states, json.dumps({**state, "step": step}))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ Python run meanwhile.
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +55,9 @@ class Saves:
         self.checkpointer, self.ranks, self.in_background = checkpointer, ranks, in_background
         self.begun_step = self.saved_step = step or -1  # of the newest save; saved: as far as this rank knows
         self.host = HostCopy()
-        writes = ranks.is_main or checkpointer.together is not None
+        self._writes = ranks.is_main or checkpointer.together is not None
         self._on_writers = ranks.on_main if checkpointer.together is None else ranks.everywhere
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background and writes else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background and self._writes else None
         self._pending: Save | None = None  # begun and not finished, on all ranks
         self._writing: Future[tuple[Path, float]] | None = None  # what was not told of yet, where it is written
 
@@ -67,17 +66,26 @@ class Saves:
         """Whether the thread's last error waits to be raised by `finish`; where there is one."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def reserve(self, contents: Callable[[], Contents]) -> None:
+    def reserve(self, contents: Contents) -> None:
         """Find the memory for copies, unless it is in use: not for the first time in the middle of the run."""
         if self._pool is not None and self._writing is None:
-            self.host.take(contents())
+            self.host.take(contents)
 
-    def begin(self, save: Save, contents: Callable[[], Contents], in_background: bool = True) -> None:
-        """Save what `contents` returns where it is written, in the background if both this call and the run say so;
-        after `finish`."""
+    def begin(self, save: Save, contents: Contents, in_background: bool = True) -> None:
+        """Save these contents, in the background if both this call and the run say so; after `finish`. Raises
+        CheckpointError on every rank if what is written at once failed.
+
+        Ranks agree on the copies before anyone writes: those who write together would wait for one that has none."""
         assert self._pending is None
-        copies = in_background and self.in_background
-        self._on_writers(lambda: self._submit(contents(), copies))
+        if in_background and self.in_background:
+            copies: list[Contents] = []
+            self._on_writers(lambda: copies.append(self.host.take(contents)))
+            if self._pool is not None:
+                self._writing = self._pool.submit(self._write, *copies)
+        else:
+            if self._writes:
+                self._writing = self._written_at_once(contents)
+            self._on_writers(self._wait)
         save.blocked_seconds = time.perf_counter() - save.began
         self.begun_step = save.step
         self._pending = save
@@ -119,13 +127,13 @@ class Saves:
         """Give the memory for copies back; after `finish`."""
         self.host.free()
 
-    def _submit(self, contents: Contents, in_background: bool) -> None:
-        if in_background and self._pool is not None:
-            self._writing = self._pool.submit(self._write, self.host.take(contents))
-        else:
-            done: Future[tuple[Path, float]] = Future()
+    def _written_at_once(self, contents: Contents) -> "Future[tuple[Path, float]]":
+        done: Future[tuple[Path, float]] = Future()
+        try:
             done.set_result(self._write(contents))
-            self._writing = done
+        except (OSError, ValueError) as error:
+            done.set_exception(error)
+        return done
 
     def _write(self, contents: Contents) -> tuple[Path, float]:
         return self.checkpointer.write(contents), time.perf_counter()

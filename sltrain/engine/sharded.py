@@ -22,6 +22,7 @@ are averaged inside a group first, then over groups.
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,11 +35,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sltrain.engine.actions import Stateful
-from sltrain.engine.checkpoint_files import Place, Stored, taken
+from sltrain.engine.checkpoint_files import Contents, Place, Stored, taken
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.owners import Owners, without_memory
 from sltrain.engine.shards import Shard, gather_rows, rows_of
-from sltrain.engine.strategy import ForCheckpoint, Strategy
+from sltrain.engine.strategy import Strategy
 
 OPTIMIZER = "optimizer"  # its name among the objects of a checkpoint
 
@@ -220,22 +221,29 @@ class Sharded(Strategy):
             for owner, name, parameter in sharded:
                 owner._parameters[name] = parameter
 
-    def for_checkpoint(self, model: nn.Module, objects: Mapping[str, Stateful]) -> ForCheckpoint:
+    def for_checkpoint(
+        self, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]
+    ) -> Contents:
         """Tensor by tensor to the host memory of rank 0, which then holds all of them; or this process's share."""
-        if self.savers is not None:
-            return self._share(model, objects)
-        tensors = {}
+        tensors, states, cuts, fresh = (self._whole if self.savers is None else self._share)(model, objects)
+        return Contents(step, tensors, states, json.dumps({**state, "step": step}), cuts, fresh)
+
+    def _whole(self, model: nn.Module, objects: Mapping[str, Stateful]) -> tuple[Any, Any, None, set[int]]:
+        """Tensors, states, nothing, and the ids of what was gathered, as the fields of `Contents`."""
+        tensors, states, fresh = {}, {}, set[int]()
         for name, tensor in model.state_dict(keep_vars=True).items():
             part, rows = self.part(tensor.detach())
-            tensors[name] = part if rows is None else self._to_main(part, len(tensor))
-        states = {}
+            tensors[name] = part if rows is None else self._to_main(part, len(tensor), fresh)
         for name, stateful in objects.items():
             state = stateful.state_dict()
-            states[name] = Held(self._gathered_optimizer(state) if name == OPTIMIZER else self._gathered(state, None))
-        return ForCheckpoint(tensors, states)
+            is_optimizer = name == OPTIMIZER
+            states[name] = (
+                self._gathered_optimizer(state, fresh) if is_optimizer else self._gathered(state, None, fresh)
+            )
+        return tensors, states, None, fresh
 
-    def _share(self, model: nn.Module, objects: Mapping[str, Stateful]) -> ForCheckpoint:
-        """What this process holds, and which rows of whole tensors these are. Nothing is sent."""
+    def _share(self, model: nn.Module, objects: Mapping[str, Stateful]) -> tuple[Any, Any, Any, tuple[()]]:
+        """The same of what this process holds, and which rows of whole tensors these are. Nothing is sent."""
         tensors, states, cuts = {}, {}, {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensors[name], rows = self.part(tensor.detach())
@@ -246,8 +254,8 @@ class Sharded(Strategy):
             if name == OPTIMIZER and self.owners is not None:
                 state, owned = {**self.owners.labels, "state": state["state"]}, {*self.owners.of}
             cuts |= self._cuts(state, (name,), owned, None)
-            states[name] = Held(state)
-        return ForCheckpoint(tensors, states, cuts)
+            states[name] = state
+        return tensors, states, cuts, ()
 
     def _cuts(self, state: Any, place: Place, owned: set[str], shard: Shard | None) -> dict[Place, tuple[int, int]]:
         """Of each tensor in a state that `cut` would cut the first row here, and the number of all."""
@@ -288,48 +296,41 @@ class Sharded(Strategy):
         whole = {name: {key: self.cut(value, copies) for key, value in state.items()} for name, state in owned.items()}
         return {**kept, "state": {**self.cut(kept["state"], copies), **whole}}
 
-    def _gathered_optimizer(self, state: Mapping[str, Any]) -> Any:
+    def _gathered_optimizer(self, state: Mapping[str, Any], fresh: set[int]) -> Any:
         """On rank 0 an optimizer's whole state, as one process would write it."""
         if self.owners is None:
-            return self._gathered(state, None)
+            return self._gathered(state, None, fresh)
         whole = {}
         for name, shard in self._shards.items():
             found = state["state"].get(name)
             if name not in self.owners.of:
-                found = None if found is None else self._gathered(found, shard)
+                found = None if found is None else self._gathered(found, shard, fresh)
             elif self._replica == 0:
-                found = self.owners.to_main(name, found)
+                here, found = found, self.owners.to_main(name, found)
+                if found is not None and found is not here:
+                    fresh |= {id(value) for value in found.values() if isinstance(value, Tensor)}
             if found:
                 whole[name] = found
         return {**self.owners.labels, "state": whole}
 
-    def _gathered(self, state: Any, shard: Shard | None) -> Any:
+    def _gathered(self, state: Any, shard: Shard | None, fresh: set[int]) -> Any:
         """On rank 0 the whole state, of which every process has the part that `cut` gives; elsewhere nothing of use."""
         if isinstance(state, Mapping):
-            return {key: self._gathered(value, self._shards.get(key, shard)) for key, value in state.items()}
+            return {key: self._gathered(value, self._shards.get(key, shard), fresh) for key, value in state.items()}
         if shard is None or not isinstance(state, Tensor) or state.shape != shard.local.shape:
             return state
-        return self._to_main(state, len(shard.parameter)) if shard.is_cut else state
+        return self._to_main(state, len(shard.parameter), fresh) if shard.is_cut else state
 
-    def _to_main(self, part: Tensor, num_rows: int) -> Tensor:
-        """The whole tensor on rank 0, on the host; elsewhere the part."""
+    def _to_main(self, part: Tensor, num_rows: int, fresh: set[int]) -> Tensor:
+        """The whole tensor on rank 0, on the host, whose id is added to `fresh`; elsewhere the part."""
         if self._replica > 0:  # copies of what rank 0's group has
             return part
         whole = gather_rows(part, num_rows, self._group, to=0)
-        return part if whole is None else whole.cpu()
-
-
-class Held:
-    """A state that was gathered, as an object of a checkpoint."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise TypeError("what was gathered to be saved is not loaded into")
+        if whole is None:
+            return part
+        whole = whole.cpu()
+        fresh.add(id(whole))
+        return whole
 
 
 class Cut:

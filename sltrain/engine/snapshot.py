@@ -3,7 +3,7 @@
 The memory is kept from one copy to the next: a first copy also pays for pages that the system must find, and on a GPU
 for pinning them, which lets its copy engine work at the speed of the bus (torch's allocator of pinned memory rounds
 each tensor up to a power of two). A copy takes as much memory as what it copies: weights, positions, averages and the
-optimizer's state.
+optimizer's state. What rank 0 gathered from shards is a copy already: it is handed over, and found anew for each save.
 """
 
 import copy
@@ -30,13 +30,15 @@ class HostCopy:
         return bytes_of(self._held.values())
 
     def take(self, contents: Contents) -> Contents:
-        """A copy whose tensors are on the CPU. What several places share is copied once and shared again; strides and
-        dtypes are kept. Raises torch's error if memory is short."""
+        """A copy whose tensors are on the CPU; what is `fresh` is handed over. What several places share is copied once
+        and shared again; strides and dtypes are kept. Raises torch's error if memory is short."""
         earlier, self._held = self._held, {}
         copies: dict[int, Any] = {}  # by the id of the original
         gpus = set()
         for place, tensor in _tensors({"model": contents.tensors, **contents.objects}):
-            if id(tensor) not in copies:
+            if id(tensor) in contents.fresh:
+                copies[id(tensor)] = tensor
+            elif id(tensor) not in copies:
                 copies[id(tensor)] = self._copy(tensor.detach(), place, earlier.pop(place, None))
                 gpus |= {tensor.device} if tensor.is_cuda else set()
         for gpu in gpus:

@@ -21,25 +21,17 @@ updates `named_parameters`: on a process with shares these are plain tensors, so
 import gc
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain.engine.actions import Stateful
-from sltrain.engine.checkpoint_files import Place
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.numeric import is_stand_in
 
 MicroBatch = tuple[Tensor | None, ...]
-
-
-class ForCheckpoint(NamedTuple):
-    """What goes into a checkpoint; see `Contents.of`."""
-
-    model: nn.Module | Mapping[str, Tensor]  # a module, or its tensors by name
-    objects: Mapping[str, Stateful]
-    cuts: dict[Place, tuple[int, int]] | None = None
 
 
 class Strategy:
@@ -128,10 +120,12 @@ class Strategy:
         together. Take a layer, not a model."""
         return nullcontext()
 
-    def for_checkpoint(self, model: nn.Module, objects: Mapping[str, Stateful]) -> ForCheckpoint:
-        """What rank 0 writes into a checkpoint: whole tensors, the same with any strategy; or, with `savers`, what this
-        rank does. All ranks call it."""
-        return ForCheckpoint(model, objects)
+    def for_checkpoint(
+        self, step: int, model: nn.Module, objects: Mapping[str, Stateful], state: Mapping[str, Any]
+    ) -> Contents:
+        """What rank 0 writes into a checkpoint, see `Contents.of`: whole tensors, the same with any strategy; or, with
+        `savers`, what this rank does. All ranks call it."""
+        return Contents.of(step, model, objects, state)
 
     def from_checkpoint(self, objects: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         """What takes the state of a checkpoint in place of these objects."""

@@ -292,10 +292,9 @@ class Trainer:
         with self.feed.stop.shielded(), contextlib.suppress(OSError):
             self._note(self.saves.close())
 
-    def _contents(self, state: Mapping[str, Any]) -> Callable[[], Contents]:
-        """What gives those who write it the contents of a checkpoint of the present step. All ranks call it."""
-        model, objects, cuts = self.strategy.for_checkpoint(self.model, self.objects)
-        return lambda: Contents.of(self.step, model, objects, state, cuts)
+    def _contents(self, state: Mapping[str, Any]) -> Contents:
+        """What those who write it put into a checkpoint of the present step. All ranks call it."""
+        return self.strategy.for_checkpoint(self.step, self.model, self.objects, state)
 
     def _finish_last(self, save: Save) -> None:
         """Wait for the save before this one, and say so if that took long: the disk is slower than the saves come."""

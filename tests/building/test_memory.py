@@ -14,6 +14,7 @@ from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.memory import bytes_of, held_by, tensor_peak
 from sltrain.engine.strategy import Replicated, Single
@@ -55,7 +56,7 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
     updates.zero_grad()
     held = held_by(model, updates)
     path, saving = tensor_peak(
-        lambda: Checkpointer(tmp_path, 1).save(1, model, objects_of(updates, model), {}), held, CPU
+        lambda: Checkpointer(tmp_path, 1).write(Contents.of(1, model, objects_of(updates, model), {})), held, CPU
     )
     assert saving <= 1.1 * held + largest
     other = build_model(config, 32_000, torch.bfloat16)

@@ -15,6 +15,7 @@ from sltrain.building.start_from import open_start
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import RopeScaling, TrainConfig
 from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.layers import ReplacedLinear
 from sltrain.models.llama import LlamaForCausalLM
@@ -54,7 +55,7 @@ def saved_run(tmp_path: Path, tokenizer_file: Path) -> Callable[..., tuple[Path,
         for parameter in model.parameters():  # B is 0 before training
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
         change(model)
-        Checkpointer(folder, 2).save(7, model, {}, {"progress": {}})
+        Checkpointer(folder, 2).write(Contents.of(7, model, {}, {"progress": {}}))
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         tokenizer = json.loads(tokenizer_file.read_text())
         (folder / "tokenizer.json").write_text(json.dumps(_first_pieces(tokenizer, VOCABULARY)))

@@ -22,7 +22,7 @@ from torch import nn
 from sltrain.engine import checkpoint_files
 from sltrain.engine.actions import Stateful
 from sltrain.engine.checkpoint import Checkpointer
-from sltrain.engine.checkpoint_files import CheckpointError, load_object, unwrap
+from sltrain.engine.checkpoint_files import CheckpointError, Contents, load_object, unwrap
 from sltrain.optim.kinds.base import OPTIMIZERS
 from sltrain.optim.named_state import OptimizerState
 from sltrain.optim.per_layer import PerLayerUpdate
@@ -100,7 +100,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torc
     first_optimizer = adamw(first)
     train(first, first_optimizer, 1, 3)
     state = {"tokens": 123, "stream": {"0": {"block": 2, "epoch": 0}}, "loss": 0.1 + 0.2}
-    path = Checkpointer(tmp_path, keep_last=2).save(3, first, objects(first_optimizer), state)
+    path = Checkpointer(tmp_path, keep_last=2).write(Contents.of(3, first, objects(first_optimizer), state))
     assert path == tmp_path / "checkpoints" / "step_00000003"
     assert (tmp_path / "checkpoints" / "latest").resolve() == path.resolve()
 
@@ -119,7 +119,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(tmp_path: Path, dtype: torc
 
 def test_manifest_can_be_checked_with_other_tools(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, saved_adamw(model), {}))
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {file.name for file in path.iterdir()} - {"manifest.json"}
     for name, entry in files.items():
@@ -136,7 +136,7 @@ def test_moments_keep_their_dtype(tmp_path: Path, parameters: str, moments: str)
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.randn(state[key].shape).to(getattr(torch, moments))
-    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizer), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(2, model, objects(optimizer), {}))
     other = Net(dtype=getattr(torch, parameters), seed=1)
     other_optimizer = adamw(other)
     Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
@@ -193,7 +193,7 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path: Path, name: str, how: dic
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
     update_sized(straight, optimizers[0], 1, 6)
     update_sized(first, optimizers[1], 1, 3)
-    path = Checkpointer(tmp_path, 0).save(3, first, objects(optimizers[1]), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(3, first, objects(optimizers[1]), {}))
     Checkpointer(tmp_path, 0).load(path, second, objects(optimizers[2]))
     assert_same_state(optimizers[1], optimizers[2])
     update_sized(second, optimizers[2], 4, 6)
@@ -223,7 +223,7 @@ def test_the_state_is_never_held_twice(tmp_path: Path, name: str, monkeypatch: p
     model, other = sized(), sized(seed=1)
     optimizer, other_optimizer = build(name, model), build(name, other)
     update_sized(model, optimizer, 1, 1)
-    path = Checkpointer(tmp_path, 0).save(1, model, objects(optimizer), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, objects(optimizer), {}))
     assert seen["written"] == addresses(optimizer.state)
     Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
     assert seen["read"] == addresses(other_optimizer.state)
@@ -239,7 +239,7 @@ def test_what_works_through_another_optimizer_leaves_no_trace(tmp_path: Path, is
     optimizers[0 if is_outer_first else 1] = PerLayerUpdate(optimizers[0 if is_outer_first else 1])
     update_sized(straight, optimizers[2], 1, 4)
     update_sized(model, optimizers[0], 1, 2)
-    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizers[0]), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(2, model, objects(optimizers[0]), {}))
     assert torch.load(path / "optimizer.pt", weights_only=True)["class"] == " + ".join(
         type(leaf).__name__ for leaf in innermost(optimizers[2])
     )
@@ -257,7 +257,7 @@ def test_both_kinds_of_adamw_read_each_others_state(tmp_path: Path, ours_first: 
     other_optimizer = build("adamw", other, **(torchs if ours_first else ours))
     keys = set(other_optimizer.param_groups[0])
     update_sized(model, optimizer, 1, 2)
-    path = Checkpointer(tmp_path, 0).save(2, model, objects(optimizer), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(2, model, objects(optimizer), {}))
     Checkpointer(tmp_path, 0).load(path, other, objects(other_optimizer))
     assert_same_state(optimizer, other_optimizer)
     assert set(other_optimizer.param_groups[0]) == keys
@@ -275,7 +275,7 @@ def test_state_leaves_the_file_for_another_device(tmp_path: Path, fused: bool) -
     shared = torch.ones(3)
     for state in optimizer.state.values():
         state["shared"] = shared
-    path = Checkpointer(tmp_path, 0).save(1, model, objects(optimizer), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, objects(optimizer), {}))
     there = sized().to("meta")
     elsewhere = torch.optim.AdamW(there.named_parameters())
     elsewhere.param_groups[0]["fused"] = fused
@@ -292,7 +292,7 @@ def test_wrappers_are_looked_through(tmp_path: Path) -> None:
     assert unwrap(compiled) is model
     layerwise = Net()
     layerwise.up = torch.compile(layerwise.up, backend="eager")  # type: ignore[assignment]
-    path = Checkpointer(tmp_path, 0).save(1, compiled, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, compiled, saved_adamw(model), {}))
     other = Net(seed=5)
     Checkpointer(tmp_path, 0).load(path, other, None)
     assert_same(model, other)
@@ -306,7 +306,7 @@ def test_ddp_is_looked_through(tmp_path: Path) -> None:
         model = Net()
         wrapped = nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))
         assert unwrap(wrapped) is model
-        path = Checkpointer(tmp_path, 0).save(1, wrapped, saved_adamw(model), {})
+        path = Checkpointer(tmp_path, 0).write(Contents.of(1, wrapped, saved_adamw(model), {}))
         other = Net(seed=5)
         Checkpointer(tmp_path, 0).load(path, other, None)
         assert_same(model, other)
@@ -321,11 +321,11 @@ def test_keep_last_and_leftovers(tmp_path: Path) -> None:
     keeper = Checkpointer(tmp_path, keep_last=2)
     (folder / "step_00000001.tmp").mkdir(parents=True)
     for step in (5, 10, 15, 20):
-        keeper.save(step, model, objects(optimizer), {})
+        keeper.write(Contents.of(step, model, objects(optimizer), {}))
     assert {p.name for p in folder.iterdir()} == {"step_00000015", "step_00000020", "latest"}
-    Checkpointer(tmp_path, keep_last=1).save(17, model, objects(optimizer), {})
+    Checkpointer(tmp_path, keep_last=1).write(Contents.of(17, model, objects(optimizer), {}))
     assert {p.name for p in folder.glob("step_*")} == {"step_00000017", "step_00000020"}, "never a later one"
-    Checkpointer(tmp_path, keep_last=None).save(21, model, objects(optimizer), {})
+    Checkpointer(tmp_path, keep_last=None).write(Contents.of(21, model, objects(optimizer), {}))
     assert len(list(folder.glob("step_*"))) == 3
 
 
@@ -341,7 +341,7 @@ def test_every_dtype_of_indices(tmp_path: Path) -> None:
         return model
 
     model, other = build_indices(lambda dtype: torch.iinfo(dtype).max), build_indices(lambda dtype: 0)
-    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, saved_adamw(model), {}))
     Checkpointer(tmp_path, 0).load(path, other, None)
     assert_same(model, other)
     wrong = Net()
@@ -354,7 +354,7 @@ def test_same_step_is_replaced(tmp_path: Path) -> None:
     keeper = Checkpointer(tmp_path, keep_last=1)
     model = Net()
     for note in ("a", "b", "c"):
-        path = keeper.save(7, model, saved_adamw(model), {"note": note})
+        path = keeper.write(Contents.of(7, model, saved_adamw(model), {"note": note}))
         assert keeper.load(path, model, None)["note"] == note
     assert {p.name for p in path.parent.iterdir()} == {"step_00000007", "latest"}
 
@@ -387,12 +387,12 @@ def damage_no_manifest(path: Path) -> None:
 def test_damaged_newest_falls_back(tmp_path: Path, damage: Callable[[Path], None], lines: list[str]) -> None:
     keeper = Checkpointer(tmp_path, keep_last=0)
     model = Net()
-    good, newest = (keeper.save(step, model, saved_adamw(model), {}) for step in (1, 2))
+    good, newest = (keeper.write(Contents.of(step, model, saved_adamw(model), {})) for step in (1, 2))
     damage(newest)
     assert keeper.find_latest() == good
     assert len(lines) == 1 and str(newest) in lines[0] and "damaged" in lines[0]
     # Training continues from step 1, reaches step 2 again and replaces the damaged one.
-    assert keeper.save(2, model, saved_adamw(model), {}) == newest == keeper.find_latest()
+    assert keeper.write(Contents.of(2, model, saved_adamw(model), {})) == newest == keeper.find_latest()
     assert len(lines) == 1
 
 
@@ -417,7 +417,7 @@ def with_extra_parameter(model: Net) -> Net:
 )
 def test_another_model_is_refused_untouched(tmp_path: Path, other: Callable[[], nn.Module], words: list[str]) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, saved_adamw(model), {}))
     stranger = other()
     before = {name: tensor.clone() for name, tensor in stranger.state_dict().items()}
     with pytest.raises(CheckpointError, match="checkpoint of another model") as caught:
@@ -429,7 +429,7 @@ def test_another_model_is_refused_untouched(tmp_path: Path, other: Callable[[], 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, saved_adamw(model), {}))
     with pytest.raises(CheckpointError, match="another optimizer: this run expects SGD, the file has AdamW"):
         Checkpointer(tmp_path, 0).load(path, model, objects(torch.optim.SGD(model.named_parameters())))
 
@@ -440,13 +440,13 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
     first, *rest = model.named_parameters()
     *some, last = rest
     few, all_of_them = torch.optim.AdamW(some), torch.optim.AdamW([{"params": rest, "lr": 0.5}, {"params": [first]}])
-    path = Checkpointer(tmp_path, 0).save(1, model, objects(few), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, objects(few), {}))
     words = (
         rf"another optimizer: parameter {last[0]}: this run trains it, the file does not \(1 more parameters differ\)"
     )
     with pytest.raises(CheckpointError, match=words):
         Checkpointer(tmp_path, 0).load(path, model, objects(all_of_them))
-    path = Checkpointer(tmp_path, 0).save(2, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(2, model, saved_adamw(model), {}))
     with pytest.raises(CheckpointError, match=f"parameter {last[0]}: the file has it, this run does not"):
         Checkpointer(tmp_path, 0).load(path, model, objects(few))
     Checkpointer(tmp_path, 0).load(path, model, objects(all_of_them))
@@ -472,7 +472,7 @@ class Pool:
 def test_every_object_is_in_the_manifest_and_comes_back(tmp_path: Path) -> None:
     model, keeper = Net(), Checkpointer(tmp_path, 0)
     pool, other = Pool(0.25), Pool(0.0)
-    path = keeper.save(1, model, {**saved_adamw(model), "action/pool": pool}, {})
+    path = keeper.write(Contents.of(1, model, {**saved_adamw(model), "action/pool": pool}, {}))
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {"model.safetensors", "optimizer.pt", "action.pool.pt", "state.json"}
     keeper.load(path, model, {**saved_adamw(model), "action/pool": other})
@@ -489,8 +489,8 @@ def test_every_object_is_in_the_manifest_and_comes_back(tmp_path: Path) -> None:
 
 def test_objects_of_another_run_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     model, keeper = Net(), Checkpointer(tmp_path, 0)
-    plain = keeper.save(1, model, saved_adamw(model), {})
-    more = keeper.save(2, model, {**saved_adamw(model), "action/pool": Pool(1.0)}, {})
+    plain = keeper.write(Contents.of(1, model, saved_adamw(model), {}))
+    more = keeper.write(Contents.of(2, model, {**saved_adamw(model), "action/pool": Pool(1.0)}, {}))
     other = Net(seed=3)
     with pytest.raises(CheckpointError, match="has no action.pool.pt, which this run needs"):
         keeper.load(plain, other, {**saved_adamw(other), "action/pool": Pool(1.0)})
@@ -508,7 +508,7 @@ def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: 
     optimizers = [build(name, model, **how) for model in (straight, first, second)]
     update_sized(straight, optimizers[0], 1, 4)
     update_sized(first, optimizers[1], 1, 2)
-    path = Checkpointer(tmp_path, 0).save(2, first, objects(optimizers[1]), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(2, first, objects(optimizers[1]), {}))
     (inner,) = innermost(optimizers[1])
     torch.save({"class": type(inner).__name__, "state_dict": inner.state_dict()}, path / "optimizer.pt")
     names = [parameter_name for parameter_name, _ in second.named_parameters()]
@@ -530,7 +530,7 @@ def test_a_state_by_index_of_an_earlier_version_continues(tmp_path: Path, name: 
 
 def test_code_in_an_optimizer_file_is_not_run(tmp_path: Path) -> None:
     model = Net()
-    path = Checkpointer(tmp_path, 0).save(1, model, saved_adamw(model), {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(1, model, saved_adamw(model), {}))
     torch.save({"class": "AdamW", "state": Path("/")}, path / "optimizer.pt")
     with pytest.raises(CheckpointError, match="could not be loaded") as caught:
         Checkpointer(tmp_path, 0).load(path, model, saved_adamw(model))
@@ -576,7 +576,9 @@ def interrupted_save(
     attempt = fail_at(monkeypatch, number, error)
     next(attempt)
     try:
-        Checkpointer(run_dir, keep_last=1).save(step, model, saved_adamw(model), {"note": f"step {step}, new"})
+        Checkpointer(run_dir, keep_last=1).write(
+            Contents.of(step, model, saved_adamw(model), {"note": f"step {step}, new"})
+        )
         return None
     except BaseException as raised:
         return raised
@@ -592,7 +594,7 @@ def test_crash_at_every_disk_operation(
     for number in range(1, 100):
         run_dir = tmp_path / str(number)
         model = Net(seed=1)
-        Checkpointer(run_dir, keep_last=1).save(1, model, saved_adamw(model), {"note": "step 1, old"})
+        Checkpointer(run_dir, keep_last=1).write(Contents.of(1, model, saved_adamw(model), {"note": "step 1, old"}))
         raised = interrupted_save(monkeypatch, run_dir, second, number, Crash())
         found = Checkpointer(run_dir, keep_last=1).find_latest()
         assert found is not None and not lines
@@ -602,7 +604,7 @@ def test_crash_at_every_disk_operation(
         assert state["note"] in ("step 1, old", f"step {second}, new")
         outcomes.add(state["note"])
         # The next process finishes its work in the same folder, whatever lies about.
-        Checkpointer(run_dir, keep_last=1).save(3, model, saved_adamw(model), {})
+        Checkpointer(run_dir, keep_last=1).write(Contents.of(3, model, saved_adamw(model), {}))
         assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_00000003", "latest"}
         if raised is None:
             break
@@ -615,7 +617,7 @@ def test_full_disk_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
     for number in range(1, 100):
         run_dir = tmp_path / str(number)
         model = Net(seed=1)
-        Checkpointer(run_dir, keep_last=1).save(1, model, saved_adamw(model), {})
+        Checkpointer(run_dir, keep_last=1).write(Contents.of(1, model, saved_adamw(model), {}))
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raised = interrupted_save(monkeypatch, run_dir, 2, number, full)
         found = Checkpointer(run_dir, keep_last=1).find_latest()
@@ -636,7 +638,7 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
         keeper = Checkpointer(tmp_path, 0)
         model = nn.Linear(200, 200)
         optimizer = adamw(model)
-        keeper.save(1, model, objects(optimizer), {})
+        keeper.write(Contents.of(1, model, objects(optimizer), {}))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for step, limit in [(2, 100_000), (3, 200_000)]:  # the model takes 160 kB, its moments 320 kB
             if step == 3:
@@ -644,7 +646,7 @@ def test_file_size_limit_hits_both_writers(tmp_path: Path, in_child: Callable[[C
                 optimizer.step()
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             with pytest.raises(CheckpointError, match="File too large"):
-                keeper.save(step, model, objects(optimizer), {})
+                keeper.write(Contents.of(step, model, objects(optimizer), {}))
             assert keeper.find_latest() == keeper.folder / "step_00000001"
             assert sorted(p.name for p in keeper.folder.iterdir()) == ["latest", "step_00000001"]
 
@@ -655,10 +657,10 @@ def test_an_error_of_ours_is_not_called_a_full_disk(tmp_path: Path) -> None:
     model = Net()
     keeper, strange = Checkpointer(tmp_path, 0), Pool(1.0)
     with pytest.raises(TypeError):
-        keeper.save(1, model, saved_adamw(model), {"not json": object()})
+        keeper.write(Contents.of(1, model, saved_adamw(model), {"not json": object()}))
     strange.names = lambda: None  # type: ignore[assignment]
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        keeper.save(1, model, {"action/pool": strange}, {})
+        keeper.write(Contents.of(1, model, {"action/pool": strange}, {}))
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -683,7 +685,7 @@ def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], N
 
         def save_forever(first: int = newest + 1, ready: int = writing) -> None:
             for step in range(first, 10**6):
-                keeper.save(step, *constant_net(step), {"value": step})
+                keeper.write(Contents.of(step, *constant_net(step), {"value": step}))
                 os.write(ready, b".")
 
         child = in_child(save_forever)
@@ -710,7 +712,7 @@ def test_sigkill_during_saves(tmp_path: Path, in_child: Callable[[Callable[[], N
 def saved_steps(folder: Path, *steps: int) -> Checkpointer:
     keeper = Checkpointer(folder, 0)
     for step in steps:
-        keeper.save(step, *constant_net(step), {"value": step})
+        keeper.write(Contents.of(step, *constant_net(step), {"value": step}))
     return keeper
 
 
@@ -720,7 +722,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(tmp_path:
     (tmp_path / "checkpoints" / "step_00000007" / "model.safetensors").write_bytes(b"half")
     keeper = Checkpointer(tmp_path, 2)
     assert keeper.find_latest_step()[1] == 4
-    keeper.save(8, *constant_net(8), {"value": 8})
+    keeper.write(Contents.of(8, *constant_net(8), {"value": 8}))
     assert sorted(path.name for path in keeper.folder.glob("step_*")) == ["step_00000004", "step_00000008"]
     (keeper.folder / "step_00000008" / "state.json").unlink()
     assert Checkpointer(tmp_path, 2).find_latest_step()[1] == 4
@@ -743,7 +745,7 @@ def test_a_damaged_checkpoint_that_was_written_again_counts(tmp_path: Path) -> N
     keeper = Checkpointer(tmp_path, 2)
     assert keeper.find_latest_step()[1] == 4
     for step in (8, 12):
-        keeper.save(step, *constant_net(step), {"value": step})
+        keeper.write(Contents.of(step, *constant_net(step), {"value": step}))
     assert sorted(path.name for path in keeper.folder.glob("step_*")) == ["step_00000008", "step_00000012"]
     assert keeper.find(8).name == "step_00000008"
 

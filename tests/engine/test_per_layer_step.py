@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sltrain.config import ModelConfig
 from sltrain.engine.checkpoint import Checkpointer
+from sltrain.engine.checkpoint_files import Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.step import OrdinaryStep, PerLayerStep, StepResult
 from sltrain.engine.strategy import whole_strategy
@@ -197,7 +198,7 @@ def test_resumed_run_equals_straight_run(how: dict[str, Any], tmp_path: Path) ->
     run(straight, optimizers[0], 1, 5)
     run(first, optimizers[1], 1, 3)
     objects = [{"optimizer": OptimizerState(each, dict(first.named_parameters()))} for each in optimizers[1:]]
-    path = Checkpointer(tmp_path, 0).save(3, first, objects[0], {})
+    path = Checkpointer(tmp_path, 0).write(Contents.of(3, first, objects[0], {}))
     Checkpointer(tmp_path, 0).load(path, second, objects[1])
     run(second, optimizers[2], 4, 5)
     assert_same_model(straight, second)

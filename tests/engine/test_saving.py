@@ -57,7 +57,7 @@ class Training:
 
 
 def begin(saves: Saves, training: Training, step: int, **how: bool) -> None:
-    saves.begin(Save(step, 10 * step, 20 * step), lambda: training.contents(step), **how)
+    saves.begin(Save(step, 10 * step, 20 * step), training.contents(step), **how)
 
 
 def names(folder: Path) -> set[str]:
@@ -101,19 +101,19 @@ def test_only_its_name_makes_it_a_checkpoint(tmp_path: Path, gate: threading.Eve
 def test_memory_is_found_once_and_not_while_it_is_read(tmp_path: Path, gate: threading.Event) -> None:
     training, saves = Training(), Saves(Checkpointer(tmp_path, 2), ONE, in_background=True)
     training.update()
-    saves.reserve(lambda: training.contents(1))
+    saves.reserve(training.contents(1))
     held = saves.host.nbytes
     assert held == 4 * (3 * 28 + 2)
     begin(saves, training, 1)
     there = deepcopy(training.model.state_dict())
     training.update()
-    saves.reserve(lambda: training.contents(2))
+    saves.reserve(training.contents(2))
     gate.set()
     save = saves.finish()
     assert save is not None and save.path is not None and saves.host.nbytes == held
     assert_equal(load_file(save.path / "model.safetensors"), dict(there))
     at_once = Saves(Checkpointer(tmp_path / "other", 2), ONE)
-    at_once.reserve(lambda: training.contents(2))
+    at_once.reserve(training.contents(2))
     begin(at_once, training, 2)
     assert at_once.host.nbytes == 0, "what is written at once is not copied"
     save = at_once.written()

@@ -75,14 +75,13 @@ def trained(strategy: Strategy, steps: int = STEPS, **clip: float) -> dict[str, 
         results.append(update.run([make_micro_batch(each, each, CPU) for each in ids.split(1)], NUM_ROWS * 8))
     optimizer.zero_grad()
     norms = weight_norms(model, strategy.whole)
-    tensors, objects, _ = strategy.for_checkpoint(model, {"optimizer": OptimizerState(optimizer, [])})
-    named = model.state_dict() if isinstance(tensors, nn.Module) else tensors
+    contents = strategy.for_checkpoint(steps, model, {"optimizer": OptimizerState(optimizer, [])}, {})
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "weight_norms": norms,
-        "tensors": {name: tensor.detach().clone() for name, tensor in named.items()},
-        "state": objects["optimizer"].state_dict()["state"],
+        "tensors": {name: tensor.detach().clone() for name, tensor in contents.tensors.items()},
+        "state": contents.objects["optimizer"]["state"],
         "held": held_by(model, optimizer, strategy) - bytes_of(model.buffers()),
     }
 
@@ -151,7 +150,7 @@ def test_a_state_goes_to_any_number_of_ranks_and_back_unchanged(world_size: int,
         model, optimizer = built(strategy)
         objects = {"optimizer": OptimizerState(optimizer, [])}
         strategy.from_checkpoint(objects)["optimizer"].load_state_dict(saved)
-        return strategy.for_checkpoint(model, objects)[1]["optimizer"].state_dict()
+        return strategy.for_checkpoint(1, model, objects, {}).objects["optimizer"]
 
     found = on_two_ranks(there_and_back, world_size)[0]
     assert found["class"] == saved["class"] and found["state"].keys() == saved["state"].keys()

@@ -20,9 +20,11 @@ from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.checkpoint_files import CheckpointError, Contents
 from sltrain.engine.distributed import Ranks
 from sltrain.engine.ema import Average
+from sltrain.engine.memory import bytes_of
 from sltrain.engine.saving import Save, Saves
 from sltrain.engine.sharded import Settings, Sharded
 from sltrain.engine.sharded_files import ShardedFiles, _Writer, read_all
+from sltrain.engine.snapshot import HostCopy
 from sltrain.engine.strategy import Single, Strategy
 from sltrain.optim.named_state import OptimizerState
 
@@ -66,8 +68,7 @@ class Training:
         self.average.update()
 
     def contents(self, step: int) -> Contents:
-        model, objects, cuts = self.strategy.for_checkpoint(self.model, self.objects)
-        return Contents.of(step, model, objects, {"read": step}, cuts)
+        return self.strategy.for_checkpoint(step, self.model, self.objects, {"read": step})
 
     def whole(self) -> dict[str, Any]:
         """On rank 0 everything, gathered."""
@@ -173,9 +174,9 @@ def test_what_a_thread_writes_is_the_step_it_began_at(tmp_path: Path, on_two_ran
     def save(ranks: Ranks) -> tuple[dict[str, Any], int, int]:
         training = trained(Sharded(ranks, SHARES))
         saves = Saves(training.checkpointer(tmp_path / "run"), ranks, in_background=True)
-        saves.reserve(lambda: training.contents(2))
+        saves.reserve(training.contents(2))
         held, whole = saves.host.nbytes, training.whole()
-        saves.begin(Save(2, 0, 0), lambda: training.contents(2))
+        saves.begin(Save(2, 0, 0), training.contents(2))
         for _ in range(20):
             training.update()
             ranks.sum([1])
@@ -191,9 +192,62 @@ def test_what_a_thread_writes_is_the_step_it_began_at(tmp_path: Path, on_two_ran
     assert held == later and held + other < 1.1 * alone  # indices and numbers of updates twice
 
 
+@pytest.mark.parametrize("owned", [(), ("units.1.weight", "units.1.bias", "head.weight")])
+def test_what_was_gathered_is_not_copied_again(owned: tuple[str, ...], on_two_ranks: OnRanks) -> None:
+    """Rank 0 has the whole state once, and it is that of the step, though training goes on."""
+
+    def copied(ranks: Ranks) -> tuple[Any, Any, int]:
+        strategy = Sharded(ranks, Settings())
+        training = trained(strategy)
+        if owned:
+            strategy.give_owners(owned).labels = {"class": "AdamW", "groups": []}
+            training.optimizer = torch.optim.AdamW(strategy.owners.updated_here(), lr=0.1)
+            training.objects["optimizer"] = OptimizerState(training.optimizer, [])
+            for parameter in training.optimizer.param_groups[0]["params"]:
+                training.optimizer.state[parameter] = {"exp_avg": torch.full(parameter.shape, 1.0 + ranks.rank)}
+        before = training.whole()
+        live = training.contents(2)
+        copy = HostCopy().take(live)
+        moments = [state["exp_avg"] for state in training.optimizer.state.values()]
+        for tensor in (*training.model.buffers(), *training.average.values.values(), *moments):
+            strategy.part(tensor)[0].zero_()
+        training.strategy.part(training.model.units[0].weight.detach())[0].zero_()
+        now = {"model": copy.tensors, **copy.objects}
+        return before, now, bytes_of(_tensors([{"model": live.tensors, **live.objects}, now]))
+
+    (before, now, held), _ = on_two_ranks(copied)
+    assert_equal(now, before)
+    copied_twice = 2 * 9 + (4 * 40 if owned else 4 * 6)  # indices; moments of what rank 0 owns, or numbers of updates
+    assert held == bytes_of(_tensors(now)) + copied_twice
+
+
+def test_a_copy_that_fails_on_one_rank_leaves_no_other_writing(tmp_path: Path, on_two_ranks: OnRanks) -> None:
+    """Their threads would wait for a share that never comes; now the next save works."""
+
+    def no_memory(contents: Contents) -> Contents:
+        raise ValueError("no memory")
+
+    def fail(ranks: Ranks) -> tuple[str, int]:
+        training = trained(Sharded(ranks, SHARES))
+        saves = Saves(training.checkpointer(tmp_path / "run"), ranks, in_background=True)
+        if ranks.rank == 1:
+            saves.host.take = no_memory  # type: ignore[method-assign]
+        with pytest.raises(ValueError) as raised:
+            saves.begin(Save(3, 0, 0), training.contents(3))
+        saves.host = HostCopy()
+        saves.begin(Save(4, 0, 0), training.contents(4))
+        assert saves.finish() is not None
+        return str(raised.value), saves.saved_step
+
+    assert on_two_ranks(fail) == [("no memory", 4)] * 2
+    assert named(tmp_path / "run/checkpoints") == {"step_00000004", "latest"}
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return [tensor for inner in value.values() for tensor in _tensors(inner)]
+    if isinstance(value, list):
+        return [tensor for inner in value for tensor in _tensors(inner)]
     return [value] if isinstance(value, Tensor) else []
 
 
@@ -218,11 +272,11 @@ def test_what_fails_on_one_rank_is_raised_on_all(
             elif stage == "manifest":
                 patch.setattr("sltrain.engine.sharded_files.publish_sealed", full)
             with pytest.raises(ValueError) as raised:
-                saves.begin(Save(3, 0, 0), lambda: training.contents(3))
+                saves.begin(Save(3, 0, 0), training.contents(3))
                 saves.finish()
         assert not saves.has_failed
         saves = Saves(training.checkpointer(tmp_path / "other"), ranks)
-        saves.begin(Save(4, 0, 0), lambda: training.contents(4))  # the group still works
+        saves.begin(Save(4, 0, 0), training.contents(4))  # the group still works
         return str(raised.value), saves.finish() is not None, saves.saved_step
 
     for said, saved, step in on_two_ranks(fail):
