@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +28,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
-from sltrain.compose import parse_overrides, sweep_values
+from sltrain.compose import PLUGINS, parse_overrides, sweep_values
 from sltrain.errors import ExitCode
 from sltrain.signals import ALWAYS, BY_DEFAULT_FATAL, stop_signals
 
@@ -57,12 +58,33 @@ def with_swept_before(arguments: list[str], overrides: list[str]) -> tuple[list[
     return [*before, *arguments], [*before, *overrides]
 
 
+def with_options_in_jobs(texts: list[str], overrides: list[str]) -> list[str]:
+    """The texts (arguments, or overrides alone), with options of a swept plug-in as sweeps of one value: Hydra composes
+    the rest once before the jobs, with the plug-in that is the default, which may not have them."""
+    parsed = {override.input_line: override for override in parse_overrides(overrides)}
+    swept = {override.key_or_group for override in parsed.values() if override.is_sweep_override()} & PLUGINS.keys()
+
+    def in_jobs(text: str) -> str:
+        override = parsed.get(text)
+        if override is None or override.is_sweep_override() or not _is_option_of(override, swept):
+            return text
+        key, _, value = text.partition("=")
+        return f"{key}=choice({value})"
+
+    return [in_jobs(text) for text in texts]
+
+
+def _is_option_of(override: Override, groups: Collection[str]) -> bool:
+    group, dot, _ = override.key_or_group.partition(".")
+    return bool(dot) and group in groups
+
+
 @dataclass
 class Sweep:
     """The plan of a sweep and, for jobs that ran here, how they ended."""
 
     folder: Path
-    swept_keys: list[str]
+    swept_keys: list[str]  # those that jobs are named by
     names: list[str]  # of the jobs, and of their folders
     codes: dict[str, int] = field(default_factory=dict)  # exit codes
 
@@ -90,7 +112,8 @@ class Sweep:
             raise ValueError(f"run_dir={folder} is a file; name a folder for the sweep")
         if re.search(r'["\\$]', str(folder)):
             raise ValueError(f"run_dir={folder}: the folder of a sweep must do without quotes, backslashes and $")
-        keys = [override.key_or_group for override in swept]
+        groups = {override.key_or_group for override in swept}
+        keys = [o.key_or_group for o in swept if not (_is_option_of(o, groups) and len(sweep_values(o)) == 1)]
         points = itertools.product(*(sweep_values(override) for override in swept))
         return cls(folder, keys, [job_name(parse_overrides(list(point)), keys) for point in points])
 

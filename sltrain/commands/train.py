@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sltrain.commands.completion import complete
 from sltrain.commands.help_text import help_text
-from sltrain.commands.sweep import Sweep, with_swept_before
+from sltrain.commands.sweep import Sweep, with_options_in_jobs, with_swept_before
 from sltrain.compose import (
     TRAIN,
     check_overrides,
@@ -63,6 +63,9 @@ def run_command(arguments: list[str]) -> ExitCode:
             return show(earlier, typed) if typed.cfg or typed.info else train(earlier)
         if typed.multirun:
             arguments, typed.overrides = with_swept_before(arguments, typed.overrides)
+            arguments, typed.overrides = (
+                with_options_in_jobs(texts, typed.overrides) for texts in (arguments, typed.overrides)
+            )
         if is_plain(typed):
             return train(compose_config(typed.overrides, TRAIN))
         register_schema()

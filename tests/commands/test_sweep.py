@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sltrain.commands.sweep import Sweep, in_words, job_name, run_process, with_swept_before
+from sltrain.commands.sweep import Sweep, in_words, job_name, run_process, with_options_in_jobs, with_swept_before
 from sltrain.compose import conf_dir, parse_overrides, register_schema
 
 pytestmark = pytest.mark.slow
@@ -36,6 +36,17 @@ def test_plan() -> None:
     assert (sweep.swept_keys, str(sweep.folder)) == (["rank", "sparsity"], "outputs/a")
     assert sweep.names == [f"rank-{rank}_sparsity-{sparsity}" for rank in (64, 128) for sparsity in (0.01, 0.03, 0.1)]
     assert str(Sweep.plan(["rank=1,2"]).folder).startswith("outputs/sweep_")
+
+
+def test_options_that_only_swept_plug_ins_have() -> None:
+    """Hydra's own composition, of everything but sweeps, would look for them in the default plug-in."""
+    typed = ["model=llama_tiny", "optimizer=galore,fira", "optimizer.rank=8", "method.alpha=3", "path='optimizer.rank=8'"]
+    in_jobs = with_options_in_jobs(["-m", *typed], typed)
+    assert in_jobs == ["-m", *typed[:2], "optimizer.rank=choice(8)", *typed[3:]]
+    assert with_options_in_jobs(in_jobs, in_jobs[1:]) == in_jobs
+    plan = Sweep.plan(in_jobs[1:])
+    assert (plan.swept_keys, plan.names) == (["optimizer"], ["optimizer-galore", "optimizer-fira"])
+    assert Sweep.plan(["optimizer=galore,fira", "optimizer.rank=4,8"]).swept_keys == ["optimizer", "optimizer.rank"]
 
 
 def test_a_sweep_from_weights_says_which_keys_to_add(tmp_path: Path) -> None:
