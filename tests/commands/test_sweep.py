@@ -40,7 +40,13 @@ def test_plan() -> None:
 
 def test_options_that_only_swept_plug_ins_have() -> None:
     """Hydra's own composition, of everything but sweeps, would look for them in the default plug-in."""
-    typed = ["model=llama_tiny", "optimizer=galore,fira", "optimizer.rank=8", "method.alpha=3", "path='optimizer.rank=8'"]
+    typed = [
+        "model=llama_tiny",
+        "optimizer=galore,fira",
+        "optimizer.rank=8",
+        "method.alpha=3",
+        "path='optimizer.rank=8'",
+    ]
     in_jobs = with_options_in_jobs(["-m", *typed], typed)
     assert in_jobs == ["-m", *typed[:2], "optimizer.rank=choice(8)", *typed[3:]]
     assert with_options_in_jobs(in_jobs, in_jobs[1:]) == in_jobs
