@@ -24,6 +24,9 @@ import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from faults.hooks import heed_signals  # noqa: E402
+
+heed_signals()  # before tests send some to processes that they start
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

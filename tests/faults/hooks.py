@@ -54,12 +54,18 @@ Orders = dict[str, Any]
 def install(orders: Orders) -> "Hooks":
     """Arm the faults of `orders`: rank, journal (a file), run_dir, text (its folder), document_tokens (first and last)
     and faults, each as in schedule.py with a number of its own (`id`)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) == signal.SIG_IGN:  # a campaign in the background would pass that on
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    heed_signals()
     hooks = Hooks(orders)
     hooks.install()
     return hooks
+
+
+def heed_signals() -> None:
+    """Give signals that this process was told to ignore their defaults: a shell that starts it in the background, and
+    nohup, would have that passed on to the runs."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
 
 class Hooks:
