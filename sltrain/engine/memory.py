@@ -44,6 +44,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._is_cuda = device.type == "cuda"
+        self._highest = 0
         self.measure = "cuda max_memory_allocated" if self._is_cuda else "peak resident size"
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -55,10 +56,11 @@ class PeakMemory:
         """The peak, in bytes."""
         if self._is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
-        if (mark := _kilobytes(_STATUS, "VmHWM")) is not None:
-            return mark
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, all others KiB
+        if (mark := _kilobytes(_STATUS, "VmHWM")) is None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            mark = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, all others KiB
+        self._highest = max(mark, self._highest)  # Linux counts pages per core: a later mark may be a few pages lower
+        return self._highest
 
     def reserved_bytes(self) -> int | None:
         """The most bytes that torch's allocator reserved from the GPU; None on the CPU."""

@@ -36,6 +36,18 @@ def test_falls_back_where_there_is_no_proc(tmp_path: Path, monkeypatch: pytest.M
     assert PeakMemory(torch.device("cpu")).peak_bytes() < 2 * expected + 1024
 
 
+def test_a_mark_that_falls_by_some_pages_does_not_lower_the_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    monkeypatch.setattr(memory, "_STATUS", status)
+    peak, seen = PeakMemory(torch.device("cpu")), []
+    for kilobytes in (2000, 1844, 2001):
+        status.write_text(f"VmHWM:\t{kilobytes} kB\n")
+        seen.append(peak.peak_bytes())
+    assert seen == [2000 * 1024, 2000 * 1024, 2001 * 1024]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_peak() -> None:
     device = torch.device("cuda")
