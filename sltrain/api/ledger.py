@@ -1,12 +1,12 @@
 """The ledger of a study: every run and what it depended on, a JSON object a line, only ever appended to.
 
     {"event": "protocol", "name": "first", "common": [...], "reference": "dense", "trials": 4, ...}   the first line
-    {"event": "candidate", "name": "dense", "overrides": [...], "tune": {...}, "equal": {...}}        when it joins
+    {"event": "candidate", "name": "dense", "overrides": [...], "tune": {...}, "equal": {...}, ...}   when it joins
     {"event": "run", "role": "tuning", "candidate": "dense", "trial": 1, "seed": 1, "loss": 5.1, ...}  when it has ended
 
 Protocol and candidates of a ledger cannot change, or settings could be tried until one wins; candidates can join. A
-line that a power cut tore is left out, and its run is read again from its folder. A run that is in the ledger is never
-made again, so its folder may go.
+line that a kill or a power cut tore is left out and written anew, a run's from its folder. A run that is in the ledger
+is never made again, so its folder may go.
 """
 
 import json
@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sltrain.api.study import Study, StudyRun
+from sltrain.api.study import Candidate, Study, StudyRun
 from sltrain.engine.metrics import to_strict_json
 from sltrain.events import Event
 from sltrain.reporting.rows import eval_bytes
@@ -32,9 +32,9 @@ from sltrain.reporting.study import Entry, Protocol, Results, main_table, render
 from sltrain.reporting.table import Table
 from sltrain.runs.lock import RunLock
 from sltrain.runs.run_folder import write_atomically
-from sltrain.runs.run_record import read_run
+from sltrain.runs.run_record import LEDGER, read_run
 
-NAME, PAGE = "ledger.jsonl", "study.md"
+PAGE = "study.md"
 DIVERGED = "diverged"  # status of a run, see runs/run_record.py
 
 
@@ -51,13 +51,27 @@ class Ledger:
 
     @property
     def for_page(self) -> Protocol:
-        """What the page needs besides the runs."""
+        """What the page needs besides the runs. Raises ValueError if not even the protocol was written."""
+        if not self.protocol:
+            raise ValueError(f"{self.folder / LEDGER} has no whole line: type the command of the study again")
         known = {item.name for item in fields(Protocol)} - {"candidates"}
         return Protocol(**{key: self.protocol[key] for key in known}, candidates=self.candidates)
 
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Add what a line says. Raises KeyError or TypeError for one that lacks something."""
+        kind = event.get("event")
+        if kind == "protocol":
+            self.protocol = {key: value for key, value in event.items() if key != "event"}
+        elif kind == "candidate":
+            self.candidates[event["name"]] = {item.name: event[item.name] for item in fields(Candidate)}
+        elif kind == "run":
+            known = {item.name: event[item.name] for item in fields(Entry) if item.name in event}
+            entry = Entry(**known | {"loss": math.inf if event["loss"] is None else event["loss"]})
+            self.runs.setdefault(entry.key, entry)
+
     def append(self, event: Mapping[str, Any]) -> None:
         """Write a line to the disk. Raises OSError."""
-        path = self.folder / NAME
+        path = self.folder / LEDGER
         is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
         with open(path, "ab") as file:
             file.write(b"\n" * is_torn + to_strict_json(event).encode() + b"\n")
@@ -76,31 +90,24 @@ class Ledger:
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """The ledger in this folder. Raises ValueError if there is none, or its first line is gone."""
-    path = folder / NAME
+    """The ledger in this folder, without a protocol if a kill tore its only line. Raises ValueError if there is none,
+    or it begins with something else."""
+    path = folder / LEDGER
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"{folder} holds no ledger of a study ({NAME}: {error.strerror}); name its folder") from None
-    events, notes = [], []
+        raise ValueError(f"{folder} holds no ledger of a study ({LEDGER}: {error.strerror}); name its folder") from None
+    ledger, is_other = Ledger(folder, {}), False
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                events.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            notes.append(f"{NAME}: line {number} is damaged and left out.")
-    if not events or events[0].get("event") != "protocol":
+                event = dict(json.loads(line))
+                is_other |= not ledger.protocol and event.get("event") != "protocol"
+                ledger.take(event)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            ledger.notes.append(f"{LEDGER}: line {number} is damaged and left out.")
+    if is_other:
         raise ValueError(f"{path} does not begin with a protocol; it is damaged, or of something else")
-    ledger = Ledger(folder, {key: value for key, value in events[0].items() if key != "event"}, notes=notes)
-    known = {item.name for item in fields(Entry)}
-    for event in events[1:]:
-        kind = event.get("event")
-        if kind == "candidate":
-            ledger.candidates[event["name"]] = {key: event[key] for key in ("overrides", "tune", "equal")}
-        elif kind == "run":
-            loss = math.inf if event["loss"] is None else event["loss"]
-            entry = Entry(**{key: value for key, value in event.items() if key in known} | {"loss": loss})
-            ledger.runs.setdefault(entry.key, entry)
     return ledger
 
 
@@ -108,29 +115,26 @@ def open_ledger(folder: Path, study: Study, writes: bool) -> Ledger:
     """The ledger of this study in `folder`. With `writes` it is begun if there is none, new candidates join, and no
     other process may write to it until `close`. Raises ValueError if it is that of another protocol, or a run in it was
     made from another configuration, or another process has it."""
-    ledger = _checked(folder, study)
-    if not writes:
-        return ledger
-    lock = RunLock(folder)
-    ledger = _checked(folder, study)
-    ledger.lock = lock
-    if not (folder / NAME).exists():
-        ledger.append({"event": "protocol", **ledger.protocol})
-        joining = ledger.candidates
-    else:
-        before = read_ledger(folder).candidates
-        joining = {name: own for name, own in ledger.candidates.items() if name not in before}
-    for name, candidate in joining.items():
-        ledger.append({"event": "candidate", "name": name, **candidate})
+    ledger, _ = _checked(folder, study)
+    if writes:
+        lock = RunLock(folder)
+        ledger, new = _checked(folder, study)
+        ledger.lock = lock
+        for event in new:
+            ledger.append(event)
     return ledger
 
 
-def _checked(folder: Path, study: Study) -> Ledger:
-    """What is in the ledger, or would be in a new one, with the candidates of the study. Raises ValueError."""
+def _checked(folder: Path, study: Study) -> tuple[Ledger, list[dict[str, Any]]]:
+    """What is in the ledger, or would be in a new one, with the candidates of the study; and the lines that it lacks.
+    Raises ValueError."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_dir={folder} is a file; name a folder for the study")
-    protocol = {"name": study.name, **study.protocol()}
-    ledger = read_ledger(folder) if (folder / NAME).exists() else Ledger(folder, protocol)
+    ledger = read_ledger(folder) if (folder / LEDGER).exists() else Ledger(folder, {})
+    protocol, new = {"name": study.name, **study.protocol()}, []
+    if not ledger.protocol:  # a new one, or a kill tore its first line
+        new.append({"event": "protocol", **protocol})
+        ledger.protocol = protocol
     for key, now in protocol.items():
         if (before := ledger.protocol.get(key)) != now:
             raise ValueError(
@@ -139,13 +143,15 @@ def _checked(folder: Path, study: Study) -> Ledger:
             )
     for name, candidate in study.file.candidates.items():
         own = asdict(candidate)
+        if name not in ledger.candidates:
+            new.append({"event": "candidate", "name": name, **own})
         if (before := ledger.candidates.setdefault(name, own)) != own:
             raise ValueError(
                 f"run_dir={folder} holds a study with another candidate {name}: it was {before}, is now {own}. Give the"
                 " new one another name, or choose another run_dir"
             )
     _check_configs(ledger, study)
-    return ledger
+    return ledger, new
 
 
 def _change(key: str, before: Any, now: Any) -> str:
@@ -158,14 +164,17 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def _check_configs(ledger: Ledger, study: Study) -> None:
+    """Refuse (ValueError) runs that today's version would make from other values. A key that only one version has
+    changes nothing."""
     for run in study.tuning_runs():
         entry = ledger.runs.get(run.key)
-        if entry is not None and entry.config != run.config:
-            raise ValueError(
-                f"run_dir={ledger.folder} holds {run.name} made from another configuration ({entry.config}, now"
-                f" {run.config}): the same overrides mean something else today. Take the version that made it"
-                f" ({entry.code}), or choose another run_dir"
-            )
+        for key in entry.config.keys() & run.config.keys() if entry else ():
+            if entry.config[key] != run.config[key]:
+                raise ValueError(
+                    f"run_dir={ledger.folder} holds {run.name} made with {key}={entry.config[key]}, and today the same"
+                    f" overrides mean {key}={run.config[key]}. Take the version that made it ({entry.code}), or choose"
+                    " another run_dir"
+                )
 
 
 def entry_of(run: StudyRun, folder: Path, seconds: float, device: str) -> Entry:

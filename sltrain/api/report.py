@@ -56,9 +56,11 @@ def read_report(paths: Sequence[Path], best: str | None = None) -> Report:
     or several by commas, only the best run for each of their values is kept; raises ValueError if no run has one."""
     roots: dict[str, tuple[Path, Path]] = {}  # real path of a run -> path it was found by, and its folder
     notes = []
+    studies: list[Path] = []
     for path in paths:
-        found = find_runs([path])
-        if not found:
+        known = len(studies)
+        found = find_runs([path], studies)
+        if not found and len(studies) == known:
             notes.append(nothing_at(path))
         for folder in found:
             roots.setdefault(os.path.realpath(folder), (path, folder))
@@ -69,6 +71,9 @@ def read_report(paths: Sequence[Path], best: str | None = None) -> Report:
         rows.append(row)
         curves[row.name] = make_curve(record.train, record.evals, record.final)
         notes += [f"{row.name}: {note}" for note in record.notes]
+    if studies:
+        names = ", ".join(map(str, studies))
+        notes.append(f"Runs of studies are left out ({names}): a study has a page, sltrain-report --study FOLDER")
     first = next((root for root, _ in roots.values()), None)
     rows = arrange(rows)
     if best is not None and rows:

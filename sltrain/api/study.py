@@ -11,12 +11,11 @@ commands/compare.py, kept in ledger.py, and read by reporting/study.py. No torch
 """
 
 import difflib
-import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sltrain.api.overrides import as_overrides
 from sltrain.api.plan_config import split_arguments
-from sltrain.compose import (
-    PLUGINS,
-    TRAIN,
-    Schema,
-    compose_config,
-    conf_dir,
-    defaults_of,
-    option_defaults,
-    parse_overrides,
-    run_config,
-)
-from sltrain.config import TrainConfig, num_steps
+from sltrain.compose import Schema, compose_config, conf_dir, parse_overrides, run_config
+from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig, num_steps
+from sltrain.engine.metrics import to_strict_json
 from sltrain.log import first_line
-from sltrain.reporting.study import TOLERANCE
-from sltrain.runs.run_folder import flatten
+from sltrain.reporting.study import TOLERANCE, setting_text
 
 PARTS = {"tuning": "a", "reporting": "b"}  # role of a run -> the half of the validation documents it is judged on
 OWN = ("seed", "eval_part", "run_dir", "resume", "extend")  # keys that the study sets
@@ -49,6 +38,7 @@ SAME = (  # keys that decide which tokens are read and predicted
     " eval_tokens"
 ).split()
 QUANTITIES = ("tokens", "parameters", "flops")
+FREE = {*CHANGEABLE_ON_RESUME} - {*SAME, "eval_part"}  # keys of the machine, the folder and the log
 
 
 @dataclass
@@ -77,6 +67,7 @@ class Candidate:
     overrides: list[str] = field(default_factory=list)  # as typed for sltrain-train, over the common ones
     tune: dict[str, list[Any]] = field(default_factory=dict)  # key -> values; their grid are the trials
     equal: dict[str, str] = field(default_factory=dict)  # tokens, parameters or flops -> who has as many
+    seen: int = 0  # positions that the weights of its init_from were trained on; they count as its tokens
 
     def settings(self) -> list[dict[str, Any]]:
         """The grid of `tune`."""
@@ -105,7 +96,7 @@ class StudyRun:
     setting: dict[str, Any]
     seed: int
     overrides: list[str]  # for sltrain-train, without run_dir
-    config: str  # hash of what it is composed of
+    config: dict[str, Any]  # what decides its numbers, typed or by default, see `recorded`
 
     @property
     def name(self) -> str:
@@ -160,7 +151,7 @@ class Study:
         setting = self.file.candidates[name].settings()[trial - 1]
         config = replace(self.configs[name, trial], seed=seed, eval_part=PARTS[role])
         texts = [*_overrides(self.file, name, setting), f"seed={seed}", f"eval_part={PARTS[role]}"]
-        return StudyRun(role, name, trial, setting, seed, texts, config_hash(config))
+        return StudyRun(role, name, trial, setting, seed, texts, recorded(config))
 
 
 def read_arguments(arguments: list[str]) -> tuple[CompareConfig, Study]:
@@ -250,6 +241,8 @@ def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
         if other not in file.candidates:
             raise ValueError(f"candidate {name}: equal says {quantity} of {other}, which is no candidate")
     keys = [override.key_or_group for override in parse_overrides([*file.common, *candidate.overrides])]
+    if candidate.seen < 0 or (candidate.seen and "init_from" not in [*keys, *candidate.tune]):
+        raise ValueError(f"candidate {name}: seen={candidate.seen} counts what init_from was trained on; set init_from")
     for key in [*keys, *candidate.tune]:
         if key in OWN:
             raise ValueError(f"candidate {name} sets {key}, which the study sets; drop it")
@@ -279,34 +272,53 @@ def _compose(file: StudyFile) -> dict[tuple[str, int], TrainConfig]:
 
 
 def _check_equal(study: Study) -> None:
-    """Whether candidates have as much of something as they say; those that say nothing, as many tokens as the
-    reference. Raises ValueError. What only a tokenizer could tell is left to the page."""
+    """Whether candidates have, with every setting, as much of something as they say; those that say nothing, as many
+    tokens as the reference. Raises ValueError. What only a tokenizer could tell is left to the page."""
     for name, candidate in study.file.candidates.items():
         for quantity, other in (candidate.equal or {"tokens": study.file.reference}).items():
-            for trial in range(1, study.file.trials + 1):
-                if quantity == "tokens":
-                    own, others = (positions(study.configs[pair]) for pair in ((name, trial), (other, 1)))
-                    if own != others:
-                        raise ValueError(
-                            f"candidate {name}, trial {trial}, trains on {own:,} positions, {other} on {others:,}; set"
-                            " max_steps alike, or say what is equal instead (equal: {flops: NAME})"
-                        )
-        for quantity, other in candidate.equal.items():
-            if quantity != "tokens":
-                _check_size(study, name, quantity, other)
+            _check_starts(study, name, quantity, other)
+            own, others = (_amounts(study, one, quantity) for one in (name, other))
+            for (trial, number), (of_other, theirs) in itertools.product(own.items(), others.items()):
+                if abs(number / theirs - 1) > (0 if quantity == "tokens" else TOLERANCE):
+                    setting = setting_text(candidate.settings()[trial - 1])
+                    raise ValueError(
+                        f"candidate {name}, trial {trial} ({setting}), has {number / theirs:.3f} times the {quantity}"
+                        f" of {other}, trial {of_other} ({number:,} and {theirs:,}); change its shape or max_steps"
+                        f" (parameters and FLOPs may differ by {TOLERANCE:.0%}), or say what is equal instead (equal:"
+                        " {flops: NAME})"
+                    )
 
 
-def _check_size(study: Study, name: str, quantity: str, other: str) -> None:
-    own, others = (size_of(study.configs[one, 1]) for one in (name, other))
-    if own is None or others is None:
+def _check_starts(study: Study, name: str, quantity: str, other: str) -> None:
+    """Refuse (ValueError) first weights that were trained before, unless the candidate says for how long."""
+    trials = range(1, study.file.trials + 1)
+    starts = {one: {study.configs[one, trial].init_from for trial in trials} for one in (name, other)}
+    if quantity == "parameters" or len(starts[name] | starts[other]) == 1:
         return
-    numbers = [one.parameters if quantity == "parameters" else one.flops for one in (own, others)]
-    ratio = numbers[0] / numbers[1]
-    if abs(ratio - 1) > TOLERANCE:
-        raise ValueError(
-            f"candidate {name} has {ratio:.3f} times the {quantity} of {other} ({numbers[0]:,} and {numbers[1]:,}), and"
-            f" equal says as many; change its shape or max_steps until they are within {TOLERANCE:.0%}"
-        )
+    for one, own in starts.items():
+        start = next((start for start in own if start), None)
+        if start and quantity == "flops":
+            raise ValueError(
+                f"candidate {one} starts from init_from={start}, whose FLOPs are not known; say that something else is"
+                " equal (equal: {tokens: NAME})"
+            )
+        if start and not study.file.candidates[one].seen:
+            raise ValueError(
+                f"candidate {one} starts from init_from={start}, which was trained on tokens of its own; say on how"
+                " many positions (seen: 4_096_000), and they count as tokens of the candidate"
+            )
+
+
+def _amounts(study: Study, name: str, quantity: str) -> dict[int, int]:
+    """How much of a quantity each trial of a candidate has, where it is known."""
+    found = {}
+    for trial in range(1, study.file.trials + 1):
+        config = study.configs[name, trial]
+        if quantity == "tokens":
+            found[trial] = positions(config) + study.file.candidates[name].seen
+        elif size := size_of(config):
+            found[trial] = size.parameters if quantity == "parameters" else size.flops
+    return found
 
 
 def positions(config: TrainConfig) -> int:
@@ -355,16 +367,12 @@ def _vocab_size(tokenizer: str) -> int | None:
     return Tokenizer.from_file(tokenizer).get_vocab_size()
 
 
-def config_hash(config: TrainConfig) -> str:
-    """12 hexadecimal digits of what differs from the defaults, the run's folder left out: a key that a later version
-    adds does not change it."""
-    defaults = flatten(defaults_of(TRAIN))
-    for group in PLUGINS:
-        own = flatten(option_defaults(group, getattr(config, group).name))
-        defaults |= {f"{group}.{key}": value for key, value in own.items()}
-    chosen = {
-        key: value
-        for key, value in flatten(asdict(config)).items()
-        if key != "run_dir" and not (key in defaults and defaults[key] == value)
-    }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """Every key that decides the numbers of a run, as a ledger holds it: defaults too, since a later version may have
+    others. Options of a group have dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        is_group = is_dataclass(getattr(config, key))
+        found |= {f"{key}.{option}": own for option, own in value.items()} if is_group else {key: value}
+    kept = {key: value for key, value in found.items() if not {key, key.partition(".")[0]} & FREE}
+    return dict(json.loads(to_strict_json(kept)))

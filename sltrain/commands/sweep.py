@@ -196,8 +196,9 @@ def run_process(command: list[str], log: Path | None = None) -> tuple[int, bool]
             process.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    output = None if log is None else open(log, "ab")
+    output = None
     try:
+        output = None if log is None else open(log, "ab")
         process = subprocess.Popen(command, stdout=output, stderr=output)
         if received:  # before there was a process to ask
             process.send_signal(signal.SIGTERM)

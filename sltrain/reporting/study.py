@@ -40,7 +40,7 @@ class Entry:
     evals: list[list[float]] = field(default_factory=list)  # update, loss
     eval_tokens: int | None = None
     eval_bytes: int | None = None
-    config: str = ""  # this and the following: what the number depends on
+    config: dict[str, Any] = field(default_factory=dict)  # this and the following: what the number depends on
     code: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     machine: str = ""
@@ -61,7 +61,7 @@ class Protocol:
     tuning_seeds: list[int]
     reporting_seeds: list[int]
     common: list[str]
-    candidates: dict[str, dict[str, Any]]  # name -> overrides, tune, equal
+    candidates: dict[str, dict[str, Any]]  # name -> overrides, tune, equal, seen
 
 
 def tuned(protocol: Protocol, entries: Iterable[Entry], candidate: str) -> dict[int, float]:
@@ -101,9 +101,15 @@ class Results:
         return self.runs[name][0].setting
 
     def median(self, name: str, key: str) -> float | None:
-        """Of a field of the reporting runs."""
-        values = [value for entry in self.runs[name] if (value := getattr(entry, key)) is not None]
+        """Of a field of the reporting runs, those left out that diverged before their last update."""
+        runs = [entry for entry in self.runs[name] if math.isfinite(entry.loss)]
+        values = [value for entry in runs if (value := getattr(entry, key)) is not None]
         return statistics.median(values) if values else None
+
+    def tokens(self, name: str) -> float | None:
+        """Trained on, those that its first weights had seen included."""
+        own = self.median(name, "tokens")
+        return None if own is None else own + self.protocol.candidates[name].get("seen", 0)
 
     def against(self, name: str, other: str) -> Difference:
         """The paired difference of two candidates."""
@@ -156,6 +162,8 @@ def render(protocol: Protocol, entries: Sequence[Entry], notes: Sequence[str], c
     if results.runs:
         parts += ["## Perplexity of each seed", markdown(seeds_table(results))]
     parts += ["## Trials", "Perplexity on half a, over tuning seeds.", markdown(trials_table(results))]
+    if (borrowed := borrowed_table(results)).rows:
+        parts += [f"### At the setting of {protocol.reference}", markdown(borrowed), borrowed.legend]
     remarks = [*remarks_on(results), *notes]
     if remarks:
         parts += ["## Remarks", "\n".join(f"- {remark}" for remark in remarks)]
@@ -189,7 +197,7 @@ def main_table(results: Results) -> Table:
                 "0" if is_reference else difference_text(results.against(name, reference)),
                 _number(results.median(name, "num_parameters")),
                 "-" if flops is None else f"{flops / 1e6:.3g}M",
-                _number(results.median(name, "tokens")),
+                _number(results.tokens(name)),
                 "-" if seconds is None else f"{seconds:.3g}",
                 "1" if is_reference else "-" if timed is None else ratio_text(timed),
                 "-" if share is None else f"{min(share, 1):.0%}",
@@ -234,6 +242,31 @@ def trials_table(results: Results) -> Table:
     return Table(["candidate", "setting", "perplexity", ""], rows, ["candidate", "setting", ""])
 
 
+def borrowed_table(results: Results) -> Table:
+    """What each candidate loses with the reference's chosen values of the keys that both tune, by its trials."""
+    reference = results.protocol.reference
+    settings = {(e.candidate, e.trial): e.setting for e in results.entries if e.role == "tuning"}
+    of_reference = settings.get((reference, results.chosen[reference] or 0), {})
+    rows = []
+    for name, chosen in results.chosen.items():
+        own = settings.get((name, chosen or 0), {})
+        shared = {key: value for key, value in of_reference.items() if key in own}
+        if name == reference or not shared:
+            continue
+        losses = tuned(results.protocol, results.entries, name)
+        there = [loss for trial, loss in losses.items() if shared.items() <= settings[name, trial].items()]
+        best, borrowed = losses[chosen or 0], min(there, default=math.nan)
+        lost = f"{100 * (_exp(borrowed - best) - 1):+.1f} %" if math.isfinite(borrowed - best) else "-"
+        loss = perplexity(_exp(borrowed)) if there else "not tried"
+        rows.append([name, setting_text(shared), setting_text(own), loss, perplexity(_exp(best)), lost])
+    headings = ["candidate", "values of the reference", "its own setting", "perplexity there", "at its own", "more"]
+    legend = (
+        f"With the values chosen for {reference}, of the keys that both tune, over its own best setting; other keys are"
+        " at their best. On half a, over tuning seeds: there is no interval."
+    )
+    return Table(headings, rows, headings[:3], legend)
+
+
 def remarks_on(results: Results) -> list[str]:
     """What a reader must know before believing the table."""
     remarks = []
@@ -241,6 +274,7 @@ def remarks_on(results: Results) -> list[str]:
         if (count := sum(math.isinf(run.loss) for run in runs)) > 0:
             remarks.append(f"{name}: {count} of {len(runs)} runs diverged and count as infinite.")
         remarks += _edges(results, name)
+        remarks += _starts(results, name)
         remarks += _unequal(results, name)
     for seed in results.protocol.reporting_seeds:
         reporting = [e for e in results.entries if e.role == "reporting" and e.seed == seed and math.isfinite(e.loss)]
@@ -256,14 +290,27 @@ def remarks_on(results: Results) -> list[str]:
 
 
 def _edges(results: Results, name: str) -> list[str]:
-    """Where the best setting lies at the end of the values that were tried: a better one may lie beyond."""
+    """Where the best setting lies at the end of the values that were tried: a better one may lie beyond. Of two values
+    one always is."""
     tune = results.protocol.candidates[name]["tune"]
     edges = []
     for key, value in results.setting(name).items():
         numbers = [one for one in tune.get(key, []) if isinstance(one, int | float) and not isinstance(one, bool)]
-        if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+        if len(numbers) > 2 and value in (min(numbers), max(numbers)):
             edges.append(f"{key}={value} is the {'lowest' if value == min(numbers) else 'highest'}")
     return [f"{name}: {' and '.join(edges)} of the values tried; a better one may lie beyond."] if edges else []
+
+
+def _starts(results: Results, name: str) -> list[str]:
+    """Whether its first weights had been trained, and are not those of the reference."""
+    start, of_reference = (
+        results.runs[one][0].config.get("init_from") if one in results.runs else None
+        for one in (name, results.protocol.reference)
+    )
+    if not start or start == of_reference:
+        return []
+    seen = results.protocol.candidates[name].get("seen", 0)
+    return [f"{name} starts from {start}: its tokens count {short(seen)} positions behind it, its FLOPs and time none."]
 
 
 def _unequal(results: Results, name: str) -> list[str]:
@@ -282,7 +329,7 @@ def _quantity(results: Results, name: str, quantity: str) -> float | None:
     if quantity == "flops":
         flops, tokens = results.median(name, "flops_per_token"), results.median(name, "tokens")
         return flops * tokens if flops and tokens else None
-    return results.median(name, {"tokens": "tokens", "parameters": "num_parameters"}[quantity])
+    return results.tokens(name) if quantity == "tokens" else results.median(name, "num_parameters")
 
 
 def _origins(entries: Sequence[Entry]) -> str:

@@ -32,6 +32,7 @@ from sltrain.events import DIVERGING, NUMBERS, Event
 from sltrain.runs.run_folder import OURS, RunFolder, read_config
 
 RECENT_SECONDS = 600.0
+LEDGER = "ledger.jsonl"  # of a study, whose runs lie below it
 
 
 @dataclass
@@ -50,14 +51,15 @@ class RunRecord:
     notes: list[str]  # what is missing or damaged
 
 
-def find_runs(paths: Iterable[Path]) -> list[Path]:
+def find_runs(paths: Iterable[Path], studies: list[Path] | None = None) -> list[Path]:
     """The run folders among `paths` and below them, each once, in the order of paths and names. Run folders and hidden
-    folders are not searched; symbolic links are followed."""
-    seen: set[str] = set()
-    return [run for path in paths for run in _walk(Path(path), seen)]
+    folders are not searched; symbolic links are followed. Studies below a path are not searched either, and appended to
+    `studies`: their runs are for the study's page."""
+    seen, below = set[str](), [] if studies is None else studies
+    return [run for path in paths for run in _walk(Path(path), seen, below, is_named=True)]
 
 
-def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+def _walk(folder: Path, seen: set[str], studies: list[Path], is_named: bool = False) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in seen or not os.path.isdir(real):
         return
@@ -65,10 +67,13 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
+    if not is_named and (folder / LEDGER).is_file():
+        studies.append(folder)
+        return
     with contextlib.suppress(OSError):  # no permission to list it
         for entry in sorted(folder.iterdir()):
             if not entry.name.startswith("."):
-                yield from _walk(entry, seen)
+                yield from _walk(entry, seen, studies)
 
 
 def is_run(folder: Path) -> bool:

@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 import yaml
 
-from sltrain.api.ledger import NAME, PAGE, read_ledger
-from sltrain.api.study import config_hash, read_study, size_of
+from sltrain.api.ledger import PAGE, read_ledger
+from sltrain.api.study import read_study, recorded, size_of
 from sltrain.commands import compare, report, train
 from sltrain.compose import conf_dir, run_config
 from sltrain.engine.micro_batch import Feed
 from sltrain.errors import ExitCode
 from sltrain.reporting.study import Entry
+from sltrain.runs.run_record import LEDGER
 
 SEEDS = [11, 12]
 T1 = math.tan(0.95 * math.pi / 2)  # the quantile of Student's t with one degree of freedom, Cauchy's distribution
@@ -113,13 +114,13 @@ def test_a_study_from_its_cost_to_its_page(
     made.stop_at = 3  # a signal, and a line that a power cut tore
     code, out, err = sltrain_compare(*typed)
     assert code == ExitCode.INTERRUPTED and "5 runs left, about" in out and out.endswith("the same command goes on\n")
-    with open(folder / NAME, "a") as file:
+    with open(folder / LEDGER, "a") as file:
         file.write('{"event": "run", "role": "tun')
-    before, made.stop_at = (folder / NAME).read_bytes(), None
+    before, made.stop_at = (folder / LEDGER).read_bytes(), None
     code, out, err = sltrain_compare(*typed)
     assert code == 0, (out, err)
     assert len(made.names) == len({*made.names}) == 8
-    assert (folder / NAME).read_bytes().startswith(before)
+    assert (folder / LEDGER).read_bytes().startswith(before)
 
     ledger = read_ledger(folder)
     runs = list(ledger.runs.values())
@@ -153,7 +154,9 @@ def test_a_study_from_its_cost_to_its_page(
     assert sltrain_compare(*typed)[0] == 0 and len(made.names) == 8
 
     changed = {**study, "candidates": {**study["candidates"], "dense": {"tune": {"lr": [1, 2]}}}}
-    assert sltrain_compare(typed[0], f"run_dir={folder / NAME}")[2].endswith("is a file; name a folder for the study\n")
+    assert sltrain_compare(typed[0], f"run_dir={folder / LEDGER}")[2].endswith(
+        "is a file; name a folder for the study\n"
+    )
     for content, typed_too, words in (
         ({**study, "reporting_seeds": [12, 13]}, [], "another protocol: reporting_seeds was [11, 12], is now [12, 13]"),
         (study, ["max_steps=7"], "another protocol: common now has max_steps=7. Type"),
@@ -186,11 +189,39 @@ def test_the_size_of_a_run_is_what_it_logs(tiny: list[str], tmp_path: Path, metr
     assert size.flops == size.flops_per_token * 2 * 8 * 32
 
 
-def test_the_hash_names_what_differs_from_the_defaults(tiny: list[str]) -> None:
-    base = config_hash(run_config(tiny))
-    assert config_hash(run_config([*tiny, "run_dir=/elsewhere", "grad_clip=null", "eval_part=all"])) == base
-    for key in ("seed=1", "eval_part=a", "method.residual=1", "lr=1"):
-        assert config_hash(run_config([*tiny, key])) != base
+def test_what_is_recorded_of_a_run(tiny: list[str]) -> None:
+    """Every key that decides its numbers, defaults too, and none of the machine."""
+    base = recorded(run_config(tiny))
+    assert recorded(run_config([*tiny, "run_dir=/elsewhere", "log_every=3", "tracker=wandb"])) == base
+    assert base["weight_decay"] == 0 and base["eval_tokens"] and base["lr_scale"] == {}
+    for typed in ("seed=1", "eval_part=a", "method.residual=1.0", "lr=1.0", "lr_scale={head:2.0}"):
+        key = typed.partition("=")[0]
+        now = recorded(run_config([*tiny, typed]))
+        assert {name for name in now if now[name] != base[name]} == {key}
+
+
+def test_a_default_that_changed_is_seen(
+    study: dict[str, Any],
+    write: Callable,
+    made: Made,
+    sltrain_compare: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run is not taken for one of today's if another version gave it another value of a key that nobody typed."""
+    typed = [f"study={write(study)}", f"run_dir={tmp_path / 'out'}"]
+    made.stop_at = 1
+    assert sltrain_compare(*typed)[0] == ExitCode.INTERRUPTED
+    later = tmp_path / "conf"
+    shutil.copytree(conf_dir(), later)
+    text = (later / "train.yaml").read_text()
+    assert text.count("\nz_loss: 0.0") == 1
+    (later / "train.yaml").write_text(text.replace("\nz_loss: 0.0", "\nz_loss: 1.0e-4"))
+    monkeypatch.setattr("sltrain.compose.schema.conf_dir", lambda: later)
+    monkeypatch.setattr("sltrain.compose.typed.conf_dir", lambda: later)
+    code, _, err = sltrain_compare(*typed)
+    assert code == ExitCode.BAD_INPUT and len(err.splitlines()) == 1, err
+    assert "holds dense_trial-1_seed-1 made with z_loss=0.0, and today the same overrides mean z_loss=0.0001" in err
 
 
 @pytest.mark.slow
@@ -250,11 +281,28 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (with_dense(overrides=["method=full", "seq_len=16"]), "seq_len=16"),
         (
             with_dense(overrides=["method=full", "max_steps=9"]),
-            "sltrain, trial 1, trains on 1,536 positions, dense on 2,304",
+            "sltrain, trial 1 (lr=0.01), has 0.667 times the tokens of dense, trial 1 (1,536 and 2,304)",
         ),
         (with_dense(tune={"lr": [1e-2, 1e-2]}), "tune has a value of lr twice"),
         (with_dense(equal={"parameters": "sltrain"}), "times the parameters of sltrain"),
         (with_dense(equal={"wings": "sltrain"}), "equal=wings: choose of tokens, parameters, flops"),
+        (
+            with_dense(overrides=["alpha=8"], tune={"rank": [8, 4]}, equal={"parameters": "sltrain"}),
+            "candidate dense, trial 2 (rank=4), has 0.942 times the parameters of sltrain, trial 1",
+        ),
+        (
+            with_dense(overrides=["method=full", "init_from=/a/run"]),
+            "candidate dense starts from init_from=/a/run, which was trained on tokens of its own; say on how many",
+        ),
+        (
+            with_dense(overrides=["method=full", "init_from=/a/run"], equal={"flops": "sltrain"}),
+            "whose FLOPs are not known",
+        ),
+        (
+            with_dense(overrides=["method=full", "init_from=/a/run"], seen=256),
+            "sltrain, trial 1 (lr=0.01), has 0.857 times the tokens of dense, trial 1 (1,536 and 1,792)",
+        ),
+        (with_dense(seen=256), "seen=256 counts what init_from was trained on; set init_from"),
     ],
 )
 def test_mistakes_in_a_study(
@@ -310,17 +358,37 @@ def test_a_run_that_cannot_start_ends_the_study(
 def test_no_ledger_to_draw_from(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for content, words in ((None, "holds no ledger of a study"), ("{}\n", "does not begin with a protocol")):
         if content is not None:
-            (tmp_path / NAME).write_text(content)
+            (tmp_path / LEDGER).write_text(content)
         assert report.run_command(["--study", str(tmp_path)]) == ExitCode.BAD_INPUT
         assert words in capfd.readouterr().err
     assert report.run_command(["--study", str(tmp_path), "--json"]) == ExitCode.BAD_INPUT
 
 
+def test_a_ledger_whose_first_line_was_torn_begins_again(
+    study: dict[str, Any], write: Callable, made: Made, sltrain_compare: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / LEDGER).write_text('{"event": "protocol", "na')
+    assert report.run_command(["--study", str(folder)]) == ExitCode.BAD_INPUT
+    made.stop_at = 1
+    code, out, err = sltrain_compare(f"study={write(study)}", f"run_dir={folder}")
+    assert code == ExitCode.INTERRUPTED, err
+    with open(folder / LEDGER, "a") as file:
+        file.write('{"event": "candidate"}\n{"event": "run", "loss": 3')
+    ledger = read_ledger(folder)
+    assert ledger.protocol["reference"] == "dense" and [*ledger.candidates] == ["dense", "sltrain"]
+    assert len(ledger.runs) == 1 and len(ledger.notes) == 3
+    made.stop_at = 2
+    assert sltrain_compare(f"study={write(study)}", f"run_dir={folder}")[0] == ExitCode.INTERRUPTED
+    assert len(read_ledger(folder).runs) == 2
+
+
 def test_the_ledger_is_strict_json(tmp_path: Path) -> None:
     """A loss that is infinite is null in the file, and infinite when read."""
-    (tmp_path / NAME).write_text('{"event": "protocol", "name": "x"}\n')
+    (tmp_path / LEDGER).write_text('{"event": "protocol", "name": "x"}\n')
     ledger = read_ledger(tmp_path)
     ledger.add(Entry("tuning", "dense", 1, {"lr": 1e9}, 1, math.inf, 5))
-    line = (tmp_path / NAME).read_text().splitlines()[1]
+    line = (tmp_path / LEDGER).read_text().splitlines()[1]
     assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
     assert read_ledger(tmp_path).runs == ledger.runs

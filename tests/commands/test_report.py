@@ -159,6 +159,17 @@ def test_a_run_itself_may_be_named(tmp_path: Path, report: Report, monkeypatch: 
     assert (run / "report" / "report.html").exists()
 
 
+def test_runs_of_a_study_are_left_out_in_a_line(tmp_path: Path, report: Report) -> None:
+    make_run(tmp_path / "studies" / "x" / "runs" / "dense_trial-1_seed-1")
+    (tmp_path / "studies" / "x" / "ledger.jsonl").write_text("")
+    words = f"Runs of studies are left out ({tmp_path}/studies/x): a study has a page, sltrain-report --study FOLDER"
+    assert report(tmp_path) == (2, "", f"error: {words}\n")
+    make_run(tmp_path / "run")
+    code, out, err = report(tmp_path)
+    assert code == 0 and "dense_trial-1" not in out and f"note: {words}\n" in err
+    assert "dense_trial-1" in report(tmp_path / "studies" / "x")[1]
+
+
 def test_a_bad_path_is_named_and_the_others_reported(tmp_path: Path, report: Report) -> None:
     make_run(tmp_path / "runs" / "a")
     (tmp_path / "empty").mkdir()

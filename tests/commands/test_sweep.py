@@ -1,6 +1,7 @@
 """Names of sweep jobs are deterministic and can be typed back; what became of jobs is known wherever they ran."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from sltrain.commands.sweep import Sweep, in_words, job_name, run_process, with_options_in_jobs, with_swept_before
 from sltrain.compose import conf_dir, parse_overrides, register_schema
+from sltrain.signals import stop_signals
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +81,13 @@ def test_exit_codes_in_words() -> None:
 )
 def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected: tuple[int, bool]) -> None:
     assert run_process([sys.executable, "-c", code]) == expected
+
+
+def test_a_log_that_cannot_be_opened_leaves_signals_as_they_were(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    with pytest.raises(OSError):
+        run_process([sys.executable, "-c", "pass"], tmp_path / "nowhere" / "log")
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_run_that_finished_just_before_the_sweep_was_stopped_is_not_to_go(

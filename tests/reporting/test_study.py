@@ -65,6 +65,8 @@ def test_remarks() -> None:
     assert remarks_on(Results(PROTOCOL, entries())) == [
         "slow: lr=3 is the highest of the values tried; a better one may lie beyond."
     ]
+    two = {name: {**own, "tune": {"lr": [2, 3]}} for name, own in CANDIDATES.items()}
+    assert remarks_on(Results(replace(PROTOCOL, candidates=two), entries())) == []  # of two values one is always last
     changes: list[dict[str, Any]] = [{"num_parameters": 1100}, {"tokens": 700}, {"eval_bytes": 3}, {"machine": "other"}]
     words = [
         "has 1.100 times as many",
@@ -81,6 +83,49 @@ def test_a_candidate_that_diverged_is_infinite_and_stays() -> None:
     made = [replace(e, loss=math.inf) if (e.candidate, e.seed) == ("slow", 12) else e for e in entries()]
     page = render(PROTOCOL, made, [], "")
     assert "| slow | lr=3 | inf | inf | +inf |" in page and "slow: 1 of 2 runs diverged and count as infinite." in page
+
+
+def test_equal_time_is_that_of_runs_that_finished() -> None:
+    """A reference that diverged early took no less time for it."""
+    made = entries()
+    lost = [replace(e, loss=math.inf, updates=2) if (e.role, e.seed) == ("reporting", 12) else e for e in made]
+    for of in ("dense", "slow"):
+        results = Results(PROTOCOL, [new if e.candidate == of else e for e, new in zip(made, lost, strict=True)])
+        assert results.share_of_time("slow") == pytest.approx(0.5)
+    gone = [
+        replace(e, loss=math.inf, updates=2) if e.candidate == "dense" and e.role == "reporting" else e for e in made
+    ]
+    assert Results(PROTOCOL, gone).share_of_time("slow") is None
+    assert "both diverged" not in render(PROTOCOL, gone, [], "")
+
+
+def test_at_one_anothers_setting() -> None:
+    """With dense's lr=2 slow is at exp(4.2 + 0.15), its own best exp(4.1 + 0.15): e**0.1 times as much."""
+    row = "| slow | lr=2 | lr=3 | 77.48 | 70.11 | +10.5 % |"
+    page = render(PROTOCOL, entries(), [], "")
+    assert "### At the setting of dense" in page and row in page
+    assert row in render(PROTOCOL, [e for e in entries() if e.role == "tuning"], [], "")  # needs no reporting run
+    made = [replace(e, setting={"lr": 2, "gain": 9}) if e.candidate == "dense" else e for e in entries()]
+    assert row in render(PROTOCOL, made, [], "")
+    made = [replace(e, setting={"lr": e.trial + 10}) if e.candidate == "slow" else e for e in entries()]
+    assert "| slow | lr=2 | lr=13 | not tried | 70.11 | - |" in render(PROTOCOL, made, [], "")
+    made = [replace(e, setting={"gain": e.trial}) if e.candidate == "slow" else e for e in entries()]
+    assert "At the setting of" not in render(PROTOCOL, made, [], "")
+    unknown = [e for e in entries() if (e.candidate, e.trial) != ("dense", 1)]
+    assert "At the setting of" not in render(PROTOCOL, unknown, [], "")
+
+
+def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count() -> None:
+    slow = {**CANDIDATES["slow"], "equal": {"tokens": "dense"}, "seen": 400}
+    protocol = replace(PROTOCOL, candidates={**CANDIDATES, "slow": slow})
+    made = [replace(e, config={"init_from": "/a/run"}) if e.candidate == "slow" else e for e in entries()]
+    results = Results(protocol, made)
+    assert results.tokens("slow") == 1200 and results.tokens("dense") == 800
+    said = remarks_on(results)
+    assert "slow starts from /a/run: its tokens count 400 positions behind it, its FLOPs and time none." in said
+    assert "slow was to have the tokens of dense and has 1.500 times as many." in said
+    made = [replace(e, config={"init_from": "/a/run"}) for e in made]
+    assert not any("starts from" in remark for remark in remarks_on(Results(protocol, made)))
 
 
 def test_a_study_that_is_not_done() -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sltrain.runs.lock import RunLock
-from sltrain.runs.run_record import find_runs, read_run
+from sltrain.runs.run_record import LEDGER, find_runs, read_run
 
 CONFIG = {"model": {"name": "tiny"}, "method": {"name": "sltrain"}, "rank": 8, "sparsity": 0.03}
 TRAIN = {"event": "train", "step": 1, "tokens": 64, "wall_seconds": 0.5, "loss": 6.0, "tokens_per_second": 128.0}
@@ -23,7 +23,9 @@ EVAL = {"event": "eval", "step": 2, "tokens": 128, "loss": 5.0, "perplexity": 14
 FINAL = {**EVAL, "event": "final", "step": 3}
 LONG_AGO = time.time() - 3600
 
-same_folder_each_time = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+same_folder_each_time = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+)
 
 
 def make_run(folder: Path, *events: dict[str, Any], config: Any = CONFIG, tokenizer: str | None = "{}") -> Path:
@@ -71,6 +73,16 @@ def test_a_path_may_be_a_run_or_a_hidden_folder_or_a_link(tmp_path: Path) -> Non
     assert find_runs([tmp_path / "link"]) == [tmp_path / "link" / "run"]
     assert find_runs([tmp_path]) == [tmp_path / "link" / "run"]
     assert find_runs([tmp_path / "nowhere", run / "config.yaml"]) == []
+
+
+def test_runs_of_a_study_below_a_path_are_its_own(tmp_path: Path) -> None:
+    """They are found where the study itself is named."""
+    run = make_run(tmp_path / "run", TRAIN)
+    own = make_run(tmp_path / "study" / "runs" / "a_trial-1_seed-1", TRAIN)
+    (tmp_path / "study" / LEDGER).write_text("")
+    studies: list[Path] = []
+    assert find_runs([tmp_path], studies) == [run] and studies == [tmp_path / "study"]
+    assert find_runs([tmp_path / "study"], studies) == [own] and len(studies) == 1
 
 
 @pytest.mark.parametrize("config", [None, "model: [", "\x00", "- a\n- b", "[" * 5000])
