@@ -168,11 +168,13 @@ def _check_configs(ledger: Ledger, study: Study) -> None:
     changes nothing."""
     for run in study.tuning_runs():
         entry = ledger.runs.get(run.key)
-        for key in entry.config.keys() & run.config.keys() if entry else ():
-            if entry.config[key] != run.config[key]:
+        if entry is None:
+            continue
+        for key, value in run.config.items():
+            if entry.config.get(key, value) != value:
                 raise ValueError(
                     f"run_dir={ledger.folder} holds {run.name} made with {key}={entry.config[key]}, and today the same"
-                    f" overrides mean {key}={run.config[key]}. Take the version that made it ({entry.code}), or choose"
+                    f" overrides mean {key}={value}. Take the version that made it ({entry.code}), or choose"
                     " another run_dir"
                 )
 

@@ -246,7 +246,7 @@ def borrowed_table(results: Results) -> Table:
     """What each candidate loses with the reference's chosen values of the keys that both tune, by its trials."""
     reference = results.protocol.reference
     settings = {(e.candidate, e.trial): e.setting for e in results.entries if e.role == "tuning"}
-    of_reference = settings.get((reference, results.chosen[reference] or 0), {})
+    of_reference = settings.get((reference, results.chosen.get(reference) or 0), {})
     rows = []
     for name, chosen in results.chosen.items():
         own = settings.get((name, chosen or 0), {})
@@ -302,12 +302,10 @@ def _edges(results: Results, name: str) -> list[str]:
 
 
 def _starts(results: Results, name: str) -> list[str]:
-    """Whether its first weights had been trained, and are not those of the reference."""
-    start, of_reference = (
-        results.runs[one][0].config.get("init_from") if one in results.runs else None
-        for one in (name, results.protocol.reference)
-    )
-    if not start or start == of_reference:
+    """Whether its first weights had been trained, and are not those of all."""
+    starts = {one: runs[0].config.get("init_from") for one, runs in results.runs.items()}
+    start = starts[name]
+    if not start or len({*starts.values()}) == 1:
         return []
     seen = results.protocol.candidates[name].get("seen", 0)
     return [f"{name} starts from {start}: its tokens count {short(seen)} positions behind it, its FLOPs and time none."]
