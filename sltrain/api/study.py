@@ -178,7 +178,9 @@ def read_study(name: str, typed: list[str]) -> Study:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {error.problem}") from error
-    except (OmegaConfBaseException, OSError) as error:
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {error.full_key}: {first_line(error)}") from error
+    except OSError as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     candidates = {key: Candidate(**own) for key, own in plain["candidates"].items()}
     file = StudyFile(**{**plain, "common": [*plain["common"], *typed], "candidates": candidates})

@@ -273,7 +273,7 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (but(reference="dence"), "reference=dence is none of the candidates dense, sltrain"),
         (but(trials=3), "candidate dense has 2 settings to try (2), and trials=3 is for all"),
         (but(wings=2), "wings"),
-        (but(trials="many"), "many"),
+        (but(trials="many"), "trials: Value 'many' of type"),
         (lambda study: {key: value for key, value in study.items() if key != "trials"}, "trials is not set"),
         (lambda study: {**study, "candidates": {"dense": study["candidates"]["dense"]}}, "the only candidate"),
         (with_dense(overrides=["method=full", "rank=-3"]), "candidate dense, trial 1: rank=-3: must be at least 0"),
