@@ -160,7 +160,13 @@ def test_interrupted_twice_equals_straight(
 
 @pytest.mark.parametrize(
     ("support", "path"),
-    [("uniform", "composed"), ("stratified", "factored"), ("block", "auto"), ("column", "factored")],
+    [
+        ("uniform", "composed"),
+        ("stratified", "factored"),
+        ("block", "auto"),
+        ("slice", "factored"),
+        ("rolled", "factored"),
+    ],
 )
 def test_every_support_learns_and_resumes_exactly(
     support: str, path: str, tiny: list[str], tmp_path: Path, sltrain_train: Run, metrics_of: Metrics

@@ -61,6 +61,7 @@ RECIPES: dict[str, list[str]] = {
         for support in SUPPORTS
         for path in ("composed", "factored")
     },
+    **{f"{support} factored": [*FACTORED, f"support={support}"] for support in ("slice", "rolled")},
     "adam8bit": [*FACTORED, "optimizer=adam8bit"],
     "accumulated": [*FACTORED, *TWO],
     "accumulated clipped": [*FACTORED, *TWO, "grad_clip=0.5", "weight_decay=0.1"],

@@ -105,6 +105,18 @@ class SLTrainLinear(nn.Module):
         rows = torch.arange(self.out_features, device=indices.device)
         return (rows[:, None] * self.in_features + indices).flatten()
 
+    _slice = _column
+
+    def _rolled(self, indices: Tensor) -> Tensor:
+        """Offset and g: a block diagonal of g blocks, so many columns to the right; values row by row."""
+        (offset, g), sides = indices.tolist(), (self.out_features, self.in_features)
+        rows, columns = (torch.arange(g + 1, device=indices.device) * side // g for side in sides)
+        inner = [torch.arange(-(-side // g), device=indices.device) for side in sides]
+        rows, columns = rows[:, None, None], columns[:, None, None]
+        at_row, at_column = rows[:-1] + inner[0][:, None], columns[:-1] + inner[1]
+        inside = (at_row < rows[1:]) & (at_column < columns[1:])
+        return (at_row * self.in_features + (at_column + offset) % self.in_features)[inside]
+
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={len(self.A)}"
         return f"{sizes}, values={self.num_values}" + (f", support={self.support}" if self.num_values else "")

@@ -11,7 +11,7 @@ from sltrain.methods.restarts import Restarts
 if TYPE_CHECKING:
     from torch import nn
 
-SUPPORTS = ("uniform", "stratified", "block", "column")
+SUPPORTS = ("uniform", "stratified", "block", "column", "slice", "rolled")
 
 
 @METHODS.register("sltrain")
@@ -23,7 +23,7 @@ class SLTrain(Restarts):
     rank: int = MISSING  # inner size of B A; 0: S alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
     sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
-    support: str = MISSING  # entries of S: uniform (the paper), stratified, block or column
+    support: str = MISSING  # entries of S: uniform (the paper), stratified, block, column, slice or rolled
     block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
@@ -55,7 +55,7 @@ class SLTrain(Restarts):
         if self.rank == 0 and self.sparsity == 0 and not (self.rank_overrides or self.sparsity_overrides):
             raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
         for name, sparsity in sparsities.items():
-            if sparsity == 0 and self.support in ("block", "column"):
+            if sparsity == 0 and self.support not in ("uniform", "stratified"):
                 raise ValueError(
                     f"support={self.support} with {name}=0 has nothing to train;"
                     " set sparsity above 0, or support=uniform for B A alone"

@@ -16,12 +16,12 @@ from sltrain.api.report import read_report, write_report
 from sltrain.api.spectrum import choose_layers, look_inside
 from sltrain.building.saved import open_saved
 from sltrain.layers.support import make_support
+from sltrain.methods.sltrain import SUPPORTS
 from sltrain.models.llama import PROJECTIONS
 from sltrain.reporting.spectrum import aligned
 
 Train = Callable[..., tuple[int, str, str]]
 RANK, ALPHA = 8, 16.0
-SUPPORTS = ("uniform", "stratified", "block", "column")
 
 
 def train(sltrain_train: Train, tiny: list[str], run: Path, *more: str) -> Path:

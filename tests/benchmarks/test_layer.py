@@ -61,7 +61,9 @@ def test_the_floor_counts_what_torch_counts(name: str, bench: Callable[..., Benc
     assert 2 * 3 * 10 * linear_multiply_adds(layer) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["uniform", "stratified", "block", "column", "uniform_composed", "published"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "stratified", "block", "column", "rolled", "uniform_composed", "published"]
+)
 def test_an_entry_of_s_is_a_multiply_add_however_it_is_computed(name: str, bench: Callable[..., Bench]) -> None:
     layer = make_layer(bench(*ARGUMENTS), name, [16, 24, 4])
     assert linear_multiply_adds(layer) == 4 * (16 + 24) + layer.values.numel()

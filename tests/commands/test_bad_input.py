@@ -25,6 +25,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown support": (["support=diagonal"], ["support=diagonal", "uniform", "block"]),
     "unknown path": (["layer_path=fast"], ["layer_path=fast", "factored"]),
     "columns of nothing": (["support=column", "sparsity=0"], ["support=column", "sparsity=0", "uniform"]),
+    "a diagonal of nothing": (["support=rolled", "sparsity=0"], ["support=rolled", "sparsity=0", "uniform"]),
+    "a diagonal too fine": (["support=rolled", "sparsity=0.001"], ["q_proj", "support=rolled", "0.031"]),
     "blocks of nothing": (["support=block", "sparsity_overrides={q_proj:0}"], ["support=block", "q_proj=0"]),
     "no column": (["support=column", "sparsity=0.001"], ["q_proj", "support=column", "0.031"]),
     "block above the matrix": (["support=block", "block_size=64"], ["block_size=64", "32 x 32", "at most 32"]),

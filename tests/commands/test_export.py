@@ -48,6 +48,8 @@ RUNS = {
     "stratified": ["support=stratified", "sparsity_overrides={up_proj:0.002}"],
     "block": ["support=block", "block_size=5", "sparsity=0.2"],  # 5 does not divide 32
     "column": ["support=column", "sparsity=0.1", "rank_overrides={v_proj:2}"],
+    "slice": ["support=slice", "sparsity=0.1"],
+    "rolled": ["support=rolled", "sparsity=0.2"],  # 5 blocks, which do not divide 32
     "residual": ["method.residual=1.5", "rank_overrides={q_proj:5,*.layers.1.*.o_proj:0}"],  # 5 does not divide 32
     "low_rank": ["method=low_rank", "rank_overrides={down_proj:3}"],
     "cola": ["method=cola", "rank_overrides={down_proj:3}"],
@@ -67,7 +69,7 @@ RUNS = {
     "cutting": ["tokenizer={cutting}"],
     "steps": ["max_steps=6", "checkpoint_every=2", "eval_every=4", "keep_last=5", "seed=7"],
 }
-COMPRESSIBLE = ["uniform", "stratified", "block", "column", "residual", "low_rank", "llama3"]
+COMPRESSIBLE = ["uniform", "stratified", "block", "column", "slice", "rolled", "residual", "low_rank", "llama3"]
 OWN_CODE = ["cola", "cr_net", "dlr", "lost", "lost_silu", "sst"]  # kinds that bring a file for transformers
 FILES = {
     "README.md",
@@ -493,8 +495,17 @@ def rebuilt(tensors: dict[str, np.ndarray], settings: dict) -> np.ndarray:
                     W[row, column] += values[used]
                     used += 1
         assert used == len(values)
+    elif settings["support"] == "rolled":
+        (offset, g), used = indices.tolist(), 0
+        assert indices.dtype == np.int32
+        for row in range(num_rows):
+            k = next(k for k in range(g) if k * num_rows // g <= row < (k + 1) * num_rows // g)
+            for column in range(k * num_columns // g, (k + 1) * num_columns // g):
+                W[row, (column + offset) % num_columns] += values[used]
+                used += 1
+        assert used == len(values)
     else:
-        assert settings["support"] == "column" and indices.dtype == np.int32
+        assert settings["support"] in ("column", "slice") and indices.dtype == np.int32
         W[:, indices] += values.reshape(num_rows, len(indices))
     return W
 
@@ -529,6 +540,8 @@ def test_the_words_of_the_card_rebuild_every_matrix(
         (20, 51, 0.3, "stratified", None),
         (17, 13, 0.3, "block", 4),
         (30, 44, 0.05, "column", None),
+        (30, 44, 0.05, "slice", None),
+        (31, 44, 0.15, "rolled", None),
     ],
 )
 def test_the_words_of_the_card_hold_for_every_kind_of_layer(

@@ -11,11 +11,17 @@ from toy_layers import ReLoRALinear, TwoMatrices
 
 from sltrain.layers import LowRankLinear, SLTrainLinear
 from sltrain.layers.convert import layer_settings, merge_to_dense, replace_linears, restore_layers
+from sltrain.methods.sltrain import SUPPORTS
 
 
 def sltrain_layer(name, linear, **kind):
     return SLTrainLinear(
-        linear.in_features, linear.out_features, rank=4, sparsity=0.1, alpha=8, bias=linear.bias is not None, **kind
+        linear.in_features,
+        linear.out_features,
+        rank=4,
+        alpha=8,
+        bias=linear.bias is not None,
+        **{"sparsity": 0.1, **kind},
     )
 
 
@@ -85,8 +91,7 @@ def test_a_transformers_vit_learns_with_replaced_linears():
 
 @pytest.mark.parametrize(
     "make",
-    [low_rank_layer]
-    + [partial(sltrain_layer, support=s, path="factored") for s in ("uniform", "stratified", "block", "column")],
+    [low_rank_layer] + [partial(sltrain_layer, support=s, sparsity=0.2, path="factored") for s in SUPPORTS],
 )
 def test_merging_gives_the_same_function_in_plain_linears(make):
     model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Sequential(nn.Linear(20, 6, bias=False))).double().eval()
@@ -147,6 +152,8 @@ KINDS = {
     "block": partial(sltrain_layer, support="block", block_size=3),
     "block of its own size": partial(sltrain_layer, support="block"),
     "column": partial(sltrain_layer, support="column"),
+    "slice": partial(sltrain_layer, support="slice"),
+    "rolled": partial(sltrain_layer, support="rolled"),
     "low rank": low_rank_layer,
     "of somebody else": lambda name, linear: ReLoRALinear(
         linear.in_features, linear.out_features, rank=4, alpha=8, bias=linear.bias is not None

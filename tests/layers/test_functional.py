@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from sltrain import kernels
 from sltrain.layers import aligned
 from sltrain.layers.functional import Weight, aligned_linear, compose_weight, composed_linear, factored_linears
+from sltrain.layers.support import KINDS, make_support
 from sltrain.layers.support import base as support_module
-from sltrain.layers.support import make_support
 
 SCALE = 0.75
 SHAPES = [  # input shape, out, rank, sparsity
@@ -26,7 +26,7 @@ SHAPES = [  # input shape, out, rank, sparsity
     ((2, 0, 9), 4, 2, 0.25),
     ((70, 33), 21, 4, 0.1),
 ]
-PATHS = [(path, kind) for path in ("composed", "factored") for kind in ("uniform", "stratified", "block", "column")]
+PATHS = [(path, kind) for path in ("composed", "factored") for kind in KINDS]
 every_path = pytest.mark.parametrize("path, kind", PATHS)
 
 
@@ -42,8 +42,8 @@ def arithmetic(request, monkeypatch):
 def make(shape, out_features, rank, sparsity, bias=True, dtype=torch.float64, kind="uniform", seed=0):
     """x and a Weight with fixed random values."""
     source, in_features = torch.Generator().manual_seed(seed), shape[-1]
-    if kind in ("block", "column"):
-        sparsity = max(sparsity, 0.1)  # they need some
+    if kind not in ("uniform", "stratified"):
+        sparsity = max(sparsity, 0.12)  # they need some
     support = make_support(out_features, in_features, sparsity, kind)
 
     def normal(*size):
@@ -144,7 +144,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_right_one(names, path)
     assert_same(found, run(dense_linear, x, weight, upstream))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_weights_share_one_x(kind):
     """q, k, v and gate, up: outputs and gradients of a group are those of its members, x's is their sum."""
     x, _ = make((2, 5, 64), 32, 4, 0.1)
@@ -230,7 +230,7 @@ def test_nothing_dense_lives_between_forward_and_backward(path, kind):
     y.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_factored_path_never_holds_a_dense_matrix(kind, arithmetic):
     x, weight = make((8, 512), 1024, 4, 0.03, dtype=torch.float32, kind=kind)
     with CountProducts() as counter:
@@ -318,11 +318,12 @@ def test_a_second_derivative_is_refused_instead_of_wrong(path):
 def test_compiled_equals_eager(path, kind, arithmetic):
     x, weight = make((2, 4, 12), 7, 3, 0.3, dtype=torch.float32, kind=kind)
     upstream = torch.ones(2, 4, 7)
+    torch.compiler.reset()  # dynamo keeps no more than eight graphs of one function
     compiled = torch.compile(by(path), backend="aot_eager", fullgraph=True)
     assert_same(run(compiled, x, weight, upstream), run(by(path), x, weight, upstream))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compose_weight_is_the_formula(kind):
     _, weight = make((5, 12), 7, 3, 0.3, kind=kind)
     with torch.no_grad():

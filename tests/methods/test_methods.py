@@ -86,9 +86,7 @@ def test_full_keeps_every_parameter_as_it_is(device):
     assert device == "meta" or all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    ("support", "block_size"), [("stratified", None), ("block", 4), ("block", None), ("column", None)]
-)
+@pytest.mark.parametrize(("support", "block_size"), [("block", 4), *((kind, None) for kind in KINDS)])
 def test_the_support_reaches_every_layer(support, block_size):
     model = make_model()
     make_method("sltrain", support=support, block_size=block_size).replace(model, chosen)

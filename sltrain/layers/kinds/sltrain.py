@@ -142,7 +142,7 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     def warnings(self) -> dict[str, str]:
         kind, most, limit = self.support.kind, self.support.max_rank, min(self.in_features, self.out_features)
         line = (
-            f"support={kind}: W has rank at most rank + {kind}s (the first layer: {self.rank} + {most} of {limit}), "
+            f"support={kind}: W has rank at most rank + columns (the first layer: {self.rank} + {most} of {limit}), "
             "not full rank as with the other supports"
         )
         return {} if most is None else {kind: line}

@@ -9,12 +9,15 @@
                  side hold k each, those of the longer side    (block row * number of
                  equally many, give or take one                block columns + column)
     column       round(sparsity * in) whole columns            int32 column numbers        at most rank + columns
+    slice        as many columns, side by side                 int32 column numbers        at most rank + columns
+    rolled       a diagonal of round(1 / sparsity) blocks,     two numbers, int32          full, where the blocks
+                 rolled by a number of columns                                             divide the sides
 
 `uniform` is the paper's (arXiv 2406.02214, section 3.2). The published code shuffles all out * in positions and keeps
 the first few; here positions are drawn with replacement until enough are distinct, which has exactly the same
 distribution and costs time and memory for the kept ones only. The other kinds are not in the paper. `stratified` is
-almost as random in half the bytes. `block` and `column` trade some freedom of the support for small dense products;
-they train whole blocks or columns, so their sparsity is the nearest that exists.
+almost as random in half the bytes. The others trade some freedom of the support for small dense products; they train
+whole blocks or columns, so their sparsity is the nearest that exists.
 
 A kind is one file: how it is drawn and stored, how S is multiplied, without the CPU kernel (base.py) and with it, and
 the memory that takes.
@@ -23,11 +26,14 @@ the memory that takes.
 from sltrain.layers.support.base import Support
 from sltrain.layers.support.block import BlockSupport
 from sltrain.layers.support.column import ColumnSupport
+from sltrain.layers.support.rolled import RolledSupport
+from sltrain.layers.support.slice import SliceSupport
 from sltrain.layers.support.stratified import StratifiedSupport
 from sltrain.layers.support.uniform import UniformSupport
 
 KINDS: dict[str, type[Support]] = {
-    kind.kind: kind for kind in (UniformSupport, StratifiedSupport, BlockSupport, ColumnSupport)
+    kind.kind: kind
+    for kind in (UniformSupport, StratifiedSupport, BlockSupport, ColumnSupport, SliceSupport, RolledSupport)
 }
 
 __all__ = ["KINDS", "Support", "make_support"]

@@ -62,7 +62,7 @@ class Support(ABC):
 
     def positions(self, indices: Tensor) -> Tensor:
         """Flat row-major positions, (nnz,) int32, of the values in their order, on the device of `indices`. Distinct;
-        sorted except for kind block."""
+        sorted except for kinds block and rolled."""
         positions = torch.empty(self.num_nonzero, dtype=torch.int32, device=indices.device)
         for entries in self._chunks():
             positions[entries] = self._flat(indices, entries).to(torch.int32)

@@ -26,10 +26,10 @@ class ColumnSupport(Support):
         self.num_columns = self.num_indices = self.max_rank = round(sparsity * in_features)
         self.num_nonzero = out_features * self.num_columns
         if sparsity == 0:
-            raise ValueError("support=column needs sparsity above 0; for B A alone use support=uniform")
+            raise ValueError(f"support={self.kind} needs sparsity above 0; for B A alone use support=uniform")
         if self.num_columns == 0:
             raise ValueError(
-                f"support=column with sparsity {sparsity} trains no column of {in_features}; use sparsity "
+                f"support={self.kind} with sparsity {sparsity} trains no column of {in_features}; use sparsity "
                 f"{1 / in_features:.2g} or more, or support=uniform"
             )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sltrain.layers import LAYERS, LowRankLinear, SLTrainLinear
 from sltrain.layers.aligned import AlignedLinear
-from sltrain.layers.support import make_support
+from sltrain.layers.support import KINDS, make_support
 
 
 def generator(seed=0):
@@ -50,7 +50,7 @@ def test_forward_is_the_dense_weight(rank, sparsity, bias):
 
 
 @pytest.mark.parametrize("path", ["composed", "factored"])
-@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("support", KINDS)
 def test_every_support_and_path_is_the_dense_weight(support, path):
     layer = SLTrainLinear(48, 36, 4, 0.1, 8, dtype=torch.float64, support=support, path=path)
     nn.init.normal_(layer.B)
@@ -78,7 +78,7 @@ def test_an_aligned_linear_is_a_linear():
     torch.testing.assert_close(aligned(x), plain(x))
 
 
-@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("support", KINDS)
 def test_every_support_is_complete_on_meta(support):
     direct = SLTrainLinear(40, 30, 4, 0.1, 8, generator=generator(), support=support)
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def kept_for_backward(function):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("support", ["uniform", "stratified", "block", "column"])
+@pytest.mark.parametrize("support", KINDS)
 @pytest.mark.parametrize("path", ["composed", "factored", "together", "low rank", "aligned"])
 def test_projections_of_one_x_keep_it_once_and_no_copy_of_a_parameter(path, support, bias):
     """q, k, v: beside x and what the layers hold anyway only x A^T is kept, N rows of rank 4."""

@@ -4,6 +4,7 @@ import math
 import weakref
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,7 +113,8 @@ def test_a_file_keeps_the_positions(tmp_path):
     assert loaded.dtype == torch.uint16 and torch.equal(support.positions(loaded), support.positions(indices))
 
 
-PIECE_SHAPES = [("uniform", 0.1), ("uniform", 0.9), ("stratified", 0.1), ("column", 0.1), ("block", 0.1)]
+PIECE_SHAPES = [("uniform", 0.1), ("uniform", 0.9), ("stratified", 0.1), ("block", 0.1)]
+PIECE_SHAPES += [("column", 0.1), ("slice", 0.1), ("rolled", 0.1)]
 
 
 @pytest.mark.parametrize("chunk", [3, 64, 500, 2**21])
@@ -125,7 +127,7 @@ def test_pieces_are_all_values_once_in_order_within_the_bound(kind, sparsity, sh
     monkeypatch.setattr(support_module, "CHUNK_ENTRIES", chunk)
     pieces = list(support.pieces(indices))
     assert [entry for entries, _ in pieces for entry in range(entries.start, entries.stop)] == list(range(len(whole)))
-    row = support.num_columns if kind == "column" else 1
+    row = getattr(support, "num_columns", 1)
     assert all(0 < len(positions) <= max(chunk, row) and positions.dtype == torch.int64 for _, positions in pieces)
     assert torch.equal(torch.cat([positions for _, positions in pieces]), whole.long())
     assert torch.equal(support.positions(indices), whole)
@@ -246,7 +248,8 @@ def test_every_kind_draws_what_it_announces(kind, shape, sparsity, seed):
     try:
         support = make_support(rows, columns, sparsity, kind)
     except ValueError as error:
-        assert kind in ("block", "column") and sparsity * max(shape) < 1, error
+        few = sparsity * max(shape) < 1 or (kind == "rolled" and round(1 / sparsity) > min(shape))
+        assert kind not in ("uniform", "stratified") and few, error
         return
     indices = support.draw(generator(seed))
     positions = support.positions(indices)
@@ -254,11 +257,14 @@ def test_every_kind_draws_what_it_announces(kind, shape, sparsity, seed):
     assert len(positions) == support.num_nonzero == len(positions.unique())
     assert positions.dtype == torch.int32
     assert ((positions >= 0) & (positions < rows * columns)).all()
-    assert kind == "block" or (positions.diff() > 0).all()
+    assert kind in ("block", "rolled") or (positions.diff() > 0).all()
     assert torch.equal(indices, support.draw(generator(seed)))
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("uniform", 512), ("stratified", 512), ("block", 512), ("column", 143)])
+RANKS = {"uniform": 512, "stratified": 512, "block": 512, "rolled": 512, "column": 143, "slice": 143}
+
+
+@pytest.mark.parametrize(("kind", "rank"), RANKS.items())
 def test_the_rank_of_the_papers_square_projection(kind, rank):
     """512 x 512, rank 128, 3 %: a uniform S completes B A to full rank with high probability, a block permutation
     always, 15 columns add 15."""
@@ -305,6 +311,49 @@ def test_blocks_are_spread_evenly_over_rows_and_columns(shape, block):
     assert longer.max() - longer.min() <= (1 if num_rows != num_columns else 0)
 
 
+def test_a_slice_is_a_run_of_columns_from_anywhere():
+    support, source = make_support(5, 12, 0.25, "slice"), generator(4)
+    draws = [tuple(support.draw(source).tolist()) for _ in range(1200)]
+    runs = [tuple(sorted((first + k) % 12 for k in range(3))) for first in range(12)]
+    assert set(draws) == set(runs)
+    assert_uniform([draws.count(run) for run in runs], 100)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (172, 64), (64, 172), (61, 37), (12, 12)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.09, 0.3, 0.5])
+def test_a_rolled_support_is_a_block_diagonal_that_numpy_rolls(shape, sparsity):
+    support = make_support(*shape, sparsity, "rolled")
+    count, mask = support.num_blocks, np.zeros(shape, dtype=bool)
+    for k in range(count):
+        rows, columns = (slice(k * side // count, (k + 1) * side // count) for side in shape)
+        mask[rows, columns] = True
+    for seed in range(3):
+        indices = support.draw(generator(seed))
+        wanted = np.roll(mask, int(indices[0]), axis=1)
+        found = np.zeros(shape, dtype=bool)
+        found.flat[support.positions(indices).numpy()] = True
+        assert np.array_equal(found, wanted)
+    for line in (mask.sum(0), mask.sum(1)):  # a row or a column has as many as any other, give or take one
+        assert line.min() >= 1 and line.max() - line.min() <= 1
+
+
+def test_every_offset_of_a_block_diagonal_is_equally_likely():
+    support, source = make_support(12, 12, 0.25, "rolled"), generator(6)
+    offsets = [int(support.draw(source)[0]) for _ in range(1200)]
+    assert_uniform([offsets.count(offset) for offset in range(12)], 100)
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048, (1376, 512), (2736, 1024), (5461, 2048), (11008, 4096)])
+@pytest.mark.parametrize("sparsity", [0.03, 0.05])
+def test_blocks_of_a_diagonal_give_the_papers_sparsity(size, sparsity):
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    support = make_support(rows, columns, sparsity, "rolled")
+    assert support.num_nonzero / (rows * columns) == pytest.approx(sparsity, rel=0.1)
+    assert support.tiles == any(
+        rows % count == columns % count == 0 and abs(1 / count - sparsity) <= 0.1 * sparsity for count in range(1, 99)
+    )
+
+
 def test_every_block_permutation_is_equally_likely():
     support, source = make_support(16, 16, 0.25, "block", 4), generator(5)  # one block in each of four block rows
     draws = [tuple(support.draw(source).tolist()) for _ in range(1200)]
@@ -343,12 +392,17 @@ def test_the_block_size_gives_the_papers_sparsity_within_a_tenth(size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 4, 0.5, "banded"), "unknown support 'banded': choose one of uniform, stratified, block, column"),
+        ((4, 4, 0.5, "banded"), "unknown support 'banded': choose one of uniform, stratified, block, column, slice"),
         ((64, 64, 0.0, "block"), "support=block needs sparsity above 0"),
         ((64, 64, 0.0, "column"), "support=column needs sparsity above 0"),
         ((64, 8, 0.03, "column"), "support=column with sparsity 0.03 trains no column of 8; use sparsity 0.12 or more"),
         ((64, 32, 0.03, "block", 33), "block_size=33 does not fit into a 64 x 32 matrix; use at most 32"),
         ((64, 64, 0.03, "block", 32), "less than one 32 x 32 block a block line of a 64 x 64 matrix, which is 0.5"),
+        ((64, 64, 0.0, "slice"), "support=slice needs sparsity above 0"),
+        ((64, 8, 0.03, "slice"), "support=slice with sparsity 0.03 trains no column of 8; use sparsity 0.12 or more"),
+        ((64, 64, 0.0, "rolled"), "support=rolled needs sparsity above 0"),
+        ((64, 64, 0.8, "rolled"), "sparsity 0.8 is one block, all of a 64 x 64 matrix; use sparsity up to 0.5"),
+        ((64, 16, 0.03, "rolled"), "makes 33 blocks, more than a 64 x 16 matrix can have; use sparsity 0.062 or more"),
         ((64, 64, 0.6, "block"), "support=block takes sparsity up to 0.5, got 0.6"),
     ],
 )
