@@ -122,7 +122,7 @@ class RolledSupport(Support):
             return values.view(shape).to(dtype)
         blocks = torch.zeros(shape, dtype=dtype, device=values.device)
         for entries in self._chunks():
-            blocks.view(-1)[self._slots(entries, values.device)] = values[entries].to(dtype)
+            blocks.view(-1)[self._in_blocks(entries, values.device)] = values[entries].to(dtype)
         return blocks
 
     def _values(self, blocks: Tensor) -> Tensor:
@@ -131,10 +131,10 @@ class RolledSupport(Support):
             return blocks.flatten()
         values = blocks.new_empty(self.num_nonzero)
         for entries in self._chunks():
-            values[entries] = blocks.flatten()[self._slots(entries, blocks.device)]
+            values[entries] = blocks.flatten()[self._in_blocks(entries, blocks.device)]
         return values
 
-    def _slots(self, entries: slice, device: torch.device) -> Tensor:
+    def _in_blocks(self, entries: slice, device: torch.device) -> Tensor:
         """The places of these entries among the g h w of all blocks, (n,) int64."""
         (height, width), (blocks, rows, columns) = self.block_shape, self._places(entries, device)
         return blocks.mul_(height).add_(rows).mul_(width).add_(columns)
