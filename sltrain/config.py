@@ -103,7 +103,8 @@ class TrainConfig:
     rank: int = MISSING  # inner size of B A; 0: S alone
     sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
-    support: str = MISSING  # entries of S: uniform (the paper), stratified, block, column, slice or rolled
+    support: str = MISSING  # entries of S: uniform (the paper), stratified, block, column, slice, rolled or topk
+    support_from: str | None = None  # support=topk: the run or export whose weights choose the positions of S
     block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
     layer_path: str = MISSING  # how W x is computed: auto, composed (dense W built on the way) or factored
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sltrain.config import EVAL_PARTS, ROPE_TYPES, RopeScaling, TrainConfig, num_steps, rate_schedule
-from sltrain.methods.sltrain import SUPPORTS
+from sltrain.methods import sltrain
 from sltrain.optim.kinds.adamw import AdamOptions
 from sltrain.optim.schedule import SCHEDULES
 from sltrain.parameters import ROLES
@@ -26,7 +26,7 @@ CHOICES = {
     "parallel.checkpoint": ("whole", "sharded"),
     "parametrization.name": ("paper", "spectral"),
     "model.rope_scaling.rope_type": ROPE_TYPES,
-    "support": SUPPORTS,
+    "support": sltrain.CHOICES,
     "layer_path": ("auto", "composed", "factored"),
     "padding": ("truncate_pad", "pack", "best_fit"),
     "eval_part": EVAL_PARTS,
@@ -103,6 +103,7 @@ def validate(config: TrainConfig) -> None:
     rate_schedule(config)
     _check_profile(config)
     _check_names_of_files(config)
+    _check_support_from(config)
     _check_corpus(config)
     config.data.check()
 
@@ -275,7 +276,7 @@ def _check_names_of_files(config: TrainConfig) -> None:
             raise ValueError(
                 f"{key}={globs}: must be a glob, or a list of them as in {key}=[/a/*.json.gz,/b/*.json.gz]"
             )
-    for key in ("run_dir", "tokenizer", "path", "validation_path"):
+    for key in ("run_dir", "tokenizer", "path", "validation_path", "support_from"):
         value = get_key(config, key)
         for name in value if isinstance(value, list) else [value]:
             if name == "":
@@ -285,6 +286,14 @@ def _check_names_of_files(config: TrainConfig) -> None:
                     f"{key}={name}: $ is not replaced here; let the shell do it, without single quotes, or write ~ for"
                     " your home"
                 )
+
+
+def _check_support_from(config: TrainConfig) -> None:
+    if config.support_from is not None and not hasattr(config.method, "support_from"):
+        raise ValueError(
+            f"support_from={config.support_from} is for method=sltrain, and method={config.method.name} has no such S;"
+            " drop support_from, or type support_from=null"
+        )
 
 
 def _check_corpus(config: TrainConfig) -> None:

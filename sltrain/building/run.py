@@ -19,6 +19,7 @@ from sltrain.building.phases import check_structures
 from sltrain.building.start_from import open_start
 from sltrain.building.start_text import describe
 from sltrain.building.strategy import build_strategy, compare_ranks
+from sltrain.building.support_from import open_support_source
 from sltrain.building.tasks import open_tasks, task_evaluation
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
@@ -59,6 +60,7 @@ def build_run(config: TrainConfig) -> Run:
 def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: ExitStack) -> Trainer:
     begins = ranks.on_main(lambda: not folder.has_checkpoint)  # asked once: a shared folder may look older elsewhere
     start = ranks.everywhere(lambda: open_start(config) if begins else None)
+    chosen = ranks.everywhere(lambda: open_support_source(config) if begins else None)
     tasks = ranks.everywhere(lambda: open_tasks(config, ranks))
     config.data.adopt(ranks.on_main(config.data.settled))
     source, validation = ranks.everywhere(lambda: build_sources(config))
@@ -67,6 +69,8 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     ranks.everywhere(lambda: check_structures(config, model))
     if start is not None:
         ranks.everywhere(lambda: start.check(model, config, tokenizer.json))
+    if chosen is not None:
+        ranks.everywhere(lambda: chosen.check(model, start))
     stream, eval_set = ranks.everywhere(lambda: build_data(config, source, validation, tokenizer, ranks))
     resources.callback(stream.close)
     if start is not None:
@@ -77,7 +81,7 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     resources.callback(folder.release)
     claim_folder(folder, config, tokenizer, ranks)
     logger.info(f"run folder {folder.path}")
-    trainer = build_trainer(config, folder, model, stream, eval_set, strategy, plan, start)
+    trainer = build_trainer(config, folder, model, stream, eval_set, strategy, plan, start, chosen)
     if config.eval_tasks:
         trainer.tasks = task_evaluation(config, tasks, model, tokenizer, trainer.strategy)
     for sink in trainer.sinks:

@@ -24,6 +24,7 @@ from sltrain.engine.checkpoint_files import Stored
 from sltrain.engine.memory import is_out_of_memory
 from sltrain.formats.folder import COMPRESSED, DENSE, READABLE_VERSIONS, Facts, read_json, weights_stem
 from sltrain.formats.weights import WeightFiles
+from sltrain.layers.base import ReplacedLinear
 from sltrain.layers.convert import UnknownKind, restore_layers
 from sltrain.layers.cost import set_paths
 from sltrain.log import first_line
@@ -82,6 +83,13 @@ class Weights:
     path: Path
     files: WeightFiles
     model: LlamaForCausalLM  # on the meta device, in the dtype of the files
+
+    def dense_weight(self, name: str) -> torch.Tensor:
+        """W of the layer called `name`, (out, in) float32, on the CPU."""
+        if isinstance(self.model.get_submodule(name), ReplacedLinear):
+            weight: torch.Tensor = self.read_layer(name, torch.float32).dense_weight()
+            return weight
+        return self.files.read(f"{name}.weight").float()
 
     def read_layer(self, name: str, dtype: torch.dtype) -> Any:
         """A copy of the module called `name` with its weights, in `dtype`; the model's own stays without memory."""

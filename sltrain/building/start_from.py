@@ -18,10 +18,11 @@ and hand the results to each other. Only a run without a checkpoint reads that f
 import dataclasses
 import logging
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ from sltrain.layers.base import ReplacedLinear, is_plain_linear
 from sltrain.models.llama import LlamaForCausalLM
 
 logger = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=ReplacedLinear)
 
 HEAD = "lm_head.weight"
 # Keys of the model that change no weight and no product with them.
@@ -70,7 +73,7 @@ class Start:
             logger.info(f"note       the tokenizer is not {own}: an id may mean another piece than the weights know")
         for name, layer in _replaced(model).items():
             theirs = self.saved.model.get_submodule(name)
-            if _is_same(layer, theirs):
+            if is_same(layer, theirs):
                 continue
             if not (layer.starts_from_dense() and layer.is_mergeable):
                 why = "" if layer.is_mergeable else ", which are not one matrix each,"
@@ -86,7 +89,7 @@ class Start:
         fitted = {
             name: layer
             for name, layer in _replaced(model).items()
-            if not _is_same(layer, self.saved.model.get_submodule(name))
+            if not is_same(layer, self.saved.model.get_submodule(name))
         }
         self._copy(model, fitted)
         if self.text is None or not fitted:
@@ -97,24 +100,14 @@ class Start:
         errors: dict[str, float] = {}
         while inputs.number < len(model.model.layers):
             own = {name: layer for name, layer in fitted.items() if name.startswith(inputs.prefix)}
-            moments = ranks.everywhere(partial(inputs.moments, own, self._dense))
+            moments = ranks.everywhere(partial(inputs.moments, own, self.saved.dense_weight))
             errors |= self._fit_all(own, ranks, moments)
             inputs.advance()
         self._tell(errors)
 
     def _fit_all(self, layers: dict[str, ReplacedLinear], ranks: Ranks, moments: dict[str, Tensor]) -> dict[str, float]:
-        """Fit these layers, each on one rank, which hands it to the others; return the error of each."""
-        errors: dict[str, float] = {}
-        for number, (name, layer) in enumerate(layers.items()):
-            if number % ranks.world_size == ranks.rank:
-                errors[name] = self._fit(name, layer, moments.get(name))
-            else:
-                for tensor in layer.state_dict().values():
-                    tensor.zero_()
-        for layer in layers.values():
-            for tensor in layer.state_dict().values():  # masks and positions byte by byte: gloo sums no uint16
-                ranks.sum_(tensor if tensor.is_floating_point() else tensor.view(torch.uint8))
-        return {name: error for part in ranks.gather(errors) for name, error in part.items()}
+        """Fit these layers; return the error of each."""
+        return share_out(layers, ranks, lambda name, layer: self._fit(name, layer, moments.get(name)))
 
     @torch.no_grad()
     def _copy(self, model: nn.Module, fitted: dict[str, ReplacedLinear]) -> None:
@@ -127,7 +120,7 @@ class Start:
             parent, _, leaf = name.rpartition(".")
             if any(f"{name}.".startswith(f"{layer}.") for layer in replaced):
                 continue
-            tensor.copy_(self._dense(parent) if self._is_merged(model, parent, leaf) else self._read(name))
+            tensor.copy_(self.saved.dense_weight(parent) if self._is_merged(model, parent, leaf) else self._read(name))
 
     def _is_merged(self, model: nn.Module, module: str, leaf: str) -> bool:
         """Whether this is the weight of a linear that another layer of the saved model takes the place of."""
@@ -141,17 +134,11 @@ class Start:
         is_tied = name == HEAD and HEAD not in self.saved.files.names()
         return self.saved.files.read(EMBEDDING if is_tied else name)
 
-    def _dense(self, name: str) -> Tensor:
-        """W of the layer called `name`, (out, in) float32, on the CPU."""
-        if isinstance(self.saved.model.get_submodule(name), ReplacedLinear):
-            return self.saved.read_layer(name, torch.float32).dense_weight()
-        return self.saved.files.read(f"{name}.weight").float()
-
     @torch.no_grad()
     def _fit(self, name: str, layer: ReplacedLinear, moment: Tensor | None) -> float:
         """Bring the W of a layer near that of the saved one, for inputs of this moment if it is known; return
         |difference| / |W|."""
-        weight = self._dense(name).to(next(layer.parameters()).device)
+        weight = self.saved.dense_weight(name).to(next(layer.parameters()).device)
         if moment is None:
             layer.set_weight(weight)
         else:
@@ -173,17 +160,38 @@ class Start:
         )
 
 
+def share_out(layers: dict[str, L], ranks: Ranks, change: Callable[[str, L], float]) -> dict[str, float]:
+    """Change these layers in place, each on one rank, which hands all its tensors to the others; return, on all ranks,
+    what `change` returned for each."""
+    found: dict[str, float] = {}
+    for number, (name, layer) in enumerate(layers.items()):
+        if number % ranks.world_size == ranks.rank:
+            found[name] = change(name, layer)
+        else:
+            for tensor in layer.state_dict().values():
+                tensor.zero_()
+    for layer in layers.values():
+        for tensor in layer.state_dict().values():  # masks and positions byte by byte: gloo sums no uint16
+            ranks.sum_(tensor if tensor.is_floating_point() else tensor.view(torch.uint8))
+    return {name: number for part in ranks.gather(found) for name, number in part.items()}
+
+
 def open_start(config: TrainConfig) -> Start | None:
-    """What `init_from` names, opened without reading weights; None if it is not set. Raises ValueError or OSError for
-    what cannot be opened, and for a model of another shape."""
+    """What `init_from` names; None if it is not set. Raises ValueError as `open_weights`."""
     if config.init_from is None:
         return None
+    return Start(config.init_from, *open_weights(config, "init_from", config.init_from))
+
+
+def open_weights(config: TrainConfig, key: str, name: str) -> tuple[Weights, int | None]:
+    """What this value of a key names, opened without reading weights, and the updates it was trained for (None:
+    unknown). Raises ValueError for what cannot be opened, and for a model of another shape."""
     try:
-        start = Start(config.init_from, *_open(config.init_from))
+        saved, step = _open(name)
     except (ValueError, OSError) as error:
-        raise ValueError(f"init_from={config.init_from}: {error}") from error
-    _check_shape(config, start.saved.model.config)
-    return start
+        raise ValueError(f"{key}={name}: {error}") from error
+    _check_shape(config, f"{key}={name}", saved.model.config)
+    return saved, step
 
 
 def _open(name: str) -> tuple[Weights, int | None]:
@@ -198,7 +206,7 @@ def _open(name: str) -> tuple[Weights, int | None]:
     return saved, saved.step
 
 
-def _check_shape(config: TrainConfig, theirs: ModelConfig) -> None:
+def _check_shape(config: TrainConfig, typed: str, theirs: ModelConfig) -> None:
     """Raise ValueError, with the keys to type, if the weights are of a model of another shape."""
 
     def shape(model: ModelConfig) -> dict[str, Any]:
@@ -216,17 +224,15 @@ def _check_shape(config: TrainConfig, theirs: ModelConfig) -> None:
     differing = [key for key in other if own.get(key) != other[key]]
     if differing:
         said = ", ".join(f"{key} {other[key]}, not {own.get(key)}" for key in differing)
-        typed = " ".join(f"model.{key}={'null' if other[key] is None else other[key]}" for key in differing)
-        raise ValueError(
-            f"init_from={config.init_from} has another shape than model={config.model.name}: {said}; type {typed}"
-        )
+        wanted = " ".join(f"model.{key}={'null' if other[key] is None else other[key]}" for key in differing)
+        raise ValueError(f"{typed} has another shape than model={config.model.name}: {said}; type {wanted}")
 
 
 def _replaced(model: nn.Module) -> dict[str, ReplacedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
 
 
-def _is_same(layer: ReplacedLinear, theirs: nn.Module) -> bool:
+def is_same(layer: ReplacedLinear, theirs: nn.Module) -> bool:
     """Whether both are of one kind with equal settings, so that tensors mean the same."""
     return (
         isinstance(theirs, ReplacedLinear)

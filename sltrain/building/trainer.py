@@ -17,6 +17,7 @@ from sltrain.building.model import allocate, allocate_own, precision_name
 from sltrain.building.parametrization import Scale, scales
 from sltrain.building.phases import Live, change_until, live_actions, phases_of
 from sltrain.building.start_from import Start
+from sltrain.building.support_from import SupportSource
 from sltrain.config import TrainConfig, num_steps, rate_schedule
 from sltrain.data.evaluation import EvalSet
 from sltrain.data.mixed_evaluation import MixedEvalSet
@@ -63,15 +64,16 @@ def build_trainer(
     strategy: Strategy,
     plan: MemoryPlan | None,
     start: Start | None = None,
+    chosen: SupportSource | None = None,
 ) -> Trainer:
-    """Give the model memory and values, those of the newest checkpoint if there is one, else those of `start`, and all
-    it needs to train."""
+    """Give the model memory and values, those of the newest checkpoint if there is one, else those of `start`, with S
+    where `chosen` says, and all it needs to train."""
     ranks = strategy.ranks
     memory = RunMemory(PeakMemory(ranks.device), None if plan is None else plan.total_bytes)
     checkpointer = Checkpointer(folder.path, config.keep_last, together=strategy.savers)
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
-    give_memory(config, model, strategy, is_new=checkpoint is None, start=start)
+    give_memory(config, model, strategy, is_new=checkpoint is None, start=start, chosen=chosen)
     live = Live(build_updates(config, model, strategy))
     schedule = Schedule(
         live_actions(config, model, live, strategy.named_parameters(model)),
@@ -115,13 +117,19 @@ def build_trainer(
 
 
 def give_memory(
-    config: TrainConfig, model: LlamaForCausalLM, strategy: Strategy, is_new: bool, start: Start | None
+    config: TrainConfig,
+    model: LlamaForCausalLM,
+    strategy: Strategy,
+    is_new: bool,
+    start: Start | None,
+    chosen: SupportSource | None = None,
 ) -> None:
     """Give a model on the meta device memory, and its first values if the run `is_new`: otherwise every value comes
     from a checkpoint. Of a model in shards a process holds one decoder layer whole at a time, or all of it where its
-    first values need that: weights that were trained before, and phases that begin at once."""
+    first values need that: weights that were trained before, positions chosen by such, and phases that begin at
+    once."""
     ranks, layers = strategy.ranks, list(model.model.layers)
-    needs_whole = is_new and (start is not None or bool(begun(phases_of(config), 0)))
+    needs_whole = is_new and (start is not None or chosen is not None or bool(begun(phases_of(config), 0)))
     if strategy.is_sharded and not needs_whole:
 
         def prepare(modules: Collection[nn.Module]) -> None:
@@ -135,16 +143,24 @@ def give_memory(
         return
     ranks.everywhere(lambda: allocate(model, ranks.device))
     if is_new:
-        begin(config, model, start, strategy)
+        begin(config, model, start, chosen, strategy)
     strategy.shard(model, layers)
 
 
-def begin(config: TrainConfig, model: LlamaForCausalLM, start: Start | None, strategy: Strategy) -> None:
+def begin(
+    config: TrainConfig,
+    model: LlamaForCausalLM,
+    start: Start | None,
+    chosen: SupportSource | None,
+    strategy: Strategy,
+) -> None:
     """Give a new run its first values, the same on all ranks: random ones by the seed, those of phases that begin at
-    once, and over them the weights that were trained before."""
+    once, chosen positions of S, and over them the weights that were trained before."""
     model.init_weights(config.seed)
     for phase in begun(phases_of(config), 0):
         phase.start(model, generator_for(config.seed, phase.name, 0))
+    if chosen is not None:
+        chosen.choose(model, strategy.ranks)
     if start is not None:
         start.fill(model, strategy.ranks, config.micro_batch_size)
     strategy.ranks.send_from_main(model)  # it is whole here, also one that will be cut

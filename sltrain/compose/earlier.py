@@ -25,7 +25,7 @@ from sltrain.config_checks import validate
 
 CONFIG_FILE = "config.yaml"
 # What a new run does not take over from the run whose weights it starts from.
-FORGOTTEN: dict[str, Any] = {"run_dir": None, "resume": "auto", "extend": 0, "tokenizer": "auto"}
+FORGOTTEN: dict[str, Any] = {"run_dir": None, "resume": "auto", "extend": 0, "tokenizer": "auto", "support_from": None}
 CORPUS_KEYS = ("path", "repo", "config", "split")  # of the source in that run: another source does not read them
 
 
@@ -64,6 +64,8 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     _refuse_removed(path.parent, before, overrides)
     groups, config = groups_of(TRAIN), read_saved(path)
     config.update(forgotten)
+    if config.support == "topk" and config.support_from is None:  # positions that were chosen come with the weights
+        config.support = "uniform"
     config.data.update(dict.fromkeys(earlier.SETTLED))
     if _typed(overrides, "data") not in (None, earlier.name):
         config.update(dict.fromkeys(CORPUS_KEYS))

@@ -113,18 +113,10 @@ class FactoredLinear(StartedLinear):
     @torch.no_grad()
     def set_factors(self, weight: Tensor) -> None:
         """Make scale * B A, residual included, the nearest matrix of its rank to `weight` (out, in), up to the rounding
-        of A and B, whose columns and rows share the singular values evenly.
-
-        The decomposition is exact, in float32 (`torch.linalg.svd`): `svd_lowrank` is four times faster, but leaves more
-        of a flat spectrum out (0.64 instead of 0.61 of a random 2048 x 2048 matrix at rank 512, in 1.0 instead of 3.6 s
-        on one core) and draws from the global generator. This is done once a run.
-        """
+        of A and B, whose columns and rows share the singular values evenly."""
         if self.rank == 0:
             return
-        matrix = weight.detach().float()
-        is_wide = matrix.shape[0] < matrix.shape[1]  # a tall matrix is decomposed several times faster
-        left, values, right = torch.linalg.svd(matrix.t() if is_wide else matrix, full_matrices=False)
-        columns, rows = (right.t(), left.t()) if is_wide else (left, right)
+        columns, values, rows = decompose(weight)
         roots = (values[: self.rank] / self.scale).sqrt()
         drawn = self.A.clone()
         self.B.copy_(self._fold(columns[:, : self.rank] * roots, -1))
@@ -166,6 +158,26 @@ class FactoredLinear(StartedLinear):
     def balance_bytes(self) -> int:
         """What `balance` allocates: both factors in float64, before and after QR, and five (r, r) matrices."""
         return 8 * self.rank * (2 * (self.in_features + self.out_features) + 5 * self.rank)
+
+
+def decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a matrix (out, in), with m the smaller side: columns (out, m), values (m,)
+    descending and rows (m, in), in float32.
+
+    It is exact (`torch.linalg.svd`): `svd_lowrank` is four times faster, but leaves more of a flat spectrum out (0.64
+    instead of 0.61 of a random 2048 x 2048 matrix at rank 512, in 1.0 instead of 3.6 s on one core) and draws from the
+    global generator. This is done once a run.
+    """
+    matrix = weight.detach().float()
+    is_wide = matrix.shape[0] < matrix.shape[1]  # a tall matrix is decomposed several times faster
+    left, values, right = torch.linalg.svd(matrix.t() if is_wide else matrix, full_matrices=False)
+    return (right.t(), values, left.t()) if is_wide else (left, values, right)
+
+
+def beyond_rank(weight: Tensor, rank: int) -> Tensor:
+    """What the nearest matrix of this rank leaves of `weight` (out, in): float32."""
+    columns, values, rows = decompose(weight)
+    return weight.detach().float() - (columns[:, :rank] * values[:rank]) @ rows[:rank]
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:

@@ -11,7 +11,8 @@ from sltrain.methods.restarts import Restarts
 if TYPE_CHECKING:
     from torch import nn
 
-SUPPORTS = ("uniform", "stratified", "block", "column", "slice", "rolled")
+SUPPORTS = ("uniform", "stratified", "block", "column", "slice", "rolled")  # kinds of layers/support/
+CHOICES = (*SUPPORTS, "topk")
 
 
 @METHODS.register("sltrain")
@@ -23,7 +24,8 @@ class SLTrain(Restarts):
     rank: int = MISSING  # inner size of B A; 0: S alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
     sparsity: float = MISSING  # the paper's delta: fraction of S that is trained (0.03 = 3 %); 0: B A alone
-    support: str = MISSING  # entries of S: uniform (the paper), stratified, block, column, slice or rolled
+    support: str = MISSING  # entries of S: uniform (the paper), stratified, block, column, slice, rolled or topk
+    support_from: str | None = None  # support=topk: the run or export whose weights choose the positions of S
     block_size: int | None = None  # support=block: side of a block; None: the largest that gives the sparsity
     rank_overrides: dict[str, int] = field(default_factory=dict)  # module-name pattern -> rank
     sparsity_overrides: dict[str, float] = field(default_factory=dict)  # module-name pattern -> sparsity
@@ -31,8 +33,7 @@ class SLTrain(Restarts):
 
     def check(self) -> None:
         super().check()
-        if self.support not in SUPPORTS:
-            raise ValueError(f"support={self.support}: choose one of {', '.join(SUPPORTS)}")
+        self._check_support()
         check_at_least(0, rank=self.rank)
         check_at_least(1, block_size=self.block_size)
         check_above_zero(alpha=self.alpha)
@@ -55,11 +56,25 @@ class SLTrain(Restarts):
         if self.rank == 0 and self.sparsity == 0 and not (self.rank_overrides or self.sparsity_overrides):
             raise ValueError("rank=0 and sparsity=0 leave no weights; set one of them above 0")
         for name, sparsity in sparsities.items():
-            if sparsity == 0 and self.support not in ("uniform", "stratified"):
+            if sparsity == 0 and self.support not in ("uniform", "stratified", "topk"):
                 raise ValueError(
                     f"support={self.support} with {name}=0 has nothing to train;"
                     " set sparsity above 0, or support=uniform for B A alone"
                 )
+
+    def _check_support(self) -> None:
+        if self.support not in CHOICES:
+            raise ValueError(f"support={self.support}: choose one of {', '.join(CHOICES)}")
+        if self.support == "topk" and not self.support_from:
+            raise ValueError(
+                "support=topk chooses the positions of S by trained weights: add support_from=RUN, a run's folder or"
+                " one of its checkpoints, or choose another support"
+            )
+        if self.support_from is not None and self.support != "topk":
+            raise ValueError(
+                f"support_from={self.support_from} is for support=topk, and support is {self.support};"
+                " add support=topk, or drop support_from"
+            )
         if self.block_size is not None and self.support != "block":
             raise ValueError(
                 f"block_size={self.block_size} is for support=block, and support is {self.support};"
@@ -74,5 +89,6 @@ class SLTrain(Restarts):
 
         rank = resolve(self.rank, self.rank_overrides, name)
         sparsity = resolve(self.sparsity, self.sparsity_overrides, name)
-        own: dict[str, Any] = {"support": self.support, "block_size": self.block_size, "residual": self.residual}
+        kind = "uniform" if self.support == "topk" else self.support  # building/support_from.py puts other positions in
+        own: dict[str, Any] = {"support": kind, "block_size": self.block_size, "residual": self.residual}
         return SLTrainLinear(rank=rank, sparsity=sparsity, alpha=self.alpha, **own, **like)

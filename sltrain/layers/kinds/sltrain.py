@@ -16,6 +16,7 @@ from sltrain.layers.functional import Weight, compose_weight, composed_linear, f
 from sltrain.layers.parts import Part, SparsePart
 from sltrain.layers.sparse import can_share
 from sltrain.layers.support import make_support
+from sltrain.layers.support.uniform import UniformSupport
 
 
 class SLTrainLinear(FactoredLinear, kind="sltrain"):
@@ -82,6 +83,16 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
             left = left - self._fold(self.B.float()) @ (self.scale * self.A.float())
         for entries, positions in self.support.pieces(self.indices):
             self.values[entries] = left.view(-1)[positions].to(self.values.dtype)
+
+    @torch.no_grad()
+    def choose_support(self, left: Tensor) -> float:
+        """Let S train the entries at which |left|, (out, in), is largest, not those that were drawn; return their share
+        of the sum of squares. Values stay as they are. For support=uniform, which can have any positions."""
+        assert isinstance(self.support, UniformSupport)
+        squares = left.detach().float().flatten().square().cpu()
+        largest = squares.topk(self.support.num_nonzero)
+        self.indices.copy_(self.support.at(largest.indices.sort().values.int()))
+        return (largest.values.sum() / squares.sum()).item()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.chosen_path(x) == "composed":

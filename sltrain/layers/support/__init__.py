@@ -19,6 +19,8 @@ distribution and costs time and memory for the kept ones only. The other kinds a
 almost as random in half the bytes. The others trade some freedom of the support for small dense products; they train
 whole blocks or columns, so their sparsity is the nearest that exists.
 
+`support=topk` is a uniform support whose positions trained weights choose (building/support_from.py).
+
 A kind is one file: how it is drawn and stored, how S is multiplied, without the CPU kernel (base.py) and with it, and
 the memory that takes.
 """

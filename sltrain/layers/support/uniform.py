@@ -31,7 +31,11 @@ class UniformSupport(Support):
             self.num_indices += 2 * (out_features + 1)
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        positions = draw_distinct(self.num_entries, self.num_nonzero, generator)
+        return self.at(draw_distinct(self.num_entries, self.num_nonzero, generator))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """What `draw` returns if it draws these: flat row-major positions, (nnz,) int32, distinct, ascending, on the
+        CPU."""
         if not self.is_compact:
             return positions
         firsts = torch.arange(self.out_features + 1, dtype=torch.int32, device="cpu") * self.in_features
