@@ -2,6 +2,7 @@
 remembers, and where metrics go."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -136,6 +137,8 @@ def give_memory(
             ranks.everywhere(lambda: allocate_own(modules, ranks.device))
             if is_new:
                 model.init_weights(config.seed, modules)
+                own = (module.parameters(recurse=False) for module in model.modules() if module in modules)
+                ranks.send_from_main(itertools.chain.from_iterable(own))  # a factorization differs between machines
 
         strategy.shard(model, layers, prepare)
         if is_new:
@@ -163,7 +166,8 @@ def begin(
         chosen.choose(model, strategy.ranks)
     if start is not None:
         start.fill(model, strategy.ranks, config.micro_batch_size)
-    strategy.ranks.send_from_main(model)  # it is whole here, also one that will be cut
+    # It is whole here, also one that will be cut.
+    strategy.ranks.send_from_main((*model.parameters(), *model.buffers()))
 
 
 def compile_model(model: LlamaForCausalLM, strategy: Strategy) -> nn.Module:

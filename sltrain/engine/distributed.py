@@ -7,7 +7,7 @@ processes share a model is strategy.py's.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from sltrain.engine.interface import name_interface
@@ -151,11 +151,11 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def send_from_main(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of rank 0: a decomposition, and what is chosen by one, may differ
-        between machines."""
+    def send_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank these tensors of rank 0: a decomposition, and what is chosen by one, may differ between
+        machines."""
         if self.world_size > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
+            for tensor in tensors:
                 if is_stand_in(tensor):  # what it stands for are buffers
                     continue
                 values = tensor.detach()  # integers byte by byte: not every backend sends uint16

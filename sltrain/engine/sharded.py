@@ -13,8 +13,9 @@ rules need no more, and know nothing of shards. Others get whole tensors, each o
 (owners.py).
 
 A new model gets its values unit by unit: each process draws a whole unit by the seed, keeps its part and drops the
-rest. No process ever holds the whole model, and the values are those of one process, bit for bit. Indices of S are
-drawn by every process and never sent; a hash over processes says at the start whether they are equal.
+rest. No process ever holds the whole model, and the values are those of one process, bit for bit: of rank 0, which
+sends its unit, as a start by a factorization may differ between machines. Indices of S are drawn by every process and
+never sent; a hash over processes says at the start whether they are equal.
 
 hsdp (arXiv 2304.11277, section 3.2.2): `replicas` groups of processes, each with all of the model in shards; gradients
 are averaged inside a group first, then over groups.

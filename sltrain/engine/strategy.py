@@ -61,7 +61,7 @@ class Strategy:
 
     def agree(self, model: nn.Module) -> None:
         """Make the values of the model the same on all ranks: those of rank 0."""
-        self.ranks.send_from_main(model)
+        self.ranks.send_from_main((*model.parameters(), *model.buffers()))
 
     def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         """What the optimizer of this rank updates, by the names of the model. After `gradients` their `grad` is set."""

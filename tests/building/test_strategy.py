@@ -1,6 +1,7 @@
 """parallel= says how processes share a model; what cannot work costs a line that names key, value and remedy."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from sltrain.compose import conf_dir, register_schema, to_train_config
 from sltrain.config import TrainConfig
 from sltrain.config_checks import validate
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.strategy import Single
 from sltrain.models.llama import LlamaForCausalLM
 
 CPU = torch.device("cpu")
@@ -151,6 +153,27 @@ def test_weights_that_machines_fit_differently_are_those_of_rank_0_before_they_a
         return float(dict(strategy.named_parameters(model))["lm_head.weight"].mean())
 
     assert on_two_ranks(cut) == [0.0, 0.0]
+
+
+def test_shards_are_of_one_matrix_where_machines_factorize_differently(
+    on_two_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eigenvectors have no sign: with those of another machine a process would hold rows of another A and B."""
+    config = composed("parallel=fsdp", "method=lost", "model.num_hidden_layers=1")
+    whole = model_of(config)
+    give_memory(config, whole, Single(Ranks(0, 1, CPU)), is_new=True, start=None)
+    eigh = torch.linalg.eigh
+
+    def cut(ranks: Ranks) -> list[bool]:
+        if ranks.rank == 1:
+            monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+        model = model_of(config)
+        strategy = build_strategy(config, model, ranks)
+        give_memory(config, model, strategy, is_new=True, start=None)
+        parts = [strategy.part(parameter.detach()) for parameter in model.parameters()]
+        return [torch.equal(part, p[rows or ...]) for (part, rows), p in zip(parts, whole.parameters(), strict=True)]
+
+    assert all(itertools.chain.from_iterable(on_two_ranks(cut)))
 
 
 def test_one_process_is_single_whatever_is_asked(lines: list[str]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from sltrain.engine.actions import Action, Schedule, every
 from sltrain.engine.distributed import Ranks
+from sltrain.engine.strategy import Replicated
 
 
 def test_every_rank_begins_with_the_parameters_and_buffers_of_rank_0(on_two_ranks: Callable[..., list[Any]]) -> None:
@@ -19,7 +20,7 @@ def test_every_rank_begins_with_the_parameters_and_buffers_of_rank_0(on_two_rank
         model.register_buffer("none", torch.empty(0, dtype=torch.int64))
         for tensor in model.state_dict().values():
             tensor.fill_(300 + ranks.rank)
-        ranks.send_from_main(model)
+        ranks.send_from_main((*model.parameters(), *model.buffers()))
         return [tensor.float() for tensor in model.state_dict().values()]
 
     for tensors in on_two_ranks(begin):
@@ -32,7 +33,7 @@ def test_after_a_decomposition_every_rank_has_the_model_of_rank_0(on_two_ranks: 
         found = []
         for decomposes in (False, True):
             change = Action("change", every(1), lambda moment: model.weight.fill_(ranks.rank), decomposes=decomposes)
-            Schedule([change], agree=lambda: ranks.send_from_main(model)).run(1)
+            Schedule([change], agree=lambda: Replicated(ranks).agree(model)).run(1)
             found.append(model.weight.mean().item())
         return found
 
