@@ -1,6 +1,7 @@
 """A run that does not fit into memory is refused before it begins, with settings that would fit."""
 
 import logging
+import socket
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def guard_memory(
             raise
         logger.info(f"memory     cannot be planned: {error}")
         return None
-    if ranks.is_main:
+    if ranks.is_main or strategy.savers is not None:  # each machine's memory, where every process saves
         num_copies = 1 if strategy.savers is None else ranks.num_on_this_machine
         num_shards = 1 if sharding is None else sharding.num_shards
         _guard_host(config, num_copies * host_bytes(config, model, device, num_shards))
@@ -91,5 +92,5 @@ def _guard_host(config: TrainConfig, needed: int) -> None:
     if config.memory_guard and free is not None and needed > free:
         raise ValueError(
             f"checkpoint_async=true copies {memory_size(needed)} to the host's memory, where {memory_size(free)} are"
-            " free; set checkpoint_async=false"
+            f" free on {socket.gethostname()}; set checkpoint_async=false"
         )

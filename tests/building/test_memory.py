@@ -141,15 +141,19 @@ def test_copies_of_a_run_on_a_gpu_are_in_the_memory_of_its_host(
     free = {"cuda": 10**12, "cpu": copied // 2}
     monkeypatch.setattr(memory_guard, "free_bytes", lambda device: free[device.type])
 
-    def guard(config: TrainConfig, rank: int = 0) -> MemoryPlan | None:
-        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), Replicated(Ranks(rank, 2, CUDA)))
+    def guard(config: TrainConfig, rank: int = 0, together: bool = False) -> MemoryPlan | None:
+        strategy = Replicated(Ranks(rank, 2, CUDA))
+        strategy.savers = strategy.ranks if together else None
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy)
 
     with pytest.raises(
-        ValueError, match=f"copies {memory_size(copied)} to the host's memory, where .* free; set check"
+        ValueError, match=f"copies {memory_size(copied)} to the host's memory, where .* free on .*; set check"
     ):
         guard(config)
     assert lines[-1].startswith(f"memory     {memory_size(copied)} of the host for checkpoint_async=true")
     guard(config, rank=1)
+    with pytest.raises(ValueError, match=f"copies {memory_size(2 * copied)} to the host's memory"):
+        guard(config, rank=1, together=True)  # on another machine than rank 0, for all that it knows
     guard(without)
     guard(composed(*how, "checkpoint_async=true", "memory_guard=off"))
     free["cpu"] = 2 * copied
