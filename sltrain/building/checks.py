@@ -18,6 +18,7 @@ from sltrain.building.phases import check_structures
 from sltrain.building.strategy import check_parallel, check_sharding
 from sltrain.building.tasks import check_package
 from sltrain.building.trainer import check_updates_of
+from sltrain.compose import TRAIN
 from sltrain.config import TrainConfig
 from sltrain.data.order import num_logical_streams
 from sltrain.engine.distributed import Ranks
@@ -28,15 +29,26 @@ ANY_VOCABULARY = 32_000  # ids, where the tokenizer will decide: no check depend
 
 def check_before_text(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ValueError, or OSError, for the first thing that is wrong."""
+    check_settings(config, ranks)
+    _check_run_dir(config, ranks)
+
+
+def check_settings(config: TrainConfig, ranks: Ranks) -> None:
+    """The same of what a run computes, wherever it is written."""
     for check in (
         _check_processes,  # they can share the model, and the batch divides among them
         _check_packages,  # what the optimizer, the tracker and tasks need is installed
         _check_updates,  # the ways of updating go together
         _check_compiler,  # torch.compile has a compiler
         _check_model,  # rank, sparsity, support, patterns and heads fit the shape, the optimizer takes parameters
-        _check_run_dir,  # it can be written
     ):
         check(config, ranks)
+
+
+def check_changed(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError if a run that was changed, with other values than were typed, would be refused."""
+    TRAIN.validate(config)
+    check_settings(config, ranks)
 
 
 def _check_processes(config: TrainConfig, ranks: Ranks) -> None:

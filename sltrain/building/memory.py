@@ -3,6 +3,7 @@
 The equations are in planning/memory_plan.py; here they are told what a configuration means for them.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -196,9 +197,10 @@ def settings_that_fit(
     free_bytes: int,
     num_processes: int = 1,
     keys: Collection[str] | None = None,
+    check: Callable[[TrainConfig], None] = lambda config: None,
 ) -> tuple[str, MemoryPlan] | None:
     """The least intrusive overrides that fit the run into `free_bytes`, as a command line, and the resulting plan; None
-    if nothing fits. Only `keys` are changed (None: all).
+    if nothing fits. Only `keys` are changed (None: all), and to nothing for which `check` raises ValueError.
 
     Combinations of smaller micro-batches, activation checkpointing, 8-bit Adam and updates inside backward are tried,
     few before many, and of as many those that come first in this list. At last also a global batch of one micro-batch,
@@ -218,9 +220,12 @@ def settings_that_fit(
     for changes in combinations:
         if keys is not None and not all(key in keys for change in changes for key in change):
             continue
-        plan = plan_of(_apply(config, changes))
-        if plan.total_bytes <= free_bytes:
-            return _as_typed(changes), plan
+        changed = _apply(config, changes)
+        with contextlib.suppress(ValueError):
+            plan = plan_of(changed)
+            if plan.total_bytes <= free_bytes:
+                check(changed)
+                return _as_typed(changes), plan
     return None
 
 

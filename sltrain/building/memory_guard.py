@@ -2,11 +2,13 @@
 
 import logging
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sltrain.building.memory import host_bytes, plan_model, settings_that_fit
+from sltrain.building.memory import host_bytes, plan_model, settings_that_fit, sharding_of
 from sltrain.building.model import build_model
 from sltrain.config import CHANGEABLE_ON_RESUME, TrainConfig
 from sltrain.engine.distributed import Ranks
@@ -15,26 +17,18 @@ from sltrain.engine.strategy import Strategy
 from sltrain.log import memory_size
 from sltrain.models.llama import LlamaForCausalLM
 from sltrain.planning.memory_plan import MemoryPlan
-from sltrain.planning.sharding import Sharding
 from sltrain.runs.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def planned_sharding(strategy: Strategy) -> Sharding | None:
-    """How a plan counts the shards of a strategy; None: tensors are whole."""
+def as_chosen(config: TrainConfig, strategy: Strategy) -> TrainConfig:
+    """The configuration of a run in shards with what `parallel=auto` and the default of `replicas` have become."""
     if not strategy.is_sharded:
-        return None
+        return config
     cut: Any = strategy  # engine/sharded.py, which is imported only by runs that need it
-    settings = cut.settings
-    return Sharding(
-        num_shards=cut.num_shards,
-        replicas=settings.replicas,
-        gathered_element=None if settings.param_dtype is None else settings.param_dtype.itemsize,
-        reduced_element=None if settings.reduce_dtype is None else settings.reduce_dtype.itemsize,
-        reduces_each=settings.reduces_each_micro_batch,
-        reshards=settings.reshard_after_forward,
-    )
+    replicas = cut.settings.replicas if strategy.name == "hsdp" else None
+    return replace(config, parallel=replace(config.parallel, name=strategy.name, replicas=replicas))
 
 
 def free_share(ranks: Ranks) -> int | None:
@@ -46,11 +40,17 @@ def free_share(ranks: Ranks) -> int | None:
 
 
 def guard_memory(
-    config: TrainConfig, model: LlamaForCausalLM, folder: RunFolder, strategy: Strategy
+    config: TrainConfig,
+    model: LlamaForCausalLM,
+    folder: RunFolder,
+    strategy: Strategy,
+    check: Callable[[TrainConfig], None],
 ) -> MemoryPlan | None:
     """The plan of the run's memory, None if it cannot be planned; both are logged. Raises ValueError if it does not
-    fit, or cannot be planned, and the guard is on."""
-    ranks, sharding = strategy.ranks, planned_sharding(strategy)
+    fit, or cannot be planned, and the guard is on; what it says would fit, `check` accepts (it raises ValueError for
+    what a start would refuse)."""
+    ranks, config = strategy.ranks, as_chosen(config, strategy)
+    sharding = sharding_of(config, ranks.world_size)
     device, dtype, vocab_size = ranks.device, model.lm_head.weight.dtype, model.lm_head.out_features
 
     def plan_of(changed: TrainConfig) -> MemoryPlan:
@@ -72,7 +72,7 @@ def guard_memory(
     if free is None or plan.total_bytes <= free or not config.memory_guard:
         return plan
     keys = CHANGEABLE_ON_RESUME if folder.has_progress else None
-    found = settings_that_fit(config, plan_of, free, ranks.world_size, keys)
+    found = settings_that_fit(config, plan_of, free, ranks.world_size, keys, check)
     advice = "a smaller model" if found is None else f"{found[0]} ({memory_size(found[1].total_bytes)})"
     raise ValueError(
         f"the run needs {memory_size(plan.total_bytes)} on {device}, where {memory_size(free)} are free; what would"

@@ -10,7 +10,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from sltrain.building.checks import check_before_text
+from sltrain.building.checks import check_before_text, check_changed
 from sltrain.building.data import build_data, build_sources, build_tokenizer, read_calibration
 from sltrain.building.folder import claim_folder, find_folder
 from sltrain.building.memory_guard import guard_memory
@@ -77,7 +77,9 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
         start.text = read_calibration(config, source, validation, tokenizer, ranks)
     describe(config, model, source, tokenizer, eval_set, ranks)
     strategy = build_strategy(config, model, ranks)
-    plan = ranks.everywhere(lambda: guard_memory(config, model, folder, strategy))
+    plan = ranks.everywhere(
+        lambda: guard_memory(config, model, folder, strategy, lambda changed: check_changed(changed, ranks))
+    )
     resources.callback(folder.release)
     claim_folder(folder, config, tokenizer, ranks)
     logger.info(f"run folder {folder.path}")

@@ -1,12 +1,15 @@
 """Building, loading and fitting: no second copy of a model, and advice that holds."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import sltrain
 from sltrain.building import memory_guard
+from sltrain.building.checks import check_before_text, check_changed
 from sltrain.building.memory import plan_model, settings_that_fit
 from sltrain.building.model import allocate, build_model
 from sltrain.building.trainer import build_updates, stateful_optimizer
@@ -20,6 +23,7 @@ from sltrain.engine.memory import bytes_of, held_by, tensor_peak
 from sltrain.engine.strategy import Replicated, Single
 from sltrain.log import memory_size
 from sltrain.planning.memory_plan import MemoryPlan
+from sltrain.planning.sharding import Sharding
 from sltrain.runs.run_folder import RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -66,6 +70,10 @@ def test_building_and_loading_hold_no_second_copy(optimizer: str, tmp_path: Path
         lambda: Checkpointer(tmp_path, 1).load(path, other, objects_of(other_updates, other)), own, CPU
     )
     assert held <= loading <= 1.1 * held + largest
+
+
+def refuses_nothing(config: TrainConfig) -> None:
+    """What a start would say of a change."""
 
 
 def plan_of(config: TrainConfig) -> MemoryPlan:
@@ -119,7 +127,7 @@ def test_processes_of_one_machine_share_its_memory(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
 
     def guard() -> MemoryPlan | None:
-        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy)
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy, refuses_nothing)
 
     if num_processes == 1:
         assert guard() == plan_model(config, model, CPU, 1)
@@ -144,7 +152,7 @@ def test_copies_of_a_run_on_a_gpu_are_in_the_memory_of_its_host(
     def guard(config: TrainConfig, rank: int = 0, together: bool = False) -> MemoryPlan | None:
         strategy = Replicated(Ranks(rank, 2, CUDA))
         strategy.savers = strategy.ranks if together else None
-        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy)
+        return memory_guard.guard_memory(config, model, RunFolder(tmp_path / "run"), strategy, refuses_nothing)
 
     with pytest.raises(
         ValueError, match=f"copies {memory_size(copied)} to the host's memory, where .* free on .*; set check"
@@ -172,3 +180,28 @@ def test_a_run_that_would_fit_without_its_copy_is_told() -> None:
     copied = plan_on_cpu(config).groups["checkpoint_copy"]
     found = settings_that_fit(config, plan_on_cpu, plan_on_cpu(config).total_bytes - copied)
     assert found is not None and found[0] == "checkpoint_async=false"
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6])
+def test_an_offer_to_a_run_in_shards_is_one_that_starts(
+    share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """adam8bit would need least, but does not round at random on shards."""
+    how = ["model=llama_60m", "dtype=bfloat16", "stochastic_rounding=true", "global_batch_size=4", "micro_batch_size=2"]
+    config, ranks = composed(*how), Ranks(0, 2, CPU)
+    strategy: Any = SimpleNamespace(
+        ranks=ranks, name="fsdp", is_sharded=True, savers=None, settings=SimpleNamespace(replicas=1)
+    )
+    model = build_model(config, 32_000, torch.bfloat16)
+    needed = plan_model(config, model, CPU, 2, Sharding(2, reduced_element=4)).total_bytes
+    monkeypatch.setattr(memory_guard, "free_bytes", lambda device: int(2 * share * needed))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"the run needs {memory_size(needed)} on cpu") as raised:
+        memory_guard.guard_memory(
+            config, model, RunFolder(tmp_path / "run"), strategy, lambda changed: check_changed(changed, ranks)
+        )
+    offer = str(raised.value).partition("what would fit: ")[2].partition(" (")[0]
+    if not offer.startswith("a smaller model"):
+        keys = [text.partition("=")[0] for text in offer.split()]
+        kept = [text for text in how if text.partition("=")[0] not in keys]
+        check_before_text(composed(*kept, *offer.split(), "parallel=fsdp", f"run_dir={tmp_path}/run"), ranks)
