@@ -23,6 +23,7 @@ from sltrain.building.support_from import open_support_source
 from sltrain.building.tasks import open_tasks, task_evaluation
 from sltrain.building.trainer import build_trainer
 from sltrain.config import TrainConfig
+from sltrain.engine.checkpoint import Checkpointer
 from sltrain.engine.distributed import Ranks, pick_device
 from sltrain.engine.trainer import Trainer
 from sltrain.runs.run_folder import RunFolder
@@ -76,7 +77,8 @@ def _build(config: TrainConfig, folder: RunFolder, ranks: Ranks, resources: Exit
     if start is not None:
         start.text = read_calibration(config, source, validation, tokenizer, ranks)
     describe(config, model, source, tokenizer, eval_set, ranks)
-    strategy = build_strategy(config, model, ranks)
+    earlier = ranks.on_main(lambda: Checkpointer(folder.path, None).newest_state().get("parallel"))
+    strategy = build_strategy(config, model, ranks, earlier)
     plan = ranks.everywhere(
         lambda: guard_memory(config, model, folder, strategy, lambda changed: check_changed(changed, ranks))
     )

@@ -1,6 +1,7 @@
 """parallel= -> how the processes share the model (engine/strategy.py): chosen, and refused where it cannot work.
 
-    auto   one process: single. Several: ddp while its planned memory fits every process's device, else fsdp.
+    auto   one process: single. Several: ddp while its planned memory fits every process's device, else fsdp. A run that
+           continues on as many processes keeps what it had: another one would change the last bits.
 
 All processes are compared first: different code or settings would train different models, and fail late.
 """
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -136,13 +138,18 @@ def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     return None
 
 
-def build_strategy(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> Strategy:
-    """The strategy of a run whose model is on the meta device. All ranks call it, and choose the same."""
+def build_strategy(
+    config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks, earlier: Mapping[str, Any] | None = None
+) -> Strategy:
+    """The strategy of a run whose model is on the meta device. All ranks call it, and choose the same. `earlier`: the
+    name and number of processes of a run that continues, if its checkpoint says so."""
     if ranks.world_size == 1:
         if config.parallel.name in ("ddp", *SHARDED):
             logger.info(f"note       parallel={config.parallel.name} shares a model among processes, and there is one")
         return Single(ranks)
-    name = _choose(config, model, ranks) if config.parallel.name == "auto" else config.parallel.name
+    name = config.parallel.name
+    if name == "auto":
+        name = _kept(earlier, ranks) or _choose(config, model, ranks)
     if name == "ddp":
         return Replicated(ranks)
     from sltrain.engine.sharded import Settings, Sharded  # torch.distributed.tensor takes seconds to import
@@ -167,6 +174,16 @@ def build_strategy(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -
 def _other_dtype(name: str, own: torch.dtype) -> torch.dtype | None:
     """The dtype of this name; None if it is that of the weights."""
     return None if name == "auto" or DTYPES[name] == own else DTYPES[name]
+
+
+def _kept(earlier: Mapping[str, Any] | None, ranks: Ranks) -> str | None:
+    """What parallel=auto was before, if it can be that again; None: it is chosen."""
+    name = None if earlier is None or earlier["num_processes"] != ranks.world_size else earlier["name"]
+    if name not in ("ddp", "fsdp"):
+        return None
+    other = {"ddp": "fsdp", "fsdp": "ddp"}[name]
+    logger.info(f"parallel   {name}, as before on {ranks.world_size} processes; parallel={other} would change it")
+    return str(name)
 
 
 def _choose(config: TrainConfig, model: LlamaForCausalLM, ranks: Ranks) -> str:

@@ -110,7 +110,10 @@ def build_trainer(
         speed_metrics=build_utilisation(config, model, ranks).numbers,
         final_metrics=partial(final_numbers, config, model, memory),
         progress=progress,
-        built_with={"arithmetic": arithmetic},
+        built_with={
+            "arithmetic": arithmetic,
+            "parallel": {"name": strategy.name, "num_processes": ranks.world_size},
+        },
         profile=build_profile(config, folder, progress.step, ranks),
     )
     schedule.enter = partial(enter_phase, config, model, trainer, live)

@@ -148,6 +148,14 @@ class Checkpointer:
         path = self.find_latest()
         return path, 0 if path is None else self.read_state(path)["step"]
 
+    def newest_state(self) -> dict[str, Any]:
+        """The plain data of the newest checkpoint in which it can be read, whatever else is damaged there; empty if
+        there is none."""
+        for _, path in reversed(self._list()):
+            with contextlib.suppress(OSError, ValueError):
+                return self.read_state(path)
+        return {}
+
     def find(self, step: int) -> Path:
         """The checkpoint of `step`. Raises CheckpointError if there is none, or if it does not match its manifest."""
         paths = dict(self._list())  # of two with the same step the replacement comes last

@@ -138,6 +138,18 @@ def test_auto_is_ddp_while_the_plan_fits(monkeypatch: pytest.MonkeyPatch, lines:
     assert module._choose(config, model, ranks) == "ddp"
 
 
+def test_auto_is_what_it_was_when_a_run_continues(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """On as many processes, whatever memory is free now."""
+    config, ranks = composed(), Ranks(0, 2, CPU)
+    model = model_of(config)
+    monkeypatch.setattr(module, "_choose", lambda *_: pytest.fail("it was chosen anew"))
+    assert build_strategy(config, model, ranks, {"name": "ddp", "num_processes": 2}).name == "ddp"
+    assert "ddp, as before on 2 processes; parallel=fsdp would change it" in lines[-1]
+    assert module._kept({"name": "fsdp", "num_processes": 2}, ranks) == "fsdp"
+    for earlier in (None, {"name": "fsdp", "num_processes": 4}, {"name": "hsdp", "num_processes": 2}):
+        assert module._kept(earlier, ranks) is None
+
+
 def test_weights_that_machines_fit_differently_are_those_of_rank_0_before_they_are_cut(
     on_two_ranks: Callable[..., list[Any]],
 ) -> None:
