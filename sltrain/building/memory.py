@@ -16,6 +16,7 @@ from torch import nn
 from sltrain.building.phases import actions_of, structures
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
+from sltrain.engine.owners import by_module, deal
 from sltrain.layers.cost import set_paths
 from sltrain.layers.sparse import has_kernel
 from sltrain.models.llama import LlamaForCausalLM
@@ -118,12 +119,16 @@ def host_bytes(config: TrainConfig, model: LlamaForCausalLM, device: torch.devic
 
 
 def optimizer_state_bytes(config: TrainConfig, model: nn.Module, num_shards: int = 1) -> int:
-    """The optimizer's state on one rank: for the parameters of a model, for its shards of them, and for those that the
-    rank owns whole, an equal part, but one at least."""
+    """The optimizer's state on one rank: for the parameters of a model, for its shards of them, and for the modules
+    that the rank owns whole; that of the rank with most."""
     cut, whole = _cut_and_whole(config, model, num_shards)
-    sizes = [state_bytes(config.optimizer, [info], config.stochastic_rounding) for info in whole]
-    owned = max(sum(sizes) // num_shards, *sizes) if sizes else 0
-    return state_bytes(config.optimizer, local_infos(cut, num_shards), config.stochastic_rounding) + owned
+    modules = by_module((info.name, info) for info in whole)
+    owned = [0] * num_shards
+    for module, owner in deal(
+        {name: sum(i.numel for i in infos) for name, infos in modules.items()}, num_shards
+    ).items():
+        owned[owner] += state_bytes(config.optimizer, modules[module], config.stochastic_rounding)
+    return state_bytes(config.optimizer, local_infos(cut, num_shards), config.stochastic_rounding) + max(owned)
 
 
 def whole_bytes(config: TrainConfig, model: nn.Module, num_shards: int) -> int:
@@ -144,13 +149,16 @@ def _cut_and_whole(config: TrainConfig, model: nn.Module, num_shards: int) -> tu
 
 
 def update_temporaries(config: TrainConfig, model: nn.Module, device: torch.device, num_shards: int = 1) -> int:
-    """What the optimizer takes while it works; where a rank gets whole tensors, they are gathered one after another."""
+    """What the optimizer takes while it works. A module that a rank owns has its whole weights and gradients there, and
+    beside them what their update takes; then a padded copy of one parameter that is sent back, and the rows of it here
+    (as much as gloo takes on a CPU for one that comes)."""
     rounding = config.stochastic_rounding
     cut, whole = _cut_and_whole(config, model, num_shards)
     needs = [step_bytes(config.optimizer, local_infos(cut, num_shards), device.type, rounding)]
-    for info in whole:
-        gathered = 2 * info.numel * info.element_size  # its weights and its gradient
-        needs.append(gathered + step_bytes(config.optimizer, [info], device.type, rounding))
+    for infos in by_module((info.name, info) for info in whole).values():
+        sizes = [info.numel * info.element_size for info in infos]
+        sent = max(sizes) + max(sizes) // num_shards
+        needs.append(2 * sum(sizes) + max(sent, step_bytes(config.optimizer, infos, device.type, rounding)))
     return max(needs)
 
 

@@ -7,15 +7,17 @@ their rows of the new weight back (scatter). What updates them is optim/whole_te
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain.engine.shards import Shard, gather_rows, scatter_rows
+
+T = TypeVar("T")
 
 
 class Owners:
@@ -30,16 +32,11 @@ class Owners:
     def __init__(self, shards: Mapping[str, Shard], names: Sequence[str], group: dist.ProcessGroup) -> None:
         self._shards, self._group = shards, group
         self._position, num_owners = dist.get_rank(group), dist.get_world_size(group)
-        members: dict[str, list[str]] = {}
-        for name in names:
-            members.setdefault(name.rpartition(".")[0], []).append(name)
+        members = by_module((name, name) for name in names)
         sizes = {module: sum(shards[name].parameter.numel() for name in own) for module, own in members.items()}
         self._modules = [list[list[str]]() for _ in range(num_owners)]  # each's own, as the names of parameters
-        loads = [0] * num_owners
         self.of: dict[str, int] = {}  # parameter -> position of its owner
-        for module in sorted(members, key=lambda module: -sizes[module]):
-            owner = loads.index(min(loads))
-            loads[owner] += sizes[module]
+        for module, owner in deal(sizes, num_owners).items():
             self._modules[owner].append(members[module])
             self.of |= dict.fromkeys(members[module], owner)
         self._mine = {
@@ -102,6 +99,23 @@ class Owners:
         everyones: list[Any] | None = [None] * dist.get_world_size(self._group) if self._position == 0 else None
         dist.gather_object(here, everyones, group=self._group, group_dst=0)
         return None if everyones is None else everyones[owner]
+
+
+def by_module(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """What belongs to parameters of these names, of each module together."""
+    members: dict[str, list[T]] = {}
+    for name, each in named:
+        members.setdefault(name.rpartition(".")[0], []).append(each)
+    return members
+
+
+def deal(sizes: Mapping[str, int], num_owners: int) -> dict[str, int]:
+    """The owner of each module of so many elements, the largest modules first: each goes to who has least."""
+    loads, owners = [0] * num_owners, dict[str, int]()
+    for module in sorted(sizes, key=lambda module: -sizes[module]):
+        owners[module] = loads.index(min(loads))
+        loads[owners[module]] += sizes[module]
+    return owners
 
 
 def without_memory(like: nn.Parameter) -> nn.Parameter:

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from sltrain.building.memory import plan_model, update_shape, whole_bytes
-from sltrain.building.model import allocate, build_model, weight_dtype
+from sltrain.building.memory import optimizer_state_bytes, plan_model, update_shape, update_temporaries, whole_bytes
+from sltrain.building.model import allocate, allocate_own, build_model, weight_dtype
 from sltrain.building.trainer import build_updates
 from sltrain.compose import TRAIN, compose_config
 from sltrain.config import TrainConfig
 from sltrain.engine.distributed import Ranks
-from sltrain.engine.memory import tensor_peak
+from sltrain.engine.memory import bytes_of, held_by, tensor_peak
 from sltrain.engine.micro_batch import make_micro_batch
 from sltrain.engine.sharded import Settings, Sharded
 from sltrain.layers.cost import set_paths
@@ -124,6 +124,42 @@ def test_every_rank_takes_what_the_plan_says(
         print(overrides, peak / plan.total_bytes, plan.stage)
         assert held == planned
         assert peak == pytest.approx(plan.total_bytes, rel=0.05), plan
+
+
+def measure_turns(ranks: Ranks, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of an optimizer's state here, and what its update takes besides what is there before it."""
+    model, strategy = model_of(config), Sharded(ranks, Settings())
+    strategy.shard(model, list(model.model.layers), lambda modules: allocate_own(modules, CPU))
+    optimizer = build_updates(config, model, strategy)
+    named = strategy.named_parameters(model)
+
+    def held() -> int:
+        for _, local in named:
+            local.grad = torch.randn_like(local)
+        return held_by(model, optimizer, strategy) + bytes_of(
+            local.grad for _, local in named if local.grad is not None
+        )
+
+    for _, local in named:
+        torch.nn.init.normal_(local)
+    held()
+    optimizer.step()
+    state = held_by(model, optimizer, strategy) - held_by(model, torch.optim.SGD(model.parameters()), strategy)
+    before = held()
+    _, peak = tensor_peak(optimizer.step, before, CPU)
+    return state, peak - before
+
+
+def test_an_owner_takes_what_the_plan_says(on_two_ranks: Callable[..., list[Any]]) -> None:
+    """Modules are dealt whole, seven of a layer to two owners; both factors of one are there while it is updated. What
+    muon's own steps take is planned for more nearly square matrices."""
+    overrides = "model.hidden_size=64 model.intermediate_size=172 model.num_hidden_layers=1 rank=16 method=low_rank"
+    config = config_of(f"{overrides} optimizer=muon")
+    found = on_two_ranks(lambda ranks: measure_turns(ranks, config))
+    model = model_of(config)
+    planned = update_temporaries(config, model, CPU, 2)
+    assert max(state for state, _ in found) == optimizer_state_bytes(config, model, 2)
+    assert 2 * 4 * 16 * (172 + 64) < max(taken for _, taken in found) <= planned
 
 
 # ---- counts
