@@ -48,9 +48,21 @@ class ToldByAnotherRank(ValueError):
     told_by_another_rank = True
 
 
+# What NCCL says of this process and its GPU; a peer that is gone is an ncclRemoteError or a time-out.
+OWN_NCCL_ERRORS = (
+    "ncclUnhandledCudaError",
+    "ncclInternalError",
+    "ncclInvalidArgument",
+    "ncclInvalidUsage",
+    "shared memory segment",  # an ncclSystemError: /dev/shm is too small
+)
+
+
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an operation failed because another process of the run is gone."""
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+    if isinstance(error, dist.DistBackendError):
+        return not any(own in str(error) for own in OWN_NCCL_ERRORS)
+    if isinstance(error, dist.DistNetworkError):
         return True
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

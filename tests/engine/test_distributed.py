@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sltrain.engine.actions import Action, Schedule, every
-from sltrain.engine.distributed import Ranks
+from sltrain.engine.distributed import Ranks, is_lost_rank
 from sltrain.engine.strategy import Replicated
 
 
@@ -38,3 +40,16 @@ def test_after_a_decomposition_every_rank_has_the_model_of_rank_0(on_two_ranks: 
         return found
 
     assert on_two_ranks(act) == [[0.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_lost"),
+    [
+        ("NCCL error in: a.cpp:1, remote process exited\nncclRemoteError: A call failed possibly due to", True),
+        ("NCCL communicator was aborted on rank 1.", True),
+        ("NCCL error in: a.cpp:1, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.", False),
+        ("ncclSystemError: System call failed.\nError while creating shared memory segment /dev/shm/nccl-1", False),
+    ],
+)
+def test_an_error_of_the_own_gpu_is_no_lost_rank(said: str, is_lost: bool) -> None:
+    assert is_lost_rank(dist.DistBackendError(said)) == is_lost
