@@ -53,16 +53,10 @@ def compare_ranks(config: TrainConfig, ranks: Ranks) -> None:
     keys = [key for key in {**everyones[0], **everyones[other]} if everyones[0].get(key) != everyones[other].get(key)]
     first, second = (everyones[number].get(keys[0], "nothing") for number in (0, other))
     more = f" ({len(keys) - 1} more differ)" if len(keys) > 1 else ""
-    ranks.everywhere(
-        lambda: _refuse(
-            f"the processes differ: {keys[0]} is {first} on rank 0 and {second} on rank {other}{more}; start all of"
-            " them with the same command and packages"
-        )
+    ranks.refuse(
+        f"the processes differ: {keys[0]} is {first} on rank 0 and {second} on rank {other}{more}; start all of"
+        " them with the same command and packages"
     )
-
-
-def _refuse(reason: str) -> None:
-    raise ValueError(reason)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -181,6 +181,10 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise ValueError on all ranks, which all call this; rank 0 reports it."""
+        raise ValueError(reason) if self.is_main else ToldByAnotherRank(reason)
 
     def on_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; its ValueError or OSError is raised on every rank."""

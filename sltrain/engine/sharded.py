@@ -125,11 +125,9 @@ class Sharded(Strategy):
             for (name, first), (_, other) in zip(everyones[0], others, strict=True)
             if first != other
         )
-        self.ranks.on_main(
-            lambda: _refuse(
-                f"{name} was drawn differently on rank 0 and rank {rank}; start all processes with the same version of"
-                " torch on machines of one kind, or set parallel=ddp, which sends it"
-            )
+        self.ranks.refuse(
+            f"{name} was drawn differently on rank 0 and rank {rank}; start all processes with the same version of"
+            " torch on machines of one kind, or set parallel=ddp, which sends it"
         )
 
     def named_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -359,10 +357,6 @@ class Cut:
 def _empty_ones(module: nn.Module) -> set[nn.Parameter]:
     """Parameters without elements (a layer with rank 0, or no S): there is nothing to cut."""
     return {parameter for parameter in module.parameters() if parameter.numel() == 0}
-
-
-def _refuse(reason: str) -> None:
-    raise ValueError(reason)
 
 
 def _digest(tensor: Tensor) -> str:
