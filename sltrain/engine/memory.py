@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 
 from sltrain.engine.actions import Action
 from sltrain.engine.ema import Average
@@ -86,12 +87,30 @@ def tensor_peak(run: Callable[[], T], held_bytes: int, device: torch.device) -> 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to stderr when it starts and stops
     with torch.autograd.profiler.profile(profile_memory=True, acc_events=False) as profile:
         result = run()
-    present = highest = held_bytes
-    for event in profile.kineto_results.events():
-        if event.name() == "[memory]":
-            present += event.nbytes()
-            highest = max(highest, present)
-    return result, highest
+    return result, held_bytes + _highest_net(profile.kineto_results.experimental_event_tree())
+
+
+def _highest_net(events: Iterable[Any]) -> int:
+    """The most bytes that blocks allocated during a profile held at once. A block that was there before does not count
+    when it is freed: its size is not known, or is that of an older block at its address, seen by an earlier profile."""
+    changes, left = [], list(events)
+    while left:
+        event = left.pop()
+        left.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    present = highest = 0
+    own = set()
+    for _, address, size in sorted(changes):
+        if size > 0:
+            own.add(address)
+        elif address not in own:
+            continue
+        else:
+            own.remove(address)
+        present += size
+        highest = max(highest, present)
+    return highest
 
 
 @dataclass
