@@ -9,6 +9,7 @@ line that a kill or a power cut tore is left out and written anew, a run's from 
 is never made again, so its folder may go.
 """
 
+import itertools
 import json
 import math
 import os
@@ -55,7 +56,8 @@ class Ledger:
         if not self.protocol:
             raise ValueError(f"{self.folder / LEDGER} has no whole line: type the command of the study again")
         known = {item.name for item in fields(Protocol)} - {"candidates"}
-        return Protocol(**{key: self.protocol[key] for key in known}, candidates=self.candidates)
+        own = {key: value for key, value in self.protocol.items() if key in known}
+        return Protocol(**own, candidates=self.candidates)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Add what a line says. Raises KeyError or TypeError for one that lacks something."""
@@ -135,8 +137,9 @@ def _checked(folder: Path, study: Study) -> tuple[Ledger, list[dict[str, Any]]]:
     if not ledger.protocol:  # a new one, or a kill tore its first line
         new.append({"event": "protocol", **protocol})
         ledger.protocol = protocol
-    for key, now in protocol.items():
-        if (before := ledger.protocol.get(key)) != now:
+    for key in {**protocol, **ledger.protocol}:
+        before, now = ledger.protocol.get(key), protocol.get(key)
+        if before != now:
             raise ValueError(
                 f"run_dir={folder} holds a study with another protocol: {_change(key, before, now)}. Type what was"
                 " typed then, or choose another run_dir"
@@ -166,7 +169,8 @@ def _change(key: str, before: Any, now: Any) -> str:
 def _check_configs(ledger: Ledger, study: Study) -> None:
     """Refuse (ValueError) runs that today's version would make from other values. A key that only one version has
     changes nothing."""
-    for run in study.tuning_runs():
+    trials = dict.fromkeys(study.file.candidates, range(1, study.file.trials + 1))
+    for run in itertools.chain(study.screening_runs(), study.tuning_runs(trials)):
         entry = ledger.runs.get(run.key)
         if entry is None:
             continue

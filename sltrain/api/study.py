@@ -2,6 +2,8 @@
 
     trials     every candidate is tuned by the same number of them: the grid of its `tune`, each point trained with the
                tuning seeds and judged on half a of the validation documents (eval_part=a)
+    screening  where it is set, one step of successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all trials
+               are made with these overrides first, which shorten them; of each candidate the best `finalists` in whole
     reports    the setting with the lowest mean loss is trained with the reporting seeds, which are others, and judged
                on half b. A seed is that of weights, supports and data: runs of one seed read the same rows in order
 
@@ -14,7 +16,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from sltrain.engine.metrics import to_strict_json
 from sltrain.log import first_line
 from sltrain.reporting.study import TOLERANCE, setting_text
 
-PARTS = {"tuning": "a", "reporting": "b"}  # role of a run -> the half of the validation documents it is judged on
+# Role of a run -> the half of the validation documents it is judged on.
+PARTS = {"screening": "a", "tuning": "a", "reporting": "b"}
 OWN = ("seed", "eval_part", "run_dir", "resume", "extend")  # keys that the study sets
 SAME = (  # keys that decide which tokens are read and predicted
     "data path repo config split validation_path tokenizer tokenizer_eos padding attention seq_len on_bad_data"
@@ -81,16 +84,22 @@ class StudyFile:
     common: list[str] = MISSING  # overrides of all runs
     reference: str = MISSING  # the candidate that the others are compared with
     trials: int = MISSING  # settings tried of each candidate
+    screening: list[str] = field(default_factory=list)  # overrides of a shorter look at every trial; none: no such look
+    finalists: int | None = None  # trials of each candidate that are made in whole after it; None: all
     tuning_seeds: list[int] = MISSING
     reporting_seeds: list[int] = MISSING
     candidates: dict[str, Candidate] = MISSING
+
+    @property
+    def num_finalists(self) -> int:
+        return self.finalists or self.trials
 
 
 @dataclass(frozen=True)
 class StudyRun:
     """One run of a study."""
 
-    role: str  # tuning or reporting
+    role: str  # one of PARTS
     candidate: str
     trial: int  # the number of its setting in the candidate's grid, from 1
     setting: dict[str, Any]
@@ -101,7 +110,8 @@ class StudyRun:
     @property
     def name(self) -> str:
         """Of its folder. Tuning and reporting seeds are different numbers."""
-        return f"{self.candidate}_trial-{self.trial}_seed-{self.seed}"
+        name = f"{self.candidate}_trial-{self.trial}_seed-{self.seed}"
+        return f"{name}_screening" if self.role == "screening" else name
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -116,17 +126,27 @@ class Study:
     name: str
     file: StudyFile
     configs: dict[tuple[str, int], TrainConfig]  # (candidate, trial) -> its configuration, seed and half left out
+    screened: dict[tuple[str, int], TrainConfig]  # the same with the overrides of the screening; empty without one
 
     def protocol(self) -> dict[str, Any]:
         """What must stay while a ledger grows; candidates may join."""
-        return {key: value for key, value in asdict(self.file).items() if key != "candidates"}
+        own = asdict(self.file).items()
+        return {key: value for key, value in own if key != "candidates" and value not in ([], None)}
 
-    def tuning_runs(self) -> Iterator[StudyRun]:
+    def screening_runs(self) -> Iterator[StudyRun]:
+        """All trials, shortened; none without a screening."""
+        return self._tuning("screening", dict.fromkeys(self.file.candidates, self._trials if self.screened else ()))
+
+    def tuning_runs(self, finalists: Mapping[str, Sequence[int]]) -> Iterator[StudyRun]:
+        """The trials of each candidate that are made in whole."""
+        return self._tuning("tuning", finalists)
+
+    def _tuning(self, role: str, trials: Mapping[str, Sequence[int]]) -> Iterator[StudyRun]:
         """Trial by trial, candidates in turn: what changes on the machine meanwhile meets all of them."""
-        for trial in range(1, self.file.trials + 1):
+        for place in range(max(map(len, trials.values()))):
             for seed in self.file.tuning_seeds:
                 for name in self.file.candidates:
-                    yield self._run("tuning", name, trial, seed)
+                    yield self._run(role, name, trials[name][place], seed)
 
     def reporting_runs(self, chosen: Mapping[str, int]) -> Iterator[StudyRun]:
         """Seed by seed, candidates in turn, each with its chosen trial."""
@@ -134,23 +154,35 @@ class Study:
             for name in self.file.candidates:
                 yield self._run("reporting", name, chosen[name], seed)
 
+    def config(self, role: str, name: str, trial: int) -> TrainConfig:
+        """Of a run in this role, seed and half left out."""
+        return (self.screened if role == "screening" else self.configs)[name, trial]
+
+    def runs_of_each(self) -> dict[str, int]:
+        """Runs of one candidate, by role."""
+        seeds, trials = len(self.file.tuning_seeds), self.file.trials
+        counts = {"screening": seeds * trials} if self.screened else {}
+        return {**counts, "tuning": seeds * self.file.num_finalists, "reporting": len(self.file.reporting_seeds)}
+
     def updates_of(self) -> dict[str, int]:
         """Updates of all runs of each candidate."""
-        return {name: self.runs_of_each * num_steps(self.configs[name, 1]) for name in self.file.candidates}
-
-    @property
-    def runs_of_each(self) -> int:
-        """Runs of one candidate."""
-        return len(self.file.tuning_seeds) * self.file.trials + len(self.file.reporting_seeds)
+        counts = self.runs_of_each().items()
+        names = self.file.candidates
+        return {name: sum(count * num_steps(self.config(role, name, 1)) for role, count in counts) for name in names}
 
     @property
     def num_runs(self) -> int:
-        return self.runs_of_each * len(self.file.candidates)
+        return sum(self.runs_of_each().values()) * len(self.file.candidates)
+
+    @property
+    def _trials(self) -> range:
+        return range(1, self.file.trials + 1)
 
     def _run(self, role: str, name: str, trial: int, seed: int) -> StudyRun:
         setting = self.file.candidates[name].settings()[trial - 1]
-        config = replace(self.configs[name, trial], seed=seed, eval_part=PARTS[role])
-        texts = [*_overrides(self.file, name, setting), f"seed={seed}", f"eval_part={PARTS[role]}"]
+        config = replace(self.config(role, name, trial), seed=seed, eval_part=PARTS[role])
+        typed = _overrides(self.file, name, setting, is_screening=role == "screening")
+        texts = [*typed, f"seed={seed}", f"eval_part={PARTS[role]}"]
         return StudyRun(role, name, trial, setting, seed, texts, recorded(config))
 
 
@@ -186,7 +218,8 @@ def read_study(name: str, typed: list[str]) -> Study:
     file = StudyFile(**{**plain, "common": [*plain["common"], *typed], "candidates": candidates})
     try:
         _check(file)
-        study = Study(path.stem, file, _compose(file))
+        screened = _compose(file, is_screening=True) if file.screening else {}
+        study = Study(path.stem, file, _compose(file), screened)
         _check_equal(study)
     except ValueError as error:
         raise ValueError(f"study={name}: {error}") from error
@@ -221,6 +254,10 @@ def _check(file: StudyFile) -> None:
         raise ValueError("tuning_seeds=[]: give at least one")
     if len({*tuning, *reporting}) < len(tuning) + len(reporting):
         raise ValueError(f"tuning_seeds={tuning} and reporting_seeds={reporting}: each seed may be there once only")
+    if bool(file.screening) != (file.finalists is not None):
+        raise ValueError("screening and finalists belong together; set both or neither")
+    if file.finalists is not None and not 0 < file.finalists < file.trials:
+        raise ValueError(f"finalists={file.finalists}: must be from 1 to {file.trials - 1}, below trials={file.trials}")
     for name, candidate in file.candidates.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
             raise ValueError(f"candidate {name!r}: a name is made of letters, digits and . + - _")
@@ -242,7 +279,9 @@ def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
             raise ValueError(f"candidate {name}: equal={quantity}: choose of {', '.join(QUANTITIES)}")
         if other not in file.candidates:
             raise ValueError(f"candidate {name}: equal says {quantity} of {other}, which is no candidate")
-    keys = [override.key_or_group for override in parse_overrides([*file.common, *candidate.overrides])]
+    keys = [
+        override.key_or_group for override in parse_overrides([*file.common, *candidate.overrides, *file.screening])
+    ]
     if candidate.seen < 0 or (candidate.seen and "init_from" not in [*keys, *candidate.tune]):
         raise ValueError(f"candidate {name}: seen={candidate.seen} counts what init_from was trained on; set init_from")
     for key in [*keys, *candidate.tune]:
@@ -250,20 +289,22 @@ def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
             raise ValueError(f"candidate {name} sets {key}, which the study sets; drop it")
 
 
-def _overrides(file: StudyFile, name: str, setting: Mapping[str, Any]) -> list[str]:
-    return [*file.common, *file.candidates[name].overrides, *as_overrides(setting)]
+def _overrides(file: StudyFile, name: str, setting: Mapping[str, Any], is_screening: bool) -> list[str]:
+    last = file.screening if is_screening else []
+    return [*file.common, *file.candidates[name].overrides, *as_overrides(setting), *last]
 
 
-def _compose(file: StudyFile) -> dict[tuple[str, int], TrainConfig]:
+def _compose(file: StudyFile, is_screening: bool = False) -> dict[tuple[str, int], TrainConfig]:
     """The configuration of every trial. Raises ValueError for one that cannot be, or reads other text than the rest."""
     configs = {}
     first = next(iter(file.candidates))
     for name, candidate in file.candidates.items():
         for trial, setting in enumerate(candidate.settings(), start=1):
             try:
-                config = run_config(_overrides(file, name, setting))
+                config = run_config(_overrides(file, name, setting, is_screening))
             except ValueError as error:
-                raise ValueError(f"candidate {name}, trial {trial}: {error}") from error
+                what = "screening of " * is_screening + f"candidate {name}, trial {trial}"
+                raise ValueError(f"{what}: {error}") from error
             configs[name, trial] = config
             for key in SAME:
                 own, other = getattr(config, key), getattr(configs[first, 1], key)

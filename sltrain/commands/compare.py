@@ -22,7 +22,7 @@ from sltrain.commands.sweep import in_words, run_process
 from sltrain.config import num_steps
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
-from sltrain.reporting.study import Entry, chosen_trial, counted, setting_text
+from sltrain.reporting.study import Entry, chosen_trial, counted, finalists, setting_text
 from sltrain.reporting.table import Table, aligned, duration, perplexity, short
 
 
@@ -68,17 +68,18 @@ class Work:
             size = sizes[name]
             numbers = [short(size.parameters), f"{size.flops_per_token / 1e6:.3g}M"] if size else ["?", "?"]
             rows.append([name, tune or "-", f"{num_steps(config):,}", f"{positions(config):,}", *numbers])
-        each = self.study.runs_of_each
-        flops = (
-            f", {each * sum(size.flops for size in sizes.values() if size):.2g} FLOPs" if all(sizes.values()) else ""
-        )
+        updates = self.study.updates_of()
+        tokens = {name: count * positions(configs[name]) // num_steps(configs[name]) for name, count in updates.items()}
+        arithmetic = [size.flops_per_token * tokens[name] for name, size in sizes.items() if size]
+        flops = f", {sum(arithmetic):.2g} FLOPs" if len(arithmetic) == len(sizes) else ""
+        screening = f" with {' '.join(file.screening)}, the best {file.finalists} in whole," if file.screening else ""
         return (
             f"study      {self.study.name}: {len(rows)} candidates x {counted(file.trials, 'trial')} x"
-            f" {counted(len(file.tuning_seeds), 'tuning seed')} on validation half a, then x"
+            f" {counted(len(file.tuning_seeds), 'tuning seed')}{screening} on validation half a, then x"
             f" {counted(len(file.reporting_seeds), 'reporting seed')} on half b\n"
             f"{aligned(Table(headings, rows, headings[:2]))}\n"
-            f"cost       {self.study.num_runs} runs, {sum(self.study.updates_of().values()):,} updates,"
-            f" {short(each * sum(map(positions, configs.values())))} positions{flops}; {self._left()}"
+            f"cost       {self.study.num_runs} runs, {sum(updates.values()):,} updates,"
+            f" {short(sum(tokens.values()))} positions{flops}; {self._left()}"
         )
 
     def _left(self) -> str:
@@ -91,13 +92,18 @@ class Work:
         rates = {name: _rate([e for e in timed if e.candidate == name] or timed) for name in self.study.file.candidates}
         updates = self.study.updates_of()
         for entry in done:
-            updates[entry.candidate] -= num_steps(self.study.configs[entry.candidate, 1])
+            updates[entry.candidate] -= num_steps(self.study.config(entry.role, entry.candidate, 1))
         return f"{counted(left, 'run')} left, about {duration(sum(rates[name] * updates[name] for name in rates))}"
 
     def run(self) -> ExitCode:
         """Make every run that is not in the ledger, and draw the page after each part. Returns how that ended."""
         folder = self.ledger.folder
-        for runs in (self.study.tuning_runs, lambda: self.study.reporting_runs(self._chosen())):
+        study = self.study
+        for runs in (
+            study.screening_runs,
+            lambda: study.tuning_runs(self._finalists()),
+            lambda: study.reporting_runs(self._chosen()),
+        ):
             for run in runs():
                 if run.key not in self.ledger.runs and (code := self._make(run)) != ExitCode.OK:
                     return code
@@ -105,6 +111,11 @@ class Work:
         table = study_table(self.ledger)
         print(f"\n{aligned(table)}\npage: {page}" if table else f"page: {page}", flush=True)
         return ExitCode.OK
+
+    def _finalists(self) -> dict[str, list[int]]:
+        """The trials of each candidate that are made in whole."""
+        entries = list(self.ledger.runs.values())
+        return {name: finalists(self.ledger.for_page, entries, name) for name in self.study.file.candidates}
 
     def _chosen(self) -> dict[str, int]:
         """The trial of each candidate that is reported."""
@@ -133,7 +144,7 @@ class Work:
             reason = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
             reason = reason.removeprefix("error: ")
             return report_error(ValueError(f"{run.name} {in_words(code)}: {reason} (all of it: {log})"))
-        config = self.study.configs[run.candidate, run.trial]
+        config = self.study.config(run.role, run.candidate, run.trial)
         entry = entry_of(run, folder, time.monotonic() - begin, config.device)
         self.ledger.add(entry)
         result = f"perplexity {perplexity(math.exp(entry.loss))}" if math.isfinite(entry.loss) else "diverged"

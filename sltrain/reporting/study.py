@@ -2,7 +2,8 @@
 
 The page is drawn from the lines of a ledger alone (api/ledger.py). Losses are nats a token; one that diverged is
 infinite. Setting and number come from different text and seeds: the lowest mean loss of the tuning runs, on half a of
-the validation documents, chooses; the reporting runs, on half b, say how good it is.
+the validation documents, chooses, after a screening among its finalists; the reporting runs, on half b, say how good it
+is.
 
 The view at equal time asks what a candidate had reached when the reference finished: seconds an update, the median of
 its reporting runs, give the update at that time; between two evaluations the loss is interpolated. A candidate that had
@@ -25,7 +26,7 @@ TOLERANCE = 0.02  # relative, of parameters and FLOPs that are to be equal: shap
 class Entry:
     """One run, as a line of the ledger has it. None: not known."""
 
-    role: str  # tuning or reporting
+    role: str  # screening, tuning or reporting
     candidate: str
     trial: int  # the number of its setting, from 1
     setting: dict[str, Any]
@@ -62,22 +63,34 @@ class Protocol:
     reporting_seeds: list[int]
     common: list[str]
     candidates: dict[str, dict[str, Any]]  # name -> overrides, tune, equal, seen
+    screening: list[str] = field(default_factory=list)  # overrides of a shorter look at every trial; none: no such look
+    finalists: int | None = None  # trials of each candidate that are made in whole after it; None: all
 
 
-def tuned(protocol: Protocol, entries: Iterable[Entry], candidate: str) -> dict[int, float]:
-    """The mean tuning loss of each trial of a candidate, of which all tuning seeds are done."""
+def tuned(protocol: Protocol, entries: Iterable[Entry], candidate: str, role: str = "tuning") -> dict[int, float]:
+    """The mean loss of each trial of a candidate in this role, of which all tuning seeds are done."""
     losses: dict[int, dict[int, float]] = {}
     for entry in entries:
-        if entry.role == "tuning" and entry.candidate == candidate and entry.seed in protocol.tuning_seeds:
+        if entry.role == role and entry.candidate == candidate and entry.seed in protocol.tuning_seeds:
             losses.setdefault(entry.trial, {})[entry.seed] = entry.loss
     done = {trial: own for trial, own in losses.items() if len(own) == len(protocol.tuning_seeds)}
     return {trial: sum(own.values()) / len(own) for trial, own in sorted(done.items())}
 
 
-def chosen_trial(protocol: Protocol, entries: Iterable[Entry], candidate: str) -> int | None:
+def finalists(protocol: Protocol, entries: Sequence[Entry], candidate: str) -> list[int]:
+    """The trials that are made in whole: all, or the best of the screening; none until that is done."""
+    if not protocol.screening:
+        return list(range(1, protocol.trials + 1))
+    losses = tuned(protocol, entries, candidate, "screening")
+    best = sorted(losses, key=lambda trial: (losses[trial], trial))[: protocol.finalists]
+    return sorted(best) if len(losses) == protocol.trials else []
+
+
+def chosen_trial(protocol: Protocol, entries: Sequence[Entry], candidate: str) -> int | None:
     """The trial with the lowest mean loss, of equal ones the first; None until all are done."""
-    losses = tuned(protocol, entries, candidate)
-    return min(losses, key=lambda trial: (losses[trial], trial)) if len(losses) == protocol.trials else None
+    losses, wanted = tuned(protocol, entries, candidate), finalists(protocol, entries, candidate)
+    is_done = bool(wanted) and losses.keys() >= {*wanted}
+    return min(wanted, key=lambda trial: (losses[trial], trial)) if is_done else None
 
 
 class Results:
@@ -172,11 +185,16 @@ def render(protocol: Protocol, entries: Sequence[Entry], notes: Sequence[str], c
 
 
 def _how(protocol: Protocol) -> str:
+    screening = (
+        f" (all with `{' '.join(protocol.screening)}`, then the best {protocol.finalists} in whole)"
+        if protocol.screening
+        else ""
+    )
     return (
         f"{len(protocol.candidates)} candidates. Each was tuned by {counted(protocol.trials, 'trial')} with seeds"
-        f" {_listed(protocol.tuning_seeds)}, judged on half a of the validation documents, and reported with seeds"
-        f" {_listed(protocol.reporting_seeds)} on half b. Runs of one seed read the same rows in the same order. All"
-        f" runs: `{' '.join(protocol.common)}`."
+        f" {_listed(protocol.tuning_seeds)}, judged on half a of the validation documents{screening}, and reported with"
+        f" seeds {_listed(protocol.reporting_seeds)} on half b. Runs of one seed read the same rows in the same order."
+        f" All runs: `{' '.join(protocol.common)}`."
     )
 
 
@@ -232,14 +250,18 @@ def seeds_table(results: Results) -> Table:
 
 
 def trials_table(results: Results) -> Table:
-    """Every trial that is done, the chosen one in bold."""
-    rows = []
+    """Every trial that is done, of a screening too, and which was chosen."""
+    rows, is_screened = [], bool(results.protocol.screening)
     for name in results.protocol.candidates:
-        settings = {e.trial: e.setting for e in results.entries if e.role == "tuning" and e.candidate == name}
-        for trial, loss in tuned(results.protocol, results.entries, name).items():
+        settings = {e.trial: e.setting for e in results.entries if e.role != "reporting" and e.candidate == name}
+        short, whole = (tuned(results.protocol, results.entries, name, role) for role in ("screening", "tuning"))
+        for trial in sorted(short.keys() | whole.keys()):
+            losses = [short, whole] if is_screened else [whole]
+            numbers = [perplexity(_exp(own[trial])) if trial in own else "" for own in losses]
             mark = "chosen" if trial == results.chosen[name] else ""
-            rows.append([name, setting_text(settings[trial]), perplexity(_exp(loss)), mark])
-    return Table(["candidate", "setting", "perplexity", ""], rows, ["candidate", "setting", ""])
+            rows.append([name, setting_text(settings[trial]), *numbers, mark])
+    headings = ["candidate", "setting", *["screening"] * is_screened, "perplexity", ""]
+    return Table(headings, rows, ["candidate", "setting", ""])
 
 
 def borrowed_table(results: Results) -> Table:

@@ -178,6 +178,34 @@ def check_entry(run: Entry, events: list[dict[str, Any]]) -> None:
     assert run.seconds_per_update and run.flops_per_token and run.machine and run.code and run.versions["torch"]
 
 
+def test_a_screening_chooses_who_is_tuned_in_whole(
+    study: dict[str, Any], write: Callable, made: Made, sltrain_compare: Callable, tmp_path: Path
+) -> None:
+    """Three rates each for two updates, the best two for all six; the page is drawn from the ledger."""
+    study |= {"trials": 3, "screening": ["max_steps=2", "warmup_steps=1"], "finalists": 2}
+    study["candidates"]["dense"]["tune"] = {"lr": [1e30, 1e-3, 1e-2]}
+    study["candidates"]["sltrain"]["tune"] = {"lr": [1e-2, 1e-3, 1e30]}
+    folder = tmp_path / "out"
+    code, out, err = sltrain_compare(f"study={write(study)}", f"run_dir={folder}")
+    assert code == 0, (out, err)
+    assert "cost       14 runs, 60 updates, 15.36K positions" in out  # 6 x 2, 4 x 6 and 4 x 6 updates of 256
+    assert "with max_steps=2 warmup_steps=1, the best 2 in whole, on validation half a" in out
+    runs = list(read_ledger(folder).runs.values())
+    assert [run.role for run in runs] == ["screening"] * 6 + ["tuning"] * 4 + ["reporting"] * 4
+    assert [run.updates for run in runs if math.isfinite(run.loss)] == [2] * 4 + [6] * 8
+    of_dense = {(run.role, run.trial): run.loss for run in runs if run.candidate == "dense"}
+    assert of_dense["screening", 1] == math.inf and ("tuning", 1) not in of_dense
+    best = min((2, 3), key=lambda trial: of_dense["tuning", trial])
+    assert {trial for role, trial in of_dense if role == "reporting"} == {best}
+    assert "dense_trial-2_seed-1_screening" in made.names and "dense_trial-2_seed-1" in made.names
+    page = (folder / PAGE).read_text()
+    assert "(all with `max_steps=2 warmup_steps=1`, then the best 2 in whole)" in page
+    assert "| candidate | setting | screening | perplexity |" in page and "| dense | lr=1e+30 | inf |  |" in page
+    made.names.clear()
+    code, out, _ = sltrain_compare(f"study={write(study)}", f"run_dir={folder}")
+    assert code == 0 and not made.names and "0 runs left" in out
+
+
 def test_the_size_of_a_run_is_what_it_logs(tiny: list[str], tmp_path: Path, metrics_of: Callable) -> None:
     """Parameters and FLOPs before the run, by the model without memory, against those of its log."""
     config = run_config([*tiny, f"run_dir={tmp_path}", "max_steps=2"])
@@ -268,6 +296,11 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     ("change", "words"),
     [
         (but(reporting_seeds=[11]), "reporting_seeds=[11]: an interval needs two or more"),
+        (but(screening=["max_steps=2"]), "screening and finalists belong together"),
+        (but(finalists=1), "screening and finalists belong together"),
+        (but(screening=["max_steps=2"], finalists=2), "finalists=2: must be from 1 to 1, below trials=2"),
+        (but(screening=["max_steps=0"], finalists=1), "screening of candidate dense, trial 1: max_steps=0"),
+        (but(screening=["seed=3"], finalists=1), "candidate dense sets seed, which the study sets"),
         (but(reporting_seeds=[1, 2]), "each seed may be there once only"),
         (but(tuning_seeds=[]), "tuning_seeds=[]: give at least one"),
         (but(reference="dence"), "reference=dence is none of the candidates dense, sltrain"),
