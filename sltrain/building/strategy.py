@@ -127,7 +127,7 @@ def against_shards(config: TrainConfig, model: LlamaForCausalLM) -> str | None:
     if changes:
         return (
             f"method={config.method.name} changes whole matrices between updates ({', '.join(changes)}), of which each"
-            " process has a part; set method=sltrain, low_rank, full or cola without restarts"
+            " process has a part; set method=sltrain, low_rank, full or cola without restarts and moves"
         )
     return None
 

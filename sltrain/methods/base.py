@@ -144,7 +144,7 @@ class Ranked(Method):
 
 
 METHODS: Registry[Method] = Registry(
-    "method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice", "restarts")
+    "method", "sltrain.methods", "sltrain.methods", helpers=("base", "advice", "regrow", "restarts")
 )
 
 # Between two factors. layers/activated.py has the functions, and cannot be read from here: it imports torch.

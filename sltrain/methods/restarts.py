@@ -35,6 +35,7 @@ class Restarts(Method):
     restart_warmup: int = 10  # updates until the learning rate is that of the schedule; 0: at once
 
     def check(self) -> None:
+        super().check()
         check_at_least(0, restart_every=self.restart_every, restart_warmup=self.restart_warmup)
         own = {"restart_balance": True, "restart_reset": True, "restart_warmup": 10}
         typed = [f"method.{key}={getattr(self, key)}".lower() for key in own if getattr(self, key) != own[key]]
@@ -70,10 +71,14 @@ class Restarts(Method):
             if self.restart_reset:
                 running.reset_state(name for name, p in running.model.named_parameters() if p.requires_grad)
 
+        others = super().actions(running)
         if self.restart_every == 0:
-            return []
+            return others
         temporary = max((layer.balance_bytes for layer in layers), default=0) if self.restart_balance else 0
-        return [Action("restart", every(self.restart_every), restart, temporary, decomposes=self.restart_balance)]
+        return [
+            *others,
+            Action("restart", every(self.restart_every), restart, temporary, decomposes=self.restart_balance),
+        ]
 
 
 def check_climb(restart_warmup: int, **interval: int) -> None:

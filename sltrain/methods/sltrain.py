@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from sltrain.methods.base import METHODS, check_above_zero, check_at_least, check_residual, resolve
+from sltrain.methods.regrow import Regrowth
 from sltrain.methods.restarts import Restarts
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ CHOICES = (*SUPPORTS, "topk")
 
 @METHODS.register("sltrain")
 @dataclass
-class SLTrain(Restarts):
-    """Options of method=sltrain, beside those of restarts. Of several overrides whose pattern fits a layer, the last
-    wins."""
+class SLTrain(Restarts, Regrowth):
+    """Options of method=sltrain, beside those of restarts and of an S that moves. Of several overrides whose pattern
+    fits a layer, the last wins."""
 
     rank: int = MISSING  # inner size of B A; 0: S alone
     alpha: float = MISSING  # the low-rank product is scaled by alpha / rank
@@ -74,6 +75,11 @@ class SLTrain(Restarts):
             raise ValueError(
                 f"support_from={self.support_from} is for support=topk, and support is {self.support};"
                 " add support=topk, or drop support_from"
+            )
+        if self.regrow_every and self.support not in ("uniform", "topk"):
+            raise ValueError(
+                f"method.regrow_every={self.regrow_every} moves single entries, and those of support={self.support} lie"
+                " in a pattern; set support=uniform, or drop it"
             )
         if self.block_size is not None and self.support != "block":
             raise ValueError(

@@ -16,6 +16,7 @@ from sltrain.layers.functional import Weight, compose_weight, composed_linear, f
 from sltrain.layers.parts import Part, SparsePart
 from sltrain.layers.sparse import can_share
 from sltrain.layers.support import make_support
+from sltrain.layers.support.base import draw_distinct
 from sltrain.layers.support.uniform import UniformSupport
 
 
@@ -94,6 +95,27 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         self.indices.copy_(self.support.at(largest.indices.sort().values.int()))
         return (largest.values.sum() / squares.sum()).item()
 
+    @torch.no_grad()
+    def regrow(self, fraction: float, generator: torch.Generator) -> Tensor:
+        """Move this share of the entries of S, those with the smallest values, to random positions where it has none,
+        with value zero; return which entry each was before, (nnz,) int64, -1 for a fresh one. For support=uniform.
+
+        Chosen on the CPU, where all ranks and devices choose the same of equal values.
+        """
+        support = self.support
+        assert isinstance(support, UniformSupport)
+        outside = support.num_entries - support.num_nonzero
+        count = min(int(fraction * support.num_nonzero), outside)
+        positions = support.positions(self.indices).long().cpu()
+        kept = self.values.float().abs().cpu().argsort(stable=True)[count:]
+        fresh = support.free(positions, draw_distinct(outside, count, generator).long())
+        places, order = torch.cat([positions[kept], fresh]).sort()
+        sources = torch.cat([kept, torch.full_like(fresh, -1)])[order]
+        self.indices.copy_(support.at(places.int()))
+        sources = sources.to(self.values.device)
+        rearrange(self.values, sources)
+        return sources
+
     def forward(self, x: Tensor) -> Tensor:
         if self.chosen_path(x) == "composed":
             return composed_linear(x, self._weight)
@@ -157,6 +179,12 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
             "not full rank as with the other supports"
         )
         return {} if most is None else {kind: line}
+
+
+@torch.no_grad()
+def rearrange(of_entries: Tensor, sources: Tensor) -> None:
+    """Give each of (nnz,) numbers that of the entry it comes from, in place; zero where that is -1."""
+    of_entries.copy_(torch.where(sources < 0, 0, of_entries[sources.clamp(min=0)]))
 
 
 def _factored_footprint(layers: Sequence[SLTrainLinear], rows: Rows) -> Footprint:

@@ -43,6 +43,11 @@ class UniformSupport(Support):
         columns = (positions % self.in_features).to(torch.uint16)
         return torch.cat([starts.view(torch.uint16), columns])
 
+    def free(self, positions: Tensor, numbers: Tensor) -> Tensor:
+        """The positions outside of these, (nnz,) int64 and ascending, with these numbers among all outside, from 0."""
+        before = positions - torch.arange(len(positions))  # how many lie outside before each
+        return numbers + torch.searchsorted(before, numbers, right=True)
+
     def _flat(self, indices: Tensor, entries: slice) -> Tensor:
         if not self.is_compact:
             return indices[entries]
