@@ -29,7 +29,7 @@ from sltrain.api.study import Candidate, Study, StudyRun
 from sltrain.engine.metrics import to_strict_json
 from sltrain.events import Event
 from sltrain.reporting.rows import eval_bytes
-from sltrain.reporting.study import Entry, Protocol, Results, main_table, render
+from sltrain.reporting.study import Entry, Protocol, Results, counted, main_table, render
 from sltrain.reporting.table import Table
 from sltrain.runs.lock import RunLock
 from sltrain.runs.run_folder import write_atomically
@@ -183,8 +183,8 @@ def _check_configs(ledger: Ledger, study: Study) -> None:
                 )
 
 
-def entry_of(run: StudyRun, folder: Path, seconds: float, device: str) -> Entry:
-    """The line of the run in this folder, whose process has ended after `seconds`; `device` is auto, cpu or cuda."""
+def entry_of(run: StudyRun, folder: Path, seconds: float, machine: str) -> Entry:
+    """The line of the run in this folder, whose process has ended after `seconds`; `machine` is what it was made on."""
     record = read_run(folder)
     final: Event = record.final or {}
     last: Event = record.last or {}
@@ -208,7 +208,7 @@ def entry_of(run: StudyRun, folder: Path, seconds: float, device: str) -> Entry:
         config=run.config,
         code=code_version(),
         versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
-        machine=machine_name(device),
+        machine=machine,
     )
 
 
@@ -261,8 +261,9 @@ def code_version() -> str:
 
 
 @cache
-def machine_name(device: str) -> str:
-    """The device that device=auto, cpu or cuda means here: the card, or the CPU and the threads torch takes."""
+def machine_name(device: str, threads: str | None = None) -> str:
+    """The device that device=auto, cpu or cuda means here: the card, or the CPU and the threads of a run, by default
+    those that torch takes."""
     import torch
 
     from sltrain.benchmarks.base import cpu_name
@@ -270,4 +271,4 @@ def machine_name(device: str) -> str:
 
     if pick_device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {counted(int(threads or torch.get_num_threads()), 'thread')}"

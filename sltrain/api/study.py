@@ -50,13 +50,19 @@ class CompareConfig:
 
     study: str = MISSING  # a name in conf/study, or a YAML file
     run_dir: str | None = None  # where its runs, ledger and page are; None: outputs/studies/NAME
+    jobs: int = 1  # runs at once, each on a GPU where there are some, and with a share of the CPU's threads
     dry_run: bool = False  # print the cost, run nothing
+
+
+def check_jobs(config: CompareConfig) -> None:
+    if config.jobs < 1:
+        raise ValueError(f"jobs={config.jobs}: must be at least 1")
 
 
 COMPARE = Schema(
     "compare",
     CompareConfig,
-    lambda config: None,
+    check_jobs,
     has_groups=False,
     order="all keys of sltrain-train can be set too (sltrain-train --help)",
     advice="choose a study: study=first",

@@ -3,6 +3,7 @@
     sltrain-compare study=first dry_run=true       what it would cost; nothing is run
     sltrain-compare study=first                    runs it, or goes on with it: outputs/studies/first/study.md
     sltrain-compare study=headline data=local path='wiki/train.*.gz' validation_path='wiki/validation.*.gz'
+    sltrain-compare study=first jobs=8             eight runs at once, each on a GPU or on a share of the CPU
     sltrain-compare study=my_study.yaml            a study of your own, laid out as conf/study/first.yaml
     sltrain-report --study outputs/studies/first   draws the page again, from the ledger alone
 
@@ -12,13 +13,18 @@ again. A run that diverges counts as infinite. Any other failure ends the study,
 """
 
 import math
+import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from sltrain.api.ledger import Ledger, draw_study, entry_of, open_ledger, study_table
+from sltrain.api.ledger import Ledger, draw_study, entry_of, machine_name, open_ledger, study_table
 from sltrain.api.study import COMPARE, Study, StudyRun, folder_of_study, positions, read_arguments, size_of
 from sltrain.commands.help_text import help_text
-from sltrain.commands.sweep import in_words, run_process
+from sltrain.commands.processes import Job, in_words, run_processes
 from sltrain.config import num_steps
 from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
@@ -42,7 +48,7 @@ def run_command(arguments: list[str]) -> ExitCode:
         folder = folder_of_study(settings, study)
         ledger = open_ledger(folder, study, writes=not settings.dry_run)
         try:
-            work = Work(study, ledger)
+            work = Work(study, ledger, places(settings.jobs))
             print(work.cost(), flush=True)
             return ExitCode.OK if settings.dry_run else work.run()
         finally:
@@ -51,11 +57,35 @@ def run_command(arguments: list[str]) -> ExitCode:
         return report_error(error)
 
 
-class Work:
-    """The runs of a study that are still to be made, one after the other."""
+def places(jobs: int) -> list[dict[str, str]]:
+    """The environment of each of so many runs at once: a GPU, where there are some, and a share of the CPU's threads,
+    unless OMP_NUM_THREADS says how many."""
+    import torch
 
-    def __init__(self, study: Study, ledger: Ledger) -> None:
-        self.study, self.ledger = study, ledger
+    if jobs == 1:
+        return [{}]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+    shares = [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {} for place in range(jobs)]
+    return [{**share, "OMP_NUM_THREADS": threads} for share in shares]
+
+
+@dataclass
+class RunJob(Job):
+    """A run that was begun."""
+
+    run: StudyRun = field(kw_only=True)
+    begin: float = field(kw_only=True)  # time.monotonic
+    said_before: int = field(kw_only=True)  # bytes of its log
+
+
+class Work:
+    """The runs of a study that are still to be made, as many at once as there are places."""
+
+    def __init__(self, study: Study, ledger: Ledger, places: Sequence[dict[str, str]]) -> None:
+        self.study, self.ledger, self.places = study, ledger, places
+        self.num_begun = 0
 
     def cost(self) -> str:
         """What the whole study takes, and what of it is left."""
@@ -93,7 +123,8 @@ class Work:
         updates = self.study.updates_of()
         for entry in done:
             updates[entry.candidate] -= num_steps(self.study.config(entry.role, entry.candidate, 1))
-        return f"{counted(left, 'run')} left, about {duration(sum(rates[name] * updates[name] for name in rates))}"
+        seconds = sum(rates[name] * updates[name] for name in rates) / len(self.places)
+        return f"{counted(left, 'run')} left, about {duration(seconds)}"
 
     def run(self) -> ExitCode:
         """Make every run that is not in the ledger, and draw the page after each part. Returns how that ended."""
@@ -104,9 +135,9 @@ class Work:
             lambda: study.tuning_runs(self._finalists()),
             lambda: study.reporting_runs(self._chosen()),
         ):
-            for run in runs():
-                if run.key not in self.ledger.runs and (code := self._make(run)) != ExitCode.OK:
-                    return code
+            todo = [run for run in runs() if run.key not in self.ledger.runs]
+            if (code := self._make(todo)) != ExitCode.OK:
+                return code
             page = draw_study(self.ledger, folder, f"sltrain-report --study {folder}")
         table = study_table(self.ledger)
         print(f"\n{aligned(table)}\npage: {page}" if table else f"page: {page}", flush=True)
@@ -126,30 +157,57 @@ class Work:
             chosen[name] = trial
         return chosen
 
-    def _make(self, run: StudyRun) -> ExitCode:
-        """One run in a process of its own, continued if it was begun, and its line in the ledger."""
-        folder = self.ledger.folder / "runs" / run.name
+    def _make(self, runs: Sequence[StudyRun]) -> ExitCode:
+        """Each run in a process of its own, continued if it was begun, and its line in the ledger."""
+        self.num_begun = len(self.ledger.runs)
+        with closing(run_processes(map(self._begin, runs), self.places)) as ended:
+            for job, code, is_stopped in ended:
+                if (result := self._end(job, code, is_stopped)) != ExitCode.OK:
+                    return result
+        return ExitCode.OK
+
+    def _begin(self, run: StudyRun) -> RunJob:
+        folder = self._folder(run)
         log = folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        place = f"[{len(self.ledger.runs) + 1}/{self.study.num_runs}] {run.role} {run.candidate}, seed {run.seed}"
+        self.num_begun += 1
+        place = f"[{self.num_begun}/{self.study.num_runs}] {run.role} {run.candidate}, seed {run.seed}"
         print(f"{place}: {setting_text(run.setting)}", flush=True)
-        begin, said_before = time.monotonic(), log.stat().st_size if log.exists() else 0
         command = [sys.executable, "-m", "sltrain.train", *run.overrides, f'run_dir="{folder}"']
-        code, is_stopped = run_process(command, log)
+        said_before = log.stat().st_size if log.exists() else 0
+        return RunJob(command, log, run=run, begin=time.monotonic(), said_before=said_before)
+
+    def _end(self, job: RunJob, code: int, is_stopped: bool) -> ExitCode:
+        is_done = code in (ExitCode.OK, ExitCode.DIVERGED)
+        if is_done:
+            self._record(job)
         if is_stopped:
             print(f"interrupted; {self._left()}; the same command goes on", flush=True)
             return ExitCode.INTERRUPTED
-        if code not in (ExitCode.OK, ExitCode.DIVERGED):
-            said = log.read_bytes()[said_before:].decode(errors="replace").strip().splitlines() or ["it said nothing"]
-            reason = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
-            reason = reason.removeprefix("error: ")
-            return report_error(ValueError(f"{run.name} {in_words(code)}: {reason} (all of it: {log})"))
-        config = self.study.config(run.role, run.candidate, run.trial)
-        entry = entry_of(run, folder, time.monotonic() - begin, config.device)
+        return ExitCode.OK if is_done else report_error(ValueError(self._failure(job, code)))
+
+    def _record(self, job: RunJob) -> None:
+        run = job.run
+        machine = self._machine(self.study.config(run.role, run.candidate, run.trial).device)
+        entry = entry_of(run, self._folder(run), time.monotonic() - job.begin, machine)
         self.ledger.add(entry)
+        name = f"{run.name}: " * (len(self.places) > 1)
         result = f"perplexity {perplexity(math.exp(entry.loss))}" if math.isfinite(entry.loss) else "diverged"
-        print(f"    {result}; {self._left()}", flush=True)
-        return ExitCode.OK
+        print(f"    {name}{result}; {self._left()}", flush=True)
+
+    def _failure(self, job: RunJob, code: int) -> str:
+        log = self._folder(job.run).with_suffix(".log")
+        said = log.read_bytes()[job.said_before :].decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        reason = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
+        return f"{job.run.name} {in_words(code)}: {reason.removeprefix('error: ')} (all of it: {log})"
+
+    def _folder(self, run: StudyRun) -> Path:
+        return self.ledger.folder / "runs" / run.name
+
+    def _machine(self, device: str) -> str:
+        threads = self.places[0].get("OMP_NUM_THREADS")
+        at_once = f", {len(self.places)} runs at once" * (len(self.places) > 1)
+        return machine_name(device, threads) + at_once
 
 
 def _rate(entries: list[Entry]) -> float:

@@ -15,8 +15,6 @@ import itertools
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Collection
@@ -28,11 +26,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 
+from sltrain.commands.processes import in_words, run_process
 from sltrain.compose import PLUGINS, parse_overrides, sweep_values
 from sltrain.errors import ExitCode
-from sltrain.signals import ALWAYS, BY_DEFAULT_FATAL, stop_signals
 
-INTERRUPTED = {ExitCode.INTERRUPTED, ExitCode.NOTHING_SAVED, *(-number for number in (*ALWAYS, *BY_DEFAULT_FATAL))}
 MAX_PART = 60  # characters of a folder's name for one swept key
 
 
@@ -178,52 +175,3 @@ def job_name(overrides: list[Override], swept_keys: list[str]) -> str:
         keeps_all = plain == part and len(part) <= MAX_PART
         parts.append(part if keeps_all else f"{plain[:MAX_PART]}-{sha256(part.encode()).hexdigest()[:6]}")
     return "_".join(parts) or "job"
-
-
-def run_process(command: list[str], log: Path | None = None) -> tuple[int, bool]:
-    """Run a job, what it prints appended to the file `log`, if given; return its exit code (INTERRUPTED if a signal
-    ended it) and whether the sweep is to stop.
-
-    The job is asked to stop with SIGTERM: a terminal's Ctrl-C has reached it already, and a second SIGINT would end it
-    without saving.
-    """
-    received: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        if process is not None:
-            process.send_signal(signal.SIGTERM)
-
-    previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    output = None
-    try:
-        output = None if log is None else open(log, "ab")
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        if received:  # before there was a process to ask
-            process.send_signal(signal.SIGTERM)
-        code = process.wait()
-        if code != ExitCode.OK and (received or code in INTERRUPTED):
-            code = ExitCode.INTERRUPTED
-        return code, bool(received) or code == ExitCode.INTERRUPTED
-    finally:
-        if process is not None and process.poll() is None:  # what ended this process did not ask the job
-            process.terminate()
-            process.wait()
-        if output is not None:
-            output.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def in_words(code: int) -> str:
-    """How a job ended, by its exit code."""
-    known = {
-        ExitCode.OK: "finished",
-        ExitCode.BAD_INPUT: "refused",
-        ExitCode.INTERRUPTED: "interrupted",
-        ExitCode.DATA_LOST: "data lost",
-        ExitCode.DIVERGED: "diverged",
-    }
-    word = next((words for known_code, words in known.items() if known_code == code), "failed")
-    return word if code == ExitCode.OK else f"{word} (exit code {code})"

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -74,19 +74,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
     """Trains runs in this process."""
     made, fetch = Made(), Feed.fetch
 
-    def run_here(command: list[str], log: Path | None = None) -> tuple[int, bool]:
-        assert command[1:3] == ["-m", "sltrain.train"]
-        if len(made.names) == made.stop_at:
-            return ExitCode.INTERRUPTED, True
-        made.names.append(Path(command[-1].strip('"')).name)
-        return int(train.run_command(command[3:])), False
+    def run_here(jobs: Iterable[Any], places: Any) -> Generator[tuple[Any, int, bool], None, None]:
+        for job in jobs:
+            assert job.command[1:3] == ["-m", "sltrain.train"]
+            if len(made.names) == made.stop_at:
+                yield job, ExitCode.INTERRUPTED, True
+            made.names.append(Path(job.command[-1].strip('"')).name)
+            yield job, int(train.run_command(job.command[3:])), False
 
     def fetch_and_note(feed: Feed) -> Any:
         batch = fetch(feed)
         made.read.setdefault(made.names[-1], []).append(sha256(batch.input_ids.numpy().tobytes()).hexdigest())
         return batch
 
-    monkeypatch.setattr(compare, "run_process", run_here)
+    monkeypatch.setattr(compare, "run_processes", run_here)
     monkeypatch.setattr(Feed, "fetch", fetch_and_note)
     yield made
 
@@ -273,6 +274,51 @@ def test_killed_with_its_run_it_goes_on(study: dict[str, Any], write: Callable, 
 
 
 @pytest.mark.slow
+def test_runs_at_once_are_those_of_one_after_the_other(
+    study: dict[str, Any], write: Callable, made: Made, tmp_path: Path, sltrain_compare: Callable
+) -> None:
+    """In processes of their own, three at once; the losses are those of this process."""
+    study["candidates"] = {name: {**own, "tune": {"lr": [1e-2, 1e-3]}} for name, own in study["candidates"].items()}
+    path, found = write(study), []
+    for jobs in (3, 1):
+        if jobs > 1:
+            command = [
+                sys.executable,
+                "-m",
+                "sltrain",
+                "compare",
+                f"study={path}",
+                f"run_dir={tmp_path / '3'}",
+                "jobs=3",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            assert "dense_trial-1_seed-1: perplexity" in done.stdout
+        else:
+            assert sltrain_compare(f"study={path}", f"run_dir={tmp_path / '1'}")[0] == 0
+        found.append(read_ledger(tmp_path / str(jobs)).runs)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 8
+    for key, run in found[0].items():
+        assert run.loss == pytest.approx(found[1][key].loss, rel=1e-5)
+        assert run.machine.endswith("3 runs at once") and "at once" not in found[1][key].machine
+
+
+def test_each_run_at_once_has_a_gpu_and_a_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert compare.places(1) == [{}] and compare.places(4) == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in compare.places(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert compare.places(2) == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "6"} for gpu in "57"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((conf_dir() / "study").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_the_package_compose(path: Path) -> None:
     """Every trial, on a corpus that every machine has; and what is said to be equal, is."""
@@ -352,6 +398,7 @@ def test_mistakes_in_a_study(
         ("study=frist", "study=frist does not exist; did you mean study=first? there are: first, headline"),
         ("study=nowhere.yaml", "study=nowhere.yaml: there is no such file"),
         ("dry_run=true", "study is not set; choose a study: study=first"),
+        ("study=first jobs=0", "jobs=0: must be at least 1"),
         ("stduy=first", "unknown key 'stduy'; did you mean study?"),
         ("study=first --rank", "--rank: sltrain-compare knows KEY=VALUE and --help, and no other option"),
     ],
@@ -374,12 +421,13 @@ def test_a_run_that_cannot_start_ends_the_study(
     """What its process said last is the reason, and not what an earlier attempt said."""
     says = ["model ...\nerror: the corpus is gone\n", "memory is short\n"]
 
-    def refuse(command: list[str], log: Path) -> tuple[int, bool]:
-        with open(log, "a") as file:
-            file.write(says.pop(0))
-        return int(ExitCode.BAD_INPUT), False
+    def refuse(jobs: Iterable[Any], places: Any) -> Generator[tuple[Any, int, bool], None, None]:
+        for job in jobs:
+            with open(job.log, "a") as file:
+                file.write(says.pop(0))
+            yield job, int(ExitCode.BAD_INPUT), False
 
-    monkeypatch.setattr(compare, "run_process", refuse)
+    monkeypatch.setattr(compare, "run_processes", refuse)
     code, _, err = sltrain_compare(f"study={write(study)}", f"run_dir={tmp_path / 'out'}")
     assert code == ExitCode.BAD_INPUT
     assert "dense_trial-1_seed-1 refused (exit code 2): the corpus is gone (all of it: " in err

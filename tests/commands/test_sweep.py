@@ -1,18 +1,15 @@
 """Names of sweep jobs are deterministic and can be typed back; what became of jobs is known wherever they ran."""
 
 import json
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sltrain.commands.sweep import Sweep, in_words, job_name, run_process, with_options_in_jobs, with_swept_before
+from sltrain.commands.sweep import Sweep, job_name, with_options_in_jobs, with_swept_before
 from sltrain.compose import conf_dir, parse_overrides, register_schema
-from sltrain.signals import stop_signals
 
 pytestmark = pytest.mark.slow
 
@@ -62,32 +59,6 @@ def test_a_sweep_from_weights_says_which_keys_to_add(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="add model=NAME and the keys of that run: with -m, init_from brings"):
         with_swept_before(["-m", *typed], typed)
     assert with_swept_before(["-m", "model=x", *typed], ["model=x", *typed])[1] == ["model=x", *typed]
-
-
-def test_exit_codes_in_words() -> None:
-    words = {0: "finished", -9: "failed (exit code -9)", 5: "diverged (exit code 5)", 2: "refused (exit code 2)"}
-    assert {code: in_words(code) for code in words} == words
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("pass", (0, False)),
-        ("import sys; sys.exit(2)", (2, False)),
-        ("import sys; sys.exit(3)", (3, True)),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", (3, True)),
-        ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(20)", (3, True)),
-    ],
-)
-def test_a_signal_to_the_sweep_or_to_its_job_ends_the_sweep(code: str, expected: tuple[int, bool]) -> None:
-    assert run_process([sys.executable, "-c", code]) == expected
-
-
-def test_a_log_that_cannot_be_opened_leaves_signals_as_they_were(tmp_path: Path) -> None:
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-    with pytest.raises(OSError):
-        run_process([sys.executable, "-c", "pass"], tmp_path / "nowhere" / "log")
-    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_run_that_finished_just_before_the_sweep_was_stopped_is_not_to_go(
