@@ -217,7 +217,8 @@ def read_study(name: str, typed: list[str]) -> Study:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {error.problem}") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {error.full_key}: {first_line(error)}") from error
+        reason = "must be a list: [max_steps=500, lr=1e-3]" if "not a ListConfig" in str(error) else first_line(error)
+        raise ValueError(f"{path}: {error.full_key}: {reason}") from error
     except OSError as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     candidates = {key: Candidate(**own) for key, own in plain["candidates"].items()}
@@ -285,11 +286,15 @@ def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
             raise ValueError(f"candidate {name}: equal={quantity}: choose of {', '.join(QUANTITIES)}")
         if other not in file.candidates:
             raise ValueError(f"candidate {name}: equal says {quantity} of {other}, which is no candidate")
-    keys = [
-        override.key_or_group for override in parse_overrides([*file.common, *candidate.overrides, *file.screening])
-    ]
+    common, own, screening = (
+        [override.key_or_group for override in parse_overrides(texts)]
+        for texts in (file.common, candidate.overrides, file.screening)
+    )
+    keys = [*common, *own, *screening]
     if candidate.seen < 0 or (candidate.seen and "init_from" not in [*keys, *candidate.tune]):
         raise ValueError(f"candidate {name}: seen={candidate.seen} counts what init_from was trained on; set init_from")
+    if both := {*screening} & {*own, *candidate.tune}:
+        raise ValueError(f"the screening sets {min(both)}, and so does candidate {name}; let it only shorten runs")
     for key in [*keys, *candidate.tune]:
         if key in OWN:
             raise ValueError(f"candidate {name} sets {key}, which the study sets; drop it")
