@@ -13,6 +13,7 @@ from typing import Any
 
 from sltrain.config import EVAL_PARTS, ROPE_TYPES, RopeScaling, TrainConfig, num_steps, rate_schedule
 from sltrain.methods import sltrain
+from sltrain.methods.regrow import LAST
 from sltrain.optim.kinds.adamw import AdamOptions
 from sltrain.optim.schedule import SCHEDULES
 from sltrain.parameters import ROLES
@@ -133,8 +134,13 @@ def _disagreements(config: TrainConfig) -> Iterator[str]:
         )
     if method.changes_vectors() and not optimizer.keeps_whole_moments(config.stochastic_rounding):
         yield (
-            f"method={method.name} changes the moments of single rows and columns, which"
+            f"method={method.name} changes the moments of parts of a tensor, which"
             f" optimizer={optimizer.name} holds in another form; set optimizer=adamw"
+        )
+    if (every := getattr(method, "regrow_every", 0)) > LAST * num_steps(config):
+        yield (
+            f"method.regrow_every={every} is beyond three quarters of the {num_steps(config):,} updates, after which"
+            " nothing moves; set it lower, or drop it"
         )
     if config.grad_clip is not None and config.grad_clip_per_parameter is not None:
         yield (

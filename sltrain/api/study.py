@@ -8,7 +8,8 @@
                on half b. A seed is that of weights, supports and data: runs of one seed read the same rows in order
 
 Everything is composed and checked before the first run starts: what no candidate may change (text, tokenizer, rows),
-that all are tried equally often, and what one has as much of as another (`equal`). The runs are made by
+that all are tried equally often, and what one has as much of as another (`equal`). A run that others start from
+(`init_from`, `support_from`) is looked for when they start. The runs are made by
 commands/compare.py, kept in ledger.py, and read by reporting/study.py. No torch at the top.
 """
 
@@ -213,9 +214,10 @@ def read_study(name: str, typed: list[str]) -> Study:
         if missing:
             raise ValueError(f"{path}: {missing[0]} is not set")
         plain: Any = OmegaConf.to_container(content, resolve=False)  # ${...} is the business of the runs
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: {problem or first_line(error)}") from error
     except OmegaConfBaseException as error:
         reason = "must be a list: [max_steps=500, lr=1e-3]" if "not a ListConfig" in str(error) else first_line(error)
         raise ValueError(f"{path}: {error.full_key}: {reason}") from error
@@ -227,6 +229,7 @@ def read_study(name: str, typed: list[str]) -> Study:
         _check(file)
         screened = _compose(file, is_screening=True) if file.screening else {}
         study = Study(path.stem, file, _compose(file), screened)
+        _check_shorter(study)
         _check_equal(study)
     except ValueError as error:
         raise ValueError(f"study={name}: {error}") from error
@@ -255,6 +258,8 @@ def _check(file: StudyFile) -> None:
         raise ValueError(f"reference={file.reference} is none of the candidates {', '.join(names)}")
     if len(names) < 2:
         raise ValueError(f"{names[0]} is the only candidate; a comparison needs another one")
+    if file.trials < 1:
+        raise ValueError(f"trials={file.trials}: must be at least 1")
     if len(reporting) < 2:
         raise ValueError(f"reporting_seeds={reporting}: an interval needs two or more; 5 are usual")
     if not tuning:
@@ -363,13 +368,22 @@ def _check_starts(study: Study, name: str, quantity: str, other: str) -> None:
             )
 
 
+def _check_shorter(study: Study) -> None:
+    for (name, trial), config in study.screened.items():
+        if (updates := num_steps(config)) >= (whole := num_steps(study.configs[name, trial])):
+            raise ValueError(
+                f"the screening gives candidate {name} {updates:,} updates and the whole run has {whole:,}; shorten it"
+                " by max_steps"
+            )
+
+
 def _amounts(study: Study, name: str, quantity: str) -> dict[int, int]:
     """How much of a quantity each trial of a candidate has, where it is known."""
     found = {}
     for trial in range(1, study.file.trials + 1):
         config = study.configs[name, trial]
         if quantity == "tokens":
-            found[trial] = positions(config) + study.file.candidates[name].seen
+            found[trial] = positions(config) + (study.file.candidates[name].seen if config.init_from else 0)
         elif size := size_of(config):
             found[trial] = size.parameters if quantity == "parameters" else size.flops
     return found

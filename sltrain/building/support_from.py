@@ -38,7 +38,9 @@ class SupportSource:
     def check(self, model: nn.Module, start: Start | None) -> None:
         """Raise ValueError unless each S of `model`, on the meta device, finds enough entries to choose from, and keeps
         what is chosen when the run begins with the weights of `start`."""
-        for name, layer in _with_S(model).items():
+        if not (layers := _with_S(model)):
+            raise ValueError("support=topk with sparsity=0 has no S to place; set sparsity above 0")
+        for name, layer in layers.items():
             theirs = self.saved.model.get_submodule(name)
             if start is not None and is_same(layer, start.saved.model.get_submodule(name)):
                 raise ValueError(

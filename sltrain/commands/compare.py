@@ -66,7 +66,8 @@ def places(jobs: int) -> list[dict[str, str]]:
         return [{}]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
+    typed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number for each level
+    threads = typed if typed.isdigit() else str(max(1, torch.get_num_threads() // jobs))
     shares = [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {} for place in range(jobs)]
     return [{**share, "OMP_NUM_THREADS": threads} for share in shares]
 
@@ -112,9 +113,12 @@ class Work:
             f" {short(sum(tokens.values()))} positions{flops}; {self._left()}"
         )
 
+    def _done(self) -> list[Entry]:
+        return [entry for entry in self.ledger.runs.values() if entry.candidate in self.study.file.candidates]
+
     def _left(self) -> str:
         """How many runs are left and, once one is done, for how long."""
-        done = [entry for entry in self.ledger.runs.values() if entry.candidate in self.study.file.candidates]
+        done = self._done()
         left = self.study.num_runs - len(done)
         timed = [entry for entry in done if entry.seconds and entry.updates]
         if not left or not timed:
@@ -159,7 +163,7 @@ class Work:
 
     def _make(self, runs: Sequence[StudyRun]) -> ExitCode:
         """Each run in a process of its own, continued if it was begun, and its line in the ledger."""
-        self.num_begun = len(self.ledger.runs)
+        self.num_begun = len(self._done())
         with closing(run_processes(map(self._begin, runs), self.places)) as ended:
             for job, code, is_stopped in ended:
                 if (result := self._end(job, code, is_stopped)) != ExitCode.OK:

@@ -73,7 +73,7 @@ def run_processes(
             place = _first_ended({place: process for place, (_, process) in running.items()})
             job, process = running.pop(place)
             code = process.wait()
-            if code != ExitCode.OK and (received or code in INTERRUPTED):
+            if code not in (ExitCode.OK, ExitCode.DIVERGED) and (received or code in INTERRUPTED):
                 code = ExitCode.INTERRUPTED
             is_told = bool(received) or code == ExitCode.INTERRUPTED
             yield job, code, is_told

@@ -33,7 +33,8 @@ class Costs:
 
 
 # CPU: medians over the paper's shapes on two AVX-512 cores; up to twice as much on small or narrow matrices, where
-# reading x and writing y weighs more. Blocks without the kernel are an estimate.
+# reading x and writing y weighs more. Blocks without the kernel are an estimate; `rolled` has the price of columns,
+# unmeasured.
 COSTS = {
     "cpu": Costs(entry=2.3, block_entry=2.2, column_entry=4.2, weight_pass=29.0),
     "cpu without kernel": Costs(entry=None, block_entry=5.0, column_entry=4.2, weight_pass=29.0),

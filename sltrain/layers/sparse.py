@@ -6,7 +6,8 @@
     uniform, stratified     CPU, float32: the kernel                                       N nnz, entry by entry
                             elsewhere: S is made dense a slice of rows at a time           N in out, on matrix units
     block                   CPU, float32: the kernel; elsewhere one batched product        N nnz, on matrix units
-    column                  the trained columns of x times a small dense matrix            N nnz, on matrix units
+    column, slice           the trained columns of x times a small dense matrix            N nnz, on matrix units
+    rolled                  one batched product of runs of x with the blocks               N nnz, on matrix units
 
 Nothing of size (out, in) is ever allocated, and no product waits for the GPU: what depends on the drawn positions is
 computed on their device. Several S that are applied to the same x go through the kernel together, which then reads x

@@ -80,4 +80,4 @@ class Regrowth(Method):
             return super().actions(running)
         most = max((layer.support.num_nonzero for layer in layers.values()), default=0)
         every_source = 8 * sum(layer.support.num_nonzero for layer in layers.values())
-        return [*super().actions(running), Action("regrow", is_due, regrow, temporary_bytes=every_source + 40 * most)]
+        return [*super().actions(running), Action("regrow", is_due, regrow, temporary_bytes=every_source + 53 * most)]

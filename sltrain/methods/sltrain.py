@@ -76,6 +76,11 @@ class SLTrain(Restarts, Regrowth):
                 f"support_from={self.support_from} is for support=topk, and support is {self.support};"
                 " add support=topk, or drop support_from"
             )
+        if self.regrow_every and self.sparsity == 0 and not self.sparsity_overrides:
+            raise ValueError(
+                f"method.regrow_every={self.regrow_every} moves entries of S, and sparsity=0 leaves none; set sparsity"
+                " above 0, or drop it"
+            )
         if self.regrow_every and self.support not in ("uniform", "topk"):
             raise ValueError(
                 f"method.regrow_every={self.regrow_every} moves single entries, and those of support={self.support} lie"

@@ -122,7 +122,12 @@ class Results:
     def tokens(self, name: str) -> float | None:
         """Trained on, those that its first weights had seen included."""
         own = self.median(name, "tokens")
-        return None if own is None else own + self.protocol.candidates[name].get("seen", 0)
+        return None if own is None else own + self.seen(name)
+
+    def seen(self, name: str) -> int:
+        """Positions that its first weights had been trained on."""
+        starts = self.runs[name][0].config.get("init_from")
+        return self.protocol.candidates[name].get("seen", 0) if starts else 0
 
     def against(self, name: str, other: str) -> Difference:
         """The paired difference of two candidates."""
@@ -325,12 +330,16 @@ def _edges(results: Results, name: str) -> list[str]:
 
 def _starts(results: Results, name: str) -> list[str]:
     """Whether its first weights had been trained, and are not those of all."""
-    starts = {one: runs[0].config.get("init_from") for one, runs in results.runs.items()}
-    start = starts[name]
-    if not start or len({*starts.values()}) == 1:
-        return []
-    seen = results.protocol.candidates[name].get("seen", 0)
-    return [f"{name} starts from {start}: its tokens count {short(seen)} positions behind it, its FLOPs and time none."]
+    remarks, of = [], {one: runs[0].config for one, runs in results.runs.items()}
+    for key in ("init_from", "support_from"):
+        start = of[name].get(key)
+        if not start or len({config.get(key) for config in of.values()}) == 1:
+            continue
+        seen = f"its tokens count {short(results.seen(name))} positions behind it"
+        if key == "support_from":
+            seen = "its tokens count none of those that the other run was trained on"
+        remarks.append(f"{name} has {key}={start}: {seen}, its FLOPs and time none.")
+    return remarks
 
 
 def _unequal(results: Results, name: str) -> list[str]:

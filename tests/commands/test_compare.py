@@ -314,7 +314,7 @@ def test_each_run_at_once_has_a_gpu_and_a_share_of_threads(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in compare.places(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    monkeypatch.setenv("OMP_NUM_THREADS", "6,2")
     assert compare.places(2) == [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "6"} for gpu in "57"]
 
 
@@ -346,6 +346,14 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (but(finalists=1), "screening and finalists belong together"),
         (but(screening=["max_steps=2"], finalists=2), "finalists=2: must be from 1 to 1, below trials=2"),
         (but(screening=["max_steps=0"], finalists=1), "screening of candidate dense, trial 1: max_steps=0"),
+        (
+            but(screening=["warmup_steps=1"], finalists=1),
+            "the screening gives candidate dense 6 updates and the whole run has 6; shorten it",
+        ),
+        (
+            lambda study: with_dense(tune={"lr": []})(but(trials=0)(study)),
+            "trials=0: must be at least 1",
+        ),
         (but(screening="max_steps=2", finalists=1), "screening: must be a list: [max_steps=500, lr=1e-3]"),
         (but(screening=["lr=1"], finalists=1), "the screening sets lr, and so does candidate dense; let it"),
         (but(screening=["method=full"], finalists=1), "the screening sets method, and so does candidate dense"),
@@ -381,6 +389,10 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
             "whose FLOPs are not known",
         ),
         (
+            with_dense(overrides=["max_steps=5"], tune={"init_from": [None, "/a/run"]}, seen=256),
+            "dense, trial 1 (init_from=None), has 0.833 times the tokens",
+        ),
+        (
             with_dense(overrides=["method=full", "init_from=/a/run"], seen=256),
             "sltrain, trial 1 (lr=0.01), has 0.857 times the tokens of dense, trial 1 (1,536 and 1,792)",
         ),
@@ -409,6 +421,14 @@ def test_mistakes_in_a_study(
 def test_mistakes_on_the_command_line(typed: str, words: str, sltrain_compare: Callable) -> None:
     code, out, err = sltrain_compare(*typed.split())
     assert code == ExitCode.BAD_INPUT and words in err and len(err.splitlines()) == 1 and not out, err
+
+
+@pytest.mark.parametrize("content", [b"a: \x01", b"a: \xff", b"- a"])
+def test_a_file_that_is_no_study_is_named(content: bytes, tmp_path: Path, sltrain_compare: Callable) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    code, _, err = sltrain_compare(f"study={path}")
+    assert code == ExitCode.BAD_INPUT and str(path) in err and len(err.splitlines()) == 1
 
 
 def test_a_name_twice(study: dict[str, Any], write: Callable, sltrain_compare: Callable) -> None:

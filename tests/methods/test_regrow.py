@@ -149,6 +149,8 @@ def test_two_ranks_move_as_one_does(tiny: list[str], fork_train: Callable, tmp_p
         ("method.regrow_every=-1", "method.regrow_every=-1: must be at least 0"),
         ("method.regrow_every=2 method.regrow_fraction=1", "method.regrow_fraction=1.0: must be above 0 and below 1"),
         ("method.regrow_fraction=0.3", "method.regrow_fraction=0.3 has no effect while S stays"),
+        ("method.regrow_every=2 sparsity=0", "moves entries of S, and sparsity=0 leaves none"),
+        ("method.regrow_every=7 max_steps=8 warmup_steps=0", "beyond three quarters of the 8 updates"),
         ("method.regrow_every=2 support=block", "those of support=block lie in a pattern; set support=uniform"),
         ("method.regrow_every=2 ema=0.9", "moves entries of S: averages would mix"),
         ("method.regrow_every=2 optimizer=adafactor", "set optimizer=adamw"),

@@ -10,7 +10,7 @@
                  equally many, give or take one                block columns + column)
     column       round(sparsity * in) whole columns            int32 column numbers        at most rank + columns
     slice        as many columns, side by side                 int32 column numbers        at most rank + columns
-    rolled       a diagonal of round(1 / sparsity) blocks,     two numbers, int32          full, where the blocks
+    rolled       a diagonal of about 1 / sparsity blocks,      two numbers, int32          full, where the blocks
                  rolled by a number of columns                                             divide the sides
 
 `uniform` is the paper's (arXiv 2406.02214, section 3.2). The published code shuffles all out * in positions and keeps

@@ -34,7 +34,8 @@ class RolledSupport(Support):
         if sparsity == 0:
             raise ValueError("support=rolled needs sparsity above 0; for B A alone use support=uniform")
         shorter, shape = min(out_features, in_features), f"{out_features} x {in_features}"
-        self.num_blocks = g = _pick_count(out_features, in_features, sparsity)
+        most = shorter * (1 + TOLERANCE)
+        self.num_blocks = g = _pick_count(out_features, in_features, sparsity) if 1 / sparsity < most else shorter + 1
         if g < 2:
             raise ValueError(
                 f"support=rolled with sparsity {sparsity} is one block, all of a {shape} matrix; use sparsity up to"
@@ -42,7 +43,7 @@ class RolledSupport(Support):
             )
         if g > shorter:
             raise ValueError(
-                f"support=rolled with sparsity {sparsity} makes {g} blocks, more than a {shape} matrix can have; use"
+                f"support=rolled with sparsity {sparsity} makes more blocks than a {shape} matrix can have; use"
                 f" sparsity {1 / shorter:.2g} or more, or support=uniform"
             )
         self.tiles = out_features % g == in_features % g == 0  # all blocks are of one size
