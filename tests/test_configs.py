@@ -103,6 +103,13 @@ def test_every_experiment_composes_and_builds(name: str) -> None:
         assert f"# {field}" in header, f"the header of {name}.yaml does not state its {field}"
 
 
+def test_the_best_recipe_is_what_its_study_measured() -> None:
+    study = yaml.safe_load((conf_dir() / "study" / "recipes.yaml").read_text())
+    typed = [*study["common"], "data=stdlib"]
+    assert composed(*typed, "recipe=best") == composed(*typed, *study["candidates"]["clipped"]["overrides"])
+    assert composed(*typed, "recipe=paper") == composed(*typed)
+
+
 def test_command_line_wins_over_recipe_and_experiment() -> None:
     config = composed("experiment=paper_60m", "rank=64", "sparsity=0.01", "optimizer=adam8bit")
     assert (config.rank, config.sparsity, config.optimizer.name, config.model.name) == (

@@ -61,6 +61,11 @@ def _config_over(path: Path, overrides: list[Override], forgotten: Mapping[str, 
     check_form(overrides, is_sweep=False, schema=TRAIN)
     for override in overrides:
         refuse_unknown_key(override, TRAIN)
+    if (recipe := _typed(overrides, "recipe")) is not None:
+        raise ValueError(
+            f"recipe={recipe} is for a run that takes its keys from a model, and this one takes those of {path.parent};"
+            f" add model=NAME, or drop it and type what conf/recipe/{recipe}.yaml sets"
+        )
     _refuse_removed(path.parent, before, overrides)
     groups, config = groups_of(TRAIN), read_saved(path)
     config.update(forgotten)

@@ -109,6 +109,7 @@ def test_a_model_or_an_experiment_means_conf(run: Path) -> None:
         (["run_dir=RUN", "keep_last=0"], ["keep_last=0", "at least 1"]),
         (["run_dir=RUN", "data.block=1"], ["data.block"]),
         (["run_dir=RUN", "tracker=mlflow"], ["tracker=mlflow does not exist", "wandb"]),
+        (["run_dir=RUN", "recipe=best"], ["recipe=best is for a run that takes its keys", "add model=NAME"]),
         (["run_dir=RUN", "method=sl"], ["method=sl does not exist", "sltrain"]),
         (["run_dir=RUN", "keep_last=1,2"], ["-m"]),
         (["run_dir=RUN", "extend=-1"], ["extend=-1", "at least 0"]),
