@@ -32,7 +32,7 @@ from sltrain.events import DIVERGING, NUMBERS, Event
 from sltrain.runs.run_folder import OURS, RunFolder, read_config
 
 RECENT_SECONDS = 600.0
-LEDGER = "ledger.jsonl"  # of a study, whose runs lie below it
+LEDGER, STUDY_RUNS = "ledger.jsonl", "runs"  # of a study, and the folder of its runs beside it
 
 
 @dataclass
@@ -68,7 +68,7 @@ def _walk(folder: Path, seen: set[str], studies: list[Path], is_named: bool = Fa
         yield folder
         return
     if not is_named and (folder / LEDGER).is_file():
-        studies.append(folder)
+        studies += [folder] * (folder / STUDY_RUNS).is_dir()  # a ledger may be kept without its runs
         return
     with contextlib.suppress(OSError):  # no permission to list it
         for entry in sorted(folder.iterdir()):

@@ -83,6 +83,9 @@ def test_runs_of_a_study_below_a_path_are_its_own(tmp_path: Path) -> None:
     studies: list[Path] = []
     assert find_runs([tmp_path], studies) == [run] and studies == [tmp_path / "study"]
     assert find_runs([tmp_path / "study"], studies) == [own] and len(studies) == 1
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / LEDGER).write_text("")  # without its runs nothing is left out
+    assert find_runs([tmp_path], again := []) == [run] and again == [tmp_path / "study"]
 
 
 @pytest.mark.parametrize("config", [None, "model: [", "\x00", "- a\n- b", "[" * 5000])
