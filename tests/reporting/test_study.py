@@ -122,10 +122,16 @@ def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count(
     results = Results(protocol, made)
     assert results.tokens("slow") == 1200 and results.tokens("dense") == 800
     said = remarks_on(results)
-    assert "slow starts from /a/run: its tokens count 400 positions behind it, its FLOPs and time none." in said
+    assert "slow has init_from=/a/run: its tokens count 400 positions behind it, its FLOPs and time none." in said
     assert "slow was to have the tokens of dense and has 1.500 times as many." in said
     made = [replace(e, config={"init_from": "/a/run"}) for e in made]
-    assert not any("starts from" in remark for remark in remarks_on(Results(protocol, made)))
+    assert not any("init_from" in remark for remark in remarks_on(Results(protocol, made)))
+    made = [replace(e, config={"support_from": "/a/run"} if e.candidate == "slow" else {}) for e in made]
+    results = Results(protocol, made)
+    assert results.tokens("slow") == 800  # seen counts for first weights
+    assert any(
+        remark.startswith("slow has support_from=/a/run: its tokens count none of") for remark in remarks_on(results)
+    )
 
 
 def test_a_study_that_is_not_done() -> None:
