@@ -33,7 +33,7 @@ from sltrain.reporting.study import Entry, Protocol, Results, counted, main_tabl
 from sltrain.reporting.table import Table
 from sltrain.runs.lock import RunLock
 from sltrain.runs.run_folder import write_atomically
-from sltrain.runs.run_record import LEDGER, read_run
+from sltrain.runs.run_record import LEDGER, STUDY_RUNS, read_run
 
 PAGE = "study.md"
 DIVERGED = "diverged"  # status of a run, see runs/run_record.py
@@ -79,6 +79,10 @@ class Ledger:
             file.write(b"\n" * is_torn + to_strict_json(event).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def folder_of(self, run: StudyRun) -> Path:
+        """Of one of its runs."""
+        return self.folder / STUDY_RUNS / run.name
 
     def close(self) -> None:
         """Let other processes write to it."""

@@ -30,7 +30,6 @@ from sltrain.errors import ExitCode, report_error, run_as_process
 from sltrain.log import lines_on
 from sltrain.reporting.study import Entry, chosen_trial, counted, finalists, setting_text
 from sltrain.reporting.table import Table, aligned, duration, perplexity, short
-from sltrain.runs.run_record import STUDY_RUNS
 
 
 def main() -> None:
@@ -207,7 +206,7 @@ class Work:
         return f"{job.run.name} {in_words(code)}: {reason.removeprefix('error: ')} (all of it: {log})"
 
     def _folder(self, run: StudyRun) -> Path:
-        return self.ledger.folder / STUDY_RUNS / run.name
+        return self.ledger.folder_of(run)
 
     def _machine(self, device: str) -> str:
         threads = self.places[0].get("OMP_NUM_THREADS")
