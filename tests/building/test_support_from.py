@@ -154,6 +154,7 @@ BAD = {
     "no such folder": ("method=full", ["support_from=/nowhere/at/all"], "there is no such folder here"),
     "another shape": ("method=full", ["model.intermediate_size=48"], "type model.intermediate_size=64"),
     "too few entries": ("method=sltrain rank=6 sparsity=0.02", [], "trains 20 entries of S there, 51 are wanted"),
+    "no S": ("method=full", ["sparsity=0"], "support=topk with sparsity=0 has no S to place"),
     "nothing left": ("method=low_rank rank=4", ["rank=4"], "has no more than rank 4 there"),
     "no matrix": ("method=cola rank=4", [], "of kind cola there, which is not one matrix"),
 }
