@@ -1,12 +1,13 @@
-"""The plan of weights in shards against PyTorch's own fully_shard on gloo ranks: bytes held, and the highest point of
-an update. Second source: torch's profiler, and the storages of its DTensors.
+"""The plan of weights in shards against PyTorch's own fully_shard: bytes held, and the highest point of an update.
+Second source: torch's profiler, and the storages of its DTensors.
 
-gloo's threads free a buffer of one layer when they come to it, which may be an update's peak later: of several updates
-and ranks the lowest peak is that without such a delay.
+Peaks are measured over PyTorch's fake group, whose collectives send nothing: gloo's threads free a layer's buffer when
+they come to it, on a busy machine an update later, and the peak would be theirs.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sltrain.building.memory import optimizer_state_bytes, plan_model, update_shape, update_temporaries, whole_bytes
 from sltrain.building.model import allocate, allocate_own, build_model, weight_dtype
@@ -68,15 +70,24 @@ def shard(model: LlamaForCausalLM, sharding: Sharding) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
 
 
-def measure(ranks: Ranks, overrides: str, sharding: Sharding) -> tuple[int, int]:
+@contextmanager
+def one_rank_of(world_size: int, rank: int) -> Iterator[None]:
+    """A process group in which the other ranks do not exist."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def measure(config: TrainConfig, world_size: int, sharding: Sharding) -> tuple[int, int]:
     """Bytes held between updates, and the peak of tensors in one."""
-    config = config_of(overrides)
     model = model_of(config)
     allocate(model, CPU)
     model.init_weights(0)
     shard(model, sharding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    number = max(1, config.global_batch_size // config.micro_batch_size // ranks.world_size)
+    number = max(1, config.global_batch_size // config.micro_batch_size // world_size)
     size = (config.micro_batch_size, config.seq_len)
 
     def update() -> None:
@@ -90,7 +101,7 @@ def measure(ranks: Ranks, overrides: str, sharding: Sharding) -> tuple[int, int]
     update()
     state = (value for values in optimizer.state.values() for value in values.values())
     held = local_bytes([*model.parameters(), *model.buffers(), *state])
-    return held, min(tensor_peak(update, held, CPU)[1] for _ in range(3))
+    return held, tensor_peak(update, held, CPU)[1]
 
 
 ON_TWO = [
@@ -109,21 +120,21 @@ ON_FOUR = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "cases"), [(2, ON_TWO), (4, ON_FOUR)])
-def test_every_rank_takes_what_the_plan_says(
-    num_ranks: int, cases: list[tuple[str, Sharding]], on_two_ranks: Callable[..., list[Any]]
-) -> None:
-    ranks = on_two_ranks(lambda ranks: [measure(ranks, *case) for case in cases], num_ranks)
-    for (overrides, sharding), *measured in zip(cases, *ranks, strict=True):
-        config = config_of(overrides)
-        plan = plan_model(config, model_of(config), CPU, num_ranks, sharding)
-        others = set(GROUPS[NUM_STORED:]) - {"optimizer_state"}
-        planned = sum(size for name, size in plan.groups.items() if name not in others)
-        held, peak = max(held for held, _ in measured), min(peak for _, peak in measured)
-        print(overrides, peak / plan.total_bytes, plan.stage)
-        assert held == planned
-        assert peak == pytest.approx(plan.total_bytes, rel=0.05), plan
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides", "sharding"), [(2, *case) for case in ON_TWO] + [(4, *case) for case in ON_FOUR]
+)
+def test_every_rank_takes_what_the_plan_says(num_ranks: int, overrides: str, sharding: Sharding) -> None:
+    config = config_of(overrides)
+    plan = plan_model(config, model_of(config), CPU, num_ranks, sharding)
+    others = set(GROUPS[NUM_STORED:]) - {"optimizer_state"}
+    planned = sum(size for name, size in plan.groups.items() if name not in others)
+    largest = 0
+    for rank in (0, num_ranks - 1):  # the last has the least rows
+        with one_rank_of(num_ranks, rank):
+            held, peak = measure(config, num_ranks, sharding)
+        assert peak == pytest.approx(plan.total_bytes, rel=0.03), plan
+        largest = max(largest, held)
+    assert largest == planned
 
 
 def measure_turns(ranks: Ranks, config: TrainConfig) -> tuple[int, int]:
