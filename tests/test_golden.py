@@ -104,6 +104,7 @@ RECIPES |= {
     "lost": ["method=lost", "rank=16", "sparsity=0.06"],
     "low_rank restarts": ["method=low_rank", "rank=16", "method.restart_every=8", "method.restart_warmup=2"],
     "maestro": ["method=maestro", "method.max_rank=32", "method.penalty=0.001", "method.shrink_every=6"],
+    "pufferfish": ["method=pufferfish", "rank=16", "sparsity=0.06", "method.dense_share=0.5", "lr=0.003"],
     "relora": ["method=relora", "rank=16", "method.warm_start=0.5", "method.merge_every=4", "method.merge_warmup=2"],
     "slope": ["method=slope", "rank=16", "method.adapter_share=0.5", "lr=0.003"],
     "sparse": ["method=sparse", "method.sparsity=0.5", "lr=0.003"],

@@ -70,6 +70,7 @@ class Phase:
     after: int  # updates; 0: before the first
     change: Callable[[nn.Module], None]  # adds or freezes parameters, without values; also on the meta device
     start: Callable[[nn.Module, torch.Generator], None] = lambda model, generator: None  # fills new parameters
+    decomposes: bool = False  # as an action's
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class Schedule:
         for phase in self.phases:
             if phase.after == step:
                 self.enter(phase, generator_for(self.seed, phase.name, step))
+                if phase.decomposes:
+                    self.agree()
         for action in self.actions:
             if action.is_due(step):
                 action.apply(Moment(step, generator_for(self.seed, action.name, step)))

@@ -50,3 +50,14 @@ def test_only_actions_with_state_are_kept() -> None:
     pool = nn.Linear(2, 2)
     actions = [Action("switch", every(1), lambda moment: None, state=pool), Action("merge", every(1), print)]
     assert Schedule(actions).stateful() == {"action/switch": pool}
+
+
+def test_every_rank_gets_the_model_of_rank_0_after_what_decomposes() -> None:
+    log: list[str] = []
+    actions = [Action("qr", at(2), lambda moment: log.append("qr"), decomposes=True), Action("draw", at(2), print)]
+    phases = [Phase("svd", 2, lambda model: None, decomposes=True), Phase("freeze", 3, lambda model: None)]
+    enter, agree = lambda phase, generator: log.append(phase.name), lambda: log.append("agree")
+    schedule = Schedule(actions, phases, enter=enter, agree=agree)
+    for step in (1, 2, 3):
+        schedule.run(step)
+    assert log == ["svd", "agree", "qr", "agree", "freeze"]

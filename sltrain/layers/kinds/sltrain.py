@@ -79,9 +79,24 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
     def set_weight(self, weight: Tensor) -> None:
         """B A: the nearest matrix of its rank. S: what is left of W at the positions that were drawn."""
         self.set_factors(weight)
+        self._fill_values(self._left_of(weight))
+
+    @torch.no_grad()
+    def set_weight_and_support(self, weight: Tensor) -> None:
+        """As `set_weight`, with S where most is left of W, as `choose_support`."""
+        self.set_factors(weight)
+        left = self._left_of(weight)
+        if self.support.num_nonzero:
+            self.choose_support(left)
+        self._fill_values(left)
+
+    def _left_of(self, weight: Tensor) -> Tensor:
+        """What B A leaves of a dense matrix: (out, in) float32."""
         left = weight.detach().float().contiguous()
-        if self.rank:
-            left = left - self._fold(self.B.float()) @ (self.scale * self.A.float())
+        return left - self._fold(self.B.float()) @ (self.scale * self.A.float()) if self.rank else left
+
+    def _fill_values(self, left: Tensor) -> None:
+        """Give each entry of S the number at its position."""
         for entries, positions in self.support.pieces(self.indices):
             self.values[entries] = left.view(-1)[positions].to(self.values.dtype)
 
