@@ -25,14 +25,15 @@ def method_of(name: str, **options: Any) -> Method:
 
 
 class Net(nn.Module):
-    """Two linears of SIDES with tanh between."""
+    """Two linears of SIDES with tanh between. With a target, the mean of squares."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(*sides, bias=False, dtype=dtype) for sides in SIDES)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[1](torch.tanh(self.layers[0](x)))
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        y = self.layers[1](torch.tanh(self.layers[0](x)))
+        return y if target is None else (y - target).square().mean()
 
 
 def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -73,11 +74,11 @@ class SmallRun:
         optimizer.zero_grad()
         if isinstance(optimizer, PerLayerUpdate):
             optimizer.before_backward(is_last=True)
-        x, target = batch(self.step, self.dtype)
-        (self.model(x) - target).square().mean().backward()
+        inputs = batch(self.step, self.dtype)
+        self.model(*inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
-        self.schedule.run(self.step)
+        self.schedule.run(self.step, lambda: [inputs])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -94,11 +94,12 @@ class OurUpdate:
         number = due[int(next(COUNT) * SPREAD % 1 * len(due))]
         schedule = self.usual if rare is None else Schedule([*self.usual.actions, rare], seed=SEED)
         before = partial(schedule.before_step, number)
-        result = self.step.run([(ids, ids, None)], ids[:, 1:].numel(), before_step=before)
+        inputs = [(ids, ids, None)]
+        result = self.step.run(inputs, ids[:, 1:].numel(), before_step=before)
         if result.skipped:
             raise ValueError("a gradient was not finite, so the update was skipped and its time says nothing; omit it")
         self.step.optimizer.zero_grad(set_to_none=True)
-        schedule.run(number)
+        schedule.run(number, lambda: inputs)
         return result.loss
 
 

@@ -62,6 +62,7 @@ def plan_model(
             update_temporaries=update_temporaries(config, structure, device, num_shards)
             + sum(a.before_bytes for a in actions),
             action_temporaries=max((a.temporary_bytes for a in actions), default=0),
+            action_passes=any(a.passes for a in actions),
         )
         plans.append(dataclasses.replace(plan, phase=phase))
     return max(plans, key=lambda plan: plan.total_bytes)

@@ -92,6 +92,7 @@ class Live:
     """The optimizer of a running model, which is another one after each phase."""
 
     optimizer: torch.optim.Optimizer
+    sum_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
     has_told: bool = False  # that state was dropped
 
     def reset(self, names: Iterable[str]) -> None:
@@ -107,5 +108,5 @@ class Live:
 
 def live_actions(config: TrainConfig, model: nn.Module, live: Live, named: Named | None = None) -> list[Action]:
     """The actions for the model of a run. `named`: its parameters as this process holds them; None: whole."""
-    running = Running(model, num_steps(config), live.reset, live.change)
+    running = Running(model, num_steps(config), live.reset, live.change, live.sum_ranks)
     return [*config.method.actions(running), *_averaging(config, model, named)]

@@ -75,7 +75,7 @@ def build_trainer(
     checkpoint, step = ranks.on_main(checkpointer.find_latest_step)
     change_until(config, model, step)
     give_memory(config, model, strategy, is_new=checkpoint is None, start=start, chosen=chosen)
-    live = Live(build_updates(config, model, strategy))
+    live = Live(build_updates(config, model, strategy), strategy.ranks.sum_)
     schedule = Schedule(
         live_actions(config, model, live, strategy.named_parameters(model)),
         phases_of(config),

@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+Inputs = Callable[[], Sequence[tuple[Tensor | None, ...]]]
+
 
 class Stateful(Protocol):
     """An object whose state is saved in checkpoints: the optimizer, or what an action keeps."""
@@ -46,6 +48,7 @@ class Moment:
 
     step: int
     generator: torch.Generator
+    inputs: Inputs = tuple  # this rank's micro-batches of that update: arguments for which the model returns the loss
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Action:
     state: Stateful | None = None  # saved in checkpoints under the action's name
     before: Callable[[], None] | None = None  # in an update after which it is due: with gradients, before the optimizer
     before_bytes: int = 0  # memory held from there until `apply` is over, for the plan; also in temporary_bytes
+    passes: bool = False  # it calls the model with a micro-batch, forward and backward
     decomposes: bool = False  # its result may differ in the last bit between machines, so rank 0's is sent to all
 
 
@@ -82,6 +86,7 @@ class Running:
     reset_state: Callable[[Iterable[str]], None] = lambda names: None  # drops the optimizer state of these parameters
     # Applies change(name, moments), which works in place, to each of them, or drops state of another form.
     change_moments: Callable[[Iterable[str], Callable[[str, list[Tensor]], None]], None] = lambda names, change: None
+    sum_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor  # sums a tensor over all ranks, in place
 
 
 def every(interval: int) -> Callable[[int], bool]:
@@ -135,8 +140,8 @@ class Schedule:
                 action.before()
 
     @torch.no_grad()
-    def run(self, step: int) -> None:
-        """Begin the phases, then apply the actions, that are due after update `step`."""
+    def run(self, step: int, inputs: Inputs = tuple) -> None:
+        """Begin the phases, then apply the actions, that are due after update `step`, made of `inputs`."""
         self.is_acting = True
         for phase in self.phases:
             if phase.after == step:
@@ -145,7 +150,7 @@ class Schedule:
                     self.agree()
         for action in self.actions:
             if action.is_due(step):
-                action.apply(Moment(step, generator_for(self.seed, action.name, step)))
+                action.apply(Moment(step, generator_for(self.seed, action.name, step), inputs))
                 if action.decomposes:
                     self.agree()
         self.is_acting = False

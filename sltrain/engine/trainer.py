@@ -160,7 +160,7 @@ class Trainer:
         if self.schedule.is_due(step):
             self.ranks.at(f"what follows update {step}", ENDLESS)  # decompositions, another structure
             self.update_step.optimizer.zero_grad()  # an action may need the memory, and a phase has other parameters
-            self.schedule.run(step)
+            self.schedule.run(step, lambda: self.feed.micro_batches(update.batch))
             self._may_compile = True
         return result
 

@@ -110,26 +110,43 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
         self.indices.copy_(self.support.at(largest.indices.sort().values.int()))
         return (largest.values.sum() / squares.sum()).item()
 
-    @torch.no_grad()
-    def regrow(self, fraction: float, generator: torch.Generator) -> Tensor:
-        """Move this share of the entries of S, those with the smallest values, to random positions where it has none,
-        with value zero; return which entry each was before, (nnz,) int64, -1 for a fresh one. For support=uniform.
+    def num_moving(self, fraction: float) -> int:
+        """How many entries of S this share of them is, as far as there is room elsewhere."""
+        return min(int(fraction * self.support.num_nonzero), self.support.num_entries - self.support.num_nonzero)
 
-        Chosen on the CPU, where all ranks and devices choose the same of equal values.
-        """
+    def free_at_random(self, count: int, generator: torch.Generator) -> Tensor:
+        """So many positions where S has no entry: (count,) int64, on the CPU. For support=uniform."""
         support = self.support
         assert isinstance(support, UniformSupport)
         outside = support.num_entries - support.num_nonzero
-        count = min(int(fraction * support.num_nonzero), outside)
-        positions = support.positions(self.indices).long().cpu()
-        kept = self.values.float().abs().cpu().argsort(stable=True)[count:]
-        fresh = support.free(positions, draw_distinct(outside, count, generator).long())
-        places, order = torch.cat([positions[kept], fresh]).sort()
+        return support.free(self._positions(), draw_distinct(outside, count, generator).long())
+
+    @torch.no_grad()
+    def free_where_largest(self, count: int, gradient: Tensor) -> Tensor:
+        """The positions where S has no entry at which |gradient|, (out, in), is largest, as `free_at_random`."""
+        sizes = gradient.detach().float().abs().nan_to_num_().flatten().cpu()
+        sizes[self._positions()] = -1
+        return sizes.topk(count).indices.sort().values
+
+    @torch.no_grad()
+    def move(self, fresh: Tensor) -> Tensor:
+        """Move the entries of S with the smallest values to these free positions, (count,) int64 and ascending, with
+        value zero; return which entry each was before, (nnz,) int64, -1 for a fresh one. For support=uniform.
+
+        Chosen on the CPU, where all ranks and devices choose the same of equal values.
+        """
+        assert isinstance(self.support, UniformSupport)
+        kept = self.values.float().abs().cpu().argsort(stable=True)[len(fresh) :]
+        places, order = torch.cat([self._positions()[kept], fresh]).sort()
         sources = torch.cat([kept, torch.full_like(fresh, -1)])[order]
-        self.indices.copy_(support.at(places.int()))
+        self.indices.copy_(self.support.at(places.int()))
         sources = sources.to(self.values.device)
         rearrange(self.values, sources)
         return sources
+
+    def _positions(self) -> Tensor:
+        """The flat position of each entry of S: (nnz,) int64, on the CPU."""
+        return self.support.positions(self.indices).long().cpu()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.chosen_path(x) == "composed":
