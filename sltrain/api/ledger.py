@@ -217,9 +217,14 @@ def entry_of(run: StudyRun, folder: Path, seconds: float, machine: str) -> Entry
 
 
 def _flops_per_token(train: list[Event]) -> float | None:
-    """From the newest train line: arithmetic a second over tokens a second, of one process on one device."""
+    """From the train lines: arithmetic a second over tokens a second, of one process on one device; on average, as a
+    method may change the model on the way."""
     known = [event for event in train if "tflops" in event and event.get("tokens_per_second")]
-    return float(round(known[-1]["tflops"] * 1e12 / known[-1]["tokens_per_second"])) if known else None
+    tokens = [
+        after["tokens"] - before for before, after in zip([0, *(e["tokens"] for e in known)], known, strict=False)
+    ]
+    flops = [event["tflops"] * 1e12 / event["tokens_per_second"] for event in known]
+    return float(round(statistics.fmean(flops, tokens))) if known else None
 
 
 def _seconds_per_update(train: list[Event]) -> float | None:
@@ -233,11 +238,17 @@ def _seconds_per_update(train: list[Event]) -> float | None:
 
 
 def draw_study(ledger: Ledger, output: Path, command: str) -> Path:
-    """Write the page of a study, finished or not, and return its path. Raises ValueError if it cannot be written."""
-    page = output / PAGE
+    """Write the page of a study, finished or not, and its picture, and return the path of the page. Raises ValueError
+    if it cannot be written."""
+    from sltrain.reporting.study_figure import draw_ratios  # with matplotlib
+
+    page, results = output / PAGE, Results(ledger.for_page, list(ledger.runs.values()))
+    picture = draw_ratios(results)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(page, render(ledger.for_page, list(ledger.runs.values()), ledger.notes, command))
+        if picture is not None:
+            write_atomically(output / picture.file_name, picture.png)
+        write_atomically(page, render(results, ledger.notes, command, picture))
     except OSError as error:
         raise ValueError(f"{page} cannot be written ({error.strerror}); name a folder with --output DIR") from error
     return page

@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -396,11 +397,11 @@ def positions(config: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """What a run is made of, counted on its model without memory, at the end of its training."""
+    """What a run is made of, counted on its model without memory."""
 
-    parameters: int
-    flops_per_token: int
+    parameters: int  # at the end
     flops: int  # of the whole training
+    flops_per_token: float  # on average
 
 
 def size_of(config: TrainConfig) -> Size | None:
@@ -411,17 +412,21 @@ def size_of(config: TrainConfig) -> Size | None:
     import torch
 
     from sltrain.building.model import build_model
-    from sltrain.building.phases import change_until
+    from sltrain.building.phases import phases_of, structures
+    from sltrain.models.llama import LlamaForCausalLM
     from sltrain.planning.accounting import count_parameters
     from sltrain.planning.flops import flops_per_token
 
     model = build_model(config, vocab_size, torch.float32)
-    change_until(config, model, num_steps(config))
-    try:
-        of_token = flops_per_token(model, config.seq_len)
-    except ValueError:
-        return None
-    return Size(count_parameters(model)["total"], of_token, of_token * positions(config))
+    begins = [0, *(phase.after for phase in phases_of(config) if phase.after > 0), num_steps(config)]
+    flops = 0
+    for (_, structure), updates in zip(structures(config, model), map(sub, begins[1:], begins), strict=True):
+        assert isinstance(structure, LlamaForCausalLM)
+        try:
+            flops += flops_per_token(structure, config.seq_len) * positions(config) // num_steps(config) * updates
+        except ValueError:
+            return None
+    return Size(count_parameters(structure)["total"], flops, flops / positions(config))
 
 
 def _vocab_size(tokenizer: str) -> int | None:

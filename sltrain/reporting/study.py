@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sltrain.reporting.drawing import Picture
 from sltrain.reporting.paired import Difference, paired_difference
 from sltrain.reporting.table import Table, markdown, perplexity, short
 
@@ -166,13 +167,15 @@ def loss_at(entry: Entry, update: float) -> float | None:
 # ---- the page
 
 
-def render(protocol: Protocol, entries: Sequence[Entry], notes: Sequence[str], command: str) -> str:
-    """The page of a study, finished or not, in Markdown."""
-    results = Results(protocol, entries)
+def render(results: Results, notes: Sequence[str], command: str, picture: Picture | None = None) -> str:
+    """The page of a study, finished or not, in Markdown. The picture lies beside it."""
+    protocol, entries = results.protocol, results.entries
     parts = [f"# Study {protocol.name}", _how(protocol)]
     if protocol.reference in results.runs:
         table = main_table(results)
         parts += [markdown(table), table.legend]
+        if picture is not None:
+            parts += [f"![{picture.alt}]({picture.file_name})", picture.caption]
         if len(results.runs) > 2:
             parts += ["## Row over column", markdown(pairs_table(results)), "Ratios of perplexities, as above."]
     else:

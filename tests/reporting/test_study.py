@@ -8,6 +8,7 @@ import pytest
 
 from sltrain.reporting.paired import paired_difference
 from sltrain.reporting.study import Entry, Protocol, Results, chosen_trial, loss_at, ratio_text, remarks_on, render
+from sltrain.reporting.study_figure import draw_ratios
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "dense": {"overrides": [], "tune": {"lr": [1, 2, 3]}, "equal": {}},
@@ -54,11 +55,22 @@ def test_at_equal_time() -> None:
 
 
 def test_the_page() -> None:
-    page = render(PROTOCOL, entries(), ["line 9 is damaged."], "sltrain-report --study x")
+    page = render(Results(PROTOCOL, entries()), ["line 9 is damaged."], "sltrain-report --study x")
     # d = -0.1, -0.04: mean -0.07, half a width 12.706 x 0.03; exp of the ends
     assert "0.932 (0.637 to 1.365)" in page and "-0.0700 ± 0.3812" in page
     assert "60.34" in page and "| slow | lr=3 | 70.11 | chosen |" in page  # exp(4.1); exp(4.1 + 0.15)
     assert "- line 9 is damaged." in page
+
+
+def test_the_picture_has_who_has_an_interval() -> None:
+    """And lies beside the page, which shows it."""
+    results = Results(PROTOCOL, entries())
+    picture = draw_ratios(results)
+    assert picture is not None and picture.png.startswith(b"\x89PNG") and "over that of dense" in picture.alt
+    assert f"![{picture.alt}](study.png)" in render(results, [], "", picture)
+    gone = [replace(e, loss=math.inf) if (e.candidate, e.seed) == ("slow", 12) else e for e in entries()]
+    assert draw_ratios(Results(PROTOCOL, gone)) is None
+    assert draw_ratios(Results(PROTOCOL, entries()[:-4])) is None  # the reference is not reported
 
 
 def test_remarks() -> None:
@@ -81,7 +93,7 @@ def test_remarks() -> None:
 
 def test_a_candidate_that_diverged_is_infinite_and_stays() -> None:
     made = [replace(e, loss=math.inf) if (e.candidate, e.seed) == ("slow", 12) else e for e in entries()]
-    page = render(PROTOCOL, made, [], "")
+    page = render(Results(PROTOCOL, made), [], "")
     assert "| slow | lr=3 | inf | inf | +inf |" in page and "slow: 1 of 2 runs diverged and count as infinite." in page
 
 
@@ -96,23 +108,25 @@ def test_equal_time_is_that_of_runs_that_finished() -> None:
         replace(e, loss=math.inf, updates=2) if e.candidate == "dense" and e.role == "reporting" else e for e in made
     ]
     assert Results(PROTOCOL, gone).share_of_time("slow") is None
-    assert "both diverged" not in render(PROTOCOL, gone, [], "")
+    assert "both diverged" not in render(Results(PROTOCOL, gone), [], "")
 
 
 def test_at_one_anothers_setting() -> None:
     """With dense's lr=2 slow is at exp(4.2 + 0.15), its own best exp(4.1 + 0.15): e**0.1 times as much."""
     row = "| slow | lr=2 | lr=3 | 77.48 | 70.11 | +10.5 % |"
-    page = render(PROTOCOL, entries(), [], "")
+    page = render(Results(PROTOCOL, entries()), [], "")
     assert "### At the setting of dense" in page and row in page
-    assert row in render(PROTOCOL, [e for e in entries() if e.role == "tuning"], [], "")  # needs no reporting run
+    assert row in render(
+        Results(PROTOCOL, [e for e in entries() if e.role == "tuning"]), [], ""
+    )  # needs no reporting run
     made = [replace(e, setting={"lr": 2, "gain": 9}) if e.candidate == "dense" else e for e in entries()]
-    assert row in render(PROTOCOL, made, [], "")
+    assert row in render(Results(PROTOCOL, made), [], "")
     made = [replace(e, setting={"lr": e.trial + 10}) if e.candidate == "slow" else e for e in entries()]
-    assert "| slow | lr=2 | lr=13 | not tried | 70.11 | - |" in render(PROTOCOL, made, [], "")
+    assert "| slow | lr=2 | lr=13 | not tried | 70.11 | - |" in render(Results(PROTOCOL, made), [], "")
     made = [replace(e, setting={"gain": e.trial}) if e.candidate == "slow" else e for e in entries()]
-    assert "At the setting of" not in render(PROTOCOL, made, [], "")
+    assert "At the setting of" not in render(Results(PROTOCOL, made), [], "")
     unknown = [e for e in entries() if (e.candidate, e.trial) != ("dense", 1)]
-    assert "At the setting of" not in render(PROTOCOL, unknown, [], "")
+    assert "At the setting of" not in render(Results(PROTOCOL, unknown), [], "")
 
 
 def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count() -> None:
@@ -135,7 +149,7 @@ def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count(
 
 
 def test_a_study_that_is_not_done() -> None:
-    page = render(PROTOCOL, entries()[:5], [], "")
+    page = render(Results(PROTOCOL, entries()[:5]), [], "")
     assert "The reporting runs of dense, the reference, are not done yet." in page and "| dense | lr=1 |" not in page
 
 
