@@ -10,7 +10,7 @@ import pytest
 from sltrain.api.plan import build_plan
 from sltrain.api.plan_config import read_arguments as read_plan_arguments
 from sltrain.api.plan_config import split_arguments
-from sltrain.api.study import COMPARE, CompareConfig, path_of_study
+from sltrain.api.study_file import COMPARE, CompareConfig, path_of_study
 from sltrain.benchmarks.settings import read_arguments
 from sltrain.commands import evaluate, export, generate, report
 from sltrain.compose import check_overrides, compose_config, register_schema

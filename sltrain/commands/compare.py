@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain.api.ledger import Ledger, draw_study, entry_of, machine_name, open_ledger, study_table
-from sltrain.api.study import COMPARE, Study, StudyRun, folder_of_study, positions, read_arguments, size_of
+from sltrain.api.study import Study, StudyRun, positions, size_of
+from sltrain.api.study_file import COMPARE, folder_of_study, read_arguments
 from sltrain.commands.help_text import help_text
 from sltrain.commands.processes import Job, in_words, run_processes
 from sltrain.config import num_steps

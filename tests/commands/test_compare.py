@@ -22,7 +22,8 @@ import pytest
 import yaml
 
 from sltrain.api.ledger import PAGE, read_ledger
-from sltrain.api.study import read_study, recorded, size_of
+from sltrain.api.study import recorded, size_of
+from sltrain.api.study_file import read_study
 from sltrain.commands import compare, report, train
 from sltrain.compose import conf_dir, run_config
 from sltrain.engine.micro_batch import Feed
