@@ -217,24 +217,29 @@ def entry_of(run: StudyRun, folder: Path, seconds: float, machine: str) -> Entry
 
 
 def _flops_per_token(train: list[Event]) -> float | None:
-    """From the train lines: arithmetic a second over tokens a second, of one process on one device; on average, as a
-    method may change the model on the way."""
-    known = [event for event in train if "tflops" in event and event.get("tokens_per_second")]
-    tokens = [
-        after["tokens"] - before for before, after in zip([0, *(e["tokens"] for e in known)], known, strict=False)
-    ]
-    flops = [event["tflops"] * 1e12 / event["tokens_per_second"] for event in known]
-    return float(round(statistics.fmean(flops, tokens))) if known else None
+    """On average over the tokens of the run, as a method may change the model on the way."""
+    tokens = [end - begin for begin, end in pairwise([0, *(event["tokens"] for event in train)])]
+    known = [(flops, count) for event, count in zip(train, tokens, strict=True) if (flops := _flops_at(event))]
+    return float(round(statistics.fmean(*zip(*known, strict=True)))) if known else None
+
+
+def _flops_at(event: Event) -> float | None:
+    """Of a token at a train line: arithmetic a second over tokens a second, of one process on one device."""
+    return round(event["tflops"] * 1e12 / event["tokens_per_second"]) if event.get("tflops") else None
 
 
 def _seconds_per_update(train: list[Event]) -> float | None:
-    """The median over train lines but the first, outside evaluation and saving."""
-    times = [
-        (after["tokens"] - before["tokens"]) / after["tokens_per_second"] / (after["step"] - before["step"])
-        for before, after in pairwise(train)
-        if after.get("tokens_per_second") and after["step"] > before["step"]
-    ]
-    return round(statistics.median(times), 6) if times else None
+    """The median over train lines but the first, outside evaluation and saving. Where a method changes the model on the
+    way, and so the FLOPs a token, the mean of the medians, by updates."""
+    parts: dict[float | None, list[tuple[float, int]]] = {}
+    for before, after in pairwise(train):
+        if after.get("tokens_per_second") and after["step"] > before["step"]:
+            updates = after["step"] - before["step"]
+            seconds = (after["tokens"] - before["tokens"]) / after["tokens_per_second"] / updates
+            parts.setdefault(_flops_at(after), []).append((seconds, updates))
+    medians = [statistics.median(seconds for seconds, _ in part) for part in parts.values()]
+    weights = [sum(updates for _, updates in part) for part in parts.values()]
+    return round(statistics.fmean(medians, weights), 6) if parts else None
 
 
 def draw_study(ledger: Ledger, output: Path, command: str) -> Path:

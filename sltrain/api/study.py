@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from operator import sub
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import MISSING
@@ -141,6 +142,14 @@ class Study:
         counts = self.runs_of_each().items()
         names = self.file.candidates
         return {name: sum(count * num_steps(self.config(role, name, 1)) for role, count in counts) for name in names}
+
+    def size_of(self, name: str) -> "Size | None":
+        """Of a candidate, on average over its trials."""
+        sizes = [size for trial in self._trials if (size := size_of(self.configs[name, trial]))]
+        if len(sizes) < self.file.trials:
+            return None
+        means = [fmean(getattr(size, each) for size in sizes) for each in ("parameters", "flops", "flops_per_token")]
+        return Size(round(means[0]), round(means[1]), means[2])
 
     @property
     def num_runs(self) -> int:

@@ -8,12 +8,13 @@ import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Callable, Collection
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 
-from sltrain.building.phases import actions_of, structures
+from sltrain.building.phases import actions_of, phases_of, structures
 from sltrain.compose import with_plugin
 from sltrain.config import TrainConfig
 from sltrain.engine.owners import by_module, deal
@@ -46,7 +47,8 @@ def plan_model(
     choose."""
     num_shards = 1 if sharding is None else sharding.num_shards
     plans = []
-    for phase, structure in structures(config, model):
+    coming = [phase for phase in phases_of(config) if phase.after > 0]
+    for (phase, structure), after in zip_longest(structures(config, model), coming):
         assert isinstance(structure, LlamaForCausalLM)
         actions = actions_of(config, structure)
         set_paths(structure, config.layer_path, config.micro_batch_size * config.seq_len, device)
@@ -61,7 +63,9 @@ def plan_model(
             },
             update_temporaries=update_temporaries(config, structure, device, num_shards)
             + sum(a.before_bytes for a in actions),
-            action_temporaries=max((a.temporary_bytes for a in actions), default=0),
+            action_temporaries=max(
+                0 if after is None else after.temporary_bytes(structure), *(a.temporary_bytes for a in actions), 0
+            ),
             action_passes=any(a.passes for a in actions),
         )
         plans.append(dataclasses.replace(plan, phase=phase))

@@ -51,7 +51,8 @@ def describe(
     if eval_set.exhausted:
         of = f"; all there is of {', '.join(short)}" if (short := eval_set.short_sources) else ", all there is"
         lines.append(f"validation {eval_set.num_targets:,} tokens{of} (eval_tokens={c.eval_tokens:,})")
-    notes = [*warnings(model), *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
+    of_layers = dict.fromkeys(line for _, structure in structures(config, model) for line in warnings(structure))
+    notes = [*of_layers, *update_notes(config, ranks.world_size), *c.optimizer.warnings(next(model.parameters()))]
     notes += waiting_notes(config, model)
     notes += _unused_scales(c, model)
     if c.ema is not None:

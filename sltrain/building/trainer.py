@@ -196,7 +196,7 @@ def final_numbers(config: TrainConfig, model: LlamaForCausalLM, memory: RunMemor
 
 def enter_phase(
     config: TrainConfig,
-    model: nn.Module,
+    model: LlamaForCausalLM,
     trainer: Trainer,
     live: Live,
     phase: Phase,
@@ -205,9 +205,11 @@ def enter_phase(
     """Give a running model the structure of a phase, and the trainer an optimizer for it, with the state of what
     stays."""
     logger.info(f"phase      {phase.name} begins after update {phase.after:,}")
+    trainer.update_step.close()
     phase.change(model)
     phase.start(model, generator)
-    trainer.update_step.close()
+    if phase.decomposes:
+        trainer.strategy.agree(model)
     live.optimizer = rebuild_updates(config, model, trainer.strategy, live.optimizer)
     trainer.update_step = build_step(config, trainer.model, live.optimizer, trainer.strategy)
     before = {name: kept.state_dict() for name, kept in trainer.schedule.stateful().items()}
@@ -217,10 +219,8 @@ def enter_phase(
         after[name].load_state_dict(before[name])
     trainer.objects = {"optimizer": stateful_optimizer(live.optimizer, model), **after}
     trainer.measure_anew()
-    arithmetic, num_rows = trainer.built_with["arithmetic"], config.micro_batch_size * config.seq_len
-    arithmetic["layer_paths"] = set_paths(
-        model, config.layer_path, num_rows, trainer.ranks.device, arithmetic["layer_paths"]
-    )
+    chosen = trainer.built_with["arithmetic"]
+    trainer.built_with["arithmetic"] = fix_arithmetic(config, model, chosen, trainer.ranks.device)
 
 
 def _tell_resumed(step: int, checkpoint: Path, stream: TrainStream) -> None:
@@ -253,7 +253,8 @@ def restore(
 def fix_arithmetic(
     config: TrainConfig, model: LlamaForCausalLM, saved: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """Choose how each W x is computed, as it was `saved` if the run is continued, say so, and return what to save."""
+    """Choose how each W x is computed, as it was `saved` before if that knows the layer, say so, and return what to
+    save."""
     num_rows = config.micro_batch_size * config.seq_len
     paths = set_paths(model, config.layer_path, num_rows, device, saved.get("layer_paths"))
     for path, how in (("factored", "through A, B and S"), ("composed", "through a dense W, built on the way")):
@@ -261,7 +262,7 @@ def fix_arithmetic(
         if count:
             logger.info(f"layers     {count} of {len(paths)} {path}: W x is computed {how}")
     machine = machine_kind(device, model.compute_dtype) if paths else None
-    if saved.get("machine", machine) != machine:
+    if machine and (saved.get("machine") or machine) != machine:
         logger.info(
             f"note       this run was started on {saved['machine']} and continues on {machine}: not bit for bit"
         )

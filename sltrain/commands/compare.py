@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain.api.ledger import Ledger, draw_study, entry_of, machine_name, open_ledger, study_table
-from sltrain.api.study import Study, StudyRun, positions, size_of
+from sltrain.api.study import Study, StudyRun, positions
 from sltrain.api.study_file import COMPARE, folder_of_study, read_arguments
 from sltrain.commands.help_text import help_text
 from sltrain.commands.processes import Job, in_words, run_processes
@@ -92,7 +92,7 @@ class Work:
     def cost(self) -> str:
         """What the whole study takes, and what of it is left."""
         file, configs = self.study.file, {name: self.study.configs[name, 1] for name in self.study.file.candidates}
-        sizes = {name: size_of(config) for name, config in configs.items()}
+        sizes = {name: self.study.size_of(name) for name in configs}
         headings = ["candidate", "trials", "updates a run", "positions a run", "parameters", "FLOPs a token"]
         rows = []
         for name, config in configs.items():

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-Inputs = Callable[[], Sequence[tuple[Tensor | None, ...]]]
+ReadInputs = Callable[[], Sequence[tuple[Tensor | None, ...]]]
 
 
 class Stateful(Protocol):
@@ -48,7 +48,7 @@ class Moment:
 
     step: int
     generator: torch.Generator
-    inputs: Inputs = tuple  # this rank's micro-batches of that update: arguments for which the model returns the loss
+    inputs: ReadInputs = tuple  # this rank's micro-batches of the update: arguments for which the model returns a loss
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Phase:
     change: Callable[[nn.Module], None]  # adds or freezes parameters, without values; also on the meta device
     start: Callable[[nn.Module, torch.Generator], None] = lambda model, generator: None  # fills new parameters
     decomposes: bool = False  # as an action's
+    # Of the model before it: the memory that it takes beside that and the optimizer's state, for the plan
+    temporary_bytes: Callable[[nn.Module], int] = lambda model: 0
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,12 @@ class Schedule:
                 action.before()
 
     @torch.no_grad()
-    def run(self, step: int, inputs: Inputs = tuple) -> None:
+    def run(self, step: int, inputs: ReadInputs = tuple) -> None:
         """Begin the phases, then apply the actions, that are due after update `step`, made of `inputs`."""
         self.is_acting = True
         for phase in self.phases:
             if phase.after == step:
                 self.enter(phase, generator_for(self.seed, phase.name, step))
-                if phase.decomposes:
-                    self.agree()
         for action in self.actions:
             if action.is_due(step):
                 action.apply(Moment(step, generator_for(self.seed, action.name, step), inputs))

@@ -89,5 +89,11 @@ class Pufferfish(Ranked):
                     layer.bias.copy_(dense[name].bias)
             dense.clear()
 
+        def temporary_bytes(model: "nn.Module") -> int:
+            linears = layers_of(model, AlignedLinear)
+            layers = [self._factored(name, linear) for name, linear in linears.items()]
+            fresh = sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+            return fresh + 20 * max((linear.weight.numel() for linear in linears.values()), default=0)  # of an SVD
+
         after = min(max(1, round(self.dense_share * max_steps)), max(1, max_steps - 1))
-        return [Phase("factors", after, change, start, decomposes=True)]
+        return [Phase("factors", after, change, start, True, temporary_bytes)]

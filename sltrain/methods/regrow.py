@@ -8,7 +8,9 @@ After every n-th update, in each layer:
               moments of the optimizer zero
 
 That gradient is dense, and no update has it: one more pass computes it, a layer at a time, of the last micro-batch of
-each rank, summed over ranks. RigL lowers f along a cosine; here it stays.
+each rank, summed over ranks. What was dropped may grow again by it, as in RigL, and not at random. RigL moves entries
+instead of an update, and lowers f along a cosine; here they move after one, and f stays. A gradient that is zero or not
+finite chooses nothing: then they grow at random.
 
 Nothing moves in the last quarter of a run, so that what grew last is trained too, as in RigL. W changes by
 what is dropped. Optimizers count updates a tensor, not an entry: the first steps by Adam of
@@ -75,9 +77,9 @@ class Regrowth(Method):
         from sltrain.engine.actions import Action
         from sltrain.layers.kinds.sltrain import SLTrainLinear, rearrange
 
-        if self.regrow_every == 0:
-            return super().actions(running)
         layers = {name: layer for name, layer in layers_of(running.model, SLTrainLinear).items() if len(layer.values)}
+        if self.regrow_every == 0 or not layers:
+            return super().actions(running)
         by_gradient = self.regrow_by == "gradient"
 
         def is_due(step: int) -> bool:
@@ -94,9 +96,9 @@ class Regrowth(Method):
 
             running.change_moments(sources, follow)
 
-        most = max((layer.support.num_nonzero for layer in layers.values()), default=0)
+        most = max(layer.support.num_nonzero for layer in layers.values())
         every_source = 8 * sum(layer.support.num_nonzero for layer in layers.values())
-        largest = max((layer.support.num_entries for layer in layers.values()), default=0)
+        largest = max(layer.support.num_entries for layer in layers.values())
         dense = 16 * largest * by_gradient  # W, its gradient, and the sizes that are sorted
         temporary = every_source + max(dense, 53 * most)
         return [*super().actions(running), Action("regrow", is_due, regrow, temporary, passes=by_gradient)]
@@ -113,9 +115,11 @@ class Regrowth(Method):
         fresh: Positions = {}
 
         def take(name: str, gradient: "Tensor") -> None:
-            layer = layers[name]
-            total = running.sum_ranks(gradient.float())
-            fresh[name] = layer.free_where_largest(layer.num_moving(self.regrow_fraction), total)
+            total, count = running.sum_ranks(gradient.float()), layers[name].num_moving(self.regrow_fraction)
+            if bool(total.isfinite().all()) and bool(total.any()):
+                fresh[name] = layers[name].free_where_largest(count, total)
+            else:
+                fresh[name] = layers[name].free_at_random(count, moment.generator)
 
         dense_gradients(layers, lambda: running.model(*moment.inputs()[-1]), take)
         return fresh

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sltrain.api.ledger import PAGE, read_ledger
+from sltrain.api.ledger import PAGE, _flops_per_token, _seconds_per_update, read_ledger
 from sltrain.api.study import recorded, size_of
 from sltrain.api.study_file import read_study
 from sltrain.commands import compare, report, train
@@ -208,15 +208,32 @@ def test_a_screening_chooses_who_is_tuned_in_whole(
     assert code == 0 and not made.names and "0 runs left" in out
 
 
-def test_the_size_of_a_run_is_what_it_logs(tiny: list[str], tmp_path: Path, metrics_of: Callable) -> None:
-    """Parameters and FLOPs before the run, by the model without memory, against those of its log."""
-    config = run_config([*tiny, f"run_dir={tmp_path}", "max_steps=2"])
+@pytest.mark.parametrize("method", [[], ["method=pufferfish", "method.dense_share=0.25"]])
+def test_the_size_of_a_run_is_what_it_logs(
+    method: list[str], tiny: list[str], tmp_path: Path, metrics_of: Callable
+) -> None:
+    """Parameters and FLOPs before the run, by the model without memory, against those of its log, one line an update;
+    the method may change the model on the way."""
+    config = run_config([*tiny, *method, f"run_dir={tmp_path}", "max_steps=8", "log_every=1"])
     assert train.train(config) == ExitCode.OK
     size, events = size_of(config), metrics_of(tmp_path)
-    logged = next(event for event in events if "tflops" in event)
+    lines = [event for event in events if event["event"] == "train"]
+    of_tokens = [line["tflops"] * 1e12 / line["tokens_per_second"] for line in lines]
     assert size is not None and size.parameters == events[-1]["num_parameters"]["total"]
-    assert size.flops_per_token == pytest.approx(logged["tflops"] * 1e12 / logged["tokens_per_second"])
-    assert size.flops == size.flops_per_token * 2 * 8 * 32
+    assert len({round(flops) for flops in of_tokens}) == 1 + bool(method)
+    assert size.flops_per_token == pytest.approx((2 * of_tokens[0] + 6 * of_tokens[-1]) / 8)
+    assert size.flops == pytest.approx(size.flops_per_token * 8 * 8 * 32)
+
+
+def test_the_time_of_an_update_is_a_mean_over_what_the_method_makes_of_the_model() -> None:
+    """Two updates a line, 20 tokens: 2 s each with 1 FLOP a token, then 1 s with 3; of either part the median."""
+    speeds = [(5, 1), (5, 1), (1, 1), (5, 1), (10, 3), (10, 3), (100, 3)]
+    train: list[Any] = [
+        {"step": 2 * i, "tokens": 20 * i, "tokens_per_second": speed, "tflops": flops * speed / 1e12}
+        for i, (speed, flops) in enumerate(speeds, start=1)
+    ]
+    assert _seconds_per_update(train) == 1.5 and _flops_per_token(train) == 2.0
+    assert _seconds_per_update(train[:4]) == 2.0
 
 
 def test_what_is_recorded_of_a_run(tiny: list[str]) -> None:

@@ -55,9 +55,15 @@ def test_only_actions_with_state_are_kept() -> None:
 def test_every_rank_gets_the_model_of_rank_0_after_what_decomposes() -> None:
     log: list[str] = []
     actions = [Action("qr", at(2), lambda moment: log.append("qr"), decomposes=True), Action("draw", at(2), print)]
-    phases = [Phase("svd", 2, lambda model: None, decomposes=True), Phase("freeze", 3, lambda model: None)]
-    enter, agree = lambda phase, generator: log.append(phase.name), lambda: log.append("agree")
-    schedule = Schedule(actions, phases, enter=enter, agree=agree)
+    schedule = Schedule(actions, agree=lambda: log.append("agree"))
     for step in (1, 2, 3):
         schedule.run(step)
-    assert log == ["svd", "agree", "qr", "agree", "freeze"]
+    assert log == ["qr", "agree"]
+
+
+def test_an_action_reads_the_micro_batches_of_its_update() -> None:
+    read: list[object] = []
+    schedule = Schedule([Action("look", at(2), lambda moment: read.append(moment.inputs()))])
+    for step in (1, 2):
+        schedule.run(step, lambda step=step: [(torch.tensor(step),)])  # type: ignore[misc]
+    assert read == [[(torch.tensor(2),)]]

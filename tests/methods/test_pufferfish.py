@@ -1,14 +1,19 @@
-"""Pufferfish: dense training, one decomposition, and training of the factors and of S, each against another source; its
-refusals."""
+"""Pufferfish: dense training, one decomposition, and training of the factors and of S, each against another source;
+what it takes and says on the way; its refusals."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from resuming import stopped_at
 from small_run import Adam, SmallRun, batch, leaf, method_of
 from torch import Tensor
 
+from sltrain.building.model import allocate, build_model
+from sltrain.compose import TRAIN, compose_config
+from sltrain.engine.memory import tensor_peak
 from sltrain.layers.kinds.sltrain import SLTrainLinear
 from sltrain.optim.named_state import named_state
 
@@ -84,6 +89,37 @@ def test_both_parts_have_an_update_whatever_the_share() -> None:
     assert [phase.after for phase in method.phases(20)] == [1]
     method = method_of("pufferfish", **SETTINGS, dense_share=0.99)
     assert [phase.after for phase in method.phases(20)] == [19]
+
+
+def test_the_moment_of_factoring_is_planned() -> None:
+    """B, A and S of all layers are there at once, and what the decomposition of one takes."""
+    options = ["model.hidden_size=128", "model.intermediate_size=352", "rank=48", "method=pufferfish", "seq_len=32"]
+    config = compose_config(["model=llama_tiny", "data=stdlib", "device=cpu", *options], TRAIN)
+    model = build_model(config, 512, torch.float32)
+    allocate(model, torch.device("cpu"))
+    model.init_weights(0)
+    (phase,) = config.method.phases(8)
+    planned = phase.temporary_bytes(model)
+
+    def enter() -> None:
+        phase.change(model)
+        phase.start(model, torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        _, taken = tensor_peak(enter, 0, torch.device("cpu"))
+    assert taken <= planned <= 1.2 * taken
+
+
+@pytest.mark.slow
+def test_it_says_how_the_factors_are_computed_and_goes_on_without_a_warning(
+    tiny: list[str], sltrain_train: Train, tmp_path: Path
+) -> None:
+    typed = [*tiny, "method=pufferfish", "method.dense_share=0.5", "max_steps=8", "checkpoint_every=6"]
+    code, out, err = sltrain_train(*typed, f"run_dir={tmp_path}/run")
+    assert code == 0 and "14 of 14 " in out.partition("phase      factors begins after update 4")[2], out + err
+    stopped = stopped_at(tmp_path / "run", 6, tmp_path / "stopped")
+    code, out, err = sltrain_train(f"run_dir={stopped}")
+    assert code == 0 and "14 of 14 " in out and "was started on" not in out, out + err
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ Train = Callable[..., tuple[int, str, str]]
 OPTIONS = {"rank": 3, "alpha": 6.0, "sparsity": 0.2, "support": "uniform"}
 
 
-def moved(S: Tensor, mask: Tensor, fraction: float, generator: torch.Generator, slope: Tensor | None = None) -> Tensor:
-    """The mask after a move, place by place; S (out, in) with zeros outside of it. `slope`: the gradient of W, if it
-    chooses."""
+def moved(
+    S: Tensor, mask: Tensor, fraction: float, generator: torch.Generator, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mask after a move, and what of it stayed, place by place; S (out, in) with zeros outside of the mask.
+    `slope`: the gradient of W, if it chooses: what was dropped may grow again."""
     flat, chosen = S.flatten().tolist(), mask.flatten().tolist()
     inside = [place for place, is_in in enumerate(chosen) if is_in]
     outside = [place for place, is_in in enumerate(chosen) if not is_in]
@@ -39,11 +41,12 @@ def moved(S: Tensor, mask: Tensor, fraction: float, generator: torch.Generator, 
         fresh = [outside[number] for number in numbers]
     else:
         steep = slope.flatten().abs().tolist()
-        fresh = sorted(outside, key=lambda place: -steep[place])[:count]
-    new = mask.flatten().clone()
-    new[dropped] = False
+        fresh = sorted([*outside, *dropped], key=lambda place: -steep[place])[:count]
+    kept = mask.flatten().clone()
+    kept[dropped] = False
+    new = kept.clone()
     new[fresh] = True
-    return new.view_as(mask)
+    return new.view_as(mask), kept.view_as(mask)
 
 
 def rewritten(run: SmallRun, steps: int, every: int, fraction: float, by_gradient: bool) -> list[list[Tensor]]:
@@ -65,8 +68,7 @@ def rewritten(run: SmallRun, steps: int, every: int, fraction: float, by_gradien
         slopes = torch.autograd.grad(*loss(step)) if by_gradient else [None, None]
         for i, each in enumerate(own):
             if step % every == 0 and step <= 0.75 * steps:
-                new = moved(each["S"].detach(), masks[i], fraction, generator, slopes[i])
-                kept = new & masks[i]
+                new, kept = moved(each["S"].detach(), masks[i], fraction, generator, slopes[i])
                 each["S"] = leaf(each["S"] * kept)
                 count, m, v = adam.state[f"{i}S"]
                 adam.state[f"{i}S"] = count, m * kept, v * kept
@@ -167,8 +169,33 @@ def test_two_ranks_move_as_one_does(by: str, tiny: list[str], fork_train: Callab
         torch.testing.assert_close(one.A, two.A, rtol=1e-3, atol=1e-5 if by == "random" else 1e-3)
 
 
+@pytest.mark.parametrize("slope", [0.0, float("nan"), float("inf")])
+def test_a_gradient_that_says_nothing_chooses_nothing(slope: float) -> None:
+    """Of equal numbers torch would take neighbours: a fifth of S would lie in a few rows."""
+    run = SmallRun(method_of("sltrain", **OPTIONS, regrow_every=1, regrow_by="gradient"), 8)
+    x, target = torch.full((2, 12), slope, dtype=torch.float64), torch.zeros(2, 9, dtype=torch.float64)
+    run.schedule.run(1, lambda: [(x, target)])
+    for layer in run.model.layers:
+        assert isinstance(layer, SLTrainLinear)
+        fresh = layer.support.positions(layer.indices)[layer.values == 0]
+        assert len(fresh) == layer.num_moving(0.2) and fresh.max() - fresh.min() > 0.3 * layer.support.num_entries
+
+
+def test_without_an_s_nothing_moves() -> None:
+    run = SmallRun(method_of("sltrain", **OPTIONS | {"sparsity": 1e-4}, regrow_every=1, regrow_by="gradient"), 8)
+    assert not run.schedule.actions
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "per_layer_update=true", "activation_checkpointing=true per_layer_update=true"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "per_layer_update=true",
+        "activation_checkpointing=true per_layer_update=true",
+        "per_layer_update=true rank=128 seq_len=16",
+    ],
+)
 def test_a_move_by_the_gradient_takes_what_is_planned(how: str) -> None:
     """The action alone, over what is held before it: torch's profiler as a second source of the plan's stage."""
     typed = (
@@ -179,9 +206,9 @@ def test_a_move_by_the_gradient_takes_what_is_planned(how: str) -> None:
     model = build_model(config, 512, torch.float32)
     allocate(model, torch.device("cpu"))
     model.init_weights(0)
-    set_paths(model, config.layer_path, 4 * 128, torch.device("cpu"))
+    set_paths(model, config.layer_path, 4 * config.seq_len, torch.device("cpu"))
     (action,) = config.method.actions(Running(model, 8))
-    ids = torch.randint(512, (4, 128))
+    ids = torch.randint(512, (4, config.seq_len))
     inputs = [make_micro_batch(ids, ids, torch.device("cpu"))]
     with torch.no_grad():
         moment = Moment(2, torch.Generator().manual_seed(0), lambda: inputs)
@@ -189,9 +216,9 @@ def test_a_move_by_the_gradient_takes_what_is_planned(how: str) -> None:
     assert not any(parameter.grad is not None for parameter in model.parameters())
     shape = update_shape(config, torch.device("cpu"), model, 1)
     plan = plan_memory(model, shape, 0, {"nothing": 0}, 0, action.temporary_bytes, action_passes=True)
-    assert plan.stage == "action" or how == ""  # an update that collects gradients takes more
+    assert plan.stage == "action" or "per_layer" not in how  # an update that collects gradients takes more
     plan = plan_memory(model, shape, 0, {"nothing": 0}, 0, action.temporary_bytes + 10**9, action_passes=True)
-    assert taken <= plan.total_bytes - 10**9 <= 1.2 * taken
+    assert taken <= plan.total_bytes - 10**9 <= (1.8 if "rank=128" in how else 1.2) * taken
 
 
 @pytest.mark.parametrize(

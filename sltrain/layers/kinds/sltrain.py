@@ -123,26 +123,29 @@ class SLTrainLinear(FactoredLinear, kind="sltrain"):
 
     @torch.no_grad()
     def free_where_largest(self, count: int, gradient: Tensor) -> Tensor:
-        """The positions where S has no entry at which |gradient|, (out, in), is largest, as `free_at_random`."""
-        sizes = gradient.detach().float().abs().nan_to_num_().flatten().cpu()
-        sizes[self._positions()] = -1
+        """As `free_at_random`, the positions at which |gradient|, (out, in), is largest; those of the `count` entries
+        that `move` will drop are free too."""
+        sizes = gradient.detach().float().abs().flatten().cpu()
+        sizes[self._positions()[self._largest(count)]] = -1
         return sizes.topk(count).indices.sort().values
 
     @torch.no_grad()
     def move(self, fresh: Tensor) -> Tensor:
         """Move the entries of S with the smallest values to these free positions, (count,) int64 and ascending, with
-        value zero; return which entry each was before, (nnz,) int64, -1 for a fresh one. For support=uniform.
-
-        Chosen on the CPU, where all ranks and devices choose the same of equal values.
-        """
+        value zero; return which entry each was before, (nnz,) int64, -1 for a fresh one. For support=uniform."""
         assert isinstance(self.support, UniformSupport)
-        kept = self.values.float().abs().cpu().argsort(stable=True)[len(fresh) :]
+        kept = self._largest(len(fresh))
         places, order = torch.cat([self._positions()[kept], fresh]).sort()
         sources = torch.cat([kept, torch.full_like(fresh, -1)])[order]
         self.indices.copy_(self.support.at(places.int()))
         sources = sources.to(self.values.device)
         rearrange(self.values, sources)
         return sources
+
+    def _largest(self, count: int) -> Tensor:
+        """All entries of S but the `count` with the smallest values, on the CPU, where all ranks and devices choose the
+        same of equal ones."""
+        return self.values.float().abs().cpu().argsort(stable=True)[count:]
 
     def _positions(self) -> Tensor:
         """The flat position of each entry of S: (nnz,) int64, on the CPU."""
