@@ -1,7 +1,7 @@
 """What can be set: the schema of each command, its config groups, and the options of each plug-in."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,18 +57,27 @@ def conf_dir() -> Path:
 
 def register_schema() -> None:
     """Register with Hydra the schema that conf/train.yaml starts from, and the schema that each plug-in's file in conf/
-    starts from. A plug-in of another package has no file there: its defaults are registered as the option itself."""
+    starts from, unless they are there. A plug-in of another package has no file there: its defaults are registered as
+    the option itself."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=train_schema())
+    if _registered(store.repo, "train_schema") is not TrainConfig:
+        store.store(name="train_schema", node=train_schema())
     for group, registry in PLUGINS.items():
         for name in registry.names():
             if registry.is_built_in(name):
-                store.store(group=group, name=f"{name}{SCHEMA}", node=_plugin_schema(group, name))
+                if _registered(store.repo.get(group, {}), f"{name}{SCHEMA}") is not registry.load(name):
+                    store.store(group=group, name=f"{name}{SCHEMA}", node=_plugin_schema(group, name))
                 continue
             try:
                 store.store(group=group, name=name, node=plugin_defaults(group, name))
             except Exception:  # another package's mistake is reported only to whoever chooses it: `missing_option`
                 logger.debug(f"{group}={name} cannot be used", exc_info=True)
+
+
+def _registered(options: Mapping[str, Any], name: str) -> type | None:
+    """The class whose schema Hydra knows under this name. To make a schema takes longer than to compose by it."""
+    option = options.get(f"{name}.yaml")
+    return None if option is None else OmegaConf.get_type(option.node)
 
 
 def train_schema() -> DictConfig:
