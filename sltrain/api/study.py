@@ -42,7 +42,7 @@ class Candidate:
 
     overrides: list[str] = field(default_factory=list)  # as typed for sltrain-train, over the common ones
     tune: dict[str, list[Any]] = field(default_factory=dict)  # key -> values; their grid are the trials
-    equal: dict[str, str] = field(default_factory=dict)  # tokens, parameters or flops -> who has as many
+    equal: dict[str, str] = field(default_factory=dict)  # tokens, parameters, flops or time -> who has as much
     seen: int = 0  # positions that the weights of its init_from were trained on; they count as its tokens
 
     def settings(self) -> list[dict[str, Any]]:

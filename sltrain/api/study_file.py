@@ -27,7 +27,8 @@ from sltrain.log import first_line
 from sltrain.reporting.study import TOLERANCE, setting_text
 
 OWN = ("seed", "eval_part", "run_dir", "resume", "extend")  # keys that the study sets
-QUANTITIES = ("tokens", "parameters", "flops")
+QUANTITIES = ("tokens", "parameters", "flops", "time")
+LENGTH = {"max_steps", "max_tokens", "warmup_steps", "decay_steps"}  # keys that a screening may shorten for all
 
 
 @dataclass
@@ -160,7 +161,7 @@ def _check_candidate(file: StudyFile, name: str, candidate: Candidate) -> None:
     keys = [*common, *own, *screening]
     if candidate.seen < 0 or (candidate.seen and "init_from" not in [*keys, *candidate.tune]):
         raise ValueError(f"candidate {name}: seen={candidate.seen} counts what init_from was trained on; set init_from")
-    if both := {*screening} & {*own, *candidate.tune}:
+    if both := ({*screening} & {*own, *candidate.tune}) - LENGTH:
         raise ValueError(f"the screening sets {min(both)}, and so does candidate {name}; let it only shorten runs")
     for key in [*keys, *candidate.tune]:
         if key in OWN:
@@ -189,7 +190,7 @@ def _compose(file: StudyFile, is_screening: bool = False) -> dict[tuple[str, int
 
 def _check_equal(study: Study) -> None:
     """Whether candidates have, with every setting, as much of something as they say; those that say nothing, as many
-    tokens as the reference. Raises ValueError. What only a tokenizer could tell is left to the page."""
+    tokens as the reference. Raises ValueError. What only a tokenizer or the runs could tell is left to the page."""
     for name, candidate in study.file.candidates.items():
         for quantity, other in (candidate.equal or {"tokens": study.file.reference}).items():
             _check_starts(study, name, quantity, other)
@@ -213,10 +214,10 @@ def _check_starts(study: Study, name: str, quantity: str, other: str) -> None:
         return
     for one, own in starts.items():
         start = next((start for start in own if start), None)
-        if start and quantity == "flops":
+        if start and quantity in ("flops", "time"):
             raise ValueError(
-                f"candidate {one} starts from init_from={start}, whose FLOPs are not known; say that something else is"
-                " equal (equal: {tokens: NAME})"
+                f"candidate {one} starts from init_from={start}, whose FLOPs and time are not known; say that something"
+                " else is equal (equal: {tokens: NAME})"
             )
         if start and not study.file.candidates[one].seen:
             raise ValueError(
@@ -235,12 +236,12 @@ def _check_shorter(study: Study) -> None:
 
 
 def _amounts(study: Study, name: str, quantity: str) -> dict[int, int]:
-    """How much of a quantity each trial of a candidate has, where it is known."""
+    """How much of a quantity each trial of a candidate has, where it is known; of time nothing is."""
     found = {}
     for trial in range(1, study.file.trials + 1):
         config = study.configs[name, trial]
         if quantity == "tokens":
             found[trial] = positions(config) + (study.file.candidates[name].seen if config.init_from else 0)
-        elif size := size_of(config):
+        elif quantity != "time" and (size := size_of(config)):
             found[trial] = size.parameters if quantity == "parameters" else size.flops
     return found

@@ -21,6 +21,7 @@ from sltrain.reporting.paired import Difference, paired_difference
 from sltrain.reporting.table import Table, markdown, perplexity, short
 
 TOLERANCE = 0.02  # relative, of parameters and FLOPs that are to be equal: shapes come in whole numbers
+TIME_TOLERANCE = 0.05  # the same of time, which is known after the runs
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,15 @@ class Results:
         """The paired difference of two candidates."""
         return paired_difference(self.losses(name), self.losses(other))
 
+    def time(self, name: str) -> float | None:
+        """Seconds of all updates, those for evaluation and saving left out."""
+        seconds, updates = self.median(name, "seconds_per_update"), self.median(name, "updates")
+        return seconds * updates if seconds and updates else None
+
     def share_of_time(self, name: str) -> float | None:
         """The time in which the reference finished over that which the candidate takes for all its updates."""
-        times = []
-        for one in (self.protocol.reference, name):
-            seconds, updates = self.median(one, "seconds_per_update"), self.median(one, "updates")
-            times.append(seconds * updates if seconds and updates else math.nan)
-        share = times[0] / times[1]
-        return share if math.isfinite(share) else None
+        of_reference, own = self.time(self.protocol.reference), self.time(name)
+        return of_reference / own if of_reference and own else None
 
     def at_equal_time(self, name: str) -> Difference | None:
         """The paired difference to the reference when that finished; None if no evaluation says it."""
@@ -352,12 +354,15 @@ def _unequal(results: Results, name: str) -> list[str]:
         if other not in results.runs:
             continue
         own, others = (_quantity(results, one, quantity) for one in (name, other))
-        if own and others and abs(own / others - 1) > TOLERANCE:
-            remarks.append(f"{name} was to have the {quantity} of {other} and has {own / others:.3f} times as many.")
+        tolerance = TIME_TOLERANCE if quantity == "time" else TOLERANCE
+        if own and others and abs(own / others - 1) > tolerance:
+            remarks.append(f"{name} was to have the {quantity} of {other} and has {own / others:.3f} times that.")
     return remarks
 
 
 def _quantity(results: Results, name: str, quantity: str) -> float | None:
+    if quantity == "time":
+        return results.time(name)
     if quantity == "flops":
         flops, tokens = results.median(name, "flops_per_token"), results.median(name, "tokens")
         return flops * tokens if flops and tokens else None

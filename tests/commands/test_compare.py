@@ -321,6 +321,15 @@ def test_runs_at_once_are_those_of_one_after_the_other(
         assert run.machine.endswith("3 runs at once") and "at once" not in found[1][key].machine
 
 
+def test_a_candidate_of_another_length_is_screened_as_all_are(study: dict[str, Any], write: Callable) -> None:
+    """More updates in as much time, which only the runs can tell."""
+    study |= {"screening": ["max_steps=2", "warmup_steps=1"], "finalists": 1}
+    study["candidates"]["sltrain"] |= {"overrides": ["method=sltrain", "max_steps=9"], "equal": {"time": "dense"}}
+    found = read_study(str(write(study)), [])
+    assert [config.max_steps for config in found.configs.values()] == [6, 6, 9, 9]
+    assert [config.max_steps for config in found.screened.values()] == [2] * 4
+
+
 def test_each_run_at_once_has_a_gpu_and_a_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -393,7 +402,7 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ),
         (with_dense(tune={"lr": [1e-2, 1e-2]}), "tune has a value of lr twice"),
         (with_dense(equal={"parameters": "sltrain"}), "times the parameters of sltrain"),
-        (with_dense(equal={"wings": "sltrain"}), "equal=wings: choose of tokens, parameters, flops"),
+        (with_dense(equal={"wings": "sltrain"}), "equal=wings: choose of tokens, parameters, flops, time"),
         (
             with_dense(overrides=["alpha=8"], tune={"rank": [8, 4]}, equal={"parameters": "sltrain"}),
             "candidate dense, trial 2 (rank=4), has 0.942 times the parameters of sltrain, trial 1",
@@ -404,7 +413,7 @@ def but(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ),
         (
             with_dense(overrides=["method=full", "init_from=/a/run"], equal={"flops": "sltrain"}),
-            "whose FLOPs are not known",
+            "whose FLOPs and time are not known",
         ),
         (
             with_dense(overrides=["max_steps=5"], tune={"init_from": [None, "/a/run"]}, seen=256),

@@ -81,7 +81,7 @@ def test_remarks() -> None:
     assert remarks_on(Results(replace(PROTOCOL, candidates=two), entries())) == []  # of two values one is always last
     changes: list[dict[str, Any]] = [{"num_parameters": 1100}, {"tokens": 700}, {"eval_bytes": 3}, {"machine": "other"}]
     words = [
-        "has 1.100 times as many",
+        "has 1.100 times that",
         "on different numbers of tokens",
         "judged on different text",
         "one machine: ; other",
@@ -137,7 +137,7 @@ def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count(
     assert results.tokens("slow") == 1200 and results.tokens("dense") == 800
     said = remarks_on(results)
     assert "slow has init_from=/a/run: its tokens count 400 positions behind it, its FLOPs and time none." in said
-    assert "slow was to have the tokens of dense and has 1.500 times as many." in said
+    assert "slow was to have the tokens of dense and has 1.500 times that." in said
     made = [replace(e, config={"init_from": "/a/run"}) for e in made]
     assert not any("init_from" in remark for remark in remarks_on(Results(protocol, made)))
     made = [replace(e, config={"support_from": "/a/run"} if e.candidate == "slow" else {}) for e in made]
@@ -146,6 +146,15 @@ def test_first_weights_that_were_trained_are_remarked_on_and_their_tokens_count(
     assert any(
         remark.startswith("slow has support_from=/a/run: its tokens count none of") for remark in remarks_on(results)
     )
+
+
+def test_time_that_was_to_be_equal() -> None:
+    slow = {**CANDIDATES["slow"], "equal": {"time": "dense"}}
+    protocol = replace(PROTOCOL, candidates={**CANDIDATES, "slow": slow})
+    said = "slow was to have the time of dense and has 2.000 times that."
+    assert said in remarks_on(Results(protocol, entries()))
+    near = [replace(e, seconds_per_update=0.104) if e.candidate == "slow" else e for e in entries()]
+    assert not any("the time of" in remark for remark in remarks_on(Results(protocol, near)))
 
 
 def test_a_study_that_is_not_done() -> None:
